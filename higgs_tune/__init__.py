@@ -1,0 +1,1 @@
+"""Find LoRA configurations of Higgs Audio V2 that make text use audio."""

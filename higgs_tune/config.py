@@ -1,0 +1,380 @@
+"""Every setting of a sweep and of a training run, typed, bounded and documented once.
+
+The YAML, `--set a.b=c` and `best_config.yaml` use these names. `TrialConfig` is one point of the
+search space with everything that a training run needs to be repeated; `SweepConfig` is the whole.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from higgs_tune.errors import ConfigError
+
+TargetPath = Literal[
+    "attention", "text_mlp", "audio_mlp", "audio_attention", "text_head", "audio_head"
+]
+CrossAttention = Annotated[
+    Literal["off", "audio_self", "text_to_audio"],
+    # YAML 1.1 reads `off` as false; the original code's flag is a boolean, too.
+    BeforeValidator(
+        lambda value: (
+            {True: "audio_self", False: "off"}.get(value, value)
+            if isinstance(value, bool)
+            else value
+        )
+    ),
+]
+ALL_LINEAR: tuple[TargetPath, ...] = ("attention", "text_mlp", "audio_mlp")
+
+
+class Settings(BaseModel):
+    """Immutable settings that refuse unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class BaseSettings(Settings):
+    """The frozen base model."""
+
+    path: str = "embedded"  # "embedded", a local folder, or a Hub id
+    revision: str | None = (
+        None  # Hub commit; required for a Hub id, because checkpoints are rewritten in place
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", …
+
+
+class TaskMix(Settings):
+    """How often each task is drawn when a batch is filled; relative weights."""
+
+    transcribe: float = Field(
+        1.0, ge=0
+    )  # audio, then its text: the only task whose text can use audio
+    speak: float = Field(1.0, ge=0)  # text, then audio
+    clone: float = Field(0.0, ge=0)  # reference text and audio, then target text, then target audio
+
+    @model_validator(mode="after")
+    def _some_task(self) -> "TaskMix":
+        if self.transcribe + self.speak + self.clone <= 0:
+            raise ValueError("at least one task needs a weight above 0")
+        return self
+
+
+class DataSettings(Settings):
+    """What is trained and validated on."""
+
+    path: str = "embedded:arabic"  # a folder made by `higgs-tune data prepare`, or "embedded:NAME"
+    tasks: TaskMix = TaskMix()
+    max_frames: int = Field(750, ge=4)  # longest clip in codec frames (25 per second)
+    max_text_tokens: int = Field(512, ge=1)  # longest text of one part
+    num_val_clips: int = Field(48, ge=2)  # validation clips, drawn once, the same for every trial
+
+
+class TrainSettings(Settings):
+    """What every trial of a sweep has in common."""
+
+    num_steps: int = Field(150, ge=1)  # optimizer steps of a full-budget trial
+    report_every_steps: int = Field(25, ge=1)  # validate and report after so many steps
+    warmup_fraction: float = Field(
+        0.1, ge=0, lt=1
+    )  # share of num_steps in linear warm-up; then cosine
+    min_lr_fraction: float = Field(0.1, ge=0, le=1)  # where the cosine ends, as a share of the peak
+    weight_decay: float = Field(0.0, ge=0)  # AdamW, decoupled
+    clip_norm: float = Field(0.1, gt=0)  # gradient norm limit of one adapter
+    token_budget: int = Field(
+        4096, ge=64
+    )  # rows in one forward of one adapter; longer steps accumulate
+
+
+class Range(Settings):
+    """A continuous search range."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Range":
+        if not self.low < self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range needs low above 0, found {self.low}")
+        return self
+
+
+PositiveRank = Annotated[int, Field(ge=1, le=1024)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class LearningRateRange(Range):
+    """Learning rates are positive and searched on a log scale."""
+
+    low: PositiveFloat = 1e-4
+    high: PositiveFloat = 3e-3
+    log: bool = True
+
+
+class SpaceSettings(Settings):
+    """The search space. A list of one value, or a plain number, fixes a parameter."""
+
+    rank: tuple[PositiveRank, ...] = Field(
+        (4, 8, 16, 32), min_length=1
+    )  # categorical: facts on flat ranks
+    learning_rate: LearningRateRange = LearningRateRange()
+    target_set: tuple[str, ...] = Field(("all_linear",), min_length=1)  # names from target_sets
+    cross_attention: tuple[CrossAttention, ...] = Field(("off",), min_length=1)
+    alpha: tuple[PositiveFloat, ...] = Field(
+        (32.0,), min_length=1
+    )  # fixed by default: independent of rank
+    new_module_lr_factor: Range | PositiveFloat = 0.1  # only acts with cross_attention on
+    text_loss_weight: Range | Annotated[float, Field(ge=0)] = 1.0
+    audio_loss_weight: Range | Annotated[float, Field(ge=0)] = 1.0
+    batch_clips: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (8,), min_length=1
+    )  # clips per step
+
+
+class SchedulerSettings(Settings):
+    """When Ray Tune stops a trial early."""
+
+    name: Literal["asha", "none"] = "asha"
+    grace_fraction: float = Field(0.34, gt=0, le=1)  # share of num_steps before the first stop
+    reduction_factor: float = Field(3.0, gt=1)  # the best 1/n at a rung go on
+
+
+class TuneSettings(Settings):
+    """How the search is run."""
+
+    num_trials: int = Field(16, ge=1)  # search trials, the two mission configurations included
+    seed: int = Field(0, ge=0)  # sampler, adapters, data order
+    scheduler: SchedulerSettings = SchedulerSettings()
+    num_workers: int = Field(1, ge=1)  # processes with a base each; one per GPU
+    slots_per_worker: int = Field(4, ge=1)  # trials that train together around one base
+    cpus_per_worker: int | None = Field(None, ge=1)  # default: all CPUs of the node / num_workers
+    gpus_per_worker: int = Field(0, ge=0)
+    max_failures: int = Field(
+        2, ge=0
+    )  # restarts of one trial from its checkpoint after its worker died
+    storage: str | None = None  # Optuna URL; default: the journal file in the results folder
+    time_limit_s: float | None = Field(None, gt=0)  # stop asking for new trials after this
+
+
+class ObjectiveSettings(Settings):
+    """val/text/nll is minimised subject to the audio constraint."""
+
+    audio_tolerance: float = Field(
+        0.05, ge=0
+    )  # val/audio/nll_per_code may rise by this share of its start
+
+
+class BaselineSettings(Settings):
+    """Trials 0 and 1: what people set by hand before they search.
+
+    Trial 0 has cross_attention off, trial 1 is the same with `audio_self` and its modules trained.
+    """
+
+    rank: PositiveRank = 16
+    alpha: PositiveFloat = 32.0
+    learning_rate: PositiveFloat = (
+        1e-4  # the upper end of what community trainers of this model use
+    )
+    target_set: str = "all_linear"
+
+
+class ConfirmSettings(Settings):
+    """The best few are trained again with fresh seeds beside the baseline (trial 0)."""
+
+    num_configs: int = Field(2, ge=0)  # 0 skips the stage
+    num_seeds: int = Field(2, ge=1)
+
+
+class SweepConfig(Settings):
+    """A whole sweep."""
+
+    name: str = Field("sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    results_dir: str = "results"
+    base: BaseSettings = BaseSettings()
+    data: DataSettings = DataSettings()
+    target_sets: dict[str, tuple[TargetPath, ...]] = {
+        "all_linear": ALL_LINEAR,
+        "attention": ("attention",),
+    }
+    space: SpaceSettings = SpaceSettings()
+    baseline: BaselineSettings = BaselineSettings()
+    train: TrainSettings = TrainSettings()
+    tune: TuneSettings = TuneSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    confirm: ConfirmSettings = ConfirmSettings()
+
+    @model_validator(mode="after")
+    def _target_sets_known(self) -> "SweepConfig":
+        named = [("space.target_set", name) for name in self.space.target_set]
+        for where, name in [*named, ("baseline.target_set", self.baseline.target_set)]:
+            if name not in self.target_sets:
+                near = _nearest(name, self.target_sets)
+                raise ValueError(
+                    f"{where}: unknown target set {name!r}{near}; "
+                    f"target_sets defines {sorted(self.target_sets)}"
+                )
+        for name, paths in self.target_sets.items():
+            if not paths:
+                raise ValueError(f"target_sets.{name}: empty; list at least one path")
+            if "audio_attention" in paths:
+                raise ValueError(
+                    f"target_sets.{name}: audio_attention is trained whenever cross_attention is on "
+                    "and does not exist otherwise; remove it here and list cross_attention values instead"
+                )
+        if self.train.report_every_steps > self.train.num_steps:
+            raise ValueError("train.report_every_steps must not exceed train.num_steps")
+        return self
+
+
+class TrialConfig(Settings):
+    """One point of the search space, complete: with a base and a dataset it can be trained again."""
+
+    rank: PositiveRank
+    alpha: PositiveFloat  # the LoRA scale is alpha / rank
+    targets: tuple[TargetPath, ...] = Field(
+        min_length=1
+    )  # audio_attention present iff cross_attention is on
+    target_set: str = "custom"  # the name the targets came from, for tables
+    cross_attention: CrossAttention = "off"
+    learning_rate: PositiveFloat
+    new_module_lr_factor: PositiveFloat = (
+        0.1  # cross-attention modules train at learning_rate times this
+    )
+    text_loss_weight: float = Field(1.0, ge=0)
+    audio_loss_weight: float = Field(1.0, ge=0)
+    batch_clips: int = Field(8, ge=1)
+    num_steps: int = Field(ge=1)
+    report_every_steps: int = Field(ge=1)
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    min_lr_fraction: float = Field(0.1, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(0.1, gt=0)
+    token_budget: int = Field(4096, ge=64)
+    seed: int = Field(0, ge=0)  # adapter initialisation and data order
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrialConfig":
+        targeted = "audio_attention" in self.targets
+        if targeted and self.cross_attention == "off":
+            raise ValueError("targets: audio_attention does not exist with cross_attention off")
+        if not targeted and self.cross_attention != "off":
+            raise ValueError(
+                f"targets: cross_attention {self.cross_attention} adds modules that start as the identity; "
+                "without audio_attention among the targets they would stay so"
+            )
+        if self.text_loss_weight + self.audio_loss_weight <= 0:
+            raise ValueError("text_loss_weight and audio_loss_weight are both 0: nothing to learn")
+        return self
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(str(name), list(known), n=1)
+    return f", did you mean {match[0]!r}?" if match else ""
+
+
+def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Field names of the settings at `location`, as far as they can be followed."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def validate(model: type[ModelT], raw: Mapping[str, Any], where: str) -> ModelT:
+    """Build `model` from plain data.
+
+    Raises:
+        ConfigError: every problem on a line of its own, with the setting's full name.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            location = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+            if problem["type"] == "extra_forbidden":
+                known = _known_keys(model, problem["loc"][:-1])
+                near = _nearest(str(problem["loc"][-1]), known)
+                lines.append(
+                    f"{location}: unknown setting{near or f'; known here: {sorted(known)}'}"
+                )
+            else:
+                found = problem.get("input")
+                shown = "" if isinstance(found, Mapping | BaseModel) else f" (found {found!r})"
+                lines.append(f"{location}: {problem['msg'].removeprefix('Value error, ')}{shown}")
+        raise ConfigError(f"{where}:\n  " + "\n  ".join(lines)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; ConfigError names the file and, where known, the line."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file. Give an existing YAML file with --config."
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: found a {type(raw).__name__}, needed a mapping of settings.")
+    return raw
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `raw` with `a.b=value` assignments applied; values are YAML."""
+    result = yaml.safe_load(yaml.safe_dump(raw))
+    for text in overrides:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise ConfigError(f"--set {text}: found no '='. Write --set section.name=value.")
+        node = result
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"--set {text}: {parent} is a value, not a section.")
+        try:
+            node[leaf] = _yaml_value(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: the value is not YAML: {error}") from None
+    return result
+
+
+def _yaml_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
+    """Read, override and check a sweep's YAML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest known one is named) or value out of bounds.
+    """
+    return validate(SweepConfig, apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def to_yaml(settings: BaseModel) -> str:
+    """YAML that `validate` reads back to an equal object."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

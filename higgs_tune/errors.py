@@ -1,0 +1,29 @@
+"""Errors that a user can mend; everything else is an assertion.
+
+Each message says where, what was found, what was needed and the next step. All of them survive
+pickling, because they cross process borders under Ray.
+"""
+
+
+class HiggsTuneError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(HiggsTuneError):
+    """A setting is wrong: unknown key, value out of bounds, or two settings that exclude each other."""
+
+
+class DataError(HiggsTuneError):
+    """A manifest, clip, shard or dataset folder cannot be used as it is."""
+
+
+class ModelError(HiggsTuneError):
+    """A checkpoint or adapter cannot be used as it is."""
+
+
+class LeakError(HiggsTuneError):
+    """A preflight probe found labels that leak into the inputs, or are misaligned with them."""
+
+
+class SweepError(HiggsTuneError):
+    """A sweep cannot start, go on or be resumed."""

@@ -1,0 +1,20 @@
+"""Names of the reported metrics: `split/modality/what`, in nats unless said otherwise."""
+
+VAL_TEXT_NLL = "val/text/nll"  # per text token of the target, held-out clips, right audio
+VAL_TEXT_NLL_SWAPPED = "val/text/nll_swapped"  # the same texts after another clip's audio
+VAL_AUDIO_GAIN = "val/text/audio_gain"  # nll_swapped - nll: above 0, text uses audio
+VAL_AUDIO_NLL = "val/audio/nll_per_code"  # mean over codebooks of nats per code
+TRAIN_TEXT_NLL = "train/text/nll"  # mean over the interval's target tokens
+TRAIN_AUDIO_NLL = "train/audio/nll_per_code"
+STEP = "step"  # optimizer steps done
+TOKENS_PER_S = "tokens_per_s"  # rows this adapter trained per second of the pack's time
+TRAIN_TIME_S = "train_time_s"  # seconds in forward, backward and optimizer, the pack's
+GRAD_NORM = "train/grad_norm"  # median over the interval, before clipping
+
+
+def val_codebook_nll(codebook: int) -> str:
+    """Name of the validation nats per code of one codebook (0-based)."""
+    return f"val/audio/nll_codebook_{codebook}"
+
+
+STATUSES = ("completed", "pruned", "diverged", "out_of_memory", "failed", "cancelled")
