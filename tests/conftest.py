@@ -1,0 +1,12 @@
+"""Settings that every test needs before the libraries are imported."""
+
+import os
+
+# No test may reach for the network, and none may start more threads than the machine has cores.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Ray 2.60 otherwise turns token authentication half on and writes to the home folder.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MPLBACKEND", "Agg")
