@@ -1,0 +1,77 @@
+"""Rows as conversations: what each task shows the model and which turn it learns."""
+
+import json
+from collections.abc import Callable
+from typing import Literal
+
+from higgs_tune.data.conversation import AudioPart, Conversation, Role, TextPart, Turn
+from higgs_tune.data.shards import Row
+
+TextLength = Callable[[str], int]
+
+
+def transcribe(row: Row, *, audio_of: Row | None = None) -> Conversation:
+    """Audio, then its text. With `audio_of`, another clip's audio before the text of `row`."""
+    source, key = (row, "") if audio_of is None else (audio_of, f":audio={audio_of.id}")
+    turns = (
+        Turn("user", (AudioPart(source.codes[0]),)),
+        Turn("assistant", (TextPart(row.text),), target=True),
+    )
+    return Conversation(f"{row.id}:transcribe{key}", "transcribe", turns)
+
+
+def speak(row: Row) -> Conversation:
+    """Text, then its audio."""
+    turns = (
+        Turn("user", (TextPart(row.text),)),
+        Turn("assistant", (AudioPart(row.codes[0]),), target=True),
+    )
+    return Conversation(f"{row.id}:speak", "speak", turns)
+
+
+def clone(row: Row, reference: Row | None) -> Conversation:
+    """Reference text and audio, then the target's text and audio.
+
+    The reference is the row's own where it has one, else the clip `reference`.
+    """
+    if row.ref_text is not None:
+        key, ref_text, ref_codes_TC = f"{row.id}:clone", row.ref_text, row.codes[1]
+    else:
+        assert reference is not None, row.id
+        key, ref_text = f"{row.id}:clone:ref={reference.id}", reference.text
+        ref_codes_TC = reference.codes[0]
+    turns = (
+        Turn("user", (TextPart(ref_text),)),
+        Turn("assistant", (AudioPart(ref_codes_TC),)),
+        Turn("user", (TextPart(row.text),)),
+        Turn("assistant", (AudioPart(row.codes[0]),), target=True),
+    )
+    return Conversation(key, "clone", turns)
+
+
+def chat(row: Row) -> Conversation:
+    """The row's own turns; the assistant's from `start_index` on are learnt."""
+    assert row.turns is not None, row.id
+    turns = []
+    for index, raw in enumerate(json.loads(row.turns)):
+        role: Role = raw["role"]
+        parts = tuple(
+            TextPart(part["text"])
+            if part["type"] == "text"
+            else AudioPart(row.codes[part["audio"]])
+            for part in raw["parts"]
+        )
+        turns.append(Turn(role, parts, target=role == "assistant" and index >= row.start_index))
+    return Conversation(f"{row.id}:chat", "chat", tuple(turns))
+
+
+def longest_text(text: str, turns: str | None, length: TextLength) -> int:
+    """Length of the longest text part of a row, its reference text left out."""
+    if turns is None:
+        return length(text)
+    parts = [part for turn in json.loads(turns) for part in turn["parts"]]
+    return max((length(part["text"]) for part in parts if part["type"] == "text"), default=0)
+
+
+ClipTask = Literal["transcribe", "speak", "clone"]
+CLIP_TASKS: tuple[ClipTask, ...] = ("transcribe", "speak", "clone")
