@@ -1,0 +1,274 @@
+"""A pack of adapters around one frozen base: forward_backward, optim_step, evaluate.
+
+A single run is a pack of one. What one adapter computes depends on its own examples and settings
+alone; neighbours may join, leave or diverge. Shape letters: K slots or adapters of a batch, C codebooks.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from higgs_tune.config import TargetPath, TrialConfig
+from higgs_tune.data.collate import PackBatch, TargetCounts
+from higgs_tune.model import targets as target_rules
+from higgs_tune.model.audio_attention import MODULE_NAMES, initial_new_modules
+from higgs_tune.model.load import Base
+from higgs_tune.model.packed_forward import head_groups, layer_groups, packed_nll
+from higgs_tune.model.packed_lora import AdapterBank, Entry, PackWeights, group_entries
+from higgs_tune.train.optim import RowStep, adamw_step, learning_rate_factor
+
+
+@dataclass(frozen=True)
+class PackLimits:
+    """What the slots of an engine must be able to hold."""
+
+    num_slots: int
+    max_rank: int
+    paths: frozenset[TargetPath]  # union over all trials
+    modes: frozenset[str] = frozenset({"off"})  # cross_attention values
+
+    @classmethod
+    def of(cls, configs: Sequence[TrialConfig], num_slots: int) -> "PackLimits":
+        """The smallest limits that hold these trials."""
+        return cls(
+            num_slots=num_slots,
+            max_rank=max(config.rank for config in configs),
+            paths=frozenset(path for config in configs for path in config.targets),
+            modes=frozenset(config.cross_attention for config in configs),
+        )
+
+
+@dataclass(eq=False)
+class AdapterState:
+    """All that training one adapter needs to go on: plain CPU tensors by full parameter name."""
+
+    step: int
+    weights: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+
+
+@dataclass
+class Resident:
+    """An adapter that holds a slot."""
+
+    trial_id: str
+    slot: int
+    config: TrialConfig
+    account: dict[str, Any]
+    step: int = 0
+    text_sum: Tensor | None = field(default=None, repr=False)
+
+
+class Engine:
+    """K slots of adapters that train and evaluate together."""
+
+    def __init__(self, base: Base, limits: PackLimits) -> None:
+        self.base = base
+        self.limits = limits
+        self.device = next(base.model.parameters()).device
+        self.num_codebooks: int = base.model.config.num_codebooks
+        self.lora_groups = _lora_groups(base, limits.paths)
+        entries = [
+            entry
+            for path, group in self.lora_groups
+            for entry in group_entries(group, path, limits.max_rank)
+        ]
+        for mode in sorted(limits.modes - {"off"}):
+            entries += [
+                Entry(name, tuple(weight.shape), "audio_attention", "new")
+                for name, weight in initial_new_modules(base.model, mode, seed=0).items()
+            ]
+        dtype = next(base.model.parameters()).dtype
+        self.bank = AdapterBank(entries, limits.num_slots, dtype, self.device)
+        self.scale_K = torch.zeros(limits.num_slots, device=self.device)
+        self.alive_K = torch.ones(limits.num_slots, dtype=torch.bool, device=self.device)
+        self.residents: dict[str, Resident] = {}
+
+    def add(
+        self, trial_id: str, config: TrialConfig, state: AdapterState | None = None
+    ) -> Resident:
+        """Give a free slot to an adapter, fresh from its seed or from a saved state.
+
+        Raises:
+            ValueError: no slot is free, or the adapter is larger than the engine's limits.
+        """
+        taken = {resident.slot for resident in self.residents.values()}
+        free = sorted(set(range(self.limits.num_slots)) - taken)
+        if not free or trial_id in self.residents:
+            raise ValueError(f"{trial_id}: no free slot, or already resident")
+        limits = self.limits
+        if config.rank > limits.max_rank or not set(config.targets) <= limits.paths:
+            raise ValueError(f"{trial_id}: rank {config.rank}, {config.targets} exceed {limits}")
+        resident = Resident(trial_id, free[0], config, self._account(config))
+        self.bank.clear_slot(resident.slot)
+        self.scale_K[resident.slot] = config.alpha / config.rank
+        self.alive_K[resident.slot] = True
+        weights = state.weights if state else self._initial_weights(config)
+        self._write(self.bank.master_KP, resident, weights)
+        if state:
+            self._write(self.bank.exp_avg_KP, resident, state.exp_avg)
+            self._write(self.bank.exp_avg_sq_KP, resident, state.exp_avg_sq)
+            resident.step = state.step
+        self.bank.refresh_compute()
+        self.residents[trial_id] = resident
+        return resident
+
+    def remove(self, trial_id: str) -> None:
+        """Free the adapter's slot; the others keep theirs."""
+        resident = self.residents.pop(trial_id)
+        self.bank.clear_slot(resident.slot)
+        self.scale_K[resident.slot] = 0.0
+
+    def forward_backward(
+        self, batch: PackBatch, counts: Mapping[int, TargetCounts]
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradients of one micro-batch to the bank.
+
+        Args:
+            batch: rows of the adapters at `batch.slots`.
+            counts: slot → targets of the adapter's whole optimizer step, over all its micro-batches.
+
+        Returns:
+            Summed nats, detached: text (K,), audio (K, C). Reading them waits for the device.
+        """
+        by_slot = {resident.slot: resident.config for resident in self.residents.values()}
+        text_K = torch.zeros(len(batch.slots))
+        audio_KC = torch.zeros(len(batch.slots), self.num_codebooks)
+        for k, slot in enumerate(batch.slots):
+            config, count = by_slot[slot], counts[slot]
+            if count.text:
+                text_K[k] = config.text_loss_weight / count.text
+            share = config.audio_loss_weight / self.num_codebooks
+            for codebook, number in enumerate(count.audio_C):
+                if number:
+                    audio_KC[k, codebook] = share / int(number)
+        weights = PackWeights.of(self.bank, batch.slots, self.scale_K)
+        text_sum_K, audio_sum_KC = packed_nll(self.base.model, batch, weights)
+        loss = (text_sum_K * text_K.to(self.device, non_blocking=True)).sum()
+        loss = loss + (audio_sum_KC * audio_KC.to(self.device, non_blocking=True)).sum()
+        loss.backward()
+        return text_sum_K.detach(), audio_sum_KC.detach()
+
+    def optim_step(self, trial_ids: Sequence[str]) -> Tensor:
+        """Step these adapters once; returns gradient norms of all slots before clipping, (K,)."""
+        rows = {}
+        for trial_id in trial_ids:
+            resident = self.residents[trial_id]
+            config = resident.config
+            rate = config.learning_rate * learning_rate_factor(
+                resident.step, config.num_steps, config.warmup_fraction, config.min_lr_fraction
+            )
+            resident.step += 1
+            rows[resident.slot] = RowStep(
+                learning_rate=rate,
+                new_module_learning_rate=rate * config.new_module_lr_factor,
+                weight_decay=config.weight_decay,
+                clip_norm=config.clip_norm,
+                step=resident.step,
+            )
+        return adamw_step(self.bank, rows, self.alive_K)
+
+    @torch.no_grad()
+    def evaluate(self, batch: PackBatch, *, bare: bool = False) -> tuple[Tensor, Tensor]:
+        """Summed nats of a batch, text (K,) and audio (K, C); `bare` leaves the adapters out."""
+        weights = None if bare else PackWeights.of(self.bank, batch.slots, self.scale_K)
+        return packed_nll(self.base.model, batch, weights)
+
+    def state(self, trial_id: str) -> AdapterState:
+        """Copy what `add` needs to go on exactly."""
+        resident = self.residents[trial_id]
+        bank = self.bank
+
+        def copy(buffer_KP: Tensor) -> dict[str, Tensor]:
+            views = self._views(buffer_KP, resident)
+            return {name: view.detach().cpu().clone() for name, view in views.items()}
+
+        return AdapterState(
+            resident.step, copy(bank.master_KP), copy(bank.exp_avg_KP), copy(bank.exp_avg_sq_KP)
+        )
+
+    def modes(self) -> dict[int, str]:
+        """Slot → cross_attention of the residents."""
+        return {r.slot: r.config.cross_attention for r in self.residents.values()}
+
+    def _views(self, buffer_KP: Tensor, resident: Resident) -> dict[str, Tensor]:
+        """The adapter's own part of a bank buffer: PEFT's shapes and its rank, without padding."""
+        config, padded = resident.config, self.limits.max_rank
+        views: dict[str, Tensor] = {}
+        for path, group in self.lora_groups:
+            if path not in config.targets:
+                continue
+            a_stacked = self.bank.view(buffer_KP, f"{'+'.join(group)}.A")[resident.slot]
+            for position, name in enumerate(group):
+                start = position * padded
+                views[f"{name}.lora_A.weight"] = a_stacked[start : start + config.rank]
+                b = self.bank.view(buffer_KP, f"{name}.B")[resident.slot]
+                views[f"{name}.lora_B.weight"] = b[:, : config.rank]
+        new_modules = MODULE_NAMES[config.cross_attention]
+        for entry in self.bank.entries.values():
+            if entry.kind == "new" and entry.name.split(".")[3] in new_modules:
+                views[entry.name] = self.bank.view(buffer_KP, entry.name)[resident.slot]
+        return views
+
+    def _write(self, buffer_KP: Tensor, resident: Resident, tensors: Mapping[str, Tensor]) -> None:
+        views = self._views(buffer_KP, resident)
+        if views.keys() != tensors.keys():
+            odd = sorted(views.keys() ^ tensors.keys())
+            raise ValueError(f"{resident.trial_id}: state does not fit its targets at {odd[:3]}")
+        for name, view in views.items():
+            view.copy_(tensors[name])
+
+    def _initial_weights(self, config: TrialConfig) -> dict[str, Tensor]:
+        """PEFT's start (A uniform, B zero), drawn from the seed whatever else is in the pack."""
+        generator = torch.Generator().manual_seed(config.seed)
+        weights: dict[str, Tensor] = {}
+        for path, group in self.lora_groups:
+            if path not in config.targets:
+                continue
+            for name, linear in group.items():
+                bound = 1 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5)
+                a = torch.empty(config.rank, linear.in_features)
+                weights[f"{name}.lora_A.weight"] = a.uniform_(-bound, bound, generator=generator)
+                weights[f"{name}.lora_B.weight"] = torch.zeros(linear.out_features, config.rank)
+        if config.cross_attention != "off":
+            weights |= initial_new_modules(self.base.model, config.cross_attention, config.seed)
+        return weights
+
+    def _account(self, config: TrialConfig) -> dict[str, Any]:
+        matches: dict[TargetPath, target_rules.Match] = {}
+        for path in config.targets:
+            if path == "audio_attention":
+                new = initial_new_modules(self.base.model, config.cross_attention, 0)
+                names = {name.rsplit(".", 1)[0] for name in new}
+                total = sum(weight.numel() for weight in new.values())
+            else:
+                linears = target_rules.linear_modules(self.base.model, path)
+                names = set(linears)
+                total = sum(
+                    target_rules.lora_parameters(m, config.rank) for m in linears.values()
+                )
+            matches[path] = target_rules.Match(len(names), total, tuple(sorted(names)))
+        return target_rules.account(matches)
+
+
+def _lora_groups(
+    base: Base, paths: frozenset[TargetPath]
+) -> list[tuple[TargetPath, Mapping[str, torch.nn.Linear]]]:
+    """Every input group of the adapted paths, in the forward's order.
+
+    The anchored rules of `model.targets` say what a path is; the forward's groups must agree.
+    """
+    groups: list[tuple[TargetPath, Mapping[str, torch.nn.Linear]]] = []
+    for index, layer in enumerate(base.model.model.layers):
+        for path, layer_linears in layer_groups(index, layer).items():
+            groups += [(path, group) for group in layer_linears if path in paths]
+    groups += [(path, group) for path, group in head_groups(base.model).items() if path in paths]
+    for path in paths - {"audio_attention"}:
+        named = {name for p, group in groups if p == path for name in group}
+        assert named == set(target_rules.linear_modules(base.model, path)), path
+    return groups

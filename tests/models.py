@@ -1,0 +1,138 @@
+"""Small random bases and examples for tests; the classes are the real ones."""
+
+import numpy as np
+import torch
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+from higgs_tune.config import TrialConfig
+from higgs_tune.data.conversation import AudioPart, Conversation, TextPart, Turn
+from higgs_tune.data.tokens import Encoded, Vocabulary, encode_conversation
+from higgs_tune.model.load import Base
+
+NUM_CODEBOOKS, NUM_CODES = 4, 30
+LETTERS = "abcdefghijklmnopqrstuvwxyz ."
+_CONTROL = (
+    "begin_of_text", "start_header", "end_header", "end_of_turn", "audio_bos", "audio_eos", "audio",
+    "audio_delay",
+)  # fmt: skip
+
+
+def vocabulary() -> Vocabulary:
+    """Control tokens 1-8, roles and the newline, then one id a letter."""
+    ids = {name: 1 + n for n, name in enumerate(_CONTROL)}
+    words = {"system": 9, "user": 10, "assistant": 11, "\n\n": 12}
+
+    def encode_text(text: str) -> list[int]:
+        return [words[text]] if text in words else [13 + LETTERS.index(c) for c in text]
+
+    return Vocabulary(
+        **ids,
+        stream_bos=NUM_CODES,
+        stream_eos=NUM_CODES + 1,
+        num_codebooks=NUM_CODEBOOKS,
+        encode_text=encode_text,
+    )
+
+
+def tiny_base(seed: int = 0, num_layers: int = 2, dtype: torch.dtype = torch.float32) -> Base:
+    """A random two-layer Higgs Audio V2 with grouped-query attention and its text head."""
+    voc = vocabulary()
+    torch.manual_seed(seed)
+    config = HiggsAudioV2Config(
+        vocab_size=13 + len(LETTERS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_codebooks=NUM_CODEBOOKS,
+        codebook_size=NUM_CODES + 2,
+        audio_stream_bos_id=NUM_CODES,
+        audio_stream_eos_id=NUM_CODES + 1,
+        audio_token_id=voc.audio,
+        audio_bos_token_id=voc.audio_bos,
+        audio_delay_token_id=voc.audio_delay,
+        pad_token_id=0,
+        bos_token_id=voc.begin_of_text,
+        eos_token_id=voc.end_of_turn,
+        initializer_range=0.1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True).to(dtype)
+    with torch.no_grad():  # gains of 1 would hide a swapped norm
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.requires_grad_(False).eval()
+    return Base(model, tokenizer=None, vocabulary=voc, source="tiny")  # type: ignore[arg-type]
+
+
+def random_codes(rng: np.random.Generator, num_frames: int) -> np.ndarray:
+    """(T, C) codes."""
+    return rng.integers(0, NUM_CODES, (num_frames, NUM_CODEBOOKS)).astype(np.uint16)
+
+
+def random_text(rng: np.random.Generator, length: int) -> str:
+    """Letters that the tiny vocabulary knows."""
+    return "".join(rng.choice(list(LETTERS[:26]), length))
+
+
+def conversation(task: str, seed: int, num_frames: int = 7, num_letters: int = 6) -> Conversation:
+    """A random example of a task."""
+    rng = np.random.default_rng(seed)
+    text = TextPart(random_text(rng, num_letters))
+    audio = AudioPart(random_codes(rng, num_frames))
+    if task == "transcribe":
+        turns = (Turn("user", (audio,)), Turn("assistant", (text,), target=True))
+    elif task == "speak":
+        turns = (Turn("user", (text,)), Turn("assistant", (audio,), target=True))
+    else:
+        reference = Turn("user", (TextPart(random_text(rng, 4)),))
+        spoken = Turn("assistant", (AudioPart(random_codes(rng, 5)),))
+        turns = (reference, spoken, Turn("user", (text,)), Turn("assistant", (audio,), target=True))
+    return Conversation(f"{task}-{seed}-{num_frames}-{num_letters}", task, turns)  # type: ignore[arg-type]
+
+
+def example(task: str, seed: int, num_frames: int = 7, num_letters: int = 6) -> Encoded:
+    """A random tokenised example of a task."""
+    return encode_conversation(conversation(task, seed, num_frames, num_letters), vocabulary())
+
+
+def trial(**changes) -> TrialConfig:
+    """A small trial's settings."""
+    defaults = dict(
+        rank=4,
+        alpha=8.0,
+        targets=("attention", "text_mlp", "audio_mlp"),
+        learning_rate=1e-2,
+        num_steps=20,
+        report_every_steps=5,
+        batch_clips=3,
+    )
+    return TrialConfig(**(defaults | changes))
+
+
+def stock_inputs(examples: list[Encoded]) -> dict[str, torch.Tensor]:
+    """The same examples as arguments of the stock forward, right-padded, labels unshifted."""
+    longest = max(e.num_rows for e in examples)
+    most_audio = max(1, *(len(e.codes_AC) for e in examples))
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    audio = torch.zeros(len(examples), most_audio, NUM_CODEBOOKS, dtype=torch.long)
+    audio_labels = torch.full_like(audio, -100)
+    audio_mask = torch.zeros(len(examples), most_audio, dtype=torch.bool)
+    for n, e in enumerate(examples):
+        ids[n, : e.num_rows] = torch.from_numpy(e.ids_L)
+        labels[n, 1 : e.num_rows] = torch.from_numpy(e.text_labels_L[:-1])
+        count = len(e.codes_AC)
+        audio[n, :count] = torch.from_numpy(e.codes_AC)
+        audio_labels[n, 1:count] = torch.from_numpy(e.audio_labels_AC[:-1])
+        audio_mask[n, :count] = True
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "audio_input_ids": audio,
+        "audio_labels": audio_labels,
+        "audio_input_ids_mask": audio_mask,
+    }
