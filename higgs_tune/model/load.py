@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    HiggsAudioV2ForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
 
 from higgs_tune.config import BaseSettings
 from higgs_tune.data.tokens import Vocabulary

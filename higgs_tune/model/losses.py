@@ -42,7 +42,10 @@ def codebook_nll_sum(logits_KMCV: Tensor, labels_KMC: Tensor) -> Tensor:
     Source: HiggsAudioV2ForConditionalGeneration.forward, transformers 5.23.
     """
     nll = F.cross_entropy(
-        logits_KMCV.flatten(0, 2).float(), labels_KMC.flatten(), ignore_index=IGNORE, reduction="none"
+        logits_KMCV.flatten(0, 2).float(),
+        labels_KMC.flatten(),
+        ignore_index=IGNORE,
+        reduction="none",
     )
     return nll.unflatten(0, labels_KMC.shape).sum(1)
 

@@ -31,7 +31,11 @@ class _Rearrange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, rows_ND: Tensor, to: Tensor, back: Tensor, real: Tensor
+        ctx: torch.autograd.function.FunctionCtx,
+        rows_ND: Tensor,
+        to: Tensor,
+        back: Tensor,
+        real: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(back, real)
         return rows_ND.index_select(0, to)
@@ -139,15 +143,22 @@ def _cross_weight(name: str, cross: CrossIndex, weights: PackWeights) -> Tensor:
 
 
 def _audio_self(
-    prefix: str, h_JAD: Tensor, x_JAD: Tensor, cross: CrossIndex, weights: PackWeights, rope: _Rope,
-    head_dim: int, eps: float,
+    prefix: str,
+    h_JAD: Tensor,
+    x_JAD: Tensor,
+    cross: CrossIndex,
+    weights: PackWeights,
+    rope: _Rope,
+    head_dim: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Audio rows read earlier audio rows; returns the new residual and what attention reads."""
     name = f"{prefix}.audio_attn"
     from_slot, back = cross.audio_from_slot_SA, cross.audio_slot_from_seq_JA
     q, k, v = (
-        torch.bmm(x_JAD, _cross_weight(f"{name}.{p}_proj.weight", cross, weights).transpose(1, 2))
-        .flatten(0, 1)[from_slot]
+        torch.bmm(
+            x_JAD, _cross_weight(f"{name}.{p}_proj.weight", cross, weights).transpose(1, 2)
+        ).flatten(0, 1)[from_slot]
         for p in "qkv"
     )
     position = rope.at(cross.audio_position_SA)
@@ -159,8 +170,14 @@ def _audio_self(
 
 
 def _text_to_audio(
-    prefix: str, h_JTD: Tensor, x_JTD: Tensor, x_JAD: Tensor, cross: CrossIndex, weights: PackWeights,
-    rope: _Rope, head_dim: int,
+    prefix: str,
+    h_JTD: Tensor,
+    x_JTD: Tensor,
+    x_JAD: Tensor,
+    cross: CrossIndex,
+    weights: PackWeights,
+    rope: _Rope,
+    head_dim: int,
 ) -> Tensor:
     """Text rows read earlier audio rows; returns the new residual."""
     name = f"{prefix}.text_audio_attn"
@@ -212,7 +229,9 @@ def packed_nll(
             )
         x_KND = torch.cat([x_text, x_audio], dim=1)
         q, k, v = adapted_linear(x_KND, groups["attention"][0], weights)
-        qkv = layout.sequences(torch.cat([q, k, v], dim=2)).split([t.shape[2] for t in (q, k, v)], dim=2)
+        qkv = layout.sequences(torch.cat([q, k, v], dim=2)).split(
+            [t.shape[2] for t in (q, k, v)], dim=2
+        )
         attended = _attend(*qkv, config.head_dim, rope.whole(), is_causal=True)
         attended = layout.slots(attended, batch.slot_from_seq_KN.shape)
         if index == num_layers - 1:  # nothing reads the other rows any more
@@ -253,8 +272,15 @@ def packed_nll(
 
 
 def _cross_attention(
-    index: int, layer: nn.Module, h_KND: Tensor, x_text: Tensor, x_audio: Tensor,
-    cross: Mapping[str, CrossIndex], weights: PackWeights, rope: _Rope, head_dim: int,
+    index: int,
+    layer: nn.Module,
+    h_KND: Tensor,
+    x_text: Tensor,
+    x_audio: Tensor,
+    cross: Mapping[str, CrossIndex],
+    weights: PackWeights,
+    rope: _Rope,
+    head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the new modules of the adapters that have some; the others' rows pass unchanged."""
     prefix, num_text = f"model.layers.{index}", x_text.shape[1]
@@ -263,7 +289,13 @@ def _cross_attention(
         rows = where.adapters_J
         if mode == "audio_self":
             h, x = _audio_self(
-                prefix, h_audio[rows], x_audio[rows], where, weights, rope, head_dim,
+                prefix,
+                h_audio[rows],
+                x_audio[rows],
+                where,
+                weights,
+                rope,
+                head_dim,
                 layer.audio_input_layernorm.variance_epsilon,
             )
             h_audio, x_audio = h_audio.index_copy(0, rows, h), x_audio.index_copy(0, rows, x)

@@ -9,6 +9,7 @@ stay so. What an adapter does not target is zero for the same reason.
 Shape letters: K slots (or adapters of a batch), P columns, N rows, D inputs, O outputs, r padded rank.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Group = tuple[str, ...]  # names of linear modules that read the same input
+# Views of a bank are strided by design; autograd adds into them in place all the same.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+
 _ALIGN = 8  # columns; keeps bf16 views on 16-byte borders
 
 
@@ -42,7 +45,8 @@ def group_entries(group: Mapping[str, nn.Linear], path: str, rank: int) -> list[
     first = next(iter(group.values()))
     entries = [Entry(f"{'+'.join(group)}.A", (rank * len(group), first.in_features), path, "lora")]
     return entries + [
-        Entry(f"{name}.B", (linear.out_features, rank), path, "lora") for name, linear in group.items()
+        Entry(f"{name}.B", (linear.out_features, rank), path, "lora")
+        for name, linear in group.items()
     ]
 
 
@@ -55,7 +59,9 @@ class AdapterBank:
         self.entries: dict[str, Entry] = {}
         offset = 0
         for entry in entries:
-            self.entries[entry.name] = Entry(entry.name, entry.shape, entry.path, entry.kind, offset)
+            self.entries[entry.name] = Entry(
+                entry.name, entry.shape, entry.path, entry.kind, offset
+            )
             offset += -(-entry.numel // _ALIGN) * _ALIGN
         shape = (num_slots, offset)
         self.num_slots = num_slots
@@ -64,7 +70,9 @@ class AdapterBank:
         self.exp_avg_sq_KP = torch.zeros(shape, device=device)
         # compute and gradient are in the base's dtype; in fp32 compute is the master itself
         self.compute_KP = (
-            self.master_KP if dtype == torch.float32 else torch.zeros(shape, dtype=dtype, device=device)
+            self.master_KP
+            if dtype == torch.float32
+            else torch.zeros(shape, dtype=dtype, device=device)
         )
         self.grad_KP = torch.zeros(shape, dtype=dtype, device=device)
         self.leaves: dict[str, Tensor] = {}
@@ -93,7 +101,13 @@ class AdapterBank:
 
     def clear_slot(self, slot: int) -> None:
         """Zero everything a slot holds."""
-        buffers = (self.master_KP, self.exp_avg_KP, self.exp_avg_sq_KP, self.compute_KP, self.grad_KP)
+        buffers = (
+            self.master_KP,
+            self.exp_avg_KP,
+            self.exp_avg_sq_KP,
+            self.compute_KP,
+            self.grad_KP,
+        )
         for buffer in buffers:
             buffer[slot].zero_()
 

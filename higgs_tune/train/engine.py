@@ -6,7 +6,7 @@ alone; neighbours may join, leave or diverge. Shape letters: K slots or adapters
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,7 +61,6 @@ class Resident:
     config: TrialConfig
     account: dict[str, Any]
     step: int = 0
-    text_sum: Tensor | None = field(default=None, repr=False)
 
 
 class Engine:
@@ -249,9 +248,7 @@ class Engine:
             else:
                 linears = target_rules.linear_modules(self.base.model, path)
                 names = set(linears)
-                total = sum(
-                    target_rules.lora_parameters(m, config.rank) for m in linears.values()
-                )
+                total = sum(target_rules.lora_parameters(m, config.rank) for m in linears.values())
             matches[path] = target_rules.Match(len(names), total, tuple(sorted(names)))
         return target_rules.account(matches)
 

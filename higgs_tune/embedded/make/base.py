@@ -1,0 +1,141 @@
+"""Pretrain the embedded base: a small Higgs Audio V2 that knows text and audio, but not the targets.
+
+    python -m higgs_tune.embedded.make.base --data DIR --out higgs_tune/embedded/base --steps 3000
+
+The corpus (made by `embedded.make.speech`) holds other voices and other languages than the targets, so
+what comes out has the mission's symptom: it transcribes what it was taught and fails on Arabic.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+from higgs_tune.config import TaskMix
+from higgs_tune.data.collate import collate, count_targets
+from higgs_tune.data.conversation import Conversation
+from higgs_tune.data.dataset import Dataset, TrainOrder, validation_sets
+from higgs_tune.data.tokens import Encoded, Vocabulary, encode_conversation
+from higgs_tune.model.load import CONTROL_TOKENS, vocabulary_of
+from higgs_tune.model.packed_forward import packed_nll
+from higgs_tune.train.optim import learning_rate_factor
+
+NUM_CODES, NUM_CODEBOOKS = 256, 8
+
+
+def new_model(tokenizer) -> HiggsAudioV2ForConditionalGeneration:
+    """Five million random parameters in four layers."""
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in CONTROL_TOKENS.items()}
+    config = HiggsAudioV2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_codebooks=NUM_CODEBOOKS,
+        codebook_size=NUM_CODES + 2,
+        audio_stream_bos_id=NUM_CODES,
+        audio_stream_eos_id=NUM_CODES + 1,
+        audio_token_id=ids["audio"],
+        audio_bos_token_id=ids["audio_bos"],
+        audio_delay_token_id=ids["audio_delay"],
+        bos_token_id=ids["begin_of_text"],
+        eos_token_id=ids["end_of_turn"],
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    return HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+
+
+def means(
+    model: HiggsAudioV2ForConditionalGeneration, examples: list[Encoded]
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Nats per text token and per code (NaN without targets), and the loss that both add up to."""
+    text_sum_K, audio_sum_KC = packed_nll(model, collate({0: examples}), None)
+    counts = count_targets(examples, NUM_CODEBOOKS)
+    text = text_sum_K[0] / max(1, counts.text)
+    audio = (audio_sum_KC[0] / torch.from_numpy(counts.audio_C).clamp(min=1)).mean()
+    return text, audio, counts.text
+
+
+def validate(
+    model: HiggsAudioV2ForConditionalGeneration, dataset: Dataset, vocabulary: Vocabulary
+) -> dict[str, float]:
+    """Text nll with the right audio and with another clip's, and audio nll, on held-out clips."""
+    sets = validation_sets(dataset, 64)
+
+    def encode(conversations: tuple[Conversation, ...]) -> list[Encoded]:
+        return [encode_conversation(c, vocabulary) for c in conversations]
+
+    with torch.no_grad():
+        right = float(means(model, encode(sets.transcribe))[0])
+        swapped = float(means(model, encode(sets.transcribe_swapped))[0])
+        audio = float(means(model, encode(sets.speak))[1])
+    return {"text_nll": right, "audio_gain": swapped - right, "audio_nll_per_code": audio}
+
+
+def main() -> None:
+    """Pretrain and save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="pretraining dataset folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder that holds the tokenizer")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--check", nargs="*", default=["embedded:arabic"], help="target datasets")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(args.out)
+    model = new_model(tokenizer).train()
+    vocabulary = vocabulary_of(tokenizer, model.config)
+    dataset = Dataset.open(args.data)
+    targets = {name: Dataset.open(name) for name in args.check}
+    order = TrainOrder(
+        dataset, TaskMix(transcribe=1.5, speak=1.0), args.clips, seed=0, max_frames=150
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    cache: dict[str, Encoded] = {}
+    started = time.monotonic()
+    for step in range(args.steps):
+        examples = []
+        for conversation in order.batch(step):
+            if conversation.key not in cache:
+                cache[conversation.key] = encode_conversation(conversation, vocabulary)
+            examples.append(cache[conversation.key])
+        text, audio, _ = means(model, examples)
+        optimizer.zero_grad()
+        (text + audio).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = args.rate * learning_rate_factor(step, args.steps, 0.05, 0.02)
+        optimizer.step()
+        if step % 100 == 0 or step == args.steps - 1:
+            figures = {"pretraining": validate(model, dataset, vocabulary)} | {
+                name: validate(model, target, vocabulary) for name, target in targets.items()
+            }
+            shown = {k: {n: round(v, 3) for n, v in f.items()} for k, f in figures.items()}
+            print(
+                json.dumps({"step": step, "s": round(time.monotonic() - started), **shown}),
+                flush=True,
+            )
+            if step and step % 500 == 0:
+                save(model, args.out)
+    save(model, args.out)
+
+
+def save(model: HiggsAudioV2ForConditionalGeneration, out: Path) -> None:
+    """Write the native format; bfloat16 halves the size and is rounded once."""
+    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    model.save_pretrained(out, state_dict=state)
+    (out / "higgs_tune.json").write_text(json.dumps({"use_text_head": True}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Adapters on disk: PEFT's format for everyone, plus what our own training needs to go on.
+
+`adapter_config.json` and `adapter_model.safetensors` load with plain PEFT onto the stock model. New
+cross-attention modules are in there whole; `higgs_tune.json` says so, and loading them onto a base
+without them is refused here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import HiggsAudioV2ForConditionalGeneration
+
+from higgs_tune.config import TrialConfig, validate
+from higgs_tune.errors import ModelError
+from higgs_tune.model.audio_attention import MODULE_NAMES, with_cross_attention
+from higgs_tune.model.targets import lora_regex
+from higgs_tune.train.engine import AdapterState
+
+_PREFIX = "base_model.model."
+_MARK, _TRAINING = "higgs_tune.json", "training_state.safetensors"
+
+
+def lora_config(config: TrialConfig, base_source: str) -> LoraConfig:
+    """The `peft.LoraConfig` of a trial; no task_type, which would inject `labels=`."""
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides, so a float is right
+        lora_dropout=0.0,
+        target_modules=lora_regex(config.targets),
+        modules_to_save=list(MODULE_NAMES[config.cross_attention]) or None,
+        base_model_name_or_path=base_source,
+    )
+
+
+def save_adapter(
+    directory: Path, state: AdapterState, config: TrialConfig, base_source: str
+) -> None:
+    """Write the adapter and its training state into an existing, empty folder."""
+    lora_config(config, base_source).save_pretrained(str(directory))
+    weights = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in state.weights.items()}
+    save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    mark = {"cross_attention": config.cross_attention, "trial": config.model_dump(mode="json")}
+    (directory / _MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+    moments = {f"exp_avg.{name}": tensor.contiguous() for name, tensor in state.exp_avg.items()}
+    moments |= {
+        f"exp_avg_sq.{name}": tensor.contiguous() for name, tensor in state.exp_avg_sq.items()
+    }
+    save_file(moments, directory / _TRAINING, metadata={"step": str(state.step)})
+
+
+def load_state(directory: Path) -> AdapterState:
+    """Read back what `save_adapter` wrote.
+
+    Raises:
+        ModelError: a file is missing or damaged.
+    """
+    try:
+        weights = load_file(directory / "adapter_model.safetensors")
+        with safe_open(directory / _TRAINING, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own types, OSError and KeyError
+        raise ModelError(
+            f"{directory}: not a readable adapter with its training state: {error}"
+        ) from error
+
+    def part(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    return AdapterState(
+        step, part(_PREFIX, weights), part("exp_avg.", moments), part("exp_avg_sq.", moments)
+    )
+
+
+def read_trial(directory: Path) -> TrialConfig:
+    """The settings an adapter was trained with.
+
+    Raises:
+        ModelError: the folder is not an adapter of ours.
+    """
+    try:
+        mark = json.loads((directory / _MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{directory}: no readable {_MARK}, so not an adapter of higgs-tune: {error}"
+        ) from None
+    return validate(TrialConfig, mark["trial"], str(directory / _MARK))
+
+
+def load_adapter(base: HiggsAudioV2ForConditionalGeneration, directory: Path) -> PeftModel:
+    """Put a saved adapter onto a stock base with PEFT, its new modules included.
+
+    Raises:
+        ModelError: not an adapter of ours, or the base's shapes differ.
+    """
+    trial = read_trial(directory)
+    model = with_cross_attention(base, trial.cross_attention, trial.seed)
+    return attach_adapter(model, directory)
+
+
+def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path) -> PeftModel:
+    """Load an adapter onto a model that already has the modules it needs.
+
+    Raises:
+        ModelError: the model lacks the adapter's cross-attention modules, or shapes differ.
+    """
+    mode = read_trial(directory).cross_attention
+    found = getattr(model.config, "cross_attention", "off")
+    if mode != found:
+        raise ModelError(
+            f"{directory}: the adapter was trained with cross_attention {mode}, the base has {found}. "
+            "Its modules would be left out silently; load it with higgs_tune.load_adapter."
+        )
+    try:
+        return PeftModel.from_pretrained(model, str(directory)).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{directory}: does not fit this base: {error}") from error

@@ -1,0 +1,308 @@
+"""Train a pack: data in, one interval at a time, validated metrics out.
+
+This is the only training loop. A sweep's worker drives it with many residents, `higgs-tune train` with
+one. Shape letters: K adapters, C codebooks.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from higgs_tune import metrics
+from higgs_tune.config import BaseSettings, DataSettings, SweepConfig, TrialConfig
+from higgs_tune.data.collate import (
+    PackBatch,
+    TargetCounts,
+    collate,
+    count_targets,
+    split_micro_batches,
+)
+from higgs_tune.data.conversation import Conversation
+from higgs_tune.data.dataset import Dataset, TrainOrder, ValidationSets, validation_sets
+from higgs_tune.data.tokens import Encoded, encode_conversation
+from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.model.load import Base, load_base
+from higgs_tune.train.checkpoint import load_state, save_adapter
+from higgs_tune.train.engine import Engine, PackLimits, Resident
+from higgs_tune.train.imbalance import preflight
+
+_CACHED_EXAMPLES = 100_000  # tokenised examples kept; a few KiB each
+_EVAL_TOKENS = 4096  # rows of one adapter in one evaluation forward
+
+
+@dataclass
+class _Run:
+    """What the loop knows of a resident beyond the engine."""
+
+    resident: Resident
+    order: TrainOrder
+    train_time_s: float = 0.0
+    diverged: str = ""
+    sums: list[tuple[Tensor, Tensor, TargetCounts]] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    num_rows: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.resident.step >= self.resident.config.num_steps
+
+
+class PackLoop:
+    """A base, a dataset and up to `limits.num_slots` trials that train together."""
+
+    def __init__(
+        self, base: Base, dataset: Dataset, data: DataSettings, limits: PackLimits
+    ) -> None:
+        config = base.model.config
+        codec = dataset.info.codec
+        num_codes = min(config.audio_stream_bos_id, config.audio_stream_eos_id)
+        if (codec.num_codebooks, codec.codebook_size) != (config.num_codebooks, num_codes):
+            raise DataError(
+                f"{dataset.directory}: coded with {codec.num_codebooks} codebooks of "
+                f"{codec.codebook_size}, the base {base.source} needs {config.num_codebooks} of "
+                f"{num_codes}. Prepare the data again with the codec of this base."
+            )
+        self.engine = Engine(base, limits)
+        self._base, self._dataset, self._data = base, dataset, data
+        self._encoded: dict[str, Encoded] = {}
+        self._runs: dict[str, _Run] = {}
+        self._eval_batches: dict[Any, list[tuple[str, PackBatch]]] = {}
+        self._validation: ValidationSets = validation_sets(
+            dataset, data.num_val_clips, **self._length_limits()
+        )
+        probes = [*self._validation.transcribe[:2], *self._validation.speak[:2]]
+        self.preflight = preflight(
+            self._single_nll, [self._encode(c) for c in probes], config.codebook_size
+        )
+        self.base_metrics: dict[str, float] = self._validate(None)[0]
+
+    @classmethod
+    def load(cls, base: BaseSettings, data: DataSettings, limits: PackLimits) -> "PackLoop":
+        """Load base and dataset by their settings.
+
+        Raises:
+            ConfigError, DataError, ModelError, LeakError: see `load_base`, `Dataset.open`, `preflight`.
+        """
+        return cls(load_base(base), Dataset.open(data.path), data, limits)
+
+    @classmethod
+    def for_sweep(cls, config: SweepConfig, *, num_slots: int, device: str) -> "PackLoop":
+        """A loop whose slots can hold every trial of a sweep, the two baselines included."""
+        names = {*config.space.target_set, config.baseline.target_set}
+        paths = {path for name in names for path in config.target_sets[name]}
+        limits = PackLimits(
+            num_slots=num_slots,
+            max_rank=max(*config.space.rank, config.baseline.rank),
+            paths=frozenset(paths | {"audio_attention"}),
+            modes=frozenset({*config.space.cross_attention, "off", "audio_self"}),
+        )
+        base = config.base.model_copy(update={"device": device})
+        return cls.load(base, config.data, limits)
+
+    def join(
+        self, trial_id: str, config: TrialConfig, state_dir: Path | None = None
+    ) -> dict[str, Any]:
+        """Add a trial, fresh or from a folder that `save` wrote.
+
+        Returns:
+            Its account: trainable "parameters", "modules" per target path, and the "step" it starts at.
+        """
+        order = TrainOrder(
+            self._dataset,
+            self._data.tasks,
+            config.batch_clips,
+            config.seed,
+            **self._length_limits(),
+        )
+        resident = self.engine.add(trial_id, config, load_state(state_dir) if state_dir else None)
+        self._runs[trial_id] = _Run(resident, order)
+        return resident.account | {"step": resident.step, "num_skipped": order.num_skipped}
+
+    def leave(self, trial_id: str) -> None:
+        """Free the trial's slot."""
+        self.engine.remove(trial_id)
+        del self._runs[trial_id]
+
+    def save(self, trial_id: str, directory: Path) -> None:
+        """Write the trial's adapter in PEFT's format and its training state into an empty folder."""
+        run = self._runs[trial_id]
+        state = self.engine.state(trial_id)
+        save_adapter(directory, state, run.resident.config, self._base.source)
+
+    def advance(self) -> dict[str, dict[str, Any]]:
+        """Train every unfinished resident for its next interval, then validate it.
+
+        Returns:
+            Trial id → metrics, with "status" running, completed or diverged, and a "reason".
+        """
+        pending = {trial_id: run for trial_id, run in self._runs.items() if not run.done}
+        started = time.monotonic()
+        for offset in range(
+            max((r.resident.config.report_every_steps for r in pending.values()), default=0)
+        ):
+            active = {
+                trial_id: run
+                for trial_id, run in pending.items()
+                if not run.done and offset < run.resident.config.report_every_steps
+            }
+            if not active:
+                break
+            self._train_step(active)
+        healthy = self.engine.alive_K.tolist()  # waits for the device
+        train_time_s = time.monotonic() - started
+        results: dict[str, dict[str, Any]] = {}
+        alive = [t for t, run in pending.items() if healthy[run.resident.slot]]
+        validated = dict(zip(alive, self._validate(alive), strict=True)) if alive else {}
+        for trial_id, run in pending.items():
+            run.train_time_s += train_time_s
+            result = self._train_metrics(run, train_time_s) | validated.get(trial_id, {})
+            bad = [n for n, v in result.items() if n.startswith("val/") and not math.isfinite(v)]
+            if not healthy[run.resident.slot]:
+                result |= {"status": "diverged", "reason": "a gradient was not finite"}
+            elif bad:
+                result |= {"status": "diverged", "reason": f"{bad[0]} is not finite"}
+            else:
+                result |= {"status": "completed" if run.done else "running", "reason": ""}
+            results[trial_id] = result
+        return results
+
+    def _train_step(self, active: dict[str, _Run]) -> None:
+        """One optimizer step of each active trial, over as many micro-batches as the longest needs."""
+        micro: dict[int, list[list[Encoded]]] = {}
+        counts: dict[int, TargetCounts] = {}
+        by_slot = {run.resident.slot: run for run in active.values()}
+        for slot, run in by_slot.items():
+            config = run.resident.config
+            examples = [self._encode(c) for c in run.order.batch(run.resident.step)]
+            counts[slot] = count_targets(examples, self.engine.num_codebooks)
+            micro[slot] = split_micro_batches(examples, config.token_budget)
+            run.num_rows += sum(e.num_rows for e in examples)
+        sums: dict[int, list[tuple[Tensor, Tensor]]] = {slot: [] for slot in by_slot}
+        modes = self.engine.modes()
+        for index in range(max(len(batches) for batches in micro.values())):
+            part = {slot: batches[index] for slot, batches in micro.items() if index < len(batches)}
+            batch = collate(part, modes).to(self.engine.device)
+            text_K, audio_KC = self.engine.forward_backward(batch, counts)
+            for k, slot in enumerate(batch.slots):
+                sums[slot].append((text_K[k], audio_KC[k]))
+        norm_K = self.engine.optim_step(list(active))
+        for slot, run in by_slot.items():
+            text = torch.stack([t for t, _ in sums[slot]]).sum()
+            audio_C = torch.stack([a for _, a in sums[slot]]).sum(0)
+            run.sums.append((text, audio_C, counts[slot]))
+            run.norms.append(norm_K[slot])
+
+    def _train_metrics(self, run: _Run, interval_s: float) -> dict[str, Any]:
+        """The interval's means over its targets; NaN where it had none of a modality."""
+        text_count = sum(count.text for _, _, count in run.sums)
+        text_sum = float(torch.stack([text for text, _, _ in run.sums]).sum())
+        audio_C = torch.stack([audio for _, audio, _ in run.sums]).sum(0).cpu()
+        count_C = torch.from_numpy(sum(count.audio_C for _, _, count in run.sums))
+        result = {
+            metrics.STEP: run.resident.step,
+            metrics.TRAIN_TEXT_NLL: text_sum / text_count if text_count else math.nan,
+            metrics.TRAIN_AUDIO_NLL: float((audio_C / count_C).mean())
+            if count_C.all()
+            else math.nan,
+            metrics.GRAD_NORM: float(torch.stack(run.norms).median()),
+            metrics.TOKENS_PER_S: run.num_rows / interval_s,
+            metrics.TRAIN_TIME_S: run.train_time_s,
+        }
+        run.sums, run.norms, run.num_rows = [], [], 0
+        return result
+
+    def _validate(self, trial_ids: Sequence[str] | None) -> list[dict[str, float]]:
+        """Validation metrics of each of these trials, or of the bare base (one item) for None."""
+        num = 1 if trial_ids is None else len(trial_ids)
+        totals: dict[str, Tensor] = {}
+        slots = (0,) if trial_ids is None else tuple(self._runs[t].resident.slot for t in trial_ids)
+        for name, batch in self._validation_batches(slots, bare=trial_ids is None):
+            text_K, audio_KC = self.engine.evaluate(batch, bare=trial_ids is None)
+            total = torch.cat([text_K[:, None], audio_KC], dim=1)
+            totals[name] = totals[name] + total if name in totals else total
+        counts = {
+            name: count_targets([self._encode(c) for c in conversations], self.engine.num_codebooks)
+            for name, conversations in self._named_validation()
+        }
+        order = sorted(slots)  # batches are adapter-major by slot
+        values = {name: total.cpu().tolist() for name, total in totals.items()}
+        results = []
+        for k in (order.index(slot) for slot in slots[:num]):
+            right = values["transcribe"][k][0] / counts["transcribe"].text
+            swapped = values["swapped"][k][0] / counts["swapped"].text
+            codebooks = [
+                total / int(count)
+                for total, count in zip(
+                    values["speak"][k][1:], counts["speak"].audio_C, strict=True
+                )
+            ]
+            results.append(
+                {
+                    metrics.VAL_TEXT_NLL: right,
+                    metrics.VAL_TEXT_NLL_SWAPPED: swapped,
+                    metrics.VAL_AUDIO_GAIN: swapped - right,
+                    metrics.VAL_AUDIO_NLL: sum(codebooks) / len(codebooks),
+                    **{metrics.val_codebook_nll(c): nll for c, nll in enumerate(codebooks)},
+                }
+            )
+        return results
+
+    def _named_validation(self) -> Iterator[tuple[str, tuple[Conversation, ...]]]:
+        yield "transcribe", self._validation.transcribe
+        yield "swapped", self._validation.transcribe_swapped
+        yield "speak", self._validation.speak
+
+    def _validation_batches(
+        self, slots: tuple[int, ...], *, bare: bool
+    ) -> list[tuple[str, PackBatch]]:
+        """The validation set once for each slot, laid out once per combination of residents."""
+        modes = {} if bare else self.engine.modes()
+        key = (bare, tuple(sorted((slot, modes.get(slot, "off")) for slot in slots)))
+        if key not in self._eval_batches:
+            if len(self._eval_batches) > 8:
+                self._eval_batches.clear()
+            batches = []
+            for name, conversations in self._named_validation():
+                examples = sorted(
+                    (self._encode(c) for c in conversations), key=lambda e: (e.num_rows, e.key)
+                )
+                for part in split_micro_batches(examples, _EVAL_TOKENS):
+                    batch = collate(dict.fromkeys(slots, part), modes if not bare else None)
+                    batches.append((name, batch.to(self.engine.device)))
+            self._eval_batches[key] = batches
+        return self._eval_batches[key]
+
+    def _single_nll(self, example: Encoded) -> tuple[float, float]:
+        batch = collate({0: [example]}).to(self.engine.device)
+        text_K, audio_KC = self.engine.evaluate(batch, bare=True)
+        return float(text_K[0]), float(audio_KC[0].sum())
+
+    def _encode(self, conversation: Conversation) -> Encoded:
+        """Tokenise once per row and task."""
+        encoded = self._encoded.get(conversation.key)
+        if encoded is None:
+            if len(self._encoded) >= _CACHED_EXAMPLES:
+                self._encoded.clear()
+            encoded = encode_conversation(conversation, self._base.vocabulary)
+            longest = self._base.model.config.max_position_embeddings
+            if encoded.num_rows > longest:
+                raise ConfigError(
+                    f"{conversation.key}: {encoded.num_rows} rows, the base can hold {longest}. "
+                    "Lower data.max_frames or data.max_text_tokens."
+                )
+            self._encoded[conversation.key] = encoded
+        return encoded
+
+    def _length_limits(self) -> dict[str, Any]:
+        vocabulary = self._base.vocabulary
+        return {
+            "max_frames": self._data.max_frames,
+            "max_text": self._data.max_text_tokens,
+            "text_length": lambda text: len(vocabulary.encode_text(text)),
+        }

@@ -1,0 +1,101 @@
+"""A saved adapter loads with plain PEFT, and refuses a base that lacks its modules."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+
+from higgs_tune.config import ALL_LINEAR
+from higgs_tune.data.collate import collate
+from higgs_tune.errors import ModelError
+from higgs_tune.train.checkpoint import attach_adapter, load_adapter, load_state, save_adapter
+from higgs_tune.train.engine import Engine, PackLimits
+from tests.models import example, stock_inputs, tiny_base, trial
+
+EXAMPLES = [example("transcribe", 1, 9, 5), example("speak", 2, 6, 11), example("clone", 3, 4, 3)]
+TARGETS = (*ALL_LINEAR, "text_head", "audio_head")
+
+
+def trained(tmp_path, **changes):
+    """An engine whose adapter has random factors, saved to disk."""
+    config = trial(**({"targets": TARGETS, "rank": 3} | changes))
+    wider = trial(targets=TARGETS, rank=8)
+    engine = Engine(tiny_base(), PackLimits.of([config, wider], num_slots=2))
+    engine.add("wider", wider)
+    engine.add("a", config)
+    generator = torch.Generator().manual_seed(0)
+    for view in engine._views(engine.bank.master_KP, engine.residents["a"]).values():
+        view.copy_(0.1 * torch.randn(view.shape, generator=generator))
+    save_adapter(tmp_path, engine.state("a"), config, "tiny")
+    return engine
+
+
+def our_sums(engine):
+    text_K, audio_KC = engine.evaluate(collate({1: EXAMPLES}, engine.modes()))
+    return float(text_K[0]), float(audio_KC[0].sum())
+
+
+def sums_of(model):
+    """The same sums from a whole model's logits and loss rows."""
+    inputs = stock_inputs(EXAMPLES)
+    labels, audio_labels = inputs.pop("labels"), inputs.pop("audio_labels")
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    hidden = inner.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    text = torch.nn.functional.cross_entropy(
+        inner.text_lm_head(hidden).flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    rows = inner.model.get_placeholder_mask(inputs["input_ids"], None, None)
+    spread = torch.full((*labels.shape, 4), -100)
+    spread[rows] = audio_labels[inputs["audio_input_ids_mask"]]
+    audio = torch.nn.functional.cross_entropy(
+        inner.audio_lm_head(hidden).unflatten(-1, (4, -1)).flatten(0, 2),
+        spread[:, 1:].flatten(),
+        reduction="sum",
+    )
+    return float(text), float(audio)
+
+
+def test_plain_peft_on_the_stock_model_gives_the_packs_losses(tmp_path):
+    engine = trained(tmp_path)
+    model = PeftModel.from_pretrained(copy.deepcopy(engine.base.model), str(tmp_path)).eval()
+    assert sums_of(model) == pytest.approx(our_sums(engine), rel=1e-5)
+    assert sums_of(engine.base.model) != pytest.approx(our_sums(engine), rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["audio_self", "text_to_audio"])
+def test_new_modules_travel_whole_with_the_adapter(tmp_path, mode):
+    engine = trained(tmp_path, cross_attention=mode, targets=(*ALL_LINEAR, "audio_attention"))
+    model = load_adapter(copy.deepcopy(engine.base.model), tmp_path)
+    assert sums_of(model) == pytest.approx(our_sums(engine), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["audio_self", "text_to_audio"])
+def test_a_base_without_the_new_modules_is_refused(tmp_path, mode):
+    engine = trained(tmp_path, cross_attention=mode, targets=("attention", "audio_attention"))
+    with pytest.raises(ModelError, match=f"cross_attention {mode}, the base has off"):
+        attach_adapter(copy.deepcopy(engine.base.model), tmp_path)
+
+
+def test_state_comes_back_bit_equal(tmp_path):
+    engine = trained(tmp_path)
+    engine.bank.exp_avg_KP.normal_()
+    engine.bank.exp_avg_sq_KP.uniform_()
+    engine.residents["a"].step = 17
+    state = engine.state("a")
+    for file in tmp_path.iterdir():
+        file.unlink()
+    save_adapter(tmp_path, state, engine.residents["a"].config, "tiny")
+    read = load_state(tmp_path)
+    assert read.step == 17
+    for part in ("weights", "exp_avg", "exp_avg_sq"):
+        ours, theirs = getattr(read, part), getattr(state, part)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_damaged_adapter_is_one_clear_error(tmp_path):
+    trained(tmp_path)
+    (tmp_path / "training_state.safetensors").write_bytes(b"broken")
+    with pytest.raises(ModelError, match="not a readable adapter"):
+        load_state(tmp_path)

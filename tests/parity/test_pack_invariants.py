@@ -1,0 +1,196 @@
+"""Packed equals alone, neighbours change nothing, resumed equals uninterrupted."""
+
+import pytest
+import torch
+
+from higgs_tune.config import ALL_LINEAR
+from higgs_tune.data.collate import collate, count_targets, split_micro_batches
+from higgs_tune.train.engine import Engine, PackLimits
+from tests.models import example, tiny_base, trial
+
+TRIALS = {
+    "plain": trial(seed=1),
+    "small": trial(seed=2, rank=2, alpha=32.0, targets=("attention",), learning_rate=3e-2),
+    "heads": trial(
+        seed=3, rank=8, targets=("text_mlp", "text_head", "audio_head"), weight_decay=0.1
+    ),
+    "audio_self": trial(
+        seed=4, cross_attention="audio_self", targets=("audio_mlp", "audio_attention")
+    ),
+    "text_to_audio": trial(
+        seed=5,
+        cross_attention="text_to_audio",
+        targets=(*ALL_LINEAR, "audio_attention"),
+        new_module_lr_factor=0.5,
+        audio_loss_weight=0.3,
+    ),
+}
+LIMITS = PackLimits.of(list(TRIALS.values()), num_slots=len(TRIALS))
+
+
+def examples_of(trial_id, step):
+    """Ragged examples that depend on trial and step; "small" never sees audio targets."""
+    seed = 1000 * list(TRIALS).index(trial_id) + 10 * step
+    tasks = ("transcribe",) * 3 if trial_id == "small" else ("transcribe", "speak", "clone")
+    count = 2 + (seed // 10) % 2
+    return [
+        example(task, seed + n, num_frames=4 + (seed + 3 * n) % 9, num_letters=2 + (seed + n) % 7)
+        for n, task in enumerate(tasks[:count])
+    ]
+
+
+def train(engine, trial_ids, steps, poison=None):
+    """Train residents together; returns losses per trial and step."""
+    losses = {trial_id: [] for trial_id in trial_ids}
+    for step in steps:
+        slots = {engine.residents[t].slot: t for t in trial_ids}
+        examples = {slot: examples_of(t, step) for slot, t in slots.items()}
+        counts = {slot: count_targets(e, 4) for slot, e in examples.items()}
+        batch = collate(examples, engine.modes())
+        text_K, audio_KC = engine.forward_backward(batch, counts)
+        for k, slot in enumerate(batch.slots):
+            losses[slots[slot]].append(torch.cat([text_K[k : k + 1], audio_KC[k]]))
+        if poison == step:
+            engine.bank.grad_KP[engine.residents["small"].slot, 3] = float("nan")
+        engine.optim_step(trial_ids)
+    return {t: torch.stack(values) for t, values in losses.items()}
+
+
+def alone(trial_id, num_steps):
+    engine = Engine(tiny_base(), PackLimits.of([TRIALS[trial_id]], num_slots=1))
+    engine.add(trial_id, TRIALS[trial_id])
+    return engine, train(engine, [trial_id], range(num_steps))[trial_id]
+
+
+def packed(num_steps, **kwargs):
+    engine = Engine(tiny_base(), LIMITS)
+    for trial_id, config in TRIALS.items():
+        engine.add(trial_id, config)
+    return engine, train(engine, list(TRIALS), range(num_steps), **kwargs)
+
+
+@pytest.fixture(scope="module")
+def pack():
+    return packed(10)
+
+
+@pytest.mark.parametrize("trial_id", TRIALS)
+def test_packed_adapters_match_single_runs(pack, trial_id):
+    _, losses = pack
+    _, single = alone(trial_id, 10)
+    # fp32 rounding of differently shaped matmuls, grown by ten Adam steps
+    torch.testing.assert_close(losses[trial_id][0], single[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[trial_id], single, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("trial_id", TRIALS)
+def test_packed_gradients_match_single_runs(trial_id):
+    engine = Engine(tiny_base(), LIMITS)
+    for name, config in TRIALS.items():
+        engine.add(name, config)
+    single = Engine(tiny_base(), PackLimits.of([TRIALS[trial_id]], num_slots=1))
+    single.add(trial_id, TRIALS[trial_id])
+    gradients = []
+    for one, trial_ids in ((engine, list(TRIALS)), (single, [trial_id])):
+        for t in trial_ids:  # B = 0 would hide A's gradient
+            generator = torch.Generator().manual_seed(7)
+            for view in one._views(one.bank.master_KP, one.residents[t]).values():
+                view.copy_(0.1 * torch.randn(view.shape, generator=generator))
+        slots = {one.residents[t].slot: t for t in trial_ids}
+        examples = {slot: examples_of(t, 0) for slot, t in slots.items()}
+        counts = {slot: count_targets(e, 4) for slot, e in examples.items()}
+        one.forward_backward(collate(examples, one.modes()), counts)
+        gradients.append(one._views(one.bank.grad_KP, one.residents[trial_id]))
+    total = torch.cat([g.flatten() for g in gradients[1].values()]).norm()
+    for name, ours in gradients[0].items():
+        error = (ours - gradients[1][name]).norm() / total
+        assert error < 1e-5, (name, float(error))
+
+
+def test_nan_in_one_adapter_leaves_the_others_bit_equal(pack):
+    clean_engine, clean = pack
+    engine, losses = packed(10, poison=4)
+    assert engine.alive_K.tolist() == [t != "small" for t in TRIALS]
+    for trial_id in TRIALS:
+        if trial_id != "small":
+            torch.testing.assert_close(losses[trial_id], clean[trial_id], rtol=0, atol=0)
+            mine, theirs = engine.state(trial_id), clean_engine.state(trial_id)
+            for name, weight in mine.weights.items():
+                torch.testing.assert_close(weight, theirs.weights[name], rtol=0, atol=0)
+    assert all(torch.isfinite(w).all() for w in engine.state("small").weights.values())
+
+
+def test_nan_weights_of_one_adapter_do_not_reach_the_others(pack):
+    _, clean = pack
+    engine = Engine(tiny_base(), LIMITS)
+    for trial_id, config in TRIALS.items():
+        engine.add(trial_id, config)
+    engine.bank.master_KP[engine.residents["text_to_audio"].slot].fill_(float("nan"))
+    losses = train(engine, list(TRIALS), range(3))
+    assert torch.isnan(losses["text_to_audio"]).any()
+    for trial_id in set(TRIALS) - {"text_to_audio"}:
+        torch.testing.assert_close(losses[trial_id], clean[trial_id][:3], rtol=0, atol=0)
+
+
+def test_leaving_and_joining_changes_nothing_for_the_others(pack):
+    _, clean = pack
+    engine = Engine(tiny_base(), LIMITS)
+    for trial_id in ("plain", "small", "heads", "audio_self"):
+        engine.add(trial_id, TRIALS[trial_id])
+    first = train(engine, ["plain", "small", "heads", "audio_self"], range(4))
+    engine.remove("small")
+    engine.add("text_to_audio", TRIALS["text_to_audio"])
+    assert engine.residents["text_to_audio"].slot == 1
+    second = train(engine, ["plain", "heads", "audio_self"], range(4, 6))
+    for trial_id in ("plain", "heads", "audio_self"):
+        both = torch.cat([first[trial_id], second[trial_id]])
+        torch.testing.assert_close(both, clean[trial_id][:6], rtol=1e-3, atol=1e-3)
+    joined = train(engine, ["text_to_audio"], range(2))["text_to_audio"]
+    torch.testing.assert_close(joined, clean["text_to_audio"][:2], rtol=1e-4, atol=1e-4)
+
+
+def test_resumed_equals_uninterrupted(pack):
+    _, clean = pack
+    first = Engine(tiny_base(), LIMITS)
+    for trial_id, config in TRIALS.items():
+        first.add(trial_id, config)
+    train(first, list(TRIALS), range(5))
+    second = Engine(tiny_base(), LIMITS)
+    for trial_id, config in TRIALS.items():
+        second.add(trial_id, config, first.state(trial_id))
+    losses = train(second, list(TRIALS), range(5, 10))
+    for trial_id in TRIALS:
+        torch.testing.assert_close(losses[trial_id], clean[trial_id][5:], rtol=0, atol=0)
+
+
+def test_micro_batches_add_up_to_one_large_batch():
+    config = trial(seed=1)
+    examples = [
+        example("speak", 1, 5, 4),
+        example("transcribe", 2, 11, 9),
+        example("speak", 3, 8, 2),
+    ]
+    counts = {0: count_targets(examples, 4)}
+    gradients = []
+    for parts in ([examples], split_micro_batches(examples, token_budget=90)):
+        engine = Engine(tiny_base(), PackLimits.of([config], num_slots=1))
+        engine.add("a", config)
+        for part in parts:
+            engine.forward_backward(collate({0: part}), counts)
+        gradients.append(engine.bank.grad_KP.clone())
+    assert len(split_micro_batches(examples, token_budget=90)) == 2
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_without_targets_of_a_modality_learns_from_the_other():
+    config = trial(targets=("attention",))
+    engine = Engine(tiny_base(), PackLimits.of([config], num_slots=1))
+    engine.add("a", config)
+    examples = [example("transcribe", 1)]
+    text_K, audio_KC = engine.forward_backward(
+        collate({0: examples}), {0: count_targets(examples, 4)}
+    )
+    assert float(audio_KC.abs().sum()) == 0.0
+    assert float(text_K) > 0.0
+    assert float(engine.bank.grad_KP.norm()) > 0.0
+    assert bool(torch.isfinite(engine.bank.grad_KP).all())

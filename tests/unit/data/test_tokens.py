@@ -1,0 +1,97 @@
+"""Labels: shifted once, one EOS a codebook, the target turn only."""
+
+import numpy as np
+import pytest
+
+from higgs_tune.data.conversation import AudioPart, Conversation, TextPart, Turn
+from higgs_tune.data.tokens import IGNORE, delay_codes, encode_conversation, undelay_codes
+from higgs_tune.errors import DataError
+from tests.models import NUM_CODEBOOKS, NUM_CODES, conversation, example, random_codes, vocabulary
+
+BOS, EOS = NUM_CODES, NUM_CODES + 1
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 20])
+def test_delay_pattern_matches_the_stock_processor(num_frames):
+    import torch
+    from transformers import HiggsAudioV2Processor
+
+    codes_TC = random_codes(np.random.default_rng(0), num_frames)
+    stock = HiggsAudioV2Processor.__new__(HiggsAudioV2Processor)
+    stock.audio_stream_bos_id, stock.audio_stream_eos_id = BOS, EOS
+    framed = np.pad(codes_TC.T.astype(np.int64), ((0, 0), (1, 0)), constant_values=BOS)
+    framed = np.pad(framed, ((0, 0), (0, 1)), constant_values=EOS)
+    theirs = stock.build_delay_pattern(torch.from_numpy(framed)[None])[0].T.numpy()
+    ours = delay_codes(codes_TC, BOS, EOS)
+    assert len(ours) == num_frames + NUM_CODEBOOKS + 1
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(undelay_codes(ours, EOS), codes_TC)
+
+
+@pytest.mark.parametrize("task", ["transcribe", "speak", "clone"])
+def test_every_label_is_the_next_rows_input(task):
+    one = example(task, 5)
+    for row in np.flatnonzero(one.text_labels_L != IGNORE):
+        assert one.text_labels_L[row] == one.ids_L[row + 1]
+    for row, codebook in np.argwhere(one.audio_labels_AC != IGNORE):
+        assert one.audio_rows_A[row + 1] == one.audio_rows_A[row] + 1
+        assert one.audio_labels_AC[row, codebook] == one.codes_AC[row + 1, codebook]
+
+
+@pytest.mark.parametrize("task", ["speak", "clone"])
+def test_each_codebook_learns_its_codes_and_one_eos(task):
+    talk = conversation(task, 3)
+    target = talk.turns[-1].parts[0].codes_TC
+    one = encode_conversation(talk, vocabulary())
+    for codebook in range(NUM_CODEBOOKS):
+        learnt = one.audio_labels_AC[:, codebook]
+        np.testing.assert_array_equal(learnt[learnt != IGNORE], [*target[:, codebook], EOS])
+    assert BOS not in one.audio_labels_AC
+    assert (one.text_labels_L == IGNORE).all()
+
+
+def test_transcribe_learns_its_text_and_the_end_of_turn_only():
+    voc = vocabulary()
+    talk = conversation("transcribe", 3)
+    one = encode_conversation(talk, voc)
+    learnt = one.text_labels_L[one.text_labels_L != IGNORE]
+    text = talk.turns[-1].parts[0].text
+    np.testing.assert_array_equal(learnt, [*voc.encode_text(text), voc.end_of_turn])
+    assert (one.audio_labels_AC == IGNORE).all()
+
+
+def test_clone_masks_system_user_and_reference():
+    talk = conversation("clone", 3)
+    with_system = Conversation("k", "clone", (Turn("system", (TextPart("be kind"),)), *talk.turns))
+    one = encode_conversation(with_system, vocabulary())
+    reference_rows = len(talk.turns[1].parts[0].codes_TC) + NUM_CODEBOOKS + 1
+    assert (one.audio_labels_AC[:reference_rows] == IGNORE).all()
+    assert (one.audio_labels_AC[reference_rows:] != IGNORE).any()
+
+
+def test_placeholders_are_as_many_as_code_rows_in_each_example():
+    voc = vocabulary()
+    one = example("clone", 4)
+    placeholders = np.isin(one.ids_L, [voc.audio, voc.audio_delay])
+    np.testing.assert_array_equal(np.flatnonzero(placeholders), one.audio_rows_A)
+    assert len(one.codes_AC) == placeholders.sum()
+
+
+def test_nothing_to_learn_is_an_error():
+    talk = Conversation("row 7", "chat", (Turn("user", (TextPart("hello"),)),))
+    with pytest.raises(DataError, match="row 7: no assistant turn to learn from"):
+        encode_conversation(talk, vocabulary())
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (np.zeros((3, 2), np.uint16), "needed \\(frames ≥ 1, 4\\)"),
+        (np.zeros((0, 4), np.uint16), "needed \\(frames ≥ 1, 4\\)"),
+        (np.full((3, 4), NUM_CODES, np.uint16), "outside the base's codebook of 30"),
+    ],
+)
+def test_codes_of_another_codec_are_refused(codes, message):
+    talk = Conversation("row 7", "speak", (Turn("assistant", (AudioPart(codes),), target=True),))
+    with pytest.raises(DataError, match=message):
+        encode_conversation(talk, vocabulary())
