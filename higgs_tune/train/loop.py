@@ -77,9 +77,9 @@ class PackLoop:
             dataset, data.num_val_clips, **self._length_limits()
         )
         probes = [*self._validation.transcribe[:2], *self._validation.speak[:2]]
-        self.preflight = preflight(
+        self.preflight: dict[str, float | int] = preflight(
             self._single_nll, [self._encode(c) for c in probes], config.codebook_size
-        )
+        ).record()
         self.base_metrics: dict[str, float] = self._validate(None)[0]
 
     @classmethod
@@ -90,20 +90,6 @@ class PackLoop:
             ConfigError, DataError, ModelError, LeakError: see `load_base`, `Dataset.open`, `preflight`.
         """
         return cls(load_base(base), Dataset.open(data.path), data, limits)
-
-    @classmethod
-    def for_sweep(cls, config: SweepConfig, *, num_slots: int, device: str) -> "PackLoop":
-        """A loop whose slots can hold every trial of a sweep, the two baselines included."""
-        names = {*config.space.target_set, config.baseline.target_set}
-        paths = {path for name in names for path in config.target_sets[name]}
-        limits = PackLimits(
-            num_slots=num_slots,
-            max_rank=max(*config.space.rank, config.baseline.rank),
-            paths=frozenset(paths | {"audio_attention"}),
-            modes=frozenset({*config.space.cross_attention, "off", "audio_self"}),
-        )
-        base = config.base.model_copy(update={"device": device})
-        return cls.load(base, config.data, limits)
 
     def join(
         self, trial_id: str, config: TrialConfig, state_dir: Path | None = None
@@ -306,3 +292,17 @@ class PackLoop:
             "max_text": self._data.max_text_tokens,
             "text_length": lambda text: len(vocabulary.encode_text(text)),
         }
+
+
+def sweep_loop(config: SweepConfig, *, num_slots: int, device: str) -> PackLoop:
+    """A loop whose slots can hold every trial of a sweep, the two baselines included."""
+    names = {*config.space.target_set, config.baseline.target_set}
+    paths = {path for name in names for path in config.target_sets[name]}
+    limits = PackLimits(
+        num_slots=num_slots,
+        max_rank=max(*config.space.rank, config.baseline.rank),
+        paths=frozenset(paths | {"audio_attention"}),
+        modes=frozenset({*config.space.cross_attention, "off", "audio_self"}),
+    )
+    base = config.base.model_copy(update={"device": device})
+    return PackLoop.load(base, config.data, limits)
