@@ -1,0 +1,160 @@
+"""Choose the best configuration, and say how sure that is.
+
+Only feasible trials that ran the full budget count: losses of different steps do not compare. When the
+confirm stage has run, the choice is made by the mean over its fresh seeds, because the lowest of many
+single runs is partly luck.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from higgs_tune import metrics as m
+from higgs_tune.report.results import UNFINISHED, Results, Trial
+
+ConfirmState = Literal["done", "skipped", "unfinished"]
+
+# Student's t, two-sided 95 %, by degrees of freedom; beyond the table the normal distribution's.
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean and standard deviation of n runs; no deviation for one run."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @staticmethod
+    def of(values: Iterable[float]) -> "Stat":
+        """The statistics of at least one value."""
+        listed = list(values)
+        sd = statistics.stdev(listed) if len(listed) > 1 else None
+        return Stat(statistics.fmean(listed), sd, len(listed))
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The mean's 95 % confidence interval (Student's t); None for one run."""
+        if self.sd is None:
+            return None
+        factor = _T_95[self.n - 2] if self.n - 2 < len(_T_95) else 1.96
+        half = factor * self.sd / math.sqrt(self.n)
+        return self.mean - half, self.mean + half
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Plain data for JSON and YAML."""
+        return {"mean": self.mean, "sd": self.sd, "n": self.n}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best configuration, and the runs that its figures are means of."""
+
+    trial: Trial  # the search's trial that has this configuration
+    runs: tuple[Trial, ...]  # its confirm runs, or the trial alone
+    baseline_runs: tuple[Trial, ...]  # trial 0's, likewise; empty if it did not run the full budget
+    confirm: ConfirmState
+    difference: Stat | None  # of val/text/nll to the baseline's, paired by seed; below 0 is better
+
+    def stat(self, metric: str) -> Stat | None:
+        """The metric over `runs`; None where a run did not report it."""
+        return _stat(self.runs, metric)
+
+    def baseline_stat(self, metric: str) -> Stat | None:
+        """The metric over `baseline_runs`."""
+        return _stat(self.baseline_runs, metric)
+
+    @property
+    def adapter_run(self) -> Trial:
+        """The run whose adapter is exported: the lowest text loss of `runs`."""
+        return min(self.runs, key=_text_nll)
+
+
+def choose(results: Results) -> Choice | None:
+    """The best feasible full-budget configuration; None if there is none.
+
+    None, too, if the confirm stage has run and none of its configurations held up there.
+    """
+    candidates = [t for t in results.search if t.full_budget and results.feasible(t)]
+    if not candidates:
+        return None
+    first = min(candidates, key=_text_nll)
+    state = confirm_state(results, first)
+    if state != "done":
+        baseline = results.baseline
+        baseline_runs = (baseline,) if baseline is not None and baseline.full_budget else ()
+        return _choice(first, (first,), baseline_runs, state)
+
+    groups = _groups(results)
+    by_id = {trial.id: trial for trial in results.search}
+    held = {key: runs for key, runs in groups.items() if _holds(results, runs)}
+    if not held:
+        return None
+    winner = min(held, key=lambda key: _mean(held[key], m.VAL_TEXT_NLL))
+    baseline_id = results.baseline.id if results.baseline else ""
+    baseline_runs = tuple(run for run in groups.get(baseline_id, ()) if run.full_budget)
+    return _choice(by_id[winner], held[winner], baseline_runs, "done")
+
+
+def confirm_state(results: Results, first: Trial | None = None) -> ConfirmState:
+    """Whether the confirm stage has run to its end for the search's best trial `first`."""
+    if results.sweep.confirm.num_configs == 0:
+        return "skipped"
+    groups = _groups(results)
+    if first is None or first.id not in groups:
+        return "unfinished"
+    for runs in groups.values():
+        ended = [run for run in runs if run.status not in (UNFINISHED, "cancelled")]
+        if len(ended) < results.sweep.confirm.num_seeds:
+            return "unfinished"
+    return "done"
+
+
+def _groups(results: Results) -> dict[str, tuple[Trial, ...]]:
+    """Confirm runs by the id of the search's trial that they confirm."""
+    groups: dict[str, tuple[Trial, ...]] = {}
+    for run in results.confirm:
+        assert run.confirms is not None, f"{run.id} confirms no trial"
+        groups[run.confirms] = (*groups.get(run.confirms, ()), run)
+    return groups
+
+
+def _holds(results: Results, runs: tuple[Trial, ...]) -> bool:
+    """Every seed ran to its end, and the mean audio loss is within the limit."""
+    limit = results.audio_limit
+    if limit is None or not all(run.full_budget for run in runs):
+        return False
+    return _mean(runs, m.VAL_AUDIO_NLL) <= limit
+
+
+def _choice(
+    trial: Trial, runs: tuple[Trial, ...], baseline_runs: tuple[Trial, ...], state: ConfirmState
+) -> Choice:
+    by_seed = {run.config.seed: _text_nll(run) for run in baseline_runs}
+    pairs = [
+        _text_nll(run) - by_seed[run.config.seed]
+        for run in runs
+        if run.config.seed in by_seed and trial.origin != "baseline"
+    ]
+    return Choice(trial, runs, baseline_runs, state, Stat.of(pairs) if pairs else None)
+
+
+def _text_nll(trial: Trial) -> float:
+    value = trial.last(m.VAL_TEXT_NLL)
+    assert value is not None, f"{trial.id} did not run the full budget"
+    return value
+
+
+def _mean(runs: Iterable[Trial], metric: str) -> float:
+    stat = _stat(runs, metric)
+    assert stat is not None, f"{metric} is missing in a full-budget run"
+    return stat.mean
+
+
+def _stat(runs: Iterable[Trial], metric: str) -> Stat | None:
+    values = [run.last(metric) for run in runs]
+    known = [value for value in values if value is not None]
+    return Stat.of(known) if known and len(known) == len(values) else None

@@ -1,0 +1,162 @@
+"""Draw curves and bars: losses by step, audio gain, importance of the settings."""
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+
+from higgs_tune.report.findings import GAIN_CLEAR, setting_name, signed
+from higgs_tune.report.importance import ImportanceInfo
+from higgs_tune.report.ink import (
+    BEST,
+    INK,
+    OTHER,
+    POOR,
+    ROLE_COLORS,
+    ROLE_NAMES,
+    STYLE,
+    Picture,
+    marker,
+    render,
+)
+from higgs_tune.report.plots import CurvesInfo, GainBar, Line
+
+
+def draw_curves(panels: Sequence[CurvesInfo]) -> Picture:
+    """Each metric of all trials by step, side by side."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11.5, 4.1), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            _draw_panel(axes, panel)
+        roles = {line.role for panel in panels for line in panel.lines}
+        handles = [
+            Line2D([], [], color=color, lw=2.4 if name != "other" else 1.2, label=ROLE_NAMES[name])
+            for name, color in ROLE_COLORS.items()
+            if name in roles
+        ]
+        ends = {line.status for panel in panels for line in panel.lines}
+        if "diverged" in ends:
+            handles.append(marker("X", POOR, "diverged after this"))
+        if "pruned" in ends:
+            handles.append(marker("o", OTHER, "stopped early", size=4))
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        return render(figure)
+
+
+def _draw_panel(axes: Axes, panel: CurvesInfo) -> None:
+    order = ("other", "baseline_fixed", "baseline", "best")  # the last is drawn on top
+    for line in sorted(panel.lines, key=lambda line: order.index(line.role)):
+        _draw_line(axes, line)
+    if panel.limit is not None:
+        axes.axhline(panel.limit, color=POOR, lw=1.1, ls=(0, (4, 3)))
+        axes.annotate(
+            "limit",
+            (1, panel.limit),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 3),
+            textcoords="offset points",
+            ha="right",
+            color=POOR,
+            fontsize=8.5,
+        )
+    axes.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    values = [value for line in panel.lines for _, value in line.points]
+    if values and min(values) > 0 and max(values) > 2.5 * min(values):
+        _log_axis(axes, panel, min(values), max(values))
+
+
+def _log_axis(axes: Axes, panel: CurvesInfo, low: float, high: float) -> None:
+    """A base far above the trials would press their ends together on a linear axis."""
+    if "loss" not in panel.title:
+        return
+    axes.set_yscale("log")
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 20) if low <= t <= high]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel(f"{panel.unit} (log scale)")
+
+
+def _draw_line(axes: Axes, line: Line) -> None:
+    steps, values = zip(*line.points, strict=True)
+    plain = line.role == "other"
+    color = ROLE_COLORS[line.role]
+    axes.plot(
+        steps,
+        values,
+        color=color,
+        lw=1.1 if plain else 2.4,
+        alpha=0.65 if plain else 1,
+        ls={"baseline": (0, (5, 2)), "baseline_fixed": (0, (1.5, 1.5))}.get(line.role, "-"),
+    )
+    if line.status == "diverged":
+        axes.plot(steps[-1], values[-1], marker="X", color=POOR, ms=7, mec="none")
+    elif line.status == "pruned":
+        axes.plot(steps[-1], values[-1], marker="o", color=color, ms=3.5, mec="none")
+
+
+def draw_gain(bars: Sequence[GainBar]) -> Picture:
+    """Bars of audio gain, with the two text losses that each is the difference of."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.3, 1.5 + 0.36 * len(bars)), layout="constrained")
+        axes = figure.subplots()
+        gains = [bar.gain for bar in bars]
+        low, high = min(0.0, *gains), max(GAIN_CLEAR, *gains)
+        for row, bar in enumerate(bars):
+            axes.barh(row, bar.gain, color=ROLE_COLORS.get(bar.role, INK), height=0.6)
+            axes.annotate(
+                f"{signed(bar.gain)}  ({bar.right:.2f} → {bar.swapped:.2f})",
+                (1, row),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="center",
+                fontsize=9,
+            )
+        axes.axvline(0, color=INK, lw=1)
+        axes.axvline(GAIN_CLEAR, color=BEST, lw=1.1, ls=(0, (4, 3)))
+        axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+        for label, bar in zip(axes.get_yticklabels(), bars, strict=True):
+            label.set_fontweight("bold" if bar.role == "best" else "normal")
+        axes.invert_yaxis()
+        axes.set_xlim(low - 0.04 * (high - low), high + 0.42 * (high - low))  # room for the words
+        axes.grid(axis="y", visible=False)
+        axes.set(
+            title="Audio gain of the base and of the best full runs",
+            xlabel="val/text/audio_gain  (nats per token);  beside it: own → other's",
+        )
+        clear = Line2D(
+            [], [], color=BEST, lw=1.1, ls=(0, (4, 3)), label="from here on, text clearly listens"
+        )
+        figure.legend(handles=[clear], loc="outside lower center")
+        return render(figure)
+
+
+def draw_importance(info: ImportanceInfo) -> Picture:
+    """Shares of the settings, the largest on top."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.3, 1.3 + 0.36 * len(info.shares)), layout="constrained")
+        axes = figure.subplots()
+        names = [setting_name(name) for name in info.shares]
+        shares = [100 * share for share in info.shares.values()]
+        axes.barh(names, shares, color=BEST, alpha=0.8, height=0.62)
+        for row, share in enumerate(shares):
+            axes.annotate(
+                f"{share:.0f}%",
+                (share, row),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.12 * max(shares))
+        axes.grid(axis="y", visible=False)
+        axes.set(
+            title="Which setting mattered for text loss",
+            xlabel=f"share of importance, %  ({info.num_trials} trials at step {info.step})",
+        )
+        return render(figure)

@@ -1,0 +1,174 @@
+"""Draw the trials in a plane: text against audio loss, and text loss over learning rate and rank."""
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from higgs_tune.report.ink import (
+    BEST,
+    CROSS_COLORS,
+    CROSS_MARKERS,
+    INK,
+    STYLE,
+    Picture,
+    marker,
+    render,
+)
+from higgs_tune.report.plots import ScatterInfo, SpaceInfo
+
+
+def draw_scatter(info: ScatterInfo) -> Picture:
+    """Text against audio loss; the feasible side is shaded."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.3, 4.7), layout="constrained")
+        axes = figure.subplots()
+        for point in info.points:
+            color = CROSS_COLORS[point.cross_attention]
+            hollow = point.status != "completed"
+            axes.plot(
+                point.audio,
+                point.text,
+                marker=CROSS_MARKERS[point.cross_attention],
+                ls="none",
+                ms=11 if point.role == "best" else 7.5,
+                mfc="none" if hollow else color,
+                mec=color,
+                mew=1.4 if hollow else 0,
+                alpha=1 if point.role != "other" else 0.85,
+                zorder=4 if point.role == "best" else 3,
+            )
+        _frame_scatter(axes, info)
+        _name_points(axes, info)
+        axes.set(
+            title="Text against audio at each trial's last report",
+            xlabel="val/audio/nll_per_code  (nats per code)",
+            ylabel="val/text/nll  (nats per token)",
+        )
+        used = [
+            name for name in CROSS_COLORS if any(p.cross_attention == name for p in info.points)
+        ]
+        handles = [marker(CROSS_MARKERS[n], CROSS_COLORS[n], f"cross_attention {n}") for n in used]
+        if any(point.status != "completed" for point in info.points):
+            handles.append(marker("o", INK, "hollow: did not run to the end", hollow=True))
+        if info.audio_limit is not None:
+            handles.append(
+                Line2D([], [], color=BEST, lw=8, alpha=0.15, label="audio within its limit")
+            )
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        return render(figure)
+
+
+def _frame_scatter(axes: Axes, info: ScatterInfo) -> None:
+    """Limits around the trials; a base far outside is an arrow on the edge that says where it is."""
+    audios = [point.audio for point in info.points]
+    texts = [point.text for point in info.points]
+    edges = [] if info.audio_limit is None else [info.audio_limit]
+    if info.base is not None:
+        edges.append(info.base[1])
+    low_x, high_x = min([*audios, *edges], default=0), max([*audios, *edges], default=1)
+    low_y, high_y = min(texts, default=0), max(texts, default=1)
+    pad_x, pad_y = 0.08 * (high_x - low_x) or 0.1, 0.1 * (high_y - low_y) or 0.1
+    if info.base is not None and info.base[0] <= high_y + 0.5 * (high_y - low_y):
+        high_y = max(high_y, info.base[0])
+    axes.set_xlim(low_x - pad_x, high_x + pad_x)
+    axes.set_ylim(low_y - pad_y, high_y + pad_y)
+    if info.audio_limit is not None:
+        axes.axvspan(low_x - pad_x, info.audio_limit, color=BEST, alpha=0.08, lw=0, zorder=0)
+        axes.axvline(info.audio_limit, color=BEST, lw=1, alpha=0.6)
+    if info.base is None:
+        return
+    text, audio = info.base
+    if text <= high_y + pad_y:
+        axes.plot(audio, text, marker="*", color=INK, ms=13, mec="none", zorder=3)
+        axes.annotate("base", (audio, text), xytext=(9, 0), textcoords="offset points", va="center")
+        return
+    axes.annotate(
+        f"base, text {text:.2f}",
+        (audio, high_y + pad_y),
+        xytext=(0, -30),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        fontsize=9,
+        arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1.3},
+    )
+
+
+def _name_points(axes: Axes, info: ScatterInfo) -> None:
+    """Write the names of the marked trials; those that lie on each other share one label."""
+    names = {"best": "best", "baseline": "trial 0", "baseline_fixed": "trial 1"}
+    low_x, high_x = axes.get_xlim()
+    low_y, high_y = axes.get_ylim()
+    labels: list[tuple[float, float, str]] = []
+    for point in info.points:
+        if point.role == "other":
+            continue
+        name = names[point.role]
+        for index, (x, y, others) in enumerate(labels):
+            near_x = abs(point.audio - x) < 0.12 * (high_x - low_x)
+            if near_x and abs(point.text - y) < 0.05 * (high_y - low_y):
+                labels[index] = (max(x, point.audio), (y + point.text) / 2, f"{others}, {name}")
+                break
+        else:
+            labels.append((point.audio, point.text, name))
+    for x, y, name in labels:
+        on_right = x < low_x + 0.8 * (high_x - low_x)
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(9 if on_right else -9, 0),
+            textcoords="offset points",
+            ha="left" if on_right else "right",
+            va="center",
+            fontweight="bold" if "best" in name else "normal",
+            zorder=5,
+        )
+
+
+def draw_space(info: SpaceInfo) -> Picture:
+    """Text loss over learning rate and rank."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.3, 4.2), layout="constrained")
+        axes = figure.subplots()
+        losses = [point.text for point in info.points]
+        norm = Normalize(min(losses), max(losses))
+        colors = LinearSegmentedColormap.from_list("loss", ["#0b6e8f", "#a9b4bd", "#d9722b"])
+        used = [n for n in CROSS_MARKERS if any(p.cross_attention == n for p in info.points)]
+        for point in info.points:
+            # Trials of one rank stand beside each other by flag, not on top of each other.
+            shift = 0.16 * (used.index(point.cross_attention) - (len(used) - 1) / 2)
+            axes.plot(
+                point.learning_rate,
+                info.ranks.index(point.rank) + shift,
+                marker=CROSS_MARKERS[point.cross_attention],
+                color=colors(norm(point.text)),
+                ms=9.5,
+                mec="none",
+            )
+            if point.role == "best":
+                height = info.ranks.index(point.rank) + shift
+                axes.plot(
+                    point.learning_rate, height, marker="o", mfc="none", mec=INK, ms=17, mew=1.6
+                )
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(info.ranks)), [str(rank) for rank in info.ranks])
+        axes.set_ylim(-0.6, len(info.ranks) - 0.4)
+        axes.set(
+            title=f"Text loss over learning rate and rank, step {info.step}",
+            xlabel="learning rate",
+            ylabel="rank",
+        )
+        bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, pad=0.02)
+        bar.set_label("val/text/nll  (nats per token)")
+        bar.outline.set_visible(False)
+        handles = [marker(CROSS_MARKERS[name], INK, f"cross_attention {name}") for name in used]
+        if any(point.role == "best" for point in info.points):
+            ring = Line2D(
+                [], [], ls="none", marker="o", mfc="none", mec=INK, ms=11, mew=1.6, label="best"
+            )
+            handles.append(ring)
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        return render(figure)

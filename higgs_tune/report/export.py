@@ -1,0 +1,131 @@
+"""Hand the best configuration over: best_config.yaml and its adapter."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from higgs_tune import embedded
+from higgs_tune import metrics as m
+from higgs_tune.config import BaseSettings, DataSettings, TrialConfig, read_yaml, validate
+from higgs_tune.errors import ConfigError, SweepError
+from higgs_tune.report.choose import Choice
+from higgs_tune.report.files import replace_folder, write_text
+from higgs_tune.report.findings import Findings
+from higgs_tune.report.results import Results, Trial
+
+BEST_CONFIG = "best_config.yaml"
+BEST_ADAPTER = "best_adapter"
+
+
+def export_best(results: Results, findings: Findings) -> Path | None:
+    """Write best_config.yaml and best_adapter/; without a best configuration, remove older ones.
+
+    The configuration is the one of the run whose adapter is exported, so that its seed repeats it.
+    """
+    path = results.directory / BEST_CONFIG
+    target = results.directory / BEST_ADAPTER
+    choice = findings.choice
+    source = None if choice is None else choice.adapter_run.directory / "adapter"
+    if source is not None and source.is_dir():
+        replace_folder(source, target)
+    elif target.exists():
+        shutil.rmtree(target)  # another configuration's
+    if choice is None:
+        path.unlink(missing_ok=True)
+        return None
+    content = best_config(results, choice, findings.headline)
+    check_best_config(content, str(path))
+    header = f"# {findings.headline}.\n# Written by higgs-tune from {results.directory}.\n"
+    body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=96)
+    write_text(path, header + body)
+    return path
+
+
+def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
+    """Everything that is needed to train the configuration again, and what it reached."""
+    versions = results.env.get("versions", {})
+    val = {name: stat.as_dict() for name in _val_names(choice) if (stat := choice.stat(name))}
+    baseline = {name: stat.as_dict() for name in val if (stat := choice.baseline_stat(name))}
+    return {
+        "higgs_tune": {
+            "version": versions.get("higgs_tune"),
+            "git_sha": results.env.get("git_sha"),
+            "versions": versions,
+        },
+        "base": results.sweep.base.model_dump(mode="json"),
+        "data": results.sweep.data.model_dump(mode="json")
+        | {"content_hash": content_hash(results)},
+        "trial": choice.adapter_run.config.model_dump(mode="json"),
+        "lora_config": _lora_config(choice.adapter_run),
+        "results": {
+            "note": note,
+            "val": val,
+            "base": results.base,
+            "baseline": baseline or None,
+            "paired_difference_to_baseline": choice.difference and choice.difference.as_dict(),
+            "seeds": [run.config.seed for run in choice.runs],
+            "runs": [run.id for run in choice.runs],
+        },
+        "command": f"higgs-tune train --config {BEST_CONFIG}",
+    }
+
+
+def check_best_config(content: dict[str, Any], where: str) -> TrialConfig:
+    """Read a best_config.yaml's content back as `higgs-tune train` will.
+
+    Raises:
+        ConfigError: a section is missing or does not hold.
+    """
+    for section in ("base", "data", "trial"):
+        if not isinstance(content.get(section), dict):
+            raise ConfigError(f"{where}: found no section {section!r}, needed one.")
+    data = {key: value for key, value in content["data"].items() if key != "content_hash"}
+    validate(BaseSettings, content["base"], f"{where}, base")
+    validate(DataSettings, data, f"{where}, data")
+    return validate(TrialConfig, content["trial"], f"{where}, trial")
+
+
+def read_best_config(path: Path) -> TrialConfig:
+    """The trial of a best_config.yaml.
+
+    Raises:
+        ConfigError: the file is missing, no YAML, or does not hold.
+    """
+    return check_best_config(read_yaml(path), str(path))
+
+
+def content_hash(results: Results) -> str | None:
+    """The dataset's fingerprint as the sweep recorded it, else of the dataset as it lies here.
+
+    None where neither is there: results may be read on another machine than the sweep's.
+    """
+    recorded = results.base_file.get("content_hash")
+    if recorded is not None:
+        return recorded
+    name = results.sweep.data.path
+    if name.startswith("embedded:"):
+        folder = Path(embedded.__file__).parent / "speech" / name.removeprefix("embedded:")
+    else:
+        folder = Path(name)
+    info = folder / "dataset.json"
+    return json.loads(info.read_text(encoding="utf-8"))["content_hash"] if info.exists() else None
+
+
+def _val_names(choice: Choice) -> list[str]:
+    """The validation metrics, the objective first."""
+    reported = [name for name in choice.adapter_run.history[-1] if name.startswith("val/")]
+    return sorted(reported, key=lambda name: (name != m.VAL_TEXT_NLL, name))
+
+
+def _lora_config(run: Trial) -> dict[str, Any] | None:
+    """The resolved peft.LoraConfig as the run's adapter holds it; None without an adapter."""
+    path = run.directory / "adapter" / "adapter_config.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SweepError(f"{path}: cannot be read: {error}") from None

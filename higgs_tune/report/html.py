@@ -1,0 +1,210 @@
+"""Build report.html: one file, no network, light and dark, that opens with the answers."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from higgs_tune import metrics as m
+from higgs_tune.report.choose import Stat
+from higgs_tune.report.findings import (
+    Answer,
+    Findings,
+    comparison,
+    describe,
+    nats,
+    signed,
+    trial_counts,
+)
+from higgs_tune.report.importance import levels
+from higgs_tune.report.ink import Picture
+from higgs_tune.report.plots import role
+from higgs_tune.report.results import Results, Trial
+
+CAPTIONS = {
+    "curves": "Held-out losses by step; every trial starts at the untouched base. Audio gain is text loss "
+    "after another clip's audio minus after its own: at 0, text does not listen.",
+    "scatter": "Down is better text, left is better audio. Only full runs inside the shaded area can be "
+    "chosen.",
+    "gain": "Text loss can fall by learning to write the language without listening. These bars tell the "
+    "two apart.",
+    "importance": "PED-ANOVA: how much each setting decides whether a trial is among the better ones. With "
+    "this few trials the order is rough.",
+    "space": "Each mark is a trial; blue is a lower text loss.",
+}
+STATUS_WORDS = {"completed": "completed", "pruned": "stopped early", "unfinished": "no end yet"}
+
+
+def render_html(
+    results: Results, findings: Findings, pictures: Mapping[str, Picture], best_config: str | None
+) -> str:
+    """The whole page."""
+    template = resources.files("higgs_tune.report").joinpath("page.html").read_text("utf-8")
+    parts = {
+        "name": _e(results.sweep.name),
+        "headline": _e(findings.headline),
+        "lead": _lead(results, findings),
+        "cards": "".join(_card(answer) for answer in findings.answers),
+        "notes": _notes(findings.notes),
+        "comparison": _comparison(results, findings),
+        "figures": "".join(_figure(key, pictures[key]) for key in CAPTIONS if key in pictures),
+        "levels": _levels(results),
+        "trials": _trials_table(results, findings),
+        "best_config": _best_config(best_config),
+        "environment": _environment(results),
+    }
+    for key, value in parts.items():
+        template = template.replace(f"<!--{key}-->", value)
+    return template
+
+
+def _e(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _lead(results: Results, findings: Findings) -> str:
+    counts = f"Trials: {trial_counts(results)}."
+    if findings.choice is None:
+        return f"<p>{_e(counts)}</p>"
+    config = findings.choice.trial.config
+    return f"<p><strong>{_e(describe(config))}</strong></p><p>{_e(counts)}</p>"
+
+
+def _card(answer: Answer) -> str:
+    return (
+        f'<section class="card {answer.tone}"><h2>{_e(answer.question)}</h2>'
+        f'<p class="figure">{_e(answer.figure)}</p><p>{_e(answer.sentence)}</p></section>'
+    )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    return '<ul class="notes">' + "".join(f"<li>{_e(note)}</li>" for note in notes) + "</ul>"
+
+
+def _comparison(results: Results, findings: Findings) -> str:
+    rows = []
+    for label, stats in comparison(results, findings.choice):
+        cells = "".join(
+            f"<td>{_stat(stats[name])}</td>"
+            for name in (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
+        )
+        rows.append(f"<tr><th scope='row'>{_e(label)}</th>{cells}</tr>")
+    head = (
+        "<tr><td></td><th>text loss<br><small>nats per token</small></th>"
+        "<th>audio loss<br><small>nats per code</small></th>"
+        "<th>audio gain<br><small>nats per token</small></th></tr>"
+    )
+    return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _stat(stat: Stat | None) -> str:
+    if stat is None:
+        return "–"
+    return nats(stat.mean) + (f" <small>± {stat.sd:.3f}</small>" if stat.sd is not None else "")
+
+
+def _figure(key: str, picture: Picture) -> str:
+    wide = ' class="wide"' if key == "curves" else ""
+    return f"<figure{wide}>{picture.svg}<figcaption>{_e(CAPTIONS[key])}</figcaption></figure>"
+
+
+def _levels(results: Results) -> str:
+    """Listed settings that varied, each value with its trials; empty if none did."""
+    rows = []
+    for setting in ("cross_attention", "target_set", "rank"):
+        values = levels(results, setting)
+        if len(values) < 2:
+            continue
+        for index, level in enumerate(values):
+            name = f"<th scope='row'>{_e(setting)}</th>" if index == 0 else "<td></td>"
+            rows.append(
+                f"<tr>{name}<td>{_e(level.value)}</td><td>{level.num_trials}</td>"
+                f"<td>{nats(level.best)}</td><td>{nats(level.median)}</td></tr>"
+            )
+    if not rows:
+        return ""
+    return (
+        "<h2>By setting</h2><table><thead><tr><th>setting</th><th>value</th><th>trials</th>"
+        "<th>lowest text loss</th><th>median</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+_COLUMNS = (
+    "trial",
+    "state",
+    "step",
+    "rank",
+    "learning rate",
+    "cross_attention",
+    "targets",
+    "parameters",
+    "text loss",
+    "audio loss",
+    "audio gain",
+    "audio within limit",
+)
+
+
+def _trials_table(results: Results, findings: Findings) -> str:
+    head = "".join(f'<th><button type="button">{_e(name)}</button></th>' for name in _COLUMNS)
+    body = "".join(_trial_row(results, findings, trial) for trial in results.trials)
+    return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _trial_row(results: Results, findings: Findings, trial: Trial) -> str:
+    config = trial.config
+    tag = {
+        "best": " <b>best</b>",
+        "baseline": " <small>by hand</small>",
+        "baseline_fixed": " <small>by hand</small>",
+        "other": f" <small>confirms {_e(trial.confirms)}</small>" if trial.confirms else "",
+    }[role(trial, findings.choice)]
+    feasible = {True: "yes", False: "no", None: "–"}[results.feasible(trial)]
+    reason = f' title="{_e(trial.reason)}"' if trial.reason else ""
+    text, audio, gain = (
+        trial.last(name) for name in (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
+    )
+    parameters = trial.account.get("parameters")
+    cells = [
+        _cell(f"{_e(trial.id)}{tag}", trial.id),
+        f"<td{reason}>{_e(STATUS_WORDS.get(trial.status, trial.status))}</td>",
+        _cell(f"{trial.step} / {config.num_steps}", trial.step),
+        _cell(str(config.rank), config.rank),
+        _cell(f"{config.learning_rate:.1e}", config.learning_rate),
+        _cell(_e(config.cross_attention)),
+        _cell(_e(config.target_set)),
+        _number(parameters, "–" if parameters is None else f"{parameters:,}"),
+        _number(text, "–" if text is None else f"{text:.3f}"),
+        _number(audio, "–" if audio is None else f"{audio:.3f}"),
+        _number(gain, "–" if gain is None else signed(gain, 3)),
+        _cell(feasible),
+    ]
+    return f'<tr class="{role(trial, findings.choice)}">{"".join(cells)}</tr>'
+
+
+def _cell(content: str, key: Any = None) -> str:
+    return f"<td>{content}</td>" if key is None else f'<td data-key="{_e(key)}">{content}</td>'
+
+
+def _number(value: float | None, shown: str) -> str:
+    return _cell(shown, math.inf if value is None else value)
+
+
+def _best_config(text: str | None) -> str:
+    if text is None:
+        return "<p>None: no configuration could be chosen.</p>"
+    return f"<pre><code>{_e(text)}</code></pre>"
+
+
+def _environment(results: Results) -> str:
+    env = dict(results.env)
+    versions = env.pop("versions", {})
+    rows = [*env.items(), *((f"{name} version", value) for name, value in versions.items())]
+    rows.append(("data", results.sweep.data.path))
+    rows.append(("base", results.sweep.base.path))
+    lines = "".join(f"<tr><th scope='row'>{_e(k)}</th><td>{_e(v)}</td></tr>" for k, v in rows)
+    return f"<table>{lines}</table>"

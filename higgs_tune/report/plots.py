@@ -1,0 +1,184 @@
+"""What the report's figures show, as plain data; `draw.py` turns it into pictures."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from higgs_tune import metrics as m
+from higgs_tune.report.choose import Choice
+from higgs_tune.report.importance import common_step
+from higgs_tune.report.results import Results, Trial
+
+Role = Literal["best", "baseline", "baseline_fixed", "other"]
+
+CURVES = (
+    (m.VAL_TEXT_NLL, "Text loss", "nats per token"),
+    (m.VAL_AUDIO_NLL, "Audio loss", "nats per code"),
+    (m.VAL_AUDIO_GAIN, "Audio gain", "nats per token"),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One trial's curve, from the base at step 0."""
+
+    trial_id: str
+    role: Role
+    status: str
+    points: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class CurvesInfo:
+    """All trials' curves of one metric."""
+
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    limit: float | None  # the audio limit, on the audio panel
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trial in the plane of its two losses."""
+
+    trial_id: str
+    role: Role
+    status: str
+    cross_attention: str
+    text: float
+    audio: float
+    feasible: bool
+
+
+@dataclass(frozen=True)
+class ScatterInfo:
+    """Text against audio loss at each trial's last report."""
+
+    points: tuple[Point, ...]
+    base: tuple[float, float] | None  # (text, audio)
+    audio_limit: float | None
+
+
+@dataclass(frozen=True)
+class GainBar:
+    """Text loss after the right audio and after another clip's."""
+
+    label: str
+    role: Role | Literal["base"]
+    right: float
+    swapped: float
+
+    @property
+    def gain(self) -> float:
+        """How much the right audio helps, in nats per token."""
+        return self.swapped - self.right
+
+
+@dataclass(frozen=True)
+class SpacePoint:
+    """A trial in the plane of learning rate and rank."""
+
+    trial_id: str
+    role: Role
+    learning_rate: float
+    rank: int
+    cross_attention: str
+    text: float
+
+
+@dataclass(frozen=True)
+class SpaceInfo:
+    """Text loss over learning rate and rank at a step that most trials reached."""
+
+    points: tuple[SpacePoint, ...]
+    ranks: tuple[int, ...]
+    step: int
+
+
+def role(trial: Trial, choice: Choice | None) -> Role:
+    """What the trial is to the reader; the best comes before the fixed ones."""
+    if choice is not None and trial.id == choice.trial.id:
+        return "best"
+    return trial.origin if trial.origin in ("baseline", "baseline_fixed") else "other"
+
+
+def curves_info(results: Results, choice: Choice | None) -> tuple[CurvesInfo, ...]:
+    """One panel for each metric of CURVES; the search's trials only."""
+    panels = []
+    for metric, title, unit in CURVES:
+        lines = []
+        start = [] if results.base is None else [(0, results.base.get(metric))]
+        origin = [(step, value) for step, value in start if value is not None]
+        for trial in results.search:
+            points = trial.curve(metric)
+            if points:
+                lines.append(Line(trial.id, role(trial, choice), trial.status, (*origin, *points)))
+        limit = results.audio_limit if metric == m.VAL_AUDIO_NLL else None
+        panels.append(CurvesInfo(title, unit, tuple(lines), limit))
+    return tuple(panels)
+
+
+def scatter_info(results: Results, choice: Choice | None) -> ScatterInfo:
+    """Every trial of the search that has both losses in its last finite report."""
+    points = []
+    for trial in results.search:
+        text, audio = trial.last(m.VAL_TEXT_NLL), trial.last(m.VAL_AUDIO_NLL)
+        if text is None or audio is None:
+            continue
+        points.append(
+            Point(
+                trial_id=trial.id,
+                role=role(trial, choice),
+                status=trial.status,
+                cross_attention=trial.config.cross_attention,
+                text=text,
+                audio=audio,
+                feasible=bool(results.feasible(trial)),
+            )
+        )
+    base = results.base
+    corner = None if base is None else (base[m.VAL_TEXT_NLL], base[m.VAL_AUDIO_NLL])
+    return ScatterInfo(tuple(points), corner, results.audio_limit)
+
+
+def gain_info(results: Results, choice: Choice | None, most: int = 8) -> tuple[GainBar, ...]:
+    """The base, the fixed configurations and the best full-budget trials, by text loss."""
+    bars = []
+    for trial in results.search:
+        right, swapped = trial.last(m.VAL_TEXT_NLL), trial.last(m.VAL_TEXT_NLL_SWAPPED)
+        if right is None or swapped is None or not trial.full_budget:
+            continue
+        label = f"{trial.id} {trial.config.cross_attention}"
+        bars.append(GainBar(label, role(trial, choice), right, swapped))
+    bars.sort(key=lambda bar: bar.right)
+    named = [bar for bar in bars if bar.role != "other"]
+    others = [bar for bar in bars if bar.role == "other"][: max(0, most - len(named))]
+    shown = sorted([*named, *others], key=lambda bar: bar.right)
+    base = results.base
+    if base is not None and m.VAL_TEXT_NLL_SWAPPED in base:
+        start = GainBar("base", "base", base[m.VAL_TEXT_NLL], base[m.VAL_TEXT_NLL_SWAPPED])
+        return (start, *shown)
+    return tuple(shown)
+
+
+def space_info(results: Results, choice: Choice | None) -> SpaceInfo | None:
+    """Trials that reached the common step; None if fewer than two did."""
+    step = common_step([trial for trial in results.search if trial.curve(m.VAL_TEXT_NLL)])
+    points = []
+    for trial in results.search:
+        text = trial.at(step, m.VAL_TEXT_NLL)
+        if text is not None:
+            config = trial.config
+            points.append(
+                SpacePoint(
+                    trial_id=trial.id,
+                    role=role(trial, choice),
+                    learning_rate=config.learning_rate,
+                    rank=config.rank,
+                    cross_attention=config.cross_attention,
+                    text=text,
+                )
+            )
+    if len(points) < 2:
+        return None
+    return SpaceInfo(tuple(points), tuple(sorted({point.rank for point in points})), step)

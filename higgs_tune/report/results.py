@@ -1,0 +1,244 @@
+"""Read the files of a sweep into one object and one table.
+
+Reads only what the sweep wrote under `results/<name>/`; it may still run, have been interrupted, or
+hold no trial at all.
+"""
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from higgs_tune import metrics as m
+from higgs_tune.config import SweepConfig, TrialConfig, read_yaml, validate
+from higgs_tune.errors import SweepError
+from higgs_tune.report.files import write_bytes
+
+Origin = Literal["baseline", "baseline_fixed", "search", "confirm"]
+UNFINISHED = "unfinished"  # no status.json: it runs, or its process died
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as its files tell it."""
+
+    id: str
+    number: int
+    name: str
+    origin: Origin
+    confirms: str | None
+    config: TrialConfig
+    account: dict[str, Any]
+    status: str
+    reason: str
+    wall_s: float | None
+    history: tuple[Metrics, ...]  # one dict a report, by step
+    directory: Path
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of the last report; 0 before the first."""
+        return int(self.history[-1][m.STEP]) if self.history else 0
+
+    def last(self, metric: str) -> float | None:
+        """The metric's last value; None before the first report and where it is not finite."""
+        return self.at(self.step, metric)
+
+    def at(self, step: int, metric: str) -> float | None:
+        """The metric as reported at `step`; None where there is none or it is not finite."""
+        for row in self.history:
+            if row[m.STEP] == step:
+                value = row.get(metric)
+                return value if value is not None and math.isfinite(value) else None
+        return None
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of every finite report."""
+        values = {int(row[m.STEP]): self.at(int(row[m.STEP]), metric) for row in self.history}
+        return [(step, value) for step, value in values.items() if value is not None]
+
+    @cached_property
+    def full_budget(self) -> bool:
+        """It ran to its last step and ended with finite losses."""
+        return (
+            self.status == "completed"
+            and self.step == self.config.num_steps
+            and self.last(m.VAL_TEXT_NLL) is not None
+            and self.last(m.VAL_AUDIO_NLL) is not None
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """A sweep's results folder."""
+
+    directory: Path
+    sweep: SweepConfig
+    env: dict[str, Any]
+    base: Metrics | None  # the untouched base; None if the sweep ended before it was evaluated
+    base_file: dict[str, Any]
+    trials: tuple[Trial, ...]  # by number, the confirm stage's after the search's
+
+    @cached_property
+    def search(self) -> tuple[Trial, ...]:
+        """The search's trials, the two fixed configurations included."""
+        return tuple(trial for trial in self.trials if trial.origin != "confirm")
+
+    @cached_property
+    def confirm(self) -> tuple[Trial, ...]:
+        """The confirm stage's trials."""
+        return tuple(trial for trial in self.trials if trial.origin == "confirm")
+
+    @cached_property
+    def baseline(self) -> Trial | None:
+        """Trial 0: the user's configuration before the fix."""
+        return next((trial for trial in self.search if trial.origin == "baseline"), None)
+
+    @property
+    def audio_limit(self) -> float | None:
+        """Highest feasible val/audio/nll_per_code."""
+        if self.base is None:
+            return None
+        return (1 + self.sweep.objective.audio_tolerance) * self.base[m.VAL_AUDIO_NLL]
+
+    def feasible(self, trial: Trial) -> bool | None:
+        """Whether the trial's last audio loss is within the limit; None if it cannot be said."""
+        audio = trial.last(m.VAL_AUDIO_NLL)
+        if audio is None or self.audio_limit is None:
+            return None
+        return audio <= self.audio_limit
+
+    def count(self, status: str) -> int:
+        """How many trials of the search have this status."""
+        return sum(trial.status == status for trial in self.search)
+
+
+def read_results(directory: Path) -> Results:
+    """Read a sweep's folder, finished or not.
+
+    Raises:
+        SweepError: the folder is no sweep's, or one of its files is damaged.
+    """
+    if not (directory / "sweep.yaml").is_file():
+        raise SweepError(
+            f"{directory}: found no sweep.yaml, needed the results folder of a sweep. "
+            "Give a folder such as results/quick."
+        )
+    sweep_file = directory / "sweep.yaml"
+    base_file = _read_json(directory / "base.json") if (directory / "base.json").exists() else {}
+    folders = sorted((directory / "trials").glob("*/config.json"))
+    trials = [_read_trial(path.parent) for path in folders]
+    return Results(
+        directory=directory,
+        sweep=validate(SweepConfig, read_yaml(sweep_file), str(sweep_file)),
+        env=_read_json(directory / "env.json") if (directory / "env.json").exists() else {},
+        base=base_file.get("metrics"),
+        base_file=base_file,
+        trials=tuple(sorted(trials, key=lambda t: (t.origin == "confirm", t.number, t.id))),
+    )
+
+
+def _read_trial(folder: Path) -> Trial:
+    config = _read_json(folder / "config.json")
+    status_path = folder / "status.json"
+    status: dict[str, Any] = {"status": UNFINISHED}
+    if status_path.exists():
+        status = _read_json(status_path)
+    try:
+        return Trial(
+            id=config["trial_id"],
+            number=config["number"],
+            name=config["name"],
+            origin=config["origin"],
+            confirms=config["confirms"],
+            config=validate(TrialConfig, config["config"], f"{folder / 'config.json'}, config"),
+            account=config["account"] or {},
+            status=status["status"],
+            reason=status.get("reason") or "",
+            wall_s=status.get("wall_s"),
+            history=_read_history(folder / "metrics.jsonl"),
+            directory=folder,
+        )
+    except KeyError as error:
+        raise SweepError(f"{folder}: its config.json or status.json lacks {error}.") from None
+
+
+def _read_history(path: Path) -> tuple[Metrics, ...]:
+    """Reports by step; of a step reported twice (a resumed trial) the later one."""
+    if not path.exists():
+        return ()
+    rows: dict[float, Metrics] = {}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows[row[m.STEP]] = row
+        except (json.JSONDecodeError, KeyError) as error:
+            if number == len(lines):
+                break  # no newline after it: its writer was killed in the middle of the line
+            raise SweepError(f"{path}, line {number}: not a report of a trial: {error!r}") from None
+    return tuple(rows[step] for step in sorted(rows))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SweepError(f"{path}: cannot be read: {error}") from None
+
+
+_SETTINGS = tuple(name for name in TrialConfig.model_fields if name != "targets")
+_TEXT_COLUMNS = ("id", "name", "origin", "confirms", "status", "reason", "targets")
+
+
+def table(results: Results) -> list[dict[str, Any]]:
+    """One flat row a trial: who it is, its settings, its account and its last metrics."""
+    rows = []
+    for trial in results.trials:
+        config = trial.config.model_dump(mode="json")
+        rows.append(
+            {
+                "id": trial.id,
+                "number": trial.number,
+                "name": trial.name,
+                "origin": trial.origin,
+                "confirms": trial.confirms,
+                "status": trial.status,
+                "reason": trial.reason,
+                "feasible": results.feasible(trial),
+                "full_budget": trial.full_budget,
+                "wall_s": trial.wall_s,
+                "parameters": trial.account.get("parameters"),
+                "targets": ",".join(trial.config.targets),
+                **{name: config[name] for name in _SETTINGS},
+                m.STEP: trial.step,
+                **(trial.history[-1] if trial.history else {}),
+            }
+        )
+    return rows
+
+
+def write_table(results: Results, path: Path) -> None:
+    """Write `table` as Parquet; a sweep without trials gives a file without rows."""
+    rows = table(results)
+    names = list(dict.fromkeys(name for row in rows for name in row)) or ["id", "status"]
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    # A column without any value would have no type.
+    types = {
+        name: pa.string() if name in _TEXT_COLUMNS else pa.float64()
+        for name, values in columns.items()
+        if all(value is None for value in values)
+    }
+    arrays = {name: pa.array(values, types.get(name)) for name, values in columns.items()}
+    sink = io.BytesIO()
+    pq.write_table(pa.table(arrays), sink)
+    write_bytes(path, sink.getvalue())

@@ -1,0 +1,141 @@
+"""The sweep's findings on one terminal screen, and the same as summary.json."""
+
+import json
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from higgs_tune import metrics as m
+from higgs_tune.report.choose import Stat
+from higgs_tune.report.files import write_text
+from higgs_tune.report.findings import (
+    Findings,
+    Outcome,
+    comparison,
+    describe,
+    nats,
+    trial_counts,
+)
+from higgs_tune.report.results import Results
+
+WIDTH = 96
+_LABELS = {
+    "found": "Result",
+    "text": "Text",
+    "audio": "Audio",
+    "listening": "Listening",
+    "mattered": "Mattered",
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `build_report` found and wrote."""
+
+    outcome: Outcome
+    best_id: str | None  # the search's trial whose configuration won; None without a feasible one
+    text: str  # one screen
+    facts: dict[str, Any]  # summary.json
+    report_path: Path
+    best_config_path: Path | None
+
+
+def summary_facts(results: Results, findings: Findings) -> dict[str, Any]:
+    """The findings as plain data."""
+    choice = findings.choice
+    best = None
+    if choice is not None:
+        best = {
+            "trial_id": choice.trial.id,
+            "name": choice.trial.name,
+            "config": choice.trial.config.model_dump(mode="json"),
+            "runs": [run.id for run in choice.runs],
+            "val": {
+                name: stat.as_dict()
+                for name in (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
+                if (stat := choice.stat(name)) is not None
+            },
+            "paired_difference_to_baseline": choice.difference and choice.difference.as_dict(),
+            "difference_95_percent_interval": choice.difference and choice.difference.interval,
+            "confirm": choice.confirm,
+        }
+    importance = findings.importance
+    statuses = sorted({trial.status for trial in results.search})
+    return {
+        "name": results.sweep.name,
+        "outcome": findings.outcome,
+        "headline": findings.headline,
+        "answers": {
+            answer.key: {"figure": answer.figure, "sentence": answer.sentence}
+            for answer in findings.answers
+        },
+        "notes": list(findings.notes),
+        "base": results.base,
+        "audio_limit": results.audio_limit,
+        "best": best,
+        "importance": importance
+        and {
+            "shares": importance.shares,
+            "step": importance.step,
+            "num_trials": importance.num_trials,
+        },
+        "num_trials": {status: results.count(status) for status in statuses},
+        "num_confirm_runs": len(results.confirm),
+    }
+
+
+def summary_text(results: Results, findings: Findings) -> str:
+    """The findings as one screen of plain text."""
+    lines = [f"Sweep {results.sweep.name}: {findings.headline}", ""]
+    if findings.choice is not None:
+        lines += _field(
+            "Best", f"{findings.choice.trial.id}: {describe(findings.choice.trial.config)}"
+        )
+    for answer in findings.answers:
+        if answer.key == "found":
+            text = answer.sentence
+        else:
+            unit = {"text": " nats per token", "audio": " nats per code"}.get(answer.key, "")
+            text = f"{answer.figure}{unit}. {answer.sentence}"
+        lines += _field(_LABELS[answer.key], text)
+    lines += _field("Trials", trial_counts(results) + ".")
+    for note in findings.notes:
+        lines += _field("Note", note)
+    rows = comparison(results, findings.choice)
+    if len(rows) > 1:
+        lines += ["", *_comparison_lines(rows)]
+    lines += ["", *_next_steps(results, findings)]
+    return "\n".join(lines) + "\n"
+
+
+def _field(label: str, text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=f"  {label:<11}", subsequent_indent=" " * 13)
+
+
+def _comparison_lines(rows: list[tuple[str, dict[str, Stat | None]]]) -> list[str]:
+    width = max(len(label) for label, _ in rows)
+    head = f"  {'':<{width}}  {'text nll':>8}  {'audio nll':>9}  {'audio gain':>10}"
+    lines = [head]
+    for label, stats in rows:
+        text, audio, gain = (
+            "–" if (stat := stats[name]) is None else nats(stat.mean)
+            for name in (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
+        )
+        lines.append(f"  {label:<{width}}  {text:>8}  {audio:>9}  {gain:>10}")
+    return lines
+
+
+def _next_steps(results: Results, findings: Findings) -> list[str]:
+    steps = [f"  Report         {results.directory / 'report.html'}"]
+    if findings.choice is not None:
+        command = f"higgs-tune train --config {results.directory / 'best_config.yaml'}"
+        steps.append(f"  Train it again {command}")
+    return steps
+
+
+def write_summary(results: Results, facts: dict[str, Any], text: str) -> None:
+    """Write summary.json and summary.txt into the results folder."""
+    content = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(results.directory / "summary.json", content + "\n")
+    write_text(results.directory / "summary.txt", text)

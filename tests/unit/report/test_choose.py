@@ -1,0 +1,122 @@
+"""The choice of the best configuration and the claims made about it."""
+
+from pathlib import Path
+
+import pytest
+
+from higgs_tune.config import TrialConfig
+from higgs_tune.report.choose import Choice, Stat, choose
+from higgs_tune.report.results import read_results
+from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
+
+NO_CONFIRM = {"confirm": {"num_configs": 0}}
+
+
+def run(builder: Builder, trial_id: str, text: float, audio: float = 3.9, **kwargs) -> None:
+    """Add a full-budget trial with these final losses."""
+    seed = kwargs.pop("seed", 0)
+    config: TrialConfig = trial_config(seed=seed)
+    builder.trial(trial_id, config, curve(config, text, 0.4, audio, 150), **kwargs)
+
+
+def chosen(directory: Path) -> Choice:
+    """The choice, which must exist."""
+    choice = choose(read_results(directory))
+    assert choice is not None
+    return choice
+
+
+def test_lowest_feasible_text_loss_wins_without_confirm(tmp_path: Path) -> None:
+    builder = Builder(tmp_path, sweep_config(**NO_CONFIRM)).start()
+    run(builder, "t000", 3.0, origin="baseline")
+    run(builder, "t001", 2.0)
+    run(builder, "t002", 1.0, audio=4.5)  # audio beyond the limit
+    choice = chosen(tmp_path)
+    assert choice.trial.id == "t001"
+    assert choice.confirm == "skipped"
+    assert choice.difference == Stat(pytest.approx(-1.0), None, 1)
+
+
+def test_trial_stopped_early_is_never_chosen(tmp_path: Path) -> None:
+    builder = Builder(tmp_path, sweep_config(**NO_CONFIRM)).start()
+    config = trial_config()
+    builder.trial("t000", config, curve(config, 0.1, 0.4, 3.9, 100), status="pruned")
+    builder.trial("t001", config, curve(config, 0.1, 0.4, 3.9, 100), status="completed")
+    run(builder, "t002", 3.0)
+    assert chosen(tmp_path).trial.id == "t002"
+
+
+def test_no_feasible_trial_gives_no_choice(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    run(builder, "t000", 2.0, audio=5.0, origin="baseline")
+    assert choose(read_results(tmp_path)) is None
+
+
+def test_unknown_base_gives_no_choice(tmp_path: Path) -> None:
+    builder = Builder(tmp_path, base=None).start()
+    run(builder, "t000", 2.0)
+    assert choose(read_results(tmp_path)) is None
+
+
+def confirmed(tmp_path: Path, losses: dict[str, tuple[float, float]], **last) -> Builder:
+    """Trials 0, 1, 2 (3.0, 2.0, 2.1 in the search) with two fresh seeds each."""
+    builder = Builder(tmp_path).start()
+    for trial_id, text in (("t000", 3.0), ("t001", 2.0), ("t002", 2.1)):
+        run(builder, trial_id, text, origin="baseline" if trial_id == "t000" else "search")
+    for group, (trial_id, texts) in enumerate(losses.items()):
+        for seed, text in enumerate(texts):
+            run_id, options = f"c{2 * group + seed:03d}", {"origin": "confirm", "confirms": trial_id}
+            if last and run_id == "c005":
+                options |= last
+            run(builder, run_id, text, seed=100 + seed, **options)
+    return builder
+
+
+def test_confirm_mean_decides_over_the_search(tmp_path: Path) -> None:
+    confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1, 2.2)})
+    choice = chosen(tmp_path)
+    assert choice.trial.id == "t002"
+    assert [r.id for r in choice.runs] == ["c004", "c005"]
+    assert choice.adapter_run.id == "c004"
+    assert choice.difference is not None
+    assert choice.difference.mean == pytest.approx(-0.95)
+    assert choice.difference.sd == pytest.approx(0.0707, abs=1e-3)
+
+
+def test_setting_that_fails_in_confirm_is_not_chosen(tmp_path: Path) -> None:
+    losses = {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1, 2.2)}
+    confirmed(tmp_path, losses, status="diverged")
+    assert chosen(tmp_path).trial.id == "t001"
+
+
+def test_baseline_can_stay_the_best(tmp_path: Path) -> None:
+    confirmed(tmp_path, {"t000": (1.9, 1.9), "t001": (2.6, 2.5), "t002": (2.1, 2.2)})
+    choice = chosen(tmp_path)
+    assert choice.trial.id == "t000"
+    assert choice.difference is None
+
+
+def test_interrupted_confirm_falls_back_to_the_search(tmp_path: Path) -> None:
+    losses = {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1, 2.2)}
+    confirmed(tmp_path, losses, status="cancelled")
+    choice = chosen(tmp_path)
+    assert (choice.trial.id, choice.confirm) == ("t001", "unfinished")
+
+
+def test_confirm_without_the_best_of_the_search_is_unfinished(tmp_path: Path) -> None:
+    confirmed(tmp_path, {"t000": (3.0, 3.2)})
+    assert chosen(tmp_path).confirm == "unfinished"
+
+
+def test_whole_sweep_prefers_the_confirmed_setting(tmp_path: Path) -> None:
+    realistic(tmp_path)
+    choice = chosen(tmp_path)
+    assert choice.confirm == "done"
+    assert len(choice.runs) == len(choice.baseline_runs) == 2
+
+
+def test_interval_is_students(tmp_path: Path) -> None:
+    # mean 2, sd 1, n 3: half-width 4.303 / sqrt(3).
+    interval = Stat.of([1.0, 2.0, 3.0]).interval
+    assert interval == pytest.approx((2 - 2.4844, 2 + 2.4844), abs=1e-3)
+    assert Stat.of([1.0]).interval is None
