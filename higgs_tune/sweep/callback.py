@@ -1,0 +1,181 @@
+"""The driver's part in a running Tuner: files, display, the workers' heartbeat, an early end."""
+
+import errno
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from ray.exceptions import RayTaskError
+from ray.tune import Callback, Checkpoint
+from ray.tune.experiment import Trial
+
+from higgs_tune.errors import HiggsTuneError, SweepError
+from higgs_tune.metrics import STEP, VAL_AUDIO_NLL
+from higgs_tune.sweep.control import Control
+from higgs_tune.sweep.folder import disk_error
+from higgs_tune.sweep.live import Display, result_event
+from higgs_tune.sweep.records import TrialFiles
+from higgs_tune.sweep.source import TrialSource
+from higgs_tune.sweep.study import TrialRecord, ending
+
+BEAT_S = 1.0
+Arguments = ParamSpec("Arguments")
+
+
+class SweepCallback(Callback):
+    """Writes each trial's files as it runs and ends the Tuner when `control` says so."""
+
+    def __init__(
+        self,
+        *,
+        results: Path,
+        files: TrialFiles,
+        source: TrialSource,
+        control: Control,
+        display: Display,
+        audio_limit: Callable[[], float],
+        check_workers: Callable[[], None],
+        close_workers: Callable[[], None],
+    ) -> None:
+        self._results = results
+        self._files = files
+        self._source = source
+        self._control = control
+        self._display = display
+        self._audio_limit = audio_limit
+        self._check_workers = check_workers
+        self._close_workers = close_workers
+        self._beat = 0.0
+        self._last: dict[str, dict[str, Any]] = {}  # trial id → newest result, while it runs
+        self._num_reported = 0
+        self._num_failed = 0
+        self._cancelled = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its settings for Tuner.restore, which this package never uses."""
+        return {}
+
+    def get_state(self) -> dict[str, Any] | None:
+        """Nothing to keep."""
+        return None
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Check the workers, send the heartbeat, draw."""
+        self._guard(self._check_workers)
+        if time.monotonic() - self._beat >= BEAT_S:
+            self._beat = time.monotonic()
+            self._source.publish()
+        self._display.board.to_come = 0 if self._source.over() else self._source.num_to_come()
+        self._display.refresh()
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Record the end of every running trial before Tune takes its time to clean up."""
+        if not self._control.stopping or self._cancelled:
+            return
+        self._cancelled = True
+        reason = self._control.reason
+        self._source.stop()
+        self._guard(self._source.cancel_live, reason)
+        for trial_id in list(self._last):
+            self._end(trial_id, "cancelled", reason)
+        self._close_workers()
+
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """A trial starts, or starts again after a failure."""
+        record = _record(trial)
+        if self._cancelled:
+            return
+        self._guard(self._files.start, record)
+        checkpoint = self._files.checkpoint_of(record.trial_id)
+        step = 0 if checkpoint is None else checkpoint[1]
+        self._last[record.trial_id] = {}
+        self._display.board.start(record, step)
+        self._display.event("trial_started", trial=record.trial_id, name=record.name, step=step)
+
+    def on_trial_result(
+        self,
+        iteration: int,
+        trials: list[Trial],
+        trial: Trial,
+        result: dict[str, Any],
+        **info: Any,
+    ) -> None:
+        """Append the result to the trial's metrics."""
+        trial_id = _record(trial).trial_id
+        if trial_id not in self._last:
+            return
+        self._num_reported += 1
+        self._last[trial_id] = result
+        self._guard(self._files.result, trial_id, result)
+        self._display.board.result(trial_id, result)
+        self._display.event("result", trial=trial_id, **result_event(result))
+
+    def on_checkpoint(
+        self,
+        iteration: int,
+        trials: list[Trial],
+        trial: Trial,
+        checkpoint: Checkpoint,
+        **info: Any,
+    ) -> None:
+        """The newest checkpoint becomes the trial's adapter."""
+        trial_id = _record(trial).trial_id
+        if trial_id in self._last:
+            self._guard(self._files.checkpoint, trial_id, Path(checkpoint.path))
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """A trial ended by itself or by the scheduler."""
+        trial_id = _record(trial).trial_id
+        if trial_id in self._last:
+            status, reason = ending(self._last[trial_id], error=False)
+            self._end(trial_id, status, reason)
+
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """A trial failed once more than tune.max_failures allows."""
+        record = _record(trial)
+        error = trial.get_error()
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            self._control.fail(disk_error(self._results, cause))
+        self._last.setdefault(record.trial_id, {})
+        self._end(record.trial_id, "failed", f"{type(cause).__name__}: {cause}")
+        self._num_failed += 1
+        if self._num_reported == 0 and self._num_failed >= 4:
+            self._control.fail(
+                SweepError(f"{self._num_failed} trials failed and none has trained; last: {cause}")
+            )
+
+    def _end(self, trial_id: str, status: str, reason: str | None) -> None:
+        last = self._last.pop(trial_id)
+        audio = last.get(VAL_AUDIO_NLL)
+        is_feasible = None if audio is None else bool(audio <= self._audio_limit())
+        self._guard(self._files.end, trial_id, status, reason, is_feasible)
+        self._display.board.end(trial_id, status)
+        self._display.event(
+            "trial_ended", trial=trial_id, status=status, reason=reason, step=last.get(STEP, 0)
+        )
+
+    def _guard(
+        self, action: Callable[Arguments, Any], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> None:
+        """Turn an error that a user can mend into the clean end of the sweep.
+
+        Tune logs what some of its hooks raise and goes on; a sweep whose disk is full must not.
+        """
+        try:
+            action(*args, **kwargs)
+        except OSError as error:
+            self._control.fail(disk_error(self._results, error))
+        except HiggsTuneError as error:
+            self._control.fail(error)
+
+
+def _record(trial: Trial) -> TrialRecord:
+    return TrialRecord.from_dict(trial.config["record"])

@@ -1,0 +1,78 @@
+"""The confirm stage: the best few and the baseline again, at full budget, with fresh seeds."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from higgs_tune.config import SweepConfig
+from higgs_tune.sweep import space, study
+from higgs_tune.sweep.source import FINISHED, TrialSource
+from higgs_tune.sweep.study import TrialRecord
+
+
+def confirm_records(found: optuna.Study, config: SweepConfig) -> list[TrialRecord]:
+    """Full-budget repeats of the best feasible trials and of trial 0, seed by seed.
+
+    Every configuration gets the same seeds, so that differences to the baseline are paired.
+    Nothing to confirm, nothing to run: an empty list.
+    """
+    best = study.best_records(found, config.confirm.num_configs)
+    if not best:
+        return []
+    newest = study.latest(found.get_trials(deepcopy=False))
+    baseline = study.record_of(newest[0])
+    assert baseline is not None
+    repeated = [baseline, *(record for record in best if record.number != 0)]
+    seeds = [
+        space.trial_seed(config.tune.seed, "confirm", index)
+        for index in range(config.confirm.num_seeds)
+    ]
+    records = []
+    for seed in seeds:
+        for original in repeated:
+            number = len(records)
+            name = f"c{number:03d}"
+            trial = original.config.model_copy(update={"seed": seed})
+            title = f"{space.short_name(name, trial)} confirms {original.trial_id}"
+            records.append(TrialRecord(name, number, title, "confirm", original.trial_id, trial))
+    return records
+
+
+class ConfirmSource(TrialSource):
+    """Hands out a fixed list; nothing is told to the study."""
+
+    def __init__(
+        self,
+        records: Sequence[TrialRecord],
+        *,
+        checkpoint_of: Callable[[str], tuple[Path, int] | None],
+        **source: Any,
+    ) -> None:
+        super().__init__(**source)
+        self._records = list(records)
+        self._checkpoint_of = checkpoint_of
+
+    def num_to_come(self) -> int:
+        """What is left of the list."""
+        return len(self._records)
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """The next of the list, or FINISHED."""
+        if self.over():
+            return FINISHED
+        record = self._records.pop(0)
+        checkpoint = self._checkpoint_of(record.trial_id)
+        return self._seat(trial_id, record, None, str(checkpoint[0]) if checkpoint else "")
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Free the seat."""
+        self._unseat(trial_id)
+
+    def cancel_live(self, reason: str) -> None:
+        """Free every seat."""
+        for tune_id in list(self.live):
+            self._unseat(tune_id)

@@ -1,0 +1,254 @@
+"""Runs a whole sweep, the search and then the confirm stage, and fills its results folder."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.tune import (
+    CheckpointConfig,
+    FailureConfig,
+    PlacementGroupFactory,
+    RunConfig,
+    TuneConfig,
+    Tuner,
+    with_resources,
+)
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from higgs_tune.config import SweepConfig
+from higgs_tune.metrics import VAL_AUDIO_NLL
+from higgs_tune.sweep import runtime, space, study
+from higgs_tune.sweep.callback import SweepCallback
+from higgs_tune.sweep.confirm import ConfirmSource, confirm_records
+from higgs_tune.sweep.control import EXIT_CODES, Control, ControlStopper, signals
+from higgs_tune.sweep.folder import disk_error, open_folder
+from higgs_tune.sweep.live import Display
+from higgs_tune.sweep.records import TrialFiles, write_json
+from higgs_tune.sweep.scheduler import make_scheduler, replay
+from higgs_tune.sweep.searcher import StudySearcher
+from higgs_tune.sweep.seats import DEFAULT_LOOP
+from higgs_tune.sweep.source import TrialSource
+from higgs_tune.sweep.trainable import PackTrial
+
+EXIT_NOTHING_FEASIBLE = 3
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """How a sweep ended."""
+
+    results: Path  # the folder with everything
+    exit_code: int  # 0; 3 without a feasible full-budget trial; 130 and 143 when interrupted
+    best_trial: str | None  # the best of the search, not yet of the confirm stage
+    num_trials: int  # of the search, by what the study holds
+    wall_s: float
+
+
+class Sweep:
+    """What the two stages of one run of a sweep share."""
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        results: Path,
+        workers: runtime.Workers,
+        control: Control,
+        display: Display,
+    ) -> None:
+        self.config = config
+        self.results = results
+        self.files = TrialFiles(results)
+        self._workers = workers
+        self._control = control
+        self._display = display
+        self._base: dict[str, Any] | None = None
+
+    def audio_limit(self) -> float:
+        """The highest val/audio/nll_per_code that is still feasible."""
+        if self._base is None:  # whoever asks has a result, so the base was evaluated before
+            self._base = ray.get(self._workers.description)
+        start: float = self._base["metrics"][VAL_AUDIO_NLL]
+        return start * (1 + self.config.objective.audio_tolerance)
+
+    def check_workers(self) -> None:
+        """Write base.json once the base is there; end the sweep if it cannot be loaded."""
+        if self._base is not None or not ray.wait([self._workers.description], timeout=0)[0]:
+            return
+        try:
+            self._base = ray.get(self._workers.description)
+        except RayTaskError as error:
+            self._control.fail(error.cause if isinstance(error.cause, Exception) else error)
+            return
+        except RayActorError:
+            self._workers.describe_again()
+            return
+        write_json(self.results / "base.json", self._base)
+        self._display.event("base_loaded", metrics=self._base["metrics"])
+
+    def source_settings(self) -> dict[str, Any]:
+        """What both trial sources need."""
+        return {
+            "workers": self._workers.names,
+            "slots_per_worker": self.config.tune.slots_per_worker,
+            "publish": self._workers.publish,
+        }
+
+    def run(self, stage: str, source: TrialSource, scheduler: TrialScheduler) -> None:
+        """One Tuner from its first trial to its last."""
+        self._display.board.stage = stage
+        self._display.event("stage", stage=stage, trials=source.num_to_come())
+        tune = self.config.tune
+        resources = PlacementGroupFactory([{runtime.head_resource(): runtime.HEAD_SHARE}])
+        callback = SweepCallback(
+            results=self.results,
+            files=self.files,
+            source=source,
+            control=self._control,
+            display=self._display,
+            audio_limit=self.audio_limit,
+            check_workers=self.check_workers,
+            close_workers=self._workers.close,
+        )
+        tuner = Tuner(
+            with_resources(PackTrial, resources),
+            tune_config=TuneConfig(
+                search_alg=source,
+                scheduler=scheduler,
+                num_samples=source.num_to_come(),
+                max_concurrent_trials=tune.num_workers * tune.slots_per_worker,
+                reuse_actors=True,
+                trial_name_creator=_trial_id,
+                trial_dirname_creator=_trial_id,
+            ),
+            run_config=RunConfig(
+                name=stage,
+                storage_path=str(self.results / "ray"),
+                stop=ControlStopper(self._control),
+                callbacks=[callback],
+                failure_config=FailureConfig(max_failures=tune.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_frequency=1),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+
+
+def run_sweep(
+    config: SweepConfig, *, resume: bool, command: list[str], loop_path: str = DEFAULT_LOOP
+) -> SweepOutcome:
+    """Run a sweep, or go on with one, and write every file of it but the report's.
+
+    Args:
+        resume: go on in a folder that holds this sweep; more tune.num_trials extend it.
+        command: what the user typed, for env.json.
+        loop_path: `module:name` of what a worker builds; tests put a fake one here.
+
+    Raises:
+        ConfigError: a setting, or a results folder that holds another sweep.
+        SweepError: the results folder cannot be written, or nothing trains.
+        HiggsTuneError: the base or the data cannot be used.
+    """
+    started = time.monotonic()
+    space.check(config)
+    results = open_folder(config, resume=resume, command=command)
+    control = Control()
+    display = Display()
+    try:
+        with signals(control), runtime.cluster() as cluster:
+            if control.stopping:
+                return _outcome(config, results, None, control, started)
+            display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")
+            display.event("sweep_started", results=str(results), dashboard=cluster.dashboard)
+            workers = runtime.Workers(config, is_own_cluster=cluster.is_own, loop_path=loop_path)
+            try:
+                found = study.open_study(config.name, results, config.tune.storage)
+                sweep = Sweep(config, results, workers, control, display)
+                _search(sweep, found)
+                if not control.stopping:
+                    _confirm(sweep, found)
+            finally:
+                workers.kill()
+    except OSError as error:
+        raise disk_error(results, error) from error
+    finally:
+        display.close()
+    if control.error is not None and control.signal is None:
+        raise control.error
+    outcome = _outcome(config, results, found, control, started)
+    shutil.rmtree(results / "ray", ignore_errors=True)
+    return outcome
+
+
+def _search(sweep: Sweep, found: optuna.Study) -> None:
+    """Reconcile the study with an earlier run, then run what is missing of the search."""
+    scheduler = make_scheduler(sweep.config.tune.scheduler, sweep.config.train)
+    study.fail_stale(found)
+    newest = study.latest(found.get_trials(deepcopy=False))
+    waiting = {trial.number for trial in study.unfinished(found)}
+    for index, trial in newest.items():
+        if trial.number in waiting:
+            continue
+        replay(scheduler, f"earlier-{index}", trial)
+        record = study.record_of(trial)
+        assert record is not None
+        if sweep.files.status(record.trial_id) is None:  # killed between the study and the file
+            status, reason = (trial.user_attrs[key] for key in (study.STATUS, study.REASON))
+            is_feasible = study.feasible(trial) if trial.constraints else None
+            sweep.files.end(record.trial_id, status, reason, is_feasible)
+    time_limit_s = sweep.config.tune.time_limit_s
+    source = StudySearcher(
+        found,
+        sweep.config,
+        audio_limit=sweep.audio_limit,
+        on_resume=lambda tune_id, trial: replay(scheduler, tune_id, trial),
+        checkpoint_of=sweep.files.checkpoint_of,
+        deadline=None if time_limit_s is None else time.monotonic() + time_limit_s,
+        **sweep.source_settings(),
+    )
+    if source.num_to_come():
+        sweep.run("search", source, scheduler)
+
+
+def _confirm(sweep: Sweep, found: optuna.Study) -> None:
+    """Run the confirm trials that have not ended yet."""
+    ended = ("completed", "diverged", "out_of_memory", "failed")
+    records = [
+        record
+        for record in confirm_records(found, sweep.config)
+        if (sweep.files.status(record.trial_id) or {"status": None})["status"] not in ended
+    ]
+    source = ConfirmSource(
+        records, checkpoint_of=sweep.files.checkpoint_of, **sweep.source_settings()
+    )
+    if records:
+        sweep.run("confirm", source, FIFOScheduler())
+
+
+def _outcome(
+    config: SweepConfig,
+    results: Path,
+    found: optuna.Study | None,
+    control: Control,
+    started: float,
+) -> SweepOutcome:
+    best = study.best_records(found, 1) if found is not None else []
+    exit_code = 0 if best else EXIT_NOTHING_FEASIBLE
+    if control.signal is not None:
+        exit_code = EXIT_CODES[control.signal]
+    return SweepOutcome(
+        results=results,
+        exit_code=exit_code,
+        best_trial=best[0].trial_id if best else None,
+        num_trials=len(study.latest(found.get_trials(deepcopy=False))) if found is not None else 0,
+        wall_s=time.monotonic() - started,
+    )
+
+
+def _trial_id(trial: Trial) -> str:
+    return trial.config["id"]

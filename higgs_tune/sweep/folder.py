@@ -1,0 +1,145 @@
+"""The results folder of a sweep: may it be used, can it be written, what started it."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from higgs_tune.config import SweepConfig, read_yaml, to_yaml, validate
+from higgs_tune.errors import ConfigError, SweepError
+from higgs_tune.sweep.records import read_json, write_json, write_text
+
+PROBE_BYTES = 4 * 1024 * 1024
+PACKAGES = ("higgs-tune", "torch", "torchaudio", "transformers", "peft", "ray", "optuna", "pyarrow")
+# What a resumed sweep may change: how and how long it runs, never what its trials are.
+MAY_CHANGE = (
+    "results_dir", "base.device", "confirm.", "tune.num_trials", "tune.num_workers",
+    "tune.slots_per_worker", "tune.cpus_per_worker", "tune.gpus_per_worker", "tune.max_failures",
+    "tune.time_limit_s",
+)  # fmt: skip
+
+
+def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Path:
+    """The sweep's results folder, checked, writable, with sweep.yaml and env.json in it.
+
+    Raises:
+        ConfigError: it holds a sweep and `resume` is false, or another sweep and `resume` is true,
+            or there is nothing to resume.
+        SweepError: it cannot be written, or the disk is full.
+    """
+    folder = Path(config.results_dir).absolute() / config.name
+    settings = folder / "sweep.yaml"
+    if settings.exists():
+        if not resume:
+            raise ConfigError(
+                f"{folder} already holds a sweep. Give --resume to go on with it, "
+                "or --name NAME for a new one."
+            )
+        _refuse_other_sweep(
+            folder, validate(SweepConfig, read_yaml(settings), str(settings)), config
+        )
+    elif resume:
+        raise ConfigError(f"{folder} holds no sweep to resume. Leave --resume out, or give --name.")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"{folder} exists and is not the folder of a sweep. Give --name NAME for a new one."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _probe(folder / ".probe")
+        write_text(settings, to_yaml(config))
+        _record_environment(folder / "env.json", command)
+    except OSError as error:
+        raise disk_error(folder, error) from None
+    return folder
+
+
+def disk_error(folder: Path, error: OSError) -> SweepError:
+    """What to tell a person whose results folder cannot be written."""
+    return SweepError(
+        f"{folder}: cannot be written ({error.strerror or error}). What was recorded is kept. "
+        "Free space, mend the permissions or choose another results_dir; then start again, with "
+        "--resume if the sweep had begun."
+    )
+
+
+def differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the settings in which two dumped configurations differ."""
+    for name in sorted({*left, *right}):
+        if left.get(name) == right.get(name):
+            continue
+        if isinstance(left.get(name), Mapping) and isinstance(right.get(name), Mapping):
+            yield from (f"{name}.{inner}" for inner in differing(left[name], right[name]))
+        else:
+            yield name
+
+
+def _refuse_other_sweep(folder: Path, stored: SweepConfig, config: SweepConfig) -> None:
+    changed = [
+        name
+        for name in differing(stored.model_dump(mode="json"), config.model_dump(mode="json"))
+        if not name.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds another sweep; these settings differ: {', '.join(changed)}. "
+            "Set them as in its sweep.yaml, or give --name NAME for a new sweep."
+        )
+
+
+def _probe(path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(b"\0" * PROBE_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _record_environment(path: Path, command: list[str]) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    content = {
+        "versions": {name: _version(name) for name in PACKAGES},
+        "git_sha": _git_sha(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "num_cpus": os.cpu_count(),
+        "gpus": _gpus(),
+        "command": command,
+        "started_at": now,
+    }
+    former = read_json(path)
+    if former is not None:
+        content["started_at"] = former["started_at"]
+        content["resumed_at"] = [*former.get("resumed_at", []), now]
+    write_json(path, content)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return None
+
+
+def _git_sha() -> str | None:
+    return _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"])
+
+
+def _gpus() -> list[str]:
+    listed = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    return listed.splitlines() if listed else []
+
+
+def _output(command: list[str]) -> str | None:
+    """Standard output of a command, or None when it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, no driver: then it is not known
+        return None
+    return done.stdout.strip()

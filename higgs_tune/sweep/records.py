@@ -1,0 +1,152 @@
+"""The files of a sweep's trials: config.json, metrics.jsonl, status.json and the adapter."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from higgs_tune.metrics import STATUSES, STEP
+from higgs_tune.sweep.seats import CHECKPOINT_INFO
+from higgs_tune.sweep.study import TrialRecord
+
+ADAPTER = "adapter"
+# What Tune and the worker add to a result beside the metrics.
+NOT_METRICS = frozenset(
+    {
+        "done", "status", "reason", "account", "config", "trial_id", "pid", "hostname", "node_ip",
+        "date", "timestamp", "training_iteration", "time_this_iter_s", "time_total_s",
+        "time_since_restore", "iterations_since_restore", "should_checkpoint", "experiment_tag",
+    }
+)  # fmt: skip
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file as a whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file, or None when there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics.jsonl; a last line that a crash tore is left out."""
+    if not path.exists():
+        return []
+    complete, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines() if line]
+
+
+def metrics_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics in a Tune result; one that is not finite becomes null, never another number."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in result.items()
+        if name not in NOT_METRICS and isinstance(value, int | float)
+    }
+
+
+class TrialFiles:
+    """Writes trials/<id>/ below a results folder."""
+
+    def __init__(self, results: Path) -> None:
+        self._trials = results / "trials"
+        self._started: dict[str, float] = {}  # trial id → monotonic time
+        self._earlier_s: dict[str, float] = {}  # trial id → seconds in earlier runs of the sweep
+
+    def folder(self, trial_id: str) -> Path:
+        """Where a trial's files are."""
+        return self._trials / trial_id
+
+    def start(self, record: TrialRecord) -> None:
+        """A trial starts, or goes on from its checkpoint; what lies beyond that is dropped."""
+        folder = self.folder(record.trial_id)
+        known = read_json(folder / "config.json") or {"account": {}}
+        if record.trial_id not in self._started:
+            ended = read_json(folder / "status.json") or {"wall_s": 0.0}
+            self._earlier_s[record.trial_id] = ended["wall_s"]
+            self._started[record.trial_id] = time.monotonic()
+        write_json(folder / "config.json", {**record.to_dict(), "account": known["account"]})
+        checkpoint = self.checkpoint_of(record.trial_id)
+        steps = 0 if checkpoint is None else checkpoint[1]
+        kept = [line for line in read_metrics(folder / "metrics.jsonl") if line[STEP] <= steps]
+        write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        (folder / "status.json").unlink(missing_ok=True)
+
+    def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Append one result; the account of its modules comes with the first."""
+        folder = self.folder(trial_id)
+        if result.get("account"):
+            known = read_json(folder / "config.json")
+            assert known is not None
+            write_json(folder / "config.json", {**known, "account": result["account"]})
+        metrics = metrics_of(result)
+        if STEP in metrics:
+            with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics, allow_nan=False) + "\n")
+
+    def checkpoint(self, trial_id: str, source: Path) -> None:
+        """Make a checkpoint folder of Tune's the trial's adapter; files are linked, not copied."""
+        target = self.folder(trial_id) / ADAPTER
+        draft, former = target.with_suffix(".tmp"), target.with_suffix(".old")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
+        shutil.copytree(source, draft, copy_function=_link_or_copy)
+        if target.exists():
+            target.rename(former)
+        draft.rename(target)
+        shutil.rmtree(former, ignore_errors=True)
+
+    def checkpoint_of(self, trial_id: str) -> tuple[Path, int] | None:
+        """A trial's last checkpoint and its step."""
+        target = self.folder(trial_id) / ADAPTER
+        for folder in (target, target.with_suffix(".old")):
+            info = read_json(folder / CHECKPOINT_INFO)
+            if info is not None:
+                return folder, info["step"]
+        return None
+
+    def end(self, trial_id: str, status: str, reason: str | None, is_feasible: bool | None) -> None:
+        """Record how a trial ended."""
+        assert status in STATUSES, status
+        lines = read_metrics(self.folder(trial_id) / "metrics.jsonl")
+        spent_s = time.monotonic() - self._started.pop(trial_id, time.monotonic())
+        content = {
+            "status": status,
+            "reason": reason,
+            "step": lines[-1][STEP] if lines else 0,
+            "feasible": is_feasible,
+            "wall_s": round(self._earlier_s.pop(trial_id, 0.0) + spent_s, 3),
+        }
+        write_json(self.folder(trial_id) / "status.json", content)
+
+    def status(self, trial_id: str) -> dict[str, Any] | None:
+        """A trial's status.json, or None while it runs or when it never ran."""
+        return read_json(self.folder(trial_id) / "status.json")
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+    return target

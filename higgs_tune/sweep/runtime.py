@@ -1,0 +1,143 @@
+"""Ray: joins or starts a cluster, quietly, and starts the worker actors."""
+
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+import higgs_tune
+from higgs_tune.config import SweepConfig
+from higgs_tune.errors import ConfigError
+from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",  # half-on tokens break `ray start`; the dashboard is on loopback
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer console of Tune prints even at verbose=0
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # control.signals handles it
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a diverged trial has no metric to rank
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own experiment state is never used
+}
+HEAD_SHARE = 0.001  # of the driver's node: pins trials there without reserving anything
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the sweep runs."""
+
+    dashboard: str | None
+    is_own: bool  # started by this process, so nothing will ever be added to it
+
+
+@contextmanager
+def cluster() -> Iterator[Cluster]:
+    """Join the cluster of RAY_ADDRESS or of this host's head, or else start a local one."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        yield Cluster(None, is_own=False)
+        return
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    try:
+        context = _connect(address)
+    except ConnectionError:
+        if "RAY_ADDRESS" in os.environ:
+            raise ConfigError(
+                f"RAY_ADDRESS is {address}, but no Ray cluster answers there. Start it, or unset "
+                "RAY_ADDRESS to run on this machine alone."
+            ) from None
+        address = "local"
+        context = _connect(address)
+    try:
+        yield Cluster(context.dashboard_url or None, is_own=address == "local")
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> Any:
+    # Local processes must import this package even from a checkout that is not installed.
+    package_root = str(Path(higgs_tune.__file__).parents[1])
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    local = {"include_dashboard": True, "dashboard_host": "127.0.0.1"} if address == "local" else {}
+    return ray.init(
+        address=address,
+        namespace=f"higgs-tune-{uuid.uuid4().hex[:8]}",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        **local,
+    )
+
+
+def head_resource() -> str:
+    """The Ray resource that only the driver's node has; trials stay beside the results folder."""
+    return f"node:{ray.util.get_node_ip_address()}"
+
+
+class Workers:
+    """The worker actors of a sweep."""
+
+    def __init__(self, config: SweepConfig, *, is_own_cluster: bool, loop_path: str) -> None:
+        tune = config.tune
+        total = ray.cluster_resources()
+        num_cpus = tune.cpus_per_worker or max(1, int(total.get("CPU", 1)) // tune.num_workers)
+        for name, each, have in (
+            ("cpus_per_worker", num_cpus, total.get("CPU", 0)),
+            ("gpus_per_worker", tune.gpus_per_worker, total.get("GPU", 0)),
+        ):
+            if is_own_cluster and tune.num_workers * each > have:
+                raise ConfigError(
+                    f"tune.num_workers ({tune.num_workers}) × tune.{name} ({each}) is more than "
+                    f"this machine has ({have:g}). Lower one of them."
+                )
+        device = config.base.device
+        if device == "auto":
+            device = "cuda" if tune.gpus_per_worker else "cpu"
+        run = uuid.uuid4().hex[:8]  # a second sweep in the same process must not find these
+        self.names = [f"{config.name}-worker-{n}-{run}" for n in range(tune.num_workers)]
+        remote: Any = ray.remote(Worker)
+        self._actors = [
+            remote.options(
+                name=name,
+                num_cpus=num_cpus,
+                num_gpus=tune.gpus_per_worker,
+                max_restarts=-1,
+            ).remote(
+                config,
+                num_slots=tune.slots_per_worker,
+                strict=tune.num_workers == 1,
+                device=device,
+                loop_path=loop_path,
+            )
+            for name in self.names
+        ]
+        self.description: ray.ObjectRef[dict[str, Any]] = self._actors[0].describe.remote()
+
+    def describe_again(self) -> None:
+        """Ask the restarted worker for what the dead one did not answer."""
+        self.description = self._actors[0].describe.remote()
+
+    def publish(self, roster: Roster) -> None:
+        """Tell everyone the roster; one that restarts just now hears it with the next heartbeat."""
+        for actor in self._actors:
+            actor.sync.remote(roster)
+
+    def close(self) -> None:
+        """Let every trial that waits for a result go."""
+        for actor in self._actors:
+            actor.close.remote()
+
+    def kill(self) -> None:
+        """End the processes."""
+        for actor in self._actors:
+            ray.kill(actor)

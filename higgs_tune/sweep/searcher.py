@@ -1,0 +1,189 @@
+"""Tune's searcher over one persistent Optuna study.
+
+Ray's own OptunaSearch tells a trial that the scheduler stopped as if it were complete, knows no
+constraints and leaves a diverged trial RUNNING for ever. This one tells COMPLETE (full budget),
+PRUNED (stopped early, with its intermediate values) or FAIL (with status and reason), and carries
+the audio constraint. It also keeps the roster, by which the workers know whom to wait for.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.metrics import STEP, VAL_AUDIO_NLL, VAL_TEXT_NLL
+from higgs_tune.sweep import space
+from higgs_tune.sweep import study as studies
+from higgs_tune.sweep.source import FINISHED, LiveTrial, TrialSource
+from higgs_tune.sweep.study import TrialRecord, ending
+
+logger = logging.getLogger(__name__)
+
+MAX_DUPLICATES = 20  # after so many in a row the space is taken as exhausted; a replicate is run
+
+
+class StudySearcher(TrialSource):
+    """Suggests from the study and tells it; trials 0 and 1 are the user's own configurations."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        config: SweepConfig,
+        *,
+        audio_limit: Callable[[], float],
+        on_resume: Callable[[str, FrozenTrial], None],
+        checkpoint_of: Callable[[str], tuple[Path, int] | None],
+        **source: Any,
+    ) -> None:
+        super().__init__(**source)
+        self._study = study
+        self._config = config
+        self._audio_limit = audio_limit
+        self._on_resume = on_resume
+        self._checkpoint_of = checkpoint_of
+        self._queue = studies.unfinished(study)
+        newest = studies.latest(study.get_trials(deepcopy=False))
+        self._next_index = max(newest, default=-1) + 1
+
+    def num_to_come(self) -> int:
+        """Unfinished ones of an earlier run, and what is missing to num_trials."""
+        return len(self._queue) + max(0, self._config.tune.num_trials - self._next_index)
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """The next trial's config for Tune, or FINISHED."""
+        if self.over():
+            return FINISHED
+        if self._queue:
+            return self._resume(trial_id, self._queue.pop(0))
+        index = self._next_index
+        self._next_index += 1
+        origin = {0: "baseline", 1: "baseline_fixed"}.get(index, "search")
+        if origin == "search":
+            trial, config = self._sample(index)
+        else:
+            trial, config = self._ask_baseline(index)
+        name = f"t{index:03d}"
+        record = TrialRecord(name, index, space.short_name(name, config), origin, None, config)
+        self._store(trial, record)
+        return self._seat(trial_id, record, trial, "")
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Report an intermediate value."""
+        live = self.live.get(trial_id)
+        if live is not None:
+            self._report(live, result)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tell the study how the trial ended."""
+        live = self.live.get(trial_id)
+        if live is None:
+            return
+        if result:
+            self._report(live, result)
+        status, reason = ending(result or {}, error)
+        self._tell(live, status, reason)
+        self._unseat(trial_id)
+
+    def cancel_live(self, reason: str) -> None:
+        """Record every running trial as cancelled: a resumed sweep goes on with it."""
+        for tune_id in list(self.live):
+            self._tell(self.live[tune_id], "cancelled", reason)
+            self._unseat(tune_id)
+
+    def _report(self, live: LiveTrial, result: dict[str, Any]) -> None:
+        value, step = result.get(VAL_TEXT_NLL), result.get(STEP)
+        if value is None or step is None or not math.isfinite(value):
+            return
+        assert live.trial is not None
+        if int(step) not in live.reported:
+            live.reported.add(int(step))
+            live.trial.report(value, int(step))
+        live.last = {STEP: int(step), VAL_TEXT_NLL: value, VAL_AUDIO_NLL: result[VAL_AUDIO_NLL]}
+
+    def _tell(self, live: LiveTrial, status: str, reason: str | None) -> None:
+        trial = live.trial
+        assert trial is not None
+        trial.set_user_attr(studies.STATUS, status)
+        trial.set_user_attr(studies.REASON, reason)
+        if status not in ("completed", "pruned"):
+            self._study.tell(trial, state=TrialState.FAIL)
+            return
+        trial.set_constraint(VAL_AUDIO_NLL, live.last[VAL_AUDIO_NLL] - self._audio_limit())
+        if status == "completed":
+            self._study.tell(trial, live.last[VAL_TEXT_NLL])
+        else:
+            self._study.tell(trial, state=TrialState.PRUNED)
+
+    def _sample(self, index: int) -> tuple[optuna.Trial, TrialConfig]:
+        seed = space.trial_seed(self._config.tune.seed, "trial", index)
+        known = [
+            record
+            for frozen in studies.latest(self._study.get_trials(deepcopy=False)).values()
+            if (record := studies.record_of(frozen)) is not None
+        ]
+        attempts = 0
+        while True:
+            trial = self._ask()
+            config = space.resolve(space.suggest(trial, self._config), self._config, seed)
+            twin = next((old for old in known if space.same_but_seed(old.config, config)), None)
+            attempts += 1
+            if twin is None or attempts > MAX_DUPLICATES:
+                return trial, config
+            trial.set_user_attr(studies.DUPLICATE_OF, twin.trial_id)
+            self._study.tell(trial, state=TrialState.FAIL)
+
+    def _ask_baseline(self, index: int) -> tuple[optuna.Trial, TrialConfig]:
+        values = space.baseline_values(self._config, fixed_flag=index == 1)
+        seed = space.trial_seed(self._config.tune.seed, "trial", index)
+        params = space.searched_part(values, self._config)
+        if params is None:
+            logger.info("trial %d lies outside the space: the sampler cannot learn from it", index)
+        return self._ask_fixed(params), space.resolve(values, self._config, seed)
+
+    def _ask_fixed(self, params: dict[str, Any] | None) -> optuna.Trial:
+        """A trial with exactly these parameters; with None, one that has no parameters at all."""
+        if params is None:
+            return self._study.ask()
+        self._study.enqueue_trial(params)
+        trial = self._study.ask()
+        space.suggest(trial, self._config)
+        return trial
+
+    def _resume(self, tune_id: str, old: FrozenTrial) -> dict[str, Any]:
+        record = studies.record_of(old)
+        assert record is not None
+        trial = self._ask_fixed(old.params or None)
+        self._store(trial, record)
+        checkpoint = self._checkpoint_of(record.trial_id)
+        steps = 0 if checkpoint is None else checkpoint[1]
+        known = {s: v for s, v in sorted(old.intermediate_values.items()) if s <= steps}
+        for step, value in known.items():
+            trial.report(value, step)
+        self._on_resume(tune_id, self._study.trials[trial.number])
+        config = self._seat(tune_id, record, trial, str(checkpoint[0]) if checkpoint else "")
+        self.live[tune_id].reported.update(known)
+        return config
+
+    def _store(self, trial: optuna.Trial, record: TrialRecord) -> None:
+        trial.set_user_attr(studies.RECORD, json.dumps(record.to_dict()))
+        trial.set_user_attr(studies.INDEX, record.number)
+
+    def _ask(self) -> optuna.Trial:
+        # A sampler that is seeded once would repeat itself after a resume.
+        seed = space.trial_seed(self._config.tune.seed, "sampler", len(self._study.trials))
+        self._study.sampler = optuna.samplers.TPESampler(
+            seed=seed,
+            multivariate=True,
+            group=True,  # conditional parameters and baselines outside the space stay harmless
+            constant_liar=True,
+            n_startup_trials=max(4, min(10, self._config.tune.num_trials // 3)),
+        )
+        return self._study.ask()

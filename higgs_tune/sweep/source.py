@@ -1,0 +1,120 @@
+"""Where Tune's trials come from: what the search and the confirm stage share."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import optuna
+from ray.tune.search import Searcher
+
+from higgs_tune.metrics import VAL_TEXT_NLL
+from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.study import TrialRecord
+
+logger = logging.getLogger(__name__)
+
+FINISHED = cast("dict[str, Any]", Searcher.FINISHED)  # a string that Tune takes for the end
+
+
+@dataclass
+class LiveTrial:
+    """A trial between its suggestion and its end."""
+
+    record: TrialRecord
+    worker: int
+    trial: optuna.Trial | None  # None: a trial outside the study (the confirm stage)
+    last: dict[str, Any] = field(default_factory=dict)  # metrics of its newest result
+    reported: set[int] = field(default_factory=set)  # a failed-over trial repeats some steps
+
+
+class TrialSource(Searcher):
+    """What both stages share: the roster, the choice of a worker, the config of a Tune trial."""
+
+    def __init__(
+        self,
+        *,
+        workers: Sequence[str],
+        slots_per_worker: int,
+        publish: Callable[[Roster], None],
+        deadline: float | None = None,
+    ) -> None:
+        super().__init__(metric=VAL_TEXT_NLL, mode="min")
+        self._workers = list(workers)
+        self._slots = slots_per_worker
+        self._publish = publish
+        self._deadline = deadline
+        self._version = 0
+        self._stopped = False
+        self.live: dict[str, LiveTrial] = {}  # by Tune's trial id
+
+    def num_to_come(self) -> int:
+        """How many trials will still be suggested."""
+        raise NotImplementedError
+
+    def cancel_live(self, reason: str) -> None:
+        """End every running trial: a resumed sweep goes on with it."""
+        raise NotImplementedError
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
+    ) -> bool:
+        """Metric and mode are fixed."""
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a resumed sweep is a new Tuner on the same study."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its settings for Tuner.restore, which this package never uses."""
+        return {}
+
+    def over(self) -> bool:
+        """Whether no further trial will be suggested."""
+        if self._deadline is not None and time.monotonic() > self._deadline and not self._stopped:
+            logger.warning("tune.time_limit_s is over: no further trial starts")
+            self._stopped = True
+        return self._stopped or self.num_to_come() == 0
+
+    def stop(self) -> None:
+        """Suggest no further trial."""
+        self._stopped = True
+        self.publish()
+
+    def publish(self) -> None:
+        """Tell the workers who is live; also called as the driver's heartbeat."""
+        to_come = 0 if self.over() else self.num_to_come()
+        names = tuple(live.record.trial_id for live in self.live.values())
+        self._publish(Roster(self._version, names, to_come))
+
+    def _seat(
+        self, tune_id: str, record: TrialRecord, trial: optuna.Trial | None, restore_from: str
+    ) -> dict[str, Any]:
+        loads = [0] * len(self._workers)
+        for live in self.live.values():
+            loads[live.worker] += 1
+        worker = loads.index(min(loads))
+        self.live[tune_id] = LiveTrial(record, worker, trial)
+        self._version += 1
+        self.publish()
+        return {
+            "id": record.trial_id,
+            "name": record.name,
+            "trial": record.config.model_dump(mode="json"),
+            "record": record.to_dict(),
+            "restore_from": restore_from,
+            "worker": worker,
+            "workers": self._workers,
+            "roster_version": self._version,
+        }
+
+    def _unseat(self, tune_id: str) -> LiveTrial | None:
+        live = self.live.pop(tune_id, None)
+        if live is not None:
+            self._version += 1
+            self.publish()
+        return live

@@ -1,0 +1,154 @@
+"""The search space: which Optuna parameters exist, and how their values become a TrialConfig."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+)
+
+from higgs_tune.config import Range, SweepConfig, TrialConfig, validate
+from higgs_tune.errors import ConfigError
+
+Values = dict[str, Any]
+# Acts only where cross-attention modules exist, so it is a parameter only there.
+CROSS_ATTENTION_ONLY = "new_module_lr_factor"
+
+
+def trial_seed(sweep_seed: int, *path: str | int) -> int:
+    """A seed below 2**31 that depends on nothing but its arguments."""
+    text = ":".join(str(part) for part in (sweep_seed, *path))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
+
+
+def fixed_values(config: SweepConfig) -> Values:
+    """The parameters that the space gives exactly one value."""
+    fixed: Values = {}
+    for name, setting in config.space:
+        if isinstance(setting, tuple):
+            if len(dict.fromkeys(setting)) == 1:
+                fixed[name] = setting[0]
+        elif not isinstance(setting, Range):
+            fixed[name] = setting
+    return fixed
+
+
+def distributions(config: SweepConfig) -> dict[str, BaseDistribution]:
+    """The parameters that are searched, by name; rank is a category, never an integer range."""
+    searched: dict[str, BaseDistribution] = {}
+    fixed = fixed_values(config)
+    for name, setting in config.space:
+        if name in fixed:
+            continue
+        if isinstance(setting, Range):
+            searched[name] = FloatDistribution(setting.low, setting.high, log=setting.log)
+        else:
+            searched[name] = CategoricalDistribution(list(dict.fromkeys(setting)))
+    return searched
+
+
+def suggest(trial: optuna.Trial, config: SweepConfig) -> Values:
+    """Ask `trial` for each searched parameter that acts, in the order of the settings."""
+    values = fixed_values(config)
+    searched = distributions(config)
+    for name, distribution in searched.items():
+        if name == CROSS_ATTENTION_ONLY:
+            continue
+        values[name] = _ask(trial, name, distribution)
+    if CROSS_ATTENTION_ONLY in searched and values["cross_attention"] != "off":
+        distribution = searched[CROSS_ATTENTION_ONLY]
+        values[CROSS_ATTENTION_ONLY] = _ask(trial, CROSS_ATTENTION_ONLY, distribution)
+    return values
+
+
+def _ask(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+
+
+def baseline_values(config: SweepConfig, *, fixed_flag: bool) -> Values:
+    """The user's own configuration, before (`fixed_flag` false) and after the usual fix."""
+    values: Values = config.baseline.model_dump()
+    values["cross_attention"] = "audio_self" if fixed_flag else "off"
+    for name in ("text_loss_weight", "audio_loss_weight"):
+        setting = getattr(config.space, name)
+        values[name] = 1.0 if isinstance(setting, Range) else setting
+    factor = config.space.new_module_lr_factor
+    if fixed_flag:
+        values[CROSS_ATTENTION_ONLY] = 0.1 if isinstance(factor, Range) else factor
+    values["batch_clips"] = config.space.batch_clips[0]
+    return values
+
+
+def searched_part(values: Values, config: SweepConfig) -> Values | None:
+    """The Optuna parameters that stand for `values`, or None if the space does not contain them.
+
+    All or nothing: a trial that holds some of the parameters would split the joint space of the
+    sampler, and one that holds a value outside a distribution would have to widen the search.
+    """
+    inside: Values = {}
+    searched = distributions(config)
+    for name, value in values.items():
+        if name not in searched:
+            if fixed_values(config)[name] != value:
+                return None
+            continue
+        distribution = searched[name]
+        if isinstance(distribution, CategoricalDistribution):
+            if value not in distribution.choices:
+                return None
+        elif not distribution._contains(distribution.to_internal_repr(value)):
+            return None
+        inside[name] = value
+    return inside
+
+
+def resolve(values: Mapping[str, Any], config: SweepConfig, seed: int) -> TrialConfig:
+    """The complete configuration of one trial.
+
+    Raises:
+        ConfigError: the values contradict each other, e.g. both loss weights are 0.
+    """
+    targets = config.target_sets[values["target_set"]]
+    if values["cross_attention"] != "off":
+        targets = (*targets, "audio_attention")
+    raw = {**values, **config.train.model_dump(), "targets": targets, "seed": seed}
+    if values["cross_attention"] == "off":
+        raw.pop(CROSS_ATTENTION_ONLY, None)
+    return validate(TrialConfig, raw, "a trial's configuration")
+
+
+def check(config: SweepConfig) -> None:
+    """Refuse a space whose baseline cannot be built.
+
+    Raises:
+        ConfigError: see `resolve`.
+    """
+    for fixed_flag in (False, True):
+        resolve(baseline_values(config, fixed_flag=fixed_flag), config, 0)
+    duplicated = [
+        name
+        for name, setting in config.space
+        if isinstance(setting, tuple) and len(set(setting)) != len(setting)
+    ]
+    if duplicated:
+        raise ConfigError(f"space.{duplicated[0]}: a value is listed twice; list each one once.")
+
+
+def short_name(trial_id: str, trial: TrialConfig) -> str:
+    """What a person reads in tables and in the Ray dashboard."""
+    return (
+        f"{trial_id} r{trial.rank} lr{trial.learning_rate:.1e} "
+        f"{trial.cross_attention} {trial.target_set}"
+    )
+
+
+def same_but_seed(left: TrialConfig, right: TrialConfig) -> bool:
+    """Whether two trials would differ in nothing but their randomness."""
+    return left.model_copy(update={"seed": right.seed}) == right

@@ -1,0 +1,137 @@
+"""The Optuna study of a sweep: its storage, its records, and what a resumed sweep finds in it."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial, TrialState
+
+from higgs_tune.config import TrialConfig
+from higgs_tune.metrics import STEP
+
+JOURNAL = "study.journal"
+STALE = "the process that ran it ended before it could record the end"
+
+# User attributes of a trial in the study.
+INDEX = "index"  # number within the sweep; a resumed trial keeps it
+RECORD = "record"  # JSON of a TrialRecord
+STATUS = "status"
+REASON = "reason"
+DUPLICATE_OF = "duplicate_of"
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """Who a trial is, from its suggestion on."""
+
+    trial_id: str
+    number: int
+    name: str
+    origin: str  # baseline, baseline_fixed, search or confirm
+    confirms: str | None
+    config: TrialConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**vars(self), "config": self.config.model_dump(mode="json")}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "TrialRecord":
+        """The inverse of `to_dict`."""
+        return cls(**{**raw, "config": TrialConfig.model_validate(raw["config"])})
+
+
+def open_study(name: str, folder: Path, storage_url: str | None) -> optuna.Study:
+    """Load or create the study; the journal in `folder` unless a URL is given."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    storage: BaseStorage | str
+    if storage_url is None:
+        path = folder / JOURNAL
+        drop_torn_line(path)
+        # One process owns the journal: a lock older than this belonged to a killed one.
+        lock = JournalFileSymlinkLock(str(path), grace_period=5)
+        storage = JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    else:
+        storage = storage_url
+    return optuna.create_study(
+        study_name=name, storage=storage, direction="minimize", load_if_exists=True
+    )
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a killed process or a full disk left unfinished."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            logging.getLogger(__name__).warning("%s: dropped an unfinished last line", path)
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def record_of(trial: FrozenTrial) -> TrialRecord | None:
+    """The record that the searcher stored, or None for a trial that never got one."""
+    raw = trial.user_attrs.get(RECORD)
+    return None if raw is None else TrialRecord.from_dict(json.loads(raw))
+
+
+def latest(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
+    """The newest study entry of each trial of the sweep, by its index; duplicates are left out."""
+    newest: dict[int, FrozenTrial] = {}
+    for trial in trials:
+        index = trial.user_attrs.get(INDEX)
+        if index is not None and DUPLICATE_OF not in trial.user_attrs:
+            newest[index] = trial
+    return dict(sorted(newest.items()))
+
+
+def fail_stale(study: optuna.Study) -> None:
+    """End the RUNNING and WAITING entries that a former process left; they repel the sampler."""
+    states = (TrialState.RUNNING, TrialState.WAITING)
+    for frozen in study.get_trials(deepcopy=False, states=states):
+        trial = optuna.Trial(study, frozen._trial_id)
+        trial.set_user_attr(STATUS, "cancelled")
+        trial.set_user_attr(REASON, STALE)
+        study.tell(trial, state=TrialState.FAIL)
+
+
+def unfinished(study: optuna.Study) -> list[FrozenTrial]:
+    """The cancelled trials of the sweep: they go on when it is resumed."""
+    newest = latest(study.get_trials(deepcopy=False))
+    return [trial for trial in newest.values() if trial.user_attrs.get(STATUS) == "cancelled"]
+
+
+def feasible(trial: FrozenTrial) -> bool:
+    """Whether every constraint that was recorded holds; a trial without one is not feasible."""
+    return bool(trial.constraints) and all(value <= 0 for value in trial.constraints.values())
+
+
+def best_records(study: optuna.Study, num_records: int) -> list[TrialRecord]:
+    """The best feasible full-budget trials, one per configuration, the best first."""
+    done = [
+        trial
+        for trial in latest(study.get_trials(deepcopy=False)).values()
+        if trial.state == TrialState.COMPLETE and feasible(trial)
+    ]
+    ranked = [record_of(trial) for trial in sorted(done, key=lambda trial: trial.values[0])]
+    return [record for record in ranked if record is not None][:num_records]
+
+
+def ending(result: Mapping[str, Any], error: bool) -> tuple[str, str | None]:
+    """The contract's status and reason of a trial that Tune has ended after `result`."""
+    if error:
+        return "failed", "its processes died more often than tune.max_failures allows"
+    status = result.get("status")
+    if status is None:
+        return "cancelled", "stopped before its first result"
+    if status == "running":
+        return "pruned", f"stopped by the scheduler at step {result.get(STEP)}"
+    return status, result.get("reason")

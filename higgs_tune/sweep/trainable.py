@@ -1,0 +1,86 @@
+"""A Tune trial: asks its worker for the next result and hands it to Tune. Imports no torch."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.tune import Trainable
+
+from higgs_tune.config import TrialConfig
+from higgs_tune.errors import SweepError
+from higgs_tune.metrics import VAL_TEXT_NLL
+from higgs_tune.sweep.seats import Files, read_files, write_files
+
+JOIN_PATIENCE_S = 120.0  # a restarting worker process needs a moment to take calls
+RANKED = ("completed", "running")
+
+
+class PackTrial(Trainable):
+    """One trial of a pack; `config` is what StudySearcher.suggest returns."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Lease a slot, preferably on the worker that the driver chose."""
+        self._trial_id: str = config["id"]
+        self._name: str = config["name"]
+        self._ended = False
+        files = read_files(Path(config["restore_from"])) if config["restore_from"] else None
+        self._worker = self._lease(files)
+
+    def __repr__(self) -> str:
+        """The name that the Ray dashboard shows for this process."""
+        return f"Trial({self._name})"
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the pack's next round."""
+        call = self._worker.next_result.options(name=f"{self._name} · next result")
+        result: dict[str, Any] = self._answer(call.remote(self._trial_id))
+        self._ended = result["status"] != "running"
+        if result["status"] not in RANKED:
+            # Without its metric no scheduler can rank it: NaN passes every cutoff.
+            result.pop(VAL_TEXT_NLL, None)
+        return {**result, "done": self._ended}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Bring the adapter and its training state here; Tune stores the folder."""
+        files: Files = self._answer(self._worker.save.remote(self._trial_id))
+        write_files(files, Path(checkpoint_dir))
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | str | None) -> None:
+        """Send a checkpoint back to the worker."""
+        assert isinstance(checkpoint, str)
+        files = read_files(Path(checkpoint))
+        self._answer(self._worker.restore.remote(self._trial_id, files))
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Become another trial in the same process."""
+        self.setup(new_config)
+        return True
+
+    def _answer(self, reference: Any) -> Any:
+        """What the worker answers; its death is this trial's failure, not this process's own."""
+        try:
+            return ray.get(reference)
+        except RayActorError as error:
+            raise SweepError(f"{self._name}: its worker died ({error})") from None
+
+    def _lease(self, files: Files | None) -> Any:
+        first: int = self.config["worker"]
+        names: list[str] = self.config["workers"]
+        trial = TrialConfig.model_validate(self.config["trial"])
+        deadline = time.monotonic() + JOIN_PATIENCE_S
+        while time.monotonic() < deadline:
+            for name in [names[first], *names[:first], *names[first + 1 :]]:
+                try:
+                    worker = ray.get_actor(name)
+                    if ray.get(
+                        worker.join.remote(
+                            self._trial_id, trial, files, self.config["roster_version"]
+                        )
+                    ):
+                        return worker
+                except (RayActorError, ValueError):  # it restarts, or is not registered yet
+                    continue
+            time.sleep(0.5)
+        raise SweepError(f"{self._name}: no worker had a free slot for {JOIN_PATIENCE_S:.0f} s")

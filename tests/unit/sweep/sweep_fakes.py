@@ -1,0 +1,93 @@
+"""A pack loop with closed-form learning curves, for sweeps without a model."""
+
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.errors import ModelError
+
+BASE = {
+    "val/text/nll": 9.0,
+    "val/text/nll_swapped": 9.02,
+    "val/text/audio_gain": 0.02,
+    "val/audio/nll_per_code": 3.0,
+}
+
+
+class FakeLoop:
+    """Text nll falls towards a floor that depends on the configuration; no neighbour matters.
+
+    What happens to a trial can be set through its environment: FAKE_ROUND_S seconds a round (with
+    jitter), and by the configuration: learning rates above 5e-2 diverge at the second report,
+    batch_clips 13 cannot join, audio_loss_weight 0 breaks the audio constraint.
+    """
+
+    def __init__(self, config: SweepConfig, *, num_slots: int, device: str) -> None:
+        if config.base.path == "broken":
+            raise ModelError("base.path: no such checkpoint. Give another one.")
+        assert device
+        self.num_slots = num_slots
+        self.base_metrics = dict(BASE)
+        self.preflight: dict[str, Any] = {"ok": True}
+        self._config = config
+        self._steps: dict[str, int] = {}
+        self._configs: dict[str, TrialConfig] = {}
+
+    def join(
+        self, trial_id: str, config: TrialConfig, state_dir: Path | None = None
+    ) -> dict[str, Any]:
+        assert trial_id not in self._steps, f"{trial_id} joined twice"
+        assert len(self._steps) < self.num_slots, "no free slot"
+        if config.batch_clips == 13:
+            raise MemoryError("13 clips do not fit")
+        state = {"step": 0}
+        if state_dir is not None:
+            state = json.loads((state_dir / "training_state.json").read_text())
+        self._steps[trial_id] = state["step"]
+        self._configs[trial_id] = config
+        return {"parameters": 1000 * config.rank, "modules": {"q_proj": 4}, "step": state["step"]}
+
+    def advance(self) -> dict[str, dict[str, Any]]:
+        time.sleep(float(os.environ.get("FAKE_ROUND_S", "0.02")) * random.uniform(0.5, 1.5))
+        return {trial_id: self._train(trial_id) for trial_id in sorted(self._steps)}
+
+    def _train(self, trial_id: str) -> dict[str, Any]:
+        config = self._configs[trial_id]
+        step = min(self._steps[trial_id] + config.report_every_steps, config.num_steps)
+        self._steps[trial_id] = step
+        metrics = {"step": step, **curve(config, step), "tokens_per_s": random.random()}
+        if config.learning_rate > 5e-2 and step >= 2 * config.report_every_steps:
+            nan = {"val/text/nll": math.nan, "val/audio/nll_per_code": math.nan}
+            return {**metrics, **nan, "status": "diverged", "reason": f"NaN at step {step}"}
+        done = step >= config.num_steps
+        return {**metrics, "status": "completed" if done else "running", "reason": None}
+
+    def leave(self, trial_id: str) -> None:
+        del self._steps[trial_id], self._configs[trial_id]
+
+    def save(self, trial_id: str, directory: Path) -> None:
+        (directory / "adapter_config.json").write_text("{}")
+        (directory / "training_state.json").write_text(json.dumps({"step": self._steps[trial_id]}))
+
+
+def curve(config: TrialConfig, step: int) -> dict[str, float]:
+    """Validation metrics after `step` steps: a function of the configuration alone."""
+    miss = abs(math.log10(config.learning_rate) + 2.8)
+    flag = {"off": 0.0, "audio_self": -0.1, "text_to_audio": -0.4}[config.cross_attention]
+    floor = 2.0 + miss + 4 / config.rank + flag + (config.seed % 1000) * 1e-5
+    text = floor + (9.0 - floor) * math.exp(-3 * step / config.num_steps)
+    gain = 0.5 * step / config.num_steps
+    audio = 3.0 - 0.2 * step / config.num_steps
+    if config.audio_loss_weight < 0.01:
+        audio = 3.0 + 0.5 * step / config.num_steps
+    return {
+        "val/text/nll": text,
+        "val/text/nll_swapped": text + gain,
+        "val/text/audio_gain": gain,
+        "val/audio/nll_per_code": audio,
+    }
