@@ -65,7 +65,10 @@ def confirmed(tmp_path: Path, losses: dict[str, tuple[float, float]], **last) ->
         run(builder, trial_id, text, origin="baseline" if trial_id == "t000" else "search")
     for group, (trial_id, texts) in enumerate(losses.items()):
         for seed, text in enumerate(texts):
-            run_id, options = f"c{2 * group + seed:03d}", {"origin": "confirm", "confirms": trial_id}
+            run_id, options = (
+                f"c{2 * group + seed:03d}",
+                {"origin": "confirm", "confirms": trial_id},
+            )
             if last and run_id == "c005":
                 options |= last
             run(builder, run_id, text, seed=100 + seed, **options)

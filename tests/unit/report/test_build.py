@@ -1,0 +1,138 @@
+"""The report's files: complete, readable back, free of the network, and not torch's business."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from higgs_tune.errors import ConfigError
+from higgs_tune.report import build_report
+from higgs_tune.report.export import read_best_config
+from higgs_tune.report.results import read_results
+from tests.unit.report.builder import Builder, curve, realistic, trial_config
+
+
+def test_finished_sweep_gives_every_file(tmp_path: Path) -> None:
+    realistic(tmp_path)
+    summary = build_report(tmp_path)
+    for name in (
+        "trials.parquet",
+        "summary.json",
+        "summary.txt",
+        "report.html",
+        "best_config.yaml",
+    ):
+        assert (tmp_path / name).stat().st_size > 0
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 5
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert summary.text == (tmp_path / "summary.txt").read_text()
+    assert (
+        json.loads((tmp_path / "summary.json").read_text())["best"]["trial_id"] == summary.best_id
+    )
+
+
+def test_best_config_holds_what_is_needed_to_train_it_again(tmp_path: Path) -> None:
+    realistic(tmp_path)
+    summary = build_report(tmp_path)
+    content = yaml.safe_load((tmp_path / "best_config.yaml").read_text())
+    assert set(content) == {
+        "higgs_tune", "base", "data", "trial", "lora_config", "results", "command",
+    }  # fmt: skip
+    results = read_results(tmp_path)
+    best = next(trial for trial in results.trials if trial.id == summary.best_id)
+    read = read_best_config(tmp_path / "best_config.yaml")
+    assert read.model_copy(update={"seed": 0}) == best.config
+    assert read.seed in content["results"]["seeds"]
+    assert content["lora_config"]["r"] == best.config.rank
+    assert content["data"]["content_hash"] == "c0ffee"
+    assert content["results"]["val"]["val/text/nll"]["n"] == 2
+    assert content["results"]["paired_difference_to_baseline"]["mean"] < 0
+    assert content["command"] == "higgs-tune train --config best_config.yaml"
+
+
+def test_exported_adapter_is_the_best_runs(tmp_path: Path) -> None:
+    realistic(tmp_path)
+    build_report(tmp_path)
+    content = yaml.safe_load((tmp_path / "best_config.yaml").read_text())
+    losses = {
+        run.id: run.last("val/text/nll")
+        for run in read_results(tmp_path).trials
+        if run.id in content["results"]["runs"]
+    }
+    adapter = (tmp_path / "best_adapter" / "adapter_model.safetensors").read_bytes().decode()
+    assert losses[adapter] == min(losses.values())
+
+
+def test_report_can_be_built_again(tmp_path: Path) -> None:
+    realistic(tmp_path)
+    build_report(tmp_path)
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    build_report(tmp_path)
+    after = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    assert before == after
+
+
+def test_stale_best_goes_when_nothing_can_be_chosen(tmp_path: Path) -> None:
+    realistic(tmp_path)
+    build_report(tmp_path)
+    base = json.loads((tmp_path / "base.json").read_text())
+    base["metrics"]["val/audio/nll_per_code"] = 1.0  # every trial is now beyond the limit
+    (tmp_path / "base.json").write_text(json.dumps(base))
+    summary = build_report(tmp_path)
+    assert summary.outcome == "no_feasible"
+    assert summary.best_config_path is None
+    assert not (tmp_path / "best_config.yaml").exists()
+    assert not (tmp_path / "best_adapter").exists()
+
+
+def test_missing_adapter_is_noted_and_the_config_written(tmp_path: Path) -> None:
+    config = trial_config()
+    builder = Builder(tmp_path).start()
+    builder.trial("t000", config, curve(config, 2.0, 0.4, 3.9, 150), adapter=False)
+    summary = build_report(tmp_path)
+    assert summary.best_config_path is not None
+    assert "t000 left no adapter" in summary.text
+    assert yaml.safe_load(summary.best_config_path.read_text())["lora_config"] is None
+
+
+@pytest.mark.parametrize("base", [None, {"val/text/nll": 7.7, "val/audio/nll_per_code": 3.9}])
+def test_empty_sweep_gives_a_report(tmp_path: Path, base: dict[str, float] | None) -> None:
+    Builder(tmp_path, base=base).start()
+    summary = build_report(tmp_path)
+    assert summary.outcome == "no_trials"
+    assert "No trial has reported a result yet" in summary.report_path.read_text()
+
+
+def test_page_needs_no_network_and_leaves_no_gap(tmp_path: Path) -> None:
+    realistic(tmp_path)
+    page = build_report(tmp_path).report_path.read_text()
+    assert not re.search(r"""(src|href)=["'](https?:)?//""", page)
+    assert "<link" not in page
+    assert not re.search(r"<!--\w+-->", page)
+    assert page.count("<svg") == 5
+
+
+def test_page_escapes_what_a_name_holds(tmp_path: Path) -> None:
+    config = trial_config()
+    builder = Builder(tmp_path).start()
+    rows = curve(config, 2.0, 0.4, 3.9, 50)
+    builder.trial("t000", config, rows, status="failed", reason='<script>alert("x")</script>')
+    page = build_report(tmp_path).report_path.read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+
+
+def test_best_config_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "best_config.yaml"
+    path.write_text("name: quick\n")
+    with pytest.raises(ConfigError, match="found no section 'base'"):
+        read_best_config(path)
+
+
+def test_report_starts_without_torch() -> None:
+    code = "import sys, higgs_tune.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

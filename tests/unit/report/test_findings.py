@@ -1,0 +1,159 @@
+"""The words of the summary claim what the runs show, and no more."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from higgs_tune.report.findings import Findings, find, trial_counts
+from higgs_tune.report.importance import common_step, importance_info, levels
+from higgs_tune.report.results import read_results
+from higgs_tune.report.summary import WIDTH, summary_text
+from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
+
+CONFIG = trial_config()
+
+
+def findings(directory: Path) -> Findings:
+    return find(read_results(directory))
+
+
+def sentence(found: Findings, key: str) -> str:
+    return next(answer.sentence for answer in found.answers if answer.key == key)
+
+
+def pairs(directory: Path, baseline: list[float], best: list[float], gain: float = 0.4) -> Findings:
+    """A sweep of two trials with these text losses over the seeds of its confirm stage."""
+    builder = Builder(directory).start()
+    for trial_id, text in (("t000", baseline), ("t001", best)):
+        origin = "baseline" if trial_id == "t000" else "search"
+        rows = curve(CONFIG, min(text) - 0.1, gain, 3.9, 150)
+        builder.trial(trial_id, CONFIG, rows, origin=origin)
+        for seed, value in enumerate(text):
+            config = trial_config(seed=100 + seed)
+            rows = curve(config, value, gain, 3.9, 150)
+            run_id = f"c{10 * int(trial_id[1:]) + seed:03d}"
+            builder.trial(run_id, config, rows, origin="confirm", confirms=trial_id)
+    return findings(directory)
+
+
+def test_clear_difference_is_called_better(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
+    assert found.outcome == "better"
+    assert "1.00 nats per token lower than trial 0's" in sentence(found, "found")
+
+
+def test_difference_inside_the_noise_is_called_that(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [3.0, 3.3], [2.9, 3.1])
+    assert found.outcome == "within_noise"
+    assert "beyond the noise" in sentence(found, "found")
+
+
+def test_single_pair_is_not_confirmed(tmp_path: Path) -> None:
+    builder = Builder(tmp_path, sweep_config(confirm={"num_configs": 0})).start()
+    builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.4, 3.9, 150), origin="baseline")
+    builder.trial("t001", CONFIG, curve(CONFIG, 2.0, 0.4, 3.9, 150))
+    found = findings(tmp_path)
+    assert found.outcome == "unconfirmed"
+    assert "partly luck" in sentence(found, "found")
+    assert any("switched off" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "gain, word, tone",
+    [
+        (0.0, "No:", "poor"),
+        (-0.1, "No:", "poor"),
+        (0.1, "A little:", "fair"),
+        (0.4, "Yes:", "good"),
+    ],
+)
+def test_low_text_loss_without_gain_is_not_called_listening(
+    tmp_path: Path, gain: float, word: str, tone: str
+) -> None:
+    found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1], gain)
+    answer = next(answer for answer in found.answers if answer.key == "listening")
+    assert answer.sentence.startswith(word)
+    assert answer.tone == tone
+
+
+def test_audio_beyond_the_limit_says_what_to_change(tmp_path: Path) -> None:
+    Builder(tmp_path).start().trial("t000", CONFIG, curve(CONFIG, 2.0, 0.4, 5.0, 150))
+    found = findings(tmp_path)
+    assert found.outcome == "no_feasible"
+    assert "t000, +27.2%" in sentence(found, "found")
+    assert "objective.audio_tolerance" in sentence(found, "found")
+
+
+def test_no_full_run_is_said(tmp_path: Path) -> None:
+    rows = curve(CONFIG, 2.0, 0.4, 3.9, 100)
+    Builder(tmp_path).start().trial("t000", CONFIG, rows, status="pruned", origin="baseline")
+    found = findings(tmp_path)
+    assert "No trial ran the full budget" in sentence(found, "found")
+    assert any("Trial 0 ended pruned at step 100" in note for note in found.notes)
+
+
+def test_nothing_reported_is_said(tmp_path: Path) -> None:
+    Builder(tmp_path, base=None).start()
+    found = findings(tmp_path)
+    assert found.outcome == "no_trials"
+    assert summary_text(read_results(tmp_path), found).startswith("Sweep quick: No trial")
+
+
+def test_interrupted_sweep_is_said(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.1, 3.9, 150), origin="baseline")
+    builder.trial("t001", CONFIG, curve(CONFIG, 3.0, 0.1, 3.9, 50), status="cancelled")
+    builder.trial("t002", CONFIG, [], status=None)
+    found = findings(tmp_path)
+    assert "1 trials without an end, 1 cancelled" in found.notes[0]
+    assert trial_counts(read_results(tmp_path)).startswith("3 in the search: 1 ran to the end")
+
+
+def test_summary_is_one_screen(tmp_path: Path) -> None:
+    realistic(tmp_path)
+    results = read_results(tmp_path)
+    lines = summary_text(results, find(results)).splitlines()
+    assert len(lines) <= 32
+    paths = ("  Report", "  Train")
+    assert max(len(line) for line in lines if not line.startswith(paths)) <= WIDTH
+
+
+def test_importance_finds_the_setting_that_decides(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    noise = random.Random(0)
+    for number in range(24):
+        rate = 10 ** noise.uniform(-4, -2)
+        config = trial_config(learning_rate=rate, rank=noise.choice([4, 8, 16]))
+        text = 2 + abs(math.log10(rate) + 3)
+        builder.trial(f"t{number:03d}", config, curve(config, text, 0.1, 3.9, 150))
+    info = importance_info(read_results(tmp_path))
+    assert info is not None
+    assert next(iter(info.shares)) == "learning_rate"
+    assert info.shares["learning_rate"] > 0.8
+    assert sum(info.shares.values()) == pytest.approx(1)
+
+
+def test_too_few_trials_give_no_importance(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    for number in range(9):
+        config = trial_config(rank=4 + number)
+        builder.trial(f"t{number:03d}", config, curve(config, 2.0 + number, 0.1, 3.9, 150))
+    assert importance_info(read_results(tmp_path)) is None
+    assert "Needs 10 trials" in sentence(findings(tmp_path), "mattered")
+
+
+def test_trials_compare_at_the_step_that_most_reached(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    for number in range(12):
+        steps = 150 if number < 5 else 75
+        config = trial_config(cross_attention="off" if number % 2 else "audio_self")
+        rows = curve(config, 2.0 + 0.01 * number, 0.1, 3.9, steps)
+        builder.trial(
+            f"t{number:03d}", config, rows, status="completed" if steps == 150 else "pruned"
+        )
+    results = read_results(tmp_path)
+    assert common_step(results.trials) == 75
+    found = levels(results, "cross_attention")
+    assert [(level.value, level.num_trials) for level in found] == [("audio_self", 6), ("off", 6)]

@@ -1,0 +1,86 @@
+"""The data behind the figures, and that every figure can be drawn from odd results."""
+
+from pathlib import Path
+
+import pytest
+
+from higgs_tune import metrics as m
+from higgs_tune.report.build import draw
+from higgs_tune.report.findings import find
+from higgs_tune.report.plots import curves_info, gain_info, scatter_info, space_info
+from higgs_tune.report.results import Results, read_results
+from tests.unit.report.builder import BASE, Builder, curve, realistic, trial_config
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    realistic(tmp_path)
+    return read_results(tmp_path)
+
+
+def test_curves_start_at_the_base_and_end_before_nan(results: Results) -> None:
+    text, audio, _ = curves_info(results, None)
+    assert {line.points[0] for line in text.lines} == {(0, BASE[m.VAL_TEXT_NLL])}
+    diverged = next(line for line in text.lines if line.status == "diverged")
+    assert diverged.points[-1][0] == 50
+    assert audio.limit == pytest.approx(3.93 * 1.05)
+    assert text.limit is None
+
+
+def test_scatter_has_a_point_for_each_trial_with_losses(results: Results) -> None:
+    info = scatter_info(results, find(results).choice)
+    assert len(info.points) == 19  # 20 less the diverged one
+    assert [point.trial_id for point in info.points if point.role == "baseline"] == ["t000"]
+    assert [point.role for point in info.points].count("best") == 1
+    assert info.base == (BASE[m.VAL_TEXT_NLL], BASE[m.VAL_AUDIO_NLL])
+
+
+def test_gain_bars_show_the_base_the_named_and_the_best(results: Results) -> None:
+    bars = gain_info(results, find(results).choice, most=4)
+    assert [bar.role for bar in bars] == ["base", "best", "other", "baseline_fixed", "baseline"]
+    assert bars[0].gain == pytest.approx(0.01)
+
+
+def test_space_takes_trials_at_one_step(results: Results) -> None:
+    info = space_info(results, None)
+    assert info is not None
+    assert info.step == 150
+    assert info.ranks == (4, 8, 16, 32)
+    assert len(info.points) == 17
+
+
+def test_space_of_one_trial_is_nothing(tmp_path: Path) -> None:
+    config = trial_config()
+    Builder(tmp_path).start().trial("t000", config, curve(config, 3.0, 0.1, 3.9, 150))
+    assert space_info(read_results(tmp_path), None) is None
+
+
+def test_every_figure_is_drawn(results: Results) -> None:
+    pictures = draw(results, find(results))
+    assert list(pictures) == ["curves", "scatter", "gain", "importance", "space"]
+    for picture in pictures.values():
+        assert picture.png.startswith(b"\x89PNG")
+        assert "currentColor" in picture.svg
+        assert "nats" in picture.svg or "importance" in picture.svg
+
+
+def test_same_results_give_the_same_pictures(results: Results) -> None:
+    first, second = (draw(results, find(results))["scatter"] for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("text, audio", [(7.72, 3.93), (20.0, 9.0), (0.001, 0.001)])
+def test_single_odd_trial_is_drawn(tmp_path: Path, text: float, audio: float) -> None:
+    config = trial_config()
+    Builder(tmp_path).start().trial("t000", config, curve(config, text, -0.5, audio, 150))
+    results = read_results(tmp_path)
+    assert {"curves", "scatter", "gain"} <= set(draw(results, find(results)))
+
+
+def test_trials_without_base_are_drawn(tmp_path: Path) -> None:
+    config = trial_config()
+    Builder(tmp_path, base=None).start().trial(
+        "t000", config, curve(config, 3.0, 0.1, 3.9, 50), status=None
+    )
+    results = read_results(tmp_path)
+    assert set(draw(results, find(results))) == {"curves", "scatter"}
