@@ -1,0 +1,83 @@
+"""Recordings as mono waves, or the reason why one cannot be used."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from higgs_tune.errors import DataError
+
+_SHOWN_CHARS = 120
+_SILENCE = 1e-4  # peak of full scale 1: -80 dB
+_MAX_PEAK = 16.0  # float files above it were never scaled to ±1
+# torchaudio's resampling kernel has about this many numbers per pair of rates without common factor.
+_MAX_KERNEL = 50_000_000
+
+
+def locate(root: Path, name: str) -> Path:
+    """The file that a manifest names, symlinks followed.
+
+    Raises:
+        DataError: outside `root`, not there, or not a file.
+    """
+    shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}…"
+    try:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root.resolve()):
+            raise DataError(
+                f"audio {shown} is outside the data root {root}: move it inside or set --data-root"
+            )
+        if not path.is_file():
+            state = "is not a file" if path.exists() else "does not exist"
+            raise DataError(f"audio {shown} {state} (looked in {root})")
+    except (OSError, ValueError, RuntimeError) as error:
+        detail = getattr(error, "strerror", None) or error
+        raise DataError(f"audio {shown!r} is not a usable path ({detail})") from None
+    return path
+
+
+def read_clip(
+    path: Path, *, min_seconds: float, max_seconds: float, target_rate_hz: int
+) -> tuple[np.ndarray, int]:
+    """A recording of any rate and channel count as (float32 mono wave, its rate in Hz).
+
+    Channels are averaged. The length is checked before samples are read.
+
+    Raises:
+        DataError: not audio, too short or long, silent, not finite, or at a rate that cannot be
+            resampled to `target_rate_hz`.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate_hz = file.samplerate
+            _check_length(file.frames / rate_hz, min_seconds, max_seconds)
+            wave = file.read(dtype="float32", always_2d=True).mean(axis=1)
+    except (soundfile.LibsndfileError, OSError) as error:
+        detail = str(error).split(": ", 1)[-1] if path.stat().st_size else "the file is empty"
+        raise DataError(f"audio cannot be read: {detail}") from None
+    _check_length(len(wave) / rate_hz, min_seconds, max_seconds)
+    bad = int(np.count_nonzero(~np.isfinite(wave)))
+    if bad:
+        raise DataError(f"audio has {bad} samples that are NaN or infinite")
+    peak = float(np.abs(wave).max())
+    if peak < _SILENCE:
+        raise DataError(f"audio is silent (peak {peak:.1e}, limit {_SILENCE:.0e} of full scale)")
+    if peak > _MAX_PEAK:
+        raise DataError(f"audio has a peak of {peak:g}: its samples are not scaled to ±1")
+    common = math.gcd(rate_hz, target_rate_hz)
+    if rate_hz // common * (target_rate_hz // common) > _MAX_KERNEL:
+        raise DataError(
+            f"audio has {rate_hz} Hz, which shares no factor with {target_rate_hz} Hz: "
+            "resample it to a usual rate first"
+        )
+    return wave, rate_hz
+
+
+def _check_length(seconds: float, min_seconds: float, max_seconds: float) -> None:
+    if seconds == 0:
+        raise DataError("audio has no samples")
+    if seconds < min_seconds:
+        raise DataError(f"audio is too short: {seconds:.3f} s, limit is {min_seconds:g} s")
+    if seconds > max_seconds:
+        raise DataError(f"audio is too long: {seconds:.1f} s, limit is {max_seconds:g} s")

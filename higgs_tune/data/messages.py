@@ -1,0 +1,136 @@
+"""ChatML rows: messages of text and audio parts, in the shapes that are in use."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from higgs_tune.data.rows import ManifestRow, audio_path, field
+from higgs_tune.errors import DataError
+
+ROLES = ("system", "user", "assistant")
+_PLACEHOLDER = "<audio>"
+_AUDIO_KEYS = ("audio_url", "audio", "path", "url", "file")
+_RAW_KEYS = ("raw_audio", "input_audio", "bytes")
+
+
+def chat_row(fields: Mapping[str, Any], identity: Mapping[str, Any]) -> ManifestRow:
+    """A row from `messages`.
+
+    `start_index` is the first message that may be learnt; without it only the last assistant message
+    is, so that reference audio in an earlier one stays a prompt.
+
+    Raises:
+        DataError: an unknown role or part, no audio, nothing to learn.
+    """
+    messages = fields["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError("messages is not a list of messages")
+    queue = list(fields.get("audios") or [])
+    audio: list[str] = []
+    turns: list[dict[str, Any]] = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise DataError(
+                f"message {number} is {type(message).__name__}, needed role and content"
+            )
+        role = message.get("role")
+        if role not in ROLES:
+            raise DataError(f"message {number} has role {role!r}, needed one of {', '.join(ROLES)}")
+        turns.append({"role": role, "parts": _parts(message.get("content"), number, audio, queue)})
+    if queue:
+        raise DataError(f"audios has {len(queue)} more paths than messages have {_PLACEHOLDER}")
+    if not audio:
+        raise DataError("messages have no audio part")
+    start = _start_index(fields.get("start_index"), turns)
+    targets = [turn for turn in turns[start:] if turn["role"] == "assistant" and turn["parts"]]
+    if not targets:
+        raise DataError(f"no assistant message from start_index {start} on: nothing to learn")
+    return ManifestRow(
+        **identity,
+        kind="chat",
+        text=_target_text(turns, start),
+        audio=tuple(audio),
+        turns=json.dumps(turns, ensure_ascii=False),
+        start_index=start,
+    )
+
+
+def _start_index(value: Any, turns: list[dict[str, Any]]) -> int:
+    if value is None:
+        answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if not answers:
+            raise DataError("messages have no assistant message: nothing to learn")
+        return answers[-1]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(turns):
+        raise DataError(f"start_index is {value!r}, needed a number from 0 to {len(turns) - 1}")
+    return value
+
+
+def _parts(content: Any, number: int, audio: list[str], queue: list[Any]) -> list[dict[str, Any]]:
+    """The parts of one message; paths go to `audio`, parts refer to them by place."""
+    if isinstance(content, str):
+        return _text_parts(content, number, audio, queue)
+    parts: list[dict[str, Any]] = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            parts += _text_parts(part, number, audio, queue)
+        elif not isinstance(part, Mapping):
+            raise DataError(f"message {number} has a {type(part).__name__}, needed text or parts")
+        elif part.get("type") == "text":
+            text = field(part, ("text",), keep_empty=True)
+            if text is None:
+                raise DataError(f"message {number} has a text part without text")
+            parts += _text_parts(text, number, audio, queue)
+        elif part.get("type") in ("audio", "audio_url"):
+            path = audio_path(part, _AUDIO_KEYS)
+            if path is None:
+                inside = any(part.get(key) for key in _RAW_KEYS)
+                raise DataError(
+                    f"message {number} has an audio part without a path"
+                    + (": audio inside the manifest is not supported" if inside else "")
+                )
+            parts.append(_audio_part(path, audio))
+        else:
+            raise DataError(
+                f"message {number} has a part of type {part.get('type')!r}, needed text or audio"
+            )
+    if not parts:
+        raise DataError(f"message {number} is empty")
+    return parts
+
+
+def _text_parts(text: str, number: int, audio: list[str], queue: list[Any]) -> list[dict[str, Any]]:
+    """A text part; where the row lists `audios`, each placeholder in it is the next of them."""
+    checked = field({"text": text}, ("text",), keep_empty=True) or ""
+    if not queue or _PLACEHOLDER not in checked:
+        return [{"type": "text", "text": checked}]
+    pieces = checked.split(_PLACEHOLDER)
+    parts: list[dict[str, Any]] = []
+    for place, piece in enumerate(pieces):
+        if place:
+            if not queue:
+                raise DataError(f"message {number} has more {_PLACEHOLDER} than audios has paths")
+            path = audio_path({"audios": queue.pop(0)}, ("audios",))
+            if path is None:
+                raise DataError("audios has an empty path")
+            parts.append(_audio_part(path, audio))
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.strip()})
+    return parts
+
+
+def _audio_part(path: str, audio: list[str]) -> dict[str, Any]:
+    audio.append(path)
+    return {"type": "audio", "audio": len(audio) - 1}
+
+
+def _target_text(turns: list[dict[str, Any]], start: int) -> str:
+    """What the row says: the learnt text, or the last text before the learnt audio."""
+
+    def texts(some: list[dict[str, Any]]) -> list[str]:
+        return [part["text"] for turn in some for part in turn["parts"] if part["type"] == "text"]
+
+    learnt = texts([turn for turn in turns[start:] if turn["role"] == "assistant"])
+    if learnt:
+        return "\n".join(learnt)
+    return (texts([t for t in turns if t["role"] != "system"]) or texts(turns) or [""])[-1]

@@ -1,0 +1,22 @@
+"""Settings of `higgs-tune data prepare`."""
+
+from pydantic import Field
+
+from higgs_tune.config import Settings
+
+
+class PrepareOptions(Settings):
+    """What is taken from a manifest and how it is divided."""
+
+    max_rejected: float = Field(default=0.05, ge=0)  # below 1 a share of all rows, else a count
+    val_fraction: float = Field(default=0.1, ge=0, le=0.5)  # without a split column
+    min_seconds: float = Field(default=0.1, gt=0)  # shortest recording
+    max_seconds: float = Field(default=30.0, gt=0)  # longest recording
+    max_text_chars: int = Field(default=2000, ge=1)  # longest text of one part
+    seed: int = Field(default=0, ge=0)  # of the split
+    rows_per_shard: int = Field(default=256, ge=1)  # what is lost when a run is cut off
+
+    def allowed(self, num_total: int) -> int:
+        """How many of `num_total` rows may be rejected."""
+        share = self.max_rejected < 1
+        return int(self.max_rejected * num_total) if share else int(self.max_rejected)

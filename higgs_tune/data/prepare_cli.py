@@ -1,0 +1,60 @@
+"""The command `higgs-tune data prepare`; imports no torch until it runs."""
+
+import argparse
+from pathlib import Path
+
+from higgs_tune.config import validate
+from higgs_tune.data.options import PrepareOptions
+
+_OPTIONS = {
+    "max_rejected": "rejected rows that are allowed: below 1 a share, else a count",
+    "val_fraction": "share of the rows that validate, if the manifest has no split column",
+    "min_seconds": "shortest recording",
+    "max_seconds": "longest recording",
+    "max_text_chars": "longest text of one part",
+    "seed": "seed of the split",
+    "rows_per_shard": "rows in one shard: what is lost when the run is cut off",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("manifest", type=Path, help=".jsonl, .json, .csv, .tsv or .parquet")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
+    parser.add_argument(
+        "--data-root", type=Path, help="folder of the recordings (default: the manifest's)"
+    )
+    parser.add_argument(
+        "--codec", default="embedded", help='"embedded", a folder or a Hub id (default: embedded)'
+    )
+    parser.add_argument("--codec-revision", help="commit of a Hub id")
+    parser.add_argument("--device", default="cpu", help="where the codec runs (default: cpu)")
+    for name, text in _OPTIONS.items():
+        default = PrepareOptions.model_fields[name].default
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", default=default, help=f"{text} (default: {default})"
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the dataset and say what is in it. Errors are `HiggsTuneError`s."""
+    raw = {name: getattr(args, name) for name in _OPTIONS}
+    options = validate(PrepareOptions, raw, "data prepare")
+    from higgs_tune.data.encode import REJECTED_NAME, prepare  # torch: seconds to import
+
+    info = prepare(
+        args.manifest,
+        args.out,
+        codec=args.codec,
+        codec_revision=args.codec_revision,
+        device=args.device,
+        data_root=args.data_root,
+        options=options,
+    )
+    counts = ", ".join(f"{count} {split}" for split, count in info.splits.items())
+    print(f"{args.out}: {info.num_rows} rows ({counts}), {info.hours:.2f} h of audio")
+    print(f"split: {info.split_rule}")
+    if info.num_rejected:
+        print(f"{info.num_rejected} rows are not in it, see {args.out / REJECTED_NAME}")
+    print(f"content hash {info.content_hash}")
+    return 0

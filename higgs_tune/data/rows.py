@@ -1,0 +1,122 @@
+"""A checked row of a manifest, and how its fields are found under their usual names."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+from urllib.parse import unquote
+
+from higgs_tune.errors import DataError
+
+# The first name is ours, the others are those of common trainers and toolkits.
+ID = ("id", "utt_id", "uid")
+PATH = (
+    "path",
+    "audio_file",
+    "audio_path",
+    "audio_filepath",
+    "audio",
+    "audio_url",
+    "file",
+    "file_name",
+    "wav",
+)
+TEXT = ("text", "transcript", "transcription", "sentence")
+TEXT_FILE = ("transcript_file", "text_file")
+SPEAKER = ("speaker", "speaker_id", "client_id")
+LANGUAGE = ("language", "lang", "locale")
+SPLIT = ("split",)
+REF_AUDIO = ("ref_audio_file", "ref_audio", "ref_path", "ref_audio_path")
+REF_TEXT = ("ref_text", "ref_transcript")
+REF_TEXT_FILE = ("ref_transcript_file", "ref_text_file")
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One example as its manifest gives it; the fields are those of `shards.Row`, audio as paths."""
+
+    number: int  # line of a JSONL file, else the place in the file from 1
+    id: str
+    split: str | None
+    speaker: str
+    language: str | None
+    kind: Literal["clip", "chat"]
+    text: str
+    audio: tuple[str, ...]  # as written: relative to the data root, or absolute
+    ref_text: str | None = None
+    turns: str | None = None
+    start_index: int = 0
+
+    def texts(self) -> list[str]:
+        """Every text part."""
+        if self.turns is None:
+            return [self.text, *([] if self.ref_text is None else [self.ref_text])]
+        parts = [part for turn in json.loads(self.turns) for part in turn["parts"]]
+        return [part["text"] for part in parts if part["type"] == "text"]
+
+    def canonical(self) -> str:
+        """JSON of everything that decides what the row becomes."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A row that is not in the dataset, and why. One line of `rejected.jsonl`."""
+
+    row: int
+    id: str | None
+    path: str | None
+    reason: str
+
+
+def field(
+    fields: Mapping[str, Any], names: tuple[str, ...], *, keep_empty: bool = False
+) -> str | None:
+    """The first of `names` that has a value, as stripped text; empty counts as absent by default.
+
+    Raises:
+        DataError: the value is no text, or text that UTF-8 cannot hold.
+    """
+    for name in names:
+        value = fields.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # ids and speakers are often numbers
+        if value is None or (value == "" and not keep_empty):
+            continue
+        if not isinstance(value, str):
+            raise DataError(f"{name} is {type(value).__name__}, needed text")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError(f"{name} has half a surrogate pair, which is no text") from None
+        return value.strip()
+    return None
+
+
+def audio_path(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """A local path, also from the forms {"path": …}, {"url": …} and file:// addresses."""
+    for name in names:
+        value = fields.get(name)
+        if isinstance(value, Mapping):
+            inner = audio_path(value, ("path", "url"))
+            if inner is None:
+                raise DataError(f"{name} holds no path: audio inside the manifest is not supported")
+            return inner
+        path = field(fields, (name,))
+        if path is None:
+            continue
+        if path.startswith("file://"):
+            return unquote(path.removeprefix("file://"))
+        if path.startswith(("http://", "https://", "s3://", "data:")):
+            raise DataError(f"{name} {path[:60]} is not a local file: download it first")
+        return path
+    return None
+
+
+def text_problem(text: str, max_chars: int) -> str | None:
+    """Why a text cannot be used, or None."""
+    if not text.strip():
+        return "text is empty"
+    if len(text) > max_chars:
+        return f"text has {len(text)} characters, limit is {max_chars} (max_text_chars)"
+    return None

@@ -1,0 +1,99 @@
+"""Recordings of any usual kind are read as mono; what cannot be used says why."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from higgs_tune.data.audio import locate, read_clip
+from higgs_tune.errors import DataError
+
+
+def tone(seconds: float, rate_hz: int = 24000) -> np.ndarray:
+    time_s = np.arange(round(seconds * rate_hz)) / rate_hz
+    return (0.3 * np.sin(2 * np.pi * 220 * time_s)).astype(np.float32)
+
+
+def read(path: Path, target_rate_hz: int = 24000) -> tuple[np.ndarray, int]:
+    return read_clip(path, min_seconds=0.1, max_seconds=30, target_rate_hz=target_rate_hz)
+
+
+def store(path: Path, wave: np.ndarray, rate_hz: int = 24000, subtype: str = "FLOAT") -> Path:
+    soundfile.write(path, wave, rate_hz, subtype=subtype)
+    return path
+
+
+def test_channels_are_averaged(tmp_path: Path):
+    left = tone(0.5)
+    wave, rate_hz = read(store(tmp_path / "a.wav", np.stack([left, 0 * left], axis=1)))
+    np.testing.assert_allclose(wave, left / 2, atol=1e-7)
+    assert (rate_hz, wave.dtype) == (24000, np.float32)
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 11025, 16000, 22050, 44100, 48000, 96000])
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg"])
+def test_usual_rates_and_formats_are_read(tmp_path: Path, rate_hz: int, ending: str):
+    path = tmp_path / f"a.{ending}"
+    soundfile.write(path, tone(0.3, rate_hz), rate_hz)
+    wave, found_hz = read(path)
+    assert (len(wave), found_hz) == (round(0.3 * rate_hz), rate_hz)
+
+
+@pytest.mark.parametrize(
+    "wave, message",
+    [
+        (tone(0.05), r"too short: 0\.050 s, limit is 0\.1 s"),
+        (tone(600, 8000), r"too long: 200\.0 s, limit is 30 s"),  # its header says 24 kHz
+        (tone(0), "no samples"),
+        (tone(1) * 0, r"silent \(peak 0\.0e\+00"),
+        (tone(1) * 20000, r"peak of 6000: its samples are not scaled"),
+        (np.where(np.arange(24000) < 3, np.nan, tone(1)), "3 samples that are NaN or infinite"),
+        (np.where(np.arange(24000) < 1, np.inf, tone(1)), "1 samples that are NaN or infinite"),
+    ],
+)
+def test_waves_that_cannot_be_used(tmp_path: Path, wave: np.ndarray, message: str):
+    with pytest.raises(DataError, match=message):
+        read(store(tmp_path / "a.wav", wave))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "cannot be read: the file is empty"),
+        (b"this is no audio at all" * 9, "cannot be read: Format not recognised"),
+        (b"RIFF\x24\x00\x00\x00WAVEfmt ", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_audio(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "a.wav")
+
+
+def test_a_rate_without_common_factor_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match="22051 Hz, which shares no factor with 24000 Hz"):
+        read(store(tmp_path / "a.wav", tone(0.5, 22051), 22051))
+
+
+def test_paths_lead_into_the_data_root_only(tmp_path: Path):
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    inside, outside = root / "sub" / "a.wav", tmp_path / "b.wav"
+    for path in (inside, outside):
+        store(path, tone(0.2))
+    (root / "link.wav").symlink_to(outside)
+    (root / "loop.wav").symlink_to("loop.wav")
+    (root / "good.wav").symlink_to(inside)
+    for name in ("sub/a.wav", str(inside), "sub/../sub/a.wav", "good.wav"):
+        assert locate(root, name) == inside.resolve()
+    for name in ("../b.wav", str(outside), "link.wav"):
+        with pytest.raises(DataError, match="is outside the data root"):
+            locate(root, name)
+    with pytest.raises(DataError, match=r"audio missing\.wav does not exist"):
+        locate(root, "missing.wav")
+    with pytest.raises(DataError, match="audio sub is not a file"):
+        locate(root, "sub")
+    for name in ("loop.wav", "a\0.wav", "x" * 5000):
+        with pytest.raises(DataError, match=r"not a usable path|does not exist"):
+            locate(root, name)

@@ -1,0 +1,250 @@
+"""Manifests of every kind become checked rows; what cannot be used is rejected with its reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from higgs_tune.data.manifest import Manifest, read_manifest
+from higgs_tune.errors import DataError
+
+
+def read(path: Path, content: str | bytes, max_text_chars: int = 2000) -> Manifest:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_manifest(path, path.parent, max_text_chars)
+
+
+def jsonl(tmp_path: Path, *rows: Any) -> Manifest:
+    return read(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def reason(manifest: Manifest) -> str:
+    assert not manifest.rows
+    (rejection,) = manifest.rejected
+    return rejection.reason
+
+
+def chat(*messages: tuple[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in messages]} | fields
+
+
+SPOKEN = ("assistant", {"type": "audio", "audio_url": "a.wav"})
+
+
+def test_csv_with_and_without_the_optional_columns(tmp_path: Path):
+    text = "id,path,text,speaker,split,language\nx,a.wav,Hallo,anna,dev,de\ny,b.wav,ja,7,train,\n"
+    first, second = read(tmp_path / "m.csv", "\ufeff" + text).rows
+    assert (first.id, first.audio, first.text, first.speaker) == ("x", ("a.wav",), "Hallo", "anna")
+    assert (first.split, first.language, first.kind) == ("validation", "de", "clip")
+    assert (second.split, second.language, second.speaker) == ("train", None, "7")
+    (plain,) = read(tmp_path / "n.tsv", "Audio_File\tTranscript\na.wav\tOne, two\n").rows
+    assert (plain.id, plain.text, plain.speaker, plain.split) == ("row000001", "One, two", "", None)
+
+
+def test_csv_with_a_wrong_number_of_fields_names_the_line(tmp_path: Path):
+    found = read(tmp_path / "m.csv", "path,text\na.wav,one,two\nb.wav\nc.wav,ok\n")
+    assert [row.audio for row in found.rows] == [("c.wav",)]
+    assert [r.reason for r in found.rejected] == [
+        "line 2 has more fields than the first line names",
+        "line 3 has fewer fields than the first line names",
+    ]
+
+
+def test_csv_without_the_needed_columns_is_an_error(tmp_path: Path):
+    with pytest.raises(DataError, match=r"the first line names the columns \['a\.wav', 'hello'\]"):
+        read(tmp_path / "m.csv", "a.wav,hello\n")
+
+
+def test_metadata_json_with_transcript_files_and_references(tmp_path: Path):
+    (tmp_path / "a.txt").write_text(" Hello there.\n")
+    samples = [
+        {
+            "id": "a",
+            "audio_file": "a.wav",
+            "transcript_file": "a.txt",
+            "speaker_id": "s",
+            "duration": 3.86,
+            "task_type": "zero_shot_voice_cloning",
+            "ref_audio_file": "b.wav",
+        },
+        {"id": "b", "audio_file": "b.wav", "text": "Reference.", "speaker_id": "s"},
+        {"id": "c", "audio_file": "c.wav", "text": "c", "ref_audio_file": "d.wav"},
+        {
+            "id": "e",
+            "audio_file": "e.wav",
+            "text": "e",
+            "ref_audio_file": "d.wav",
+            "ref_transcript": "d",
+        },
+    ]
+    found = read(tmp_path / "metadata.json", json.dumps({"dataset_info": {}, "samples": samples}))
+    a, b, e = found.rows
+    assert (a.text, a.audio, a.ref_text) == ("Hello there.", ("a.wav", "b.wav"), "Reference.")
+    assert (b.audio, b.ref_text) == (("b.wav",), None)
+    assert (e.audio, e.ref_text) == (("e.wav", "d.wav"), "d")
+    assert [(r.id, r.path) for r in found.rejected] == [("c", "c.wav")]
+    assert "reference recording without its text" in found.rejected[0].reason
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"\xff\xfe", "is not UTF-8"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_transcript_file_that_cannot_be_read_rejects_its_row(
+    tmp_path: Path, content: bytes | None, message: str
+):
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    row = {"audio": "a.wav", "transcript_file": "a.txt"}
+    assert message in reason(jsonl(tmp_path, row))
+
+
+def test_a_transcript_file_outside_the_data_root_is_not_read(tmp_path: Path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    row = {"audio": "a.wav", "transcript_file": "../secret.txt"}
+    assert "outside the data root" in reason(jsonl(root, row))
+
+
+def test_parquet_and_flat_jsonl_hold_the_same_fields(tmp_path: Path):
+    fields = [{"audio": {"path": "a.wav"}, "sentence": "eins", "client_id": "c", "locale": "de"}]
+    pq.write_table(pa.Table.from_pylist(fields), tmp_path / "m.parquet")
+    (from_parquet,) = read_manifest(tmp_path / "m.parquet", tmp_path, 2000).rows
+    (from_jsonl,) = jsonl(tmp_path, *fields).rows
+    assert from_parquet == from_jsonl
+    assert (from_jsonl.audio, from_jsonl.text, from_jsonl.speaker) == (("a.wav",), "eins", "c")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "hello",
+        {"type": "text", "text": "hello"},
+        [{"type": "text", "text": "hello"}],
+        ["hello"],
+    ],
+)
+def test_chat_content_in_each_shape_of_text(tmp_path: Path, content: Any):
+    (row,) = jsonl(tmp_path, chat(("user", content), SPOKEN)).rows
+    assert row.kind == "chat"
+    assert row.turns is not None
+    assert json.loads(row.turns) == [
+        {"role": "user", "parts": [{"type": "text", "text": "hello"}]},
+        {"role": "assistant", "parts": [{"type": "audio", "audio": 0}]},
+    ]
+    assert (row.text, row.audio, row.start_index) == ("hello", ("a.wav",), 1)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "audio", "audio_url": "a b.wav"},
+        {"type": "audio", "audio": "a b.wav"},
+        {"type": "audio", "path": "a b.wav"},
+        {"type": "audio", "audio": {"path": "a b.wav"}},
+        {"type": "audio_url", "audio_url": {"url": "file://a%20b.wav"}},
+        {"type": "audio", "audio_url": "a b.wav", "raw_audio": None, "duration": None},
+    ],
+)
+def test_chat_audio_in_each_shape(tmp_path: Path, part: dict[str, Any]):
+    (row,) = jsonl(tmp_path, chat(("user", [part]), ("assistant", "it says so"))).rows
+    assert (row.audio, row.text) == (("a b.wav",), "it says so")
+
+
+def test_chat_with_placeholders_and_a_list_of_audios(tmp_path: Path):
+    messages = [("user", "<audio>Repeat: <audio>"), ("assistant", "<audio>")]
+    (row,) = jsonl(tmp_path, chat(*messages, audios=["a.wav", "b.wav", "c.wav"])).rows
+    assert row.turns is not None
+    parts = [part for turn in json.loads(row.turns) for part in turn["parts"]]
+    assert [part.get("text", part.get("audio")) for part in parts] == [0, "Repeat:", 1, 2]
+    assert row.audio == ("a.wav", "b.wav", "c.wav")
+
+
+def test_only_the_last_answer_is_learnt_unless_start_index_says_more(tmp_path: Path):
+    messages = [("user", "ref"), SPOKEN, ("user", "say this"), SPOKEN]
+    first, second = jsonl(tmp_path, chat(*messages), chat(*messages, start_index=0)).rows
+    assert (first.start_index, second.start_index) == (3, 0)
+    assert first.text == "say this"
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (chat(("tool", "x"), SPOKEN), "message 0 has role 'tool', needed one of system, user"),
+        (chat(("user", "x"), ("assistant", "y")), "messages have no audio part"),
+        (chat(("user", "x"), ("user", [SPOKEN[1]])), "no assistant message"),
+        (chat(("user", "x"), SPOKEN, start_index=2), "start_index is 2, needed a number from 0 to"),
+        (chat(("user", "x"), SPOKEN, ("user", "y"), start_index=2), "nothing to learn"),
+        (chat(("user", "x"), SPOKEN, start_index="1"), "start_index is '1'"),
+        (chat(("user", ""), SPOKEN), "text is empty"),
+        (chat(("user", []), SPOKEN), "message 0 is empty"),
+        (chat(("user", [{"type": "image"}]), SPOKEN), "part of type 'image'"),
+        (chat(("user", 3), SPOKEN), "message 0 has a int"),
+        (chat(("user", {"type": "audio", "raw_audio": "UklG"}), SPOKEN), "inside the manifest"),
+        (chat(("user", {"type": "audio", "audio": "https://x/a.wav"}), SPOKEN), "not a local file"),
+        (chat(("user", "<audio>"), SPOKEN, audios=["a", "b"]), "1 more paths than messages"),
+        (chat(("user", "<audio><audio>"), SPOKEN, audios=["a"]), "more <audio> than audios"),
+        ({"messages": []}, "messages is not a list"),
+        ({"messages": ["x"]}, "message 0 is str, needed role and content"),
+        ({"text": "x"}, "has no audio: needed one of the fields path"),
+        ({"audio": "a.wav"}, "has no text: needed one of the fields text"),
+        ({"audio": "a.wav", "text": ["x"]}, "text is list, needed text"),
+        ({"audio": "a.wav", "text": "   "}, "text is empty"),
+        ({"audio": "a.wav", "text": "x" * 5000}, "text has 5000 characters, limit is 2000"),
+        ({"audio": "a.wav", "text": "x \ud800"}, "half a surrogate pair"),
+        ({"audio": {"bytes": "UklG"}, "text": "x"}, "audio inside the manifest"),
+        ({"audio": "a.wav", "text": "x", "split": "test"}, "split 'test' is not used"),
+        (["a.wav", "x"], "found list, needed an object"),
+    ],
+)
+def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, row: Any, message: str):
+    assert message in reason(jsonl(tmp_path, row))
+
+
+def test_rejections_carry_line_id_and_path(tmp_path: Path):
+    good = '{"id": "g", "audio": "g.wav", "text": "good \u2028 line"}'
+    bad = '{"id": "b", "audio": "b.wav", "text": ""}'
+    found = read(tmp_path / "m.jsonl", f"{good}\n\n{bad}\n{{oops\n")
+    assert [row.number for row in found.rows] == [1]
+    assert [(r.row, r.id, r.path) for r in found.rejected] == [(3, "b", "b.wav"), (4, None, None)]
+    assert "line 4 is not JSON: Expecting property name" in found.rejected[1].reason
+    assert found.num_total == 3
+
+
+def test_duplicate_ids_keep_the_first_row(tmp_path: Path):
+    found = jsonl(tmp_path, *({"id": "a", "audio": f"{n}.wav", "text": "x"} for n in range(3)))
+    assert [row.audio for row in found.rows] == [("0.wav",)]
+    assert {r.reason for r in found.rejected} == {"id 'a' is already that of row 1; ids are unique"}
+    assert [r.path for r in found.rejected] == ["1.wav", "2.wav"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("m.xlsx", b"", r"a manifest ends in one of \.jsonl, .*found '\.xlsx'"),
+        ("m.csv", "path,text\na.wav,ok\nb.wav,caf\xe9\n".encode("latin-1"), r"line 3: byte 0xe9"),
+        ("m.jsonl", b"\n", "found no rows"),
+        ("m.csv", b"path,text\n", "found no rows"),
+        ("m.json", b"{", "not JSON"),
+        ("m.json", b'{"rows": []}', "needed a list, or an object with the list `samples`"),
+        ("m.parquet", b"PAR1", "cannot be read as Parquet"),
+        ("m.csv", b'path,text\na.wav,"' + b"x" * 200_000 + b'"\n', "line .* not csv"),
+    ],
+)
+def test_a_file_that_is_no_manifest_is_an_error(
+    tmp_path: Path, name: str, content: bytes, message: str
+):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name, content)
+
+
+def test_a_missing_manifest_is_named(tmp_path: Path):
+    with pytest.raises(DataError, match=r"nothing\.csv: no such file"):
+        read_manifest(tmp_path / "nothing.csv", tmp_path, 10)
