@@ -90,7 +90,7 @@ def _frame_scatter(axes: Axes, info: ScatterInfo) -> None:
         (audio, high_y + pad_y),
         xytext=(0, -30),
         textcoords="offset points",
-        ha="center",
+        ha="left" if audio < low_x + 0.15 * (high_x - low_x) else "center",
         va="top",
         fontsize=9,
         arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1.3},

@@ -133,6 +133,8 @@ def _headline(results: Results, choice: Choice | None, outcome: Outcome) -> str:
     if outcome == "no_trials":
         return "No trial has reported a result yet"
     if choice is None or results.base is None:
+        if not any(trial.full_budget for trial in results.search):
+            return "No trial has run its full budget"
         return "No configuration kept audio within its limit over a full run"
     start, end = results.base[m.VAL_TEXT_NLL], _mean(choice, m.VAL_TEXT_NLL)
     verb = "fell" if end < start else "rose"
@@ -256,12 +258,13 @@ def _mattered(results: Results, importance: ImportanceInfo | None) -> Answer:
 
 def _notes(results: Results, choice: Choice | None) -> list[str]:
     notes = []
-    running = results.count(UNFINISHED)
-    cancelled = results.count("cancelled")
-    if running or cancelled:
-        notes.append(
-            f"The sweep is not finished: {running} trials without an end, {cancelled} cancelled."
-        )
+    open_ends = {
+        "running or lost": results.count(UNFINISHED),
+        "cancelled": results.count("cancelled"),
+    }
+    if any(open_ends.values()):
+        counts = ", ".join(f"{count} {word}" for word, count in open_ends.items() if count)
+        notes.append(f"The sweep is not finished. Its trials: {counts}.")
     if choice is not None and choice.confirm == "skipped":
         notes.append("The confirm stage was switched off (confirm.num_configs is 0).")
     if choice is not None and choice.confirm == "unfinished":

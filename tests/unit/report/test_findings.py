@@ -107,7 +107,7 @@ def test_interrupted_sweep_is_said(tmp_path: Path) -> None:
     builder.trial("t001", CONFIG, curve(CONFIG, 3.0, 0.1, 3.9, 50), status="cancelled")
     builder.trial("t002", CONFIG, [], status=None)
     found = findings(tmp_path)
-    assert "1 trials without an end, 1 cancelled" in found.notes[0]
+    assert "1 running or lost, 1 cancelled" in found.notes[0]
     assert trial_counts(read_results(tmp_path)).startswith("3 in the search: 1 ran to the end")
 
 
