@@ -285,7 +285,8 @@ def validation_sets(
         raise DataError(
             f"{dataset.directory}: the validation split has {len(clips)} usable clips with "
             f"{len({dataset.texts[index] for index in clips})} different texts, needed at least 2 "
-            "of each. Prepare the dataset with a larger --val-fraction or raise data.max_frames."
+            "of each (chat rows do not validate). Prepare the dataset with a larger --val-fraction "
+            "or --clips-from-chat, or raise data.max_frames."
         )
     others = derange(
         [dataset.texts[index] for index in chosen],

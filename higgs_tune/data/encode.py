@@ -73,7 +73,7 @@ def prepare(
     if data_root is not None and not data_root.is_dir():
         raise DataError(f"{data_root}: no such folder. --data-root is where the recordings are.")
     root = data_root or manifest.parent
-    found = read_manifest(manifest, root, options.max_text_chars)
+    found = read_manifest(manifest, root, options.max_text_chars, options.clips_from_chat)
     model = load_codec(codec, device, codec_revision)
     facts = codec_facts(model, codec)
     _claim(out, _job(found, facts, model, options))
@@ -247,6 +247,8 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
         raise DataError(
             f"{out}: was prepared from something else: {', '.join(changed)} changed since. {advice}"
         )
+    for half_written in out.rglob("*.tmp"):  # of a run that was killed
+        half_written.unlink()
 
 
 def _check_rejected(

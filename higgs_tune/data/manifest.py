@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from higgs_tune.data.messages import chat_row
+from higgs_tune.data.messages import chat_row, clip_from_chat
 from higgs_tune.data.rows import (
     ID,
     LANGUAGE,
@@ -59,12 +59,15 @@ class Manifest:
         return len(self.rows) + len(self.rejected)
 
 
-def read_manifest(path: Path, data_root: Path, max_text_chars: int) -> Manifest:
+def read_manifest(
+    path: Path, data_root: Path, max_text_chars: int, clips_from_chat: bool = False
+) -> Manifest:
     """Read ChatML JSONL, `metadata.json`, CSV, TSV or Parquet, told apart by the file's ending.
 
     Args:
         data_root: folder that transcript files are relative to.
         max_text_chars: longest text of one part.
+        clips_from_chat: chats that only wrap a recording and its text become clips.
 
     Raises:
         DataError: no such file, an ending or an encoding that is not understood, no rows.
@@ -92,6 +95,8 @@ def read_manifest(path: Path, data_root: Path, max_text_chars: int) -> Manifest:
             if isinstance(fields, DataError):
                 raise fields
             row = _row(number, fields, data_root)
+            if clips_from_chat and row.kind == "chat":
+                row = clip_from_chat(row)
             references.add(row)
             rows.append(row)
         except DataError as problem:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from higgs_tune.data.rows import ManifestRow, audio_path, field
@@ -134,3 +135,36 @@ def _target_text(turns: list[dict[str, Any]], start: int) -> str:
     if learnt:
         return "\n".join(learnt)
     return (texts([t for t in turns if t["role"] != "system"]) or texts(turns) or [""])[-1]
+
+
+_READ_ALOUD = (("user", "text"), ("assistant", "audio"))
+_WRITTEN_DOWN = (("user", "audio"), ("assistant", "text"))
+
+
+def clip_from_chat(row: ManifestRow) -> ManifestRow:
+    """The clip that a chat row wraps, or the row itself if it is more than that.
+
+    A clip is a text read aloud, a recording written down, or a text read aloud after a reference
+    (text, audio) by the same voice. System text is dropped.
+    """
+    turns = json.loads(row.turns or "[]")
+    first = int(turns[0]["role"] == "system" and _types(turns[0]) == ["text"])
+    body = turns[first:]
+    if any(len(turn["parts"]) != 1 for turn in body):
+        return row
+    shape = tuple((turn["role"], _types(turn)[0]) for turn in body)
+    parts = [turn["parts"][0] for turn in body]
+    if shape in (_READ_ALOUD, _WRITTEN_DOWN):
+        audio, ref_text = row.audio, None
+    elif shape == 2 * _READ_ALOUD and row.start_index > first + 1:
+        audio, ref_text = (row.audio[1], row.audio[0]), parts[0]["text"]
+    else:
+        return row
+    text = next(part["text"] for part in reversed(parts) if part["type"] == "text")
+    return replace(
+        row, kind="clip", text=text, audio=audio, ref_text=ref_text, turns=None, start_index=0
+    )
+
+
+def _types(turn: Mapping[str, Any]) -> list[str]:
+    return [part["type"] for part in turn["parts"]]

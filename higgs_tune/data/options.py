@@ -13,6 +13,7 @@ class PrepareOptions(Settings):
     min_seconds: float = Field(default=0.1, gt=0)  # shortest recording
     max_seconds: float = Field(default=30.0, gt=0)  # longest recording
     max_text_chars: int = Field(default=2000, ge=1)  # longest text of one part
+    clips_from_chat: bool = False  # chats that only wrap a recording and its text become clips
     seed: int = Field(default=0, ge=0)  # of the split
     rows_per_shard: int = Field(default=256, ge=1)  # what is lost when a run is cut off
 

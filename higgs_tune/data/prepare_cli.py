@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--codec-revision", help="commit of a Hub id")
     parser.add_argument("--device", default="cpu", help="where the codec runs (default: cpu)")
+    parser.add_argument(
+        "--clips-from-chat",
+        action="store_true",
+        help="chats that only wrap a recording and its text become clips, and train every task",
+    )
     for name, text in _OPTIONS.items():
         default = PrepareOptions.model_fields[name].default
         parser.add_argument(
@@ -39,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepare the dataset and say what is in it. Errors are `HiggsTuneError`s."""
     raw = {name: getattr(args, name) for name in _OPTIONS}
+    raw["clips_from_chat"] = args.clips_from_chat
     options = validate(PrepareOptions, raw, "data prepare")
     from higgs_tune.data.encode import REJECTED_NAME, prepare  # torch: seconds to import
 

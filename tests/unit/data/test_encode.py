@@ -229,6 +229,8 @@ def test_a_run_that_was_cut_off_goes_on_and_gives_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             run(rows, max_rejected=1)
     assert not (tmp_path / "out" / "dataset.json").exists()
+    (tmp_path / "out" / "shards").mkdir(exist_ok=True)
+    (tmp_path / "out" / "shards" / "part-00002.parquet.7.tmp").write_text("of a killed process")
     num_done = 4 * (stop_after // 4)
     assert len(list_shards(tmp_path / "out")) == num_done // 4
     seen = spy(monkeypatch)

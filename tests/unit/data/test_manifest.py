@@ -174,6 +174,46 @@ def test_only_the_last_answer_is_learnt_unless_start_index_says_more(tmp_path: P
     assert first.text == "say this"
 
 
+@pytest.mark.parametrize("system", [[], [("system", "Generate audio.")]])
+def test_chats_that_only_wrap_a_recording_become_clips(tmp_path: Path, system: list[Any]):
+    def audio(name: str) -> dict[str, str]:
+        return {"type": "audio", "audio_url": name}
+
+    rows = [
+        chat(*system, ("user", "say"), ("assistant", audio("a.wav"))),
+        chat(*system, ("user", audio("b.wav")), ("assistant", "said")),
+        chat(
+            *system,
+            *(("user", "ref"), ("assistant", audio("r.wav"))),
+            *(("user", "say"), ("assistant", audio("c.wav"))),
+        ),
+    ]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_manifest(path, tmp_path, 2000, clips_from_chat=True).rows
+    assert {row.kind for row in found} == {"clip"}
+    assert [row.text for row in found] == ["say", "said", "say"]
+    assert [row.audio for row in found] == [("a.wav",), ("b.wav",), ("c.wav", "r.wav")]
+    assert [row.ref_text for row in found] == [None, None, "ref"]
+    assert {row.kind for row in read_manifest(path, tmp_path, 2000).rows} == {"chat"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        chat(("user", ["Who?", SPOKEN[1]]), ("assistant", "Anna")),
+        chat(("user", "hi"), SPOKEN, ("user", "and"), SPOKEN, start_index=0),
+        chat(("system", ["voice", SPOKEN[1]]), ("user", "say"), SPOKEN),
+        chat(("user", "say"), ("assistant", ["Sure.", SPOKEN[1]])),
+    ],
+)
+def test_chats_that_are_more_than_a_clip_stay_chats(tmp_path: Path, row: dict[str, Any]):
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps(row))
+    (found,) = read_manifest(path, tmp_path, 2000, clips_from_chat=True).rows
+    assert found.kind == "chat"
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
