@@ -101,15 +101,15 @@ def example(task: str, seed: int, num_frames: int = 7, num_letters: int = 6) -> 
 
 def trial(**changes) -> TrialConfig:
     """A small trial's settings."""
-    defaults = dict(
-        rank=4,
-        alpha=8.0,
-        targets=("attention", "text_mlp", "audio_mlp"),
-        learning_rate=1e-2,
-        num_steps=20,
-        report_every_steps=5,
-        batch_clips=3,
-    )
+    defaults = {
+        "rank": 4,
+        "alpha": 8.0,
+        "targets": ("attention", "text_mlp", "audio_mlp"),
+        "learning_rate": 1e-2,
+        "num_steps": 20,
+        "report_every_steps": 5,
+        "batch_clips": 3,
+    }
     return TrialConfig(**(defaults | changes))
 
 

@@ -34,7 +34,9 @@ class CrossIndex:
     text_from_slot_ST: Tensor
     text_slot_from_seq_JT: Tensor
     text_position_ST: Tensor
-    sees_audio_ST1A: Tensor  # bool: text row (S, T) may read [nothing, audio row ...] (1 + A columns)
+    sees_audio_ST1A: (
+        Tensor  # bool: text row (S, T) may read [nothing, audio row ...] (1 + A columns)
+    )
 
 
 @dataclass(frozen=True, eq=False)

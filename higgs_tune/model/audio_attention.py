@@ -92,7 +92,7 @@ class CrossAttentionDecoderLayer(HiggsAudioV2DecoderLayer):
         elif self.cross_attention == "text_to_audio":
             self.text_audio_attn = CrossAttentionModule(config)
 
-    def forward(  # noqa: D102  (the stock signature)
+    def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None,

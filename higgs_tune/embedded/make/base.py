@@ -1,6 +1,6 @@
 """Pretrain the embedded base: a small Higgs Audio V2 that knows text and audio, but not the targets.
 
-    python -m higgs_tune.embedded.make.base --data DIR --out higgs_tune/embedded/base --steps 3000
+    python -m higgs_tune.embedded.make.base --out higgs_tune/embedded/base --steps 3000
 
 The corpus (made by `embedded.make.speech`) holds other voices and other languages than the targets, so
 what comes out has the mission's symptom: it transcribes what it was taught and fails on Arabic.
@@ -8,7 +8,9 @@ what comes out has the mission's symptom: it transcribes what it was taught and 
 
 import argparse
 import json
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -24,6 +26,23 @@ from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.train.optim import learning_rate_factor
 
 NUM_CODES, NUM_CODEBOOKS = 256, 8
+
+
+PRETRAINING = [f"embedded:{n}" for n in ("pretrain", "english", "french", "italian", "spanish")]
+
+
+def joined(names: list[str], folder: Path) -> Dataset:
+    """One dataset of the shards of several."""
+    parts = [Dataset.open(name) for name in names]
+    splits = sum((Counter(part.info.splits) for part in parts), Counter())
+    info = json.loads((parts[0].directory / "dataset.json").read_text())
+    info |= {"num_rows": sum(p.info.num_rows for p in parts), "splits": dict(splits)}
+    (folder / "shards").mkdir()
+    shards = [shard for part in parts for shard in sorted((part.directory / "shards").iterdir())]
+    for number, shard in enumerate(shards):
+        (folder / "shards" / f"part-{number:05d}.parquet").symlink_to(shard.resolve())
+    (folder / "dataset.json").write_text(json.dumps(info))
+    return Dataset.open(str(folder))
 
 
 def new_model(tokenizer) -> HiggsAudioV2ForConditionalGeneration:
@@ -82,18 +101,18 @@ def validate(
 def main() -> None:
     """Pretrain and save."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="pretraining dataset folder")
+    parser.add_argument("--data", nargs="+", default=PRETRAINING, help="pretraining datasets")
     parser.add_argument("--out", type=Path, required=True, help="folder that holds the tokenizer")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--check", nargs="*", default=["embedded:arabic"], help="target datasets")
+    parser.add_argument("--check", nargs="*", default=["embedded:arabic", "embedded:russian"])
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = new_model(tokenizer).train()
     vocabulary = vocabulary_of(tokenizer, model.config)
-    dataset = Dataset.open(args.data)
+    dataset = joined(args.data, Path(tempfile.mkdtemp()))
     targets = {name: Dataset.open(name) for name in args.check}
     order = TrainOrder(
         dataset, TaskMix(transcribe=1.5, speak=1.0), args.clips, seed=0, max_frames=150
@@ -116,7 +135,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.rate * learning_rate_factor(step, args.steps, 0.05, 0.02)
         optimizer.step()
-        if step % 100 == 0 or step == args.steps - 1:
+        if step % 250 == 0 or step == args.steps - 1:
             figures = {"pretraining": validate(model, dataset, vocabulary)} | {
                 name: validate(model, target, vocabulary) for name, target in targets.items()
             }

@@ -1,0 +1,206 @@
+"""The `higgs-tune` command. Each subcommand imports what it needs when it runs.
+
+Exit codes: 0 done; 1 unexpected; 2 bad input (one line says what and where); 3 the sweep ended without
+a feasible full-budget trial; 130 and 143 ended by Ctrl-C or SIGTERM, with what was found exported.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from higgs_tune.config import (
+    BaseSettings,
+    DataSettings,
+    SweepConfig,
+    TrialConfig,
+    load_sweep,
+    read_yaml,
+    validate,
+)
+from higgs_tune.data import prepare_cli
+from higgs_tune.errors import ConfigError, HiggsTuneError
+
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="higgs-tune", description="LoRA sweeps for Higgs Audio V2"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    sweep = commands.add_parser("sweep", help="search for the best configuration")
+    add_sweep_arguments(sweep)
+    sweep.set_defaults(run=run_sweep_command)
+
+    data = commands.add_parser("data", help="prepare datasets")
+    prepare = data.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "prepare", help="code a manifest's recordings once"
+    )
+    prepare_cli.add_arguments(prepare)
+    prepare.set_defaults(run=prepare_cli.run)
+
+    train = commands.add_parser("train", help="train one configuration, such as a sweep's best")
+    train.add_argument("--config", type=Path, required=True, help="best_config.yaml of a sweep")
+    train.add_argument("--data", help="dataset folder instead of the configuration's")
+    train.add_argument("--out", type=Path, default=Path("trained"), help="default: trained")
+    train.add_argument("--resume", action="store_true", help="go on from --out's last checkpoint")
+    train.add_argument("--seed", type=int, help="another seed than the configuration's")
+    train.set_defaults(run=run_train)
+
+    report = commands.add_parser("report", help="write a sweep's report again")
+    report.add_argument("results", type=Path, help="results folder of a sweep")
+    report.set_defaults(run=run_report)
+
+    check = commands.add_parser("check", help="probe base and data for leaks and misaligned labels")
+    check.add_argument("--base", default="embedded", help="embedded, a folder or a Hub id")
+    check.add_argument("--revision", help="commit of a Hub id")
+    check.add_argument("--data", default="embedded:arabic", help="dataset folder or embedded:NAME")
+    check.set_defaults(run=run_check)
+
+    return guarded(parser.parse_args(argv))
+
+
+def guarded(args: argparse.Namespace) -> int:
+    """Run the chosen command; what the user can mend is one line, not a traceback."""
+    try:
+        return args.run(args)
+    except HiggsTuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head`; the results are in files
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `higgs-tune sweep` and `sweeps/run.py`."""
+    parser.add_argument(
+        "--config", type=Path, default=Path("sweeps/quick.yaml"), help="default: sweeps/quick.yaml"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a setting, e.g. --set tune.num_trials=32; may be given again",
+    )
+    parser.add_argument(
+        "--name", help="results folder; default: the YAML's name, numbered if taken"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the (newest) sweep of that name"
+    )
+
+
+def run_sweep_command(args: argparse.Namespace) -> int:
+    """Search, then report."""
+    config = load_sweep(args.config, args.set)
+    name = args.name or _pick_name(config, resume=args.resume)
+    config = validate(SweepConfig, config.model_dump() | {"name": name}, "--name")
+    from higgs_tune.sweep.driver import run_sweep
+
+    outcome = run_sweep(config, resume=args.resume, command=sys.argv)
+    from higgs_tune.report.build import build_report
+
+    print(build_report(outcome.results).text)
+    return outcome.exit_code
+
+
+def _pick_name(config: SweepConfig, *, resume: bool) -> str:
+    """The YAML's name; the next free number behind it, or with --resume the newest that is there."""
+    pattern = re.compile(rf"{re.escape(config.name)}(?:-(\d+))?")
+    folder = Path(config.results_dir)
+    taken = {
+        int(match[1] or 1)
+        for entry in (folder.iterdir() if folder.is_dir() else ())
+        if (match := pattern.fullmatch(entry.name))
+    }
+    number = max(taken, default=0) + (0 if resume else 1)
+    return config.name if number <= 1 else f"{config.name}-{number}"
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train the configuration of a best_config.yaml."""
+    raw = read_yaml(args.config)
+    missing = [key for key in ("base", "data", "trial") if not isinstance(raw.get(key), dict)]
+    if missing:
+        raise ConfigError(
+            f"{args.config}: section {missing[0]} is missing. Give a best_config.yaml that a sweep wrote."
+        )
+    data = {key: value for key, value in raw["data"].items() if key != "content_hash"}
+    if args.data:
+        data["path"] = args.data
+    trial = raw["trial"] | ({"seed": args.seed} if args.seed is not None else {})
+    where = str(args.config)
+    settings = (
+        validate(BaseSettings, raw["base"], f"{where}, base"),
+        validate(DataSettings, data, f"{where}, data"),
+        validate(TrialConfig, trial, f"{where}, trial"),
+    )
+    from higgs_tune.data.dataset import Dataset
+    from higgs_tune.train.single import train_single
+
+    found = Dataset.open(settings[1].path).info.content_hash
+    expected = raw["data"].get("content_hash")
+    if expected and found != expected:
+        print(
+            f"note: {settings[1].path} is other data than the search's "
+            f"({found[:12]} instead of {expected[:12]}): figures will differ.",
+            file=sys.stderr,
+        )
+    result = train_single(
+        *settings, args.out, resume=args.resume, report=lambda line: _print_line(line, settings[2])
+    )
+    print(f"adapter: {args.out / 'adapter'}")
+    return 0 if result["status"] == "completed" else 1
+
+
+def _print_line(line: dict[str, Any], trial: TrialConfig) -> None:
+    if not sys.stdout.isatty():
+        print(json.dumps(line), flush=True)
+        return
+    shown = "   ".join(
+        f"{label} {line[name]:.3f}"
+        for label, name in (
+            ("text nll", "val/text/nll"),
+            ("audio nll", "val/audio/nll_per_code"),
+            ("audio gain", "val/text/audio_gain"),
+        )
+        if name in line
+    )
+    print(f"step {line['step']:>5}/{trial.num_steps}   {shown}   {line['status']}", flush=True)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Rebuild the report of a results folder."""
+    from higgs_tune.report.build import build_report
+
+    print(build_report(args.results).text)
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Probe, and print what the probes and the base's validation say."""
+    from higgs_tune.train.engine import PackLimits
+    from higgs_tune.train.loop import PackLoop
+
+    base = BaseSettings(path=args.base, revision=args.revision)
+    limits = PackLimits(num_slots=1, max_rank=1, paths=frozenset({"attention"}))
+    loop = PackLoop.load(base, DataSettings(path=args.data), limits)
+    print(json.dumps({"preflight": loop.preflight, "base": loop.base_metrics}, indent=1))
+    print("no leak: no label's loss changes with its own input", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Train one configuration: a pack of one, with a checkpoint after every interval."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
+from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.train.engine import PackLimits
+from higgs_tune.train.loop import PackLoop
+
+METRICS, ADAPTER = "metrics.jsonl", "adapter"
+
+
+def train_single(
+    base: BaseSettings,
+    data: DataSettings,
+    trial: TrialConfig,
+    out: Path,
+    *,
+    resume: bool,
+    report: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Train a configuration to its full budget.
+
+    `out/adapter` always holds the newest checkpoint in PEFT's format, `out/metrics.jsonl` a line per
+    interval; the first line is the untouched base.
+
+    Args:
+        out: new or empty folder, or with `resume` one that an earlier run left.
+        report: called with each line as it is written.
+
+    Returns:
+        The last interval's metrics, with "status" completed or diverged.
+
+    Raises:
+        ConfigError: `out` is in use, or `resume` finds nothing there.
+        DataError: the disk is full or `out` cannot be written.
+    """
+    adapter, lines = out / ADAPTER, out / METRICS
+    if resume and not adapter.exists():
+        raise ConfigError(f"{out}: no {ADAPTER}/ to go on from. Leave out --resume to start.")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out}: not empty. Give another --out, or --resume to go on there.")
+    loop = PackLoop.load(base, data, PackLimits.of([trial], num_slots=1))
+    account = loop.join("run", trial, adapter if resume else None)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "base": base.model_dump(mode="json"),
+            "data": data.model_dump(mode="json"),
+            "trial": trial.model_dump(mode="json"),
+            "account": account,
+            "preflight": loop.preflight,
+        }
+        _replace(out / "config.json", json.dumps(settings, indent=1) + "\n")
+        result: dict[str, Any] = {"step": 0, **loop.base_metrics, "status": "running"}
+        if not resume:
+            _append(lines, result)
+            report(result)
+        while result["status"] == "running":
+            result = loop.advance()["run"]
+            if result["status"] != "diverged":
+                _save(loop, adapter)
+            _append(lines, result)
+            report(result)
+    except OSError as error:
+        raise DataError(
+            f"{out}: cannot be written: {error}. The last complete checkpoint is kept; free space "
+            "and go on with --resume."
+        ) from error
+    return result
+
+
+def _save(loop: PackLoop, adapter: Path) -> None:
+    """Write beside the old checkpoint, then swap, so that one of the two is always whole."""
+    fresh, old = (
+        adapter.with_name(f".{adapter.name}.new"),
+        adapter.with_name(f".{adapter.name}.old"),
+    )
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir()
+    loop.save("run", fresh)
+    if adapter.exists():
+        adapter.rename(old)
+    fresh.rename(adapter)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,181 @@
+"""The loop: intervals, divergence, resume, evaluation, and the one-configuration run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from higgs_tune import metrics
+from higgs_tune.config import BaseSettings, DataSettings, TaskMix
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.shards import CodecFacts, Row, write_dataset
+from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.train import single
+from higgs_tune.train.engine import PackLimits
+from higgs_tune.train.loop import PackLoop
+from tests.models import NUM_CODEBOOKS, NUM_CODES, random_codes, random_text, tiny_base, trial
+
+DATA = DataSettings(tasks=TaskMix(transcribe=1, speak=1, clone=0.5), num_val_clips=4)
+CODEC = CodecFacts("tiny", 24000, 25.0, NUM_CODEBOOKS, NUM_CODES)
+
+
+def make_dataset(directory, codec=CODEC):
+    rng = np.random.default_rng(0)
+    rows = [
+        Row(
+            id=f"r{n}",
+            split="train" if n < 24 else "validation",
+            kind="clip",
+            speaker=f"s{n % 3}",
+            text=random_text(rng, 3 + n % 5),
+            codes=(random_codes(rng, 4 + n % 7),),
+        )
+        for n in range(32)
+    ]
+    write_dataset(directory, rows, codec)
+    return Dataset.open(str(directory))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+def loop_of(dataset, *trials, num_slots=2):
+    return PackLoop(tiny_base(), dataset, DATA, PackLimits.of(list(trials), num_slots))
+
+
+A, B = trial(seed=1), trial(seed=2, targets=("attention",), num_steps=12)
+
+
+def test_results_do_not_depend_on_the_company(dataset):
+    together = loop_of(dataset, A, B)
+    together.join("a", A)
+    together.join("b", B)
+    alone = loop_of(dataset, A, num_slots=1)
+    alone.join("a", A)
+    for _ in range(4):
+        ours, theirs = together.advance()["a"], alone.advance()["a"]
+        for name in (metrics.VAL_TEXT_NLL, metrics.VAL_AUDIO_NLL, metrics.TRAIN_TEXT_NLL):
+            assert ours[name] == pytest.approx(theirs[name], rel=5e-3), name
+    assert ours["status"] == "completed"
+
+
+def test_intervals_end_at_the_budget_and_report_true_steps(dataset):
+    loop = loop_of(dataset, A, B)
+    loop.join("b", B)
+    results = [loop.advance()["b"] for _ in range(3)]
+    assert [r[metrics.STEP] for r in results] == [5, 10, 12]
+    assert [r["status"] for r in results] == ["running", "running", "completed"]
+    assert loop.advance() == {}
+
+
+def test_step_zero_is_the_bare_base_for_every_trial(dataset):
+    on = trial(cross_attention="audio_self", targets=("attention", "audio_attention"))
+    loop = loop_of(dataset, A, on)
+    loop.join("a", A)
+    loop.join("on", on)
+    for result in loop._validate(["on", "a"]):
+        for name, value in loop.base_metrics.items():
+            assert result[name] == pytest.approx(value, abs=2e-5), name
+
+
+def test_audio_gain_is_the_swapped_nll_minus_the_right_one(dataset):
+    base = loop_of(dataset, A).base_metrics
+    gain = base[metrics.VAL_TEXT_NLL_SWAPPED] - base[metrics.VAL_TEXT_NLL]
+    assert base[metrics.VAL_AUDIO_GAIN] == pytest.approx(gain)
+    codebooks = [base[metrics.val_codebook_nll(c)] for c in range(NUM_CODEBOOKS)]
+    assert base[metrics.VAL_AUDIO_NLL] == pytest.approx(np.mean(codebooks))
+
+
+def test_nan_ends_a_trial_as_diverged_and_spares_the_other(dataset):
+    loop = loop_of(dataset, A, B)
+    loop.join("a", A)
+    loop.join("b", B)
+    slot = loop.engine.residents["a"].slot
+    loop.engine.bank.master_KP[slot, :64] = torch.nan
+    results = loop.advance()
+    assert results["a"]["status"] == "diverged"
+    assert "not finite" in results["a"]["reason"]
+    assert metrics.VAL_TEXT_NLL not in results["a"]
+    assert results["b"]["status"] == "running"
+    assert np.isfinite(results["b"][metrics.VAL_TEXT_NLL])
+
+
+def test_resumed_trial_repeats_the_same_batches_and_losses(dataset, tmp_path):
+    whole = loop_of(dataset, A, num_slots=1)
+    whole.join("a", A)
+    expected = [whole.advance()["a"] for _ in range(4)]
+    first = loop_of(dataset, A, num_slots=1)
+    first.join("a", A)
+    first.advance()
+    first.advance()
+    first.save("a", tmp_path)
+    second = loop_of(dataset, A, num_slots=1)
+    assert second.join("a", A, tmp_path)["step"] == 10
+    for result in expected[2:]:
+        again = second.advance()["a"]
+        for name in (metrics.VAL_TEXT_NLL, metrics.VAL_AUDIO_NLL, metrics.TRAIN_TEXT_NLL):
+            assert again[name] == pytest.approx(result[name], rel=1e-6), name
+
+
+def test_account_names_every_module_and_counts_parameters(dataset):
+    on = trial(rank=4, cross_attention="text_to_audio", targets=("text_mlp", "audio_attention"))
+    account = loop_of(dataset, on).join("on", on)
+    mlp = account["modules"]["text_mlp"]
+    assert mlp["num_modules"] == 2 * 3
+    assert mlp["num_parameters"] == 2 * 3 * 4 * (32 + 48)
+    assert set(mlp["modules"]) == {
+        f"model.layers.{i}.mlp.{p}_proj" for i in range(2) for p in ("gate", "up", "down")
+    }
+    new = account["modules"]["audio_attention"]
+    assert new["num_parameters"] == 2 * (2 * 32 * 32 + 2 * 16 * 32)
+    assert account["parameters"] == mlp["num_parameters"] + new["num_parameters"]
+
+
+def test_data_of_another_codec_is_refused(tmp_path):
+    other = CodecFacts("other", 24000, 25.0, NUM_CODEBOOKS, NUM_CODES + 10)
+    with pytest.raises(
+        DataError, match=r"coded with 4 codebooks of 40, the base tiny needs 4 of 30"
+    ):
+        loop_of(make_dataset(tmp_path / "other", other), A)
+
+
+@pytest.fixture
+def run_single(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        single.PackLoop,
+        "load",
+        classmethod(lambda cls, base, data, limits: cls(tiny_base(), dataset, DATA, limits)),
+    )
+    lines = []
+
+    def run(*, resume=False, report=lines.append):
+        out = tmp_path / "out"
+        return single.train_single(BaseSettings(), DATA, A, out, resume=resume, report=report)
+
+    return run, lines, tmp_path / "out"
+
+
+def test_single_run_killed_between_intervals_goes_on_where_it_was(run_single):
+    run, lines, out = run_single
+    with pytest.raises(RuntimeError, match="killed"):
+        run(
+            report=lambda line: (
+                (_ for _ in ()).throw(RuntimeError("killed")) if line["step"] == 10 else None
+            )
+        )
+    with pytest.raises(ConfigError, match="not empty"):
+        run()
+    assert run(resume=True)["status"] == "completed"
+    assert [line["step"] for line in lines] == [15, 20]
+    written = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in written] == [0, 5, 10, 15, 20]
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_single_run_cannot_resume_from_nothing(run_single):
+    run, _, _ = run_single
+    with pytest.raises(ConfigError, match="no adapter/ to go on from"):
+        run(resume=True)
