@@ -51,7 +51,7 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
     baseline = {name: stat.as_dict() for name in val if (stat := choice.baseline_stat(name))}
     return {
         "higgs_tune": {
-            "version": versions.get("higgs_tune"),
+            "version": versions.get("higgs-tune"),
             "git_sha": results.env.get("git_sha"),
             "versions": versions,
         },

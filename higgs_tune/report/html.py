@@ -2,6 +2,7 @@
 
 import html
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -203,6 +204,8 @@ def _best_config(text: str | None) -> str:
 def _environment(results: Results) -> str:
     env = dict(results.env)
     versions = env.pop("versions", {})
+    if isinstance(env.get("command"), list):
+        env["command"] = shlex.join(env["command"])
     rows = [*env.items(), *((f"{name} version", value) for name, value in versions.items())]
     rows.append(("data", results.sweep.data.path))
     rows.append(("base", results.sweep.base.path))

@@ -104,13 +104,13 @@ class Builder:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "sweep.yaml").write_text(to_yaml(self.sweep), encoding="utf-8")
         env = {
-            "versions": {"higgs_tune": "0.1.0", "torch": "2.14.1", "ray": "2.60.0"},
+            "versions": {"higgs-tune": "0.1.0", "torch": "2.14.1", "ray": "2.60.0"},
             "git_sha": "0f5c439d2c0f5c439d2c0f5c439d2c0f5c439d2c",
             "python": "3.11.7",
             "platform": "Linux-6.1-x86_64",
             "num_cpus": 2,
             "gpus": [],
-            "command": "python sweeps/run.py",
+            "command": ["sweeps/run.py", "--set", "tune.num_trials=20"],
             "started_at": "2026-01-05T10:00:00+00:00",
         }
         (self.directory / "env.json").write_text(json.dumps(env))

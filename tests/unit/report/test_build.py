@@ -47,6 +47,7 @@ def test_best_config_holds_what_is_needed_to_train_it_again(tmp_path: Path) -> N
     read = read_best_config(tmp_path / "best_config.yaml")
     assert read.model_copy(update={"seed": 0}) == best.config
     assert read.seed in content["results"]["seeds"]
+    assert content["higgs_tune"]["version"] == "0.1.0"
     assert content["lora_config"]["r"] == best.config.rank
     assert content["data"]["content_hash"] == "c0ffee"
     assert content["results"]["val"]["val/text/nll"]["n"] == 2
