@@ -18,13 +18,16 @@ _MAX_KERNEL = 50_000_000
 def locate(root: Path, name: str) -> Path:
     """The file that a manifest names, symlinks followed.
 
+    Args:
+        root: the data root, itself resolved.
+
     Raises:
         DataError: outside `root`, not there, or not a file.
     """
     shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}…"
     try:
         path = (root / name).resolve()
-        if not path.is_relative_to(root.resolve()):
+        if not path.is_relative_to(root):
             raise DataError(
                 f"audio {shown} is outside the data root {root}: move it inside or set --data-root"
             )

@@ -72,7 +72,7 @@ def prepare(
     options = options or PrepareOptions()
     if data_root is not None and not data_root.is_dir():
         raise DataError(f"{data_root}: no such folder. --data-root is where the recordings are.")
-    root = data_root or manifest.parent
+    root = (data_root or manifest.parent).resolve()
     found = read_manifest(manifest, root, options.max_text_chars, options.clips_from_chat)
     model = load_codec(codec, device, codec_revision)
     facts = codec_facts(model, codec)
@@ -146,9 +146,7 @@ def _encode_shards(
 ) -> list[Rejection]:
     """Write the shards that are missing or stale; return the rejections of all."""
     parts = [rows[start : start + rows_per_shard] for start in range(0, len(rows), rows_per_shard)]
-    records = [
-        _read_record(out, index, _fingerprint(part, root)) for index, part in enumerate(parts)
-    ]
+    records = [_read_record(out, index, part, root) for index, part in enumerate(parts)]
     to_do = [index for index, record in enumerate(records) if record is None]
     if to_do:
         (out / INFO_NAME).unlink(missing_ok=True)
@@ -178,7 +176,9 @@ def _record_path(out: Path, index: int) -> Path:
     return shard_path(out, index).with_suffix(".json")
 
 
-def _read_record(out: Path, index: int, fingerprint: str) -> list[dict[str, Any]] | None:
+def _read_record(
+    out: Path, index: int, part: Sequence[ManifestRow], root: Path
+) -> list[dict[str, Any]] | None:
     """The rejections of a finished shard; None if it has to be encoded."""
     path = _record_path(out, index)
     if not (path.is_file() and shard_path(out, index).is_file()):
@@ -187,7 +187,7 @@ def _read_record(out: Path, index: int, fingerprint: str) -> list[dict[str, Any]
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}). Delete it and run again.") from None
-    return record["rejected"] if record["fingerprint"] == fingerprint else None
+    return record["rejected"] if record["fingerprint"] == _fingerprint(part, root) else None
 
 
 def _fingerprint(part: Sequence[ManifestRow], root: Path) -> str:

@@ -138,7 +138,7 @@ def _row(number: int, fields: Any, data_root: Path) -> ManifestRow:
         "speaker": field(fields, SPEAKER) or "",
         "language": field(fields, LANGUAGE),
     }
-    if "messages" in fields:
+    if fields.get("messages") is not None:
         return chat_row(fields, identity)
     path = audio_path(fields, PATH)
     if path is None:
@@ -235,14 +235,14 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield number, DataError(f"line {number} is not JSON: {error}")
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         raw = json.loads(_decode(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not JSON ({error}). A file with one object a line ends in .jsonl."
         ) from None

@@ -26,7 +26,10 @@ def chat_row(fields: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest
     messages = fields["messages"]
     if not isinstance(messages, list) or not messages:
         raise DataError("messages is not a list of messages")
-    queue = list(fields.get("audios") or [])
+    listed = fields.get("audios") or []
+    if not isinstance(listed, list):
+        raise DataError(f"audios is {type(listed).__name__}, needed a list of paths")
+    queue = list(listed)
     audio: list[str] = []
     turns: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
