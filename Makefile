@@ -9,6 +9,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 pytho
 	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 PY := $(VENV)/bin/python
 ARGS ?=
+DEV := '.[dev,embedded]'
 
 # The stamps name the checkout, so that a moved or copied one is installed again.
 HERE := $(shell pwd | cksum | cut -d' ' -f1)
@@ -59,14 +60,14 @@ $(PY):
 # pip compiles one file after the other; afterwards, on all cores, is faster. A few packages ship
 # files of older Pythons that cannot be compiled and are never imported.
 define install
-	@echo "Installing pinned dependencies (some minutes, about 6 GB, the first time)"
+	@echo "Installing $(2)"
 	@$(PY) -m pip install --quiet --no-compile --constraint constraints.txt $(1)
 	@$(PY) -m compileall -qq -j 0 $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || true
 	@touch $@
 endef
 
 $(RUN_STAMP): pyproject.toml constraints.txt $(PY)
-	$(call install,--editable .)
+	$(call install,--editable .,pinned dependencies (some minutes and 7 GB the first time))
 
 $(DEV_STAMP): $(RUN_STAMP)
-	$(call install,--editable '.[dev,embedded]')
+	$(call install,--editable $(DEV),the tools of tests and checks)
