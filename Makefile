@@ -35,15 +35,14 @@ test: $(DEV_STAMP)  ## Install if needed, then run the whole test suite (options
 	  --cov --cov-report=term $(ARGS)
 
 lint: $(DEV_STAMP)  ## Check style, types and import layers
-	$(VENV)/bin/ruff check
-	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/pyright --pythonpath $(PY)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -c \
-	  'import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())'
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) -c 'from importlinter.cli import lint_imports_command as run; run()'
 
 format: $(DEV_STAMP)  ## Format the code and mend what can be mended
-	$(VENV)/bin/ruff check --fix
-	$(VENV)/bin/ruff format
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
 
 install: $(RUN_STAMP)  ## Install what `make sweep` needs
 

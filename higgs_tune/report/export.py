@@ -30,7 +30,9 @@ def export_best(results: Results, findings: Findings) -> Path | None:
     choice = findings.choice
     source = None if choice is None else choice.adapter_run.directory / "adapter"
     if source is not None and source.is_dir():
-        replace_folder(source, target)
+        replace_folder(
+            source, target, leave_out="training_state.*"
+        )  # the optimizer's, for resuming
     elif target.exists():
         shutil.rmtree(target)  # another configuration's
     if choice is None:
@@ -38,7 +40,9 @@ def export_best(results: Results, findings: Findings) -> Path | None:
         return None
     content = best_config(results, choice, findings.headline)
     check_best_config(content, str(path))
-    header = f"# {findings.headline}.\n# Written by higgs-tune from {results.directory}.\n"
+    header = (
+        f"# {findings.headline}.\n# The best configuration of the sweep {results.sweep.name}.\n"
+    )
     body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=96)
     write_text(path, header + body)
     return path

@@ -127,9 +127,13 @@ def _comparison_lines(rows: list[tuple[str, dict[str, Stat | None]]]) -> list[st
 
 
 def _next_steps(results: Results, findings: Findings) -> list[str]:
-    steps = [f"  Report         {results.directory / 'report.html'}"]
+    here = Path.cwd()
+    shown = results.directory.absolute()
+    if shown.is_relative_to(here):
+        shown = shown.relative_to(here)
+    steps = [f"  Report         {shown / 'report.html'}"]
     if findings.choice is not None:
-        command = f"higgs-tune train --config {results.directory / 'best_config.yaml'}"
+        command = f"higgs-tune train --config {shown / 'best_config.yaml'}"
         steps.append(f"  Train it again {command}")
     return steps
 

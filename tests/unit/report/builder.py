@@ -158,6 +158,7 @@ class Builder:
             (folder / "adapter").mkdir()
             lora = {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha}
             (folder / "adapter" / "adapter_config.json").write_text(json.dumps(lora))
+            (folder / "adapter" / "training_state.json").write_text("{}")
             (folder / "adapter" / "adapter_model.safetensors").write_bytes(trial_id.encode())
         return folder
 

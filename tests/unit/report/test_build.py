@@ -66,6 +66,7 @@ def test_exported_adapter_is_the_best_runs(tmp_path: Path) -> None:
     }
     adapter = (tmp_path / "best_adapter" / "adapter_model.safetensors").read_bytes().decode()
     assert losses[adapter] == min(losses.values())
+    assert not list((tmp_path / "best_adapter").glob("training_state*"))
 
 
 def test_report_can_be_built_again(tmp_path: Path) -> None:
