@@ -69,6 +69,7 @@ class Worker:
         self._busy = False
         self._closed = False
         self._beats = 0  # heartbeats of the driver since something last moved
+        self._absent: set[str] = set()  # on the roster, but waited for too long
         self._warned = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -95,6 +96,7 @@ class Worker:
         elif len(self._seats) >= self._num_slots:
             return False
         self._seats[trial_id] = Seat(trial_id, config, files, roster_version)
+        self._absent.discard(trial_id)
         self._moved()
         return True
 
@@ -188,7 +190,7 @@ class Worker:
             return all_wait and (refilled or self._beats >= 3)
         live = set(self._roster.live)
         full = len(live) >= self._num_slots or self._roster.to_come == 0
-        if all_wait and full and live == set(seats):
+        if all_wait and full and live - self._absent == set(seats):
             return True
         return self._beats >= self._grace_beats and self._give_up_waiting()
 
@@ -201,11 +203,14 @@ class Worker:
             self._warned = True
             logger.warning(
                 "going on without %s after %d heartbeats; this sweep may not repeat exactly",
-                sorted({*self._roster.live} - {*self._seats} | {seat.trial_id for seat in idle}),
+                sorted(
+                    set(self._roster.live) - set(self._seats) | {seat.trial_id for seat in idle}
+                ),
                 self._beats,
             )
         for seat in idle:
             self._evict(seat, "it did not ask for its next result in time")
+        self._absent |= set(self._roster.live) - set(self._seats)
         return True
 
     async def _loaded(self) -> Loop:

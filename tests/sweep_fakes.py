@@ -1,4 +1,4 @@
-"""A pack loop with closed-form learning curves, for sweeps without a model."""
+"""A pack loop with closed-form learning curves, and short cuts, for sweeps without a model."""
 
 import json
 import math
@@ -10,7 +10,9 @@ from typing import Any
 
 from higgs_tune.config import SweepConfig, TrialConfig
 from higgs_tune.errors import ModelError
+from higgs_tune.sweep.searcher import StudySearcher
 
+AUDIO_LIMIT = 3.15
 BASE = {
     "val/text/nll": 9.0,
     "val/text/nll_swapped": 9.02,
@@ -22,15 +24,18 @@ BASE = {
 class FakeLoop:
     """Text nll falls towards a floor that depends on the configuration; no neighbour matters.
 
-    What happens to a trial can be set through its environment: FAKE_ROUND_S seconds a round (with
-    jitter), and by the configuration: learning rates above 5e-2 diverge at the second report,
-    batch_clips 13 cannot join, audio_loss_weight 0 breaks the audio constraint.
+    A round takes FAKE_ROUND_S seconds, with jitter. Learning rates above 5e-2 diverge at the second
+    report, batch_clips 13 cannot join, an audio_loss_weight near 0 breaks the audio constraint, the
+    base "broken" cannot be loaded, "pid:FILE" notes the process that loads it.
     """
 
     def __init__(self, config: SweepConfig, *, num_slots: int, device: str) -> None:
         if config.base.path == "broken":
             raise ModelError("base.path: no such checkpoint. Give another one.")
         assert device
+        if config.base.path.startswith("pid:"):
+            with open(config.base.path[4:], "a") as file:
+                file.write(f"{os.getpid()}\n")
         self.num_slots = num_slots
         self.base_metrics = dict(BASE)
         self.preflight: dict[str, Any] = {"ok": True}
@@ -91,3 +96,38 @@ def curve(config: TrialConfig, step: int) -> dict[str, float]:
         "val/text/audio_gain": gain,
         "val/audio/nll_per_code": audio,
     }
+
+
+def make_searcher(study, config, checkpoints=None, **kwargs):
+    """A StudySearcher with four slots, the rosters that it publishes and the trials it resumes."""
+    rosters = []
+    resumed = []
+    searcher = StudySearcher(
+        study,
+        config,
+        audio_limit=lambda: AUDIO_LIMIT,
+        on_resume=lambda tune_id, trial: resumed.append((tune_id, trial.intermediate_values)),
+        checkpoint_of=lambda trial_id: (checkpoints or {}).get(trial_id),
+        workers=["w0"],
+        slots_per_worker=4,
+        publish=rosters.append,
+        **kwargs,
+    )
+    return searcher, rosters, resumed
+
+
+def report(text, step, status="running", audio=3.0, reason=None):
+    """A flat Tune result."""
+    return {
+        "step": step,
+        "val/text/nll": text,
+        "val/audio/nll_per_code": audio,
+        "status": status,
+        "reason": reason,
+    }
+
+
+def finish(searcher, tune_id, text, num_steps=150, audio=3.0):
+    """Let a trial report once and complete."""
+    searcher.on_trial_result(tune_id, report(text + 1, 75, audio=audio))
+    searcher.on_trial_complete(tune_id, report(text, num_steps, "completed", audio))

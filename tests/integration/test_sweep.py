@@ -1,0 +1,231 @@
+"""Whole sweeps on a shared local Ray, with a loop whose learning curves are known."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import ray
+from optuna.trial import TrialState
+
+from higgs_tune.config import SweepConfig, validate
+from higgs_tune.errors import ModelError
+from higgs_tune.metrics import STATUSES
+from higgs_tune.sweep import study as studies
+from higgs_tune.sweep.driver import SweepOutcome, run_sweep
+from higgs_tune.sweep.records import read_json, read_metrics
+from higgs_tune.sweep.runtime import ENVIRONMENT
+from tests.sweep_fakes import curve
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("FAKE_ROUND_S", "0.03")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=temp_dir,
+        )
+        yield
+        ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def run(folder: Path, *, resume: bool = False, **sections: Any) -> SweepOutcome:
+    return run_sweep(
+        config_of(folder, **sections),
+        resume=resume,
+        command=["test"],
+        loop_path="tests.sweep_fakes:FakeLoop",
+    )
+
+
+def config_of(folder: Path, **sections: Any) -> SweepConfig:
+    raw = {
+        "name": "s",
+        "results_dir": str(folder),
+        "space": {"cross_attention": ["off", "audio_self", "text_to_audio"]},
+        "tune": {"num_trials": 10, "seed": 3},
+        "confirm": {"num_configs": 0},
+        **sections,
+    }
+    return validate(SweepConfig, raw, "test")
+
+
+def trials_of(results: Path) -> dict[str, dict[str, Any]]:
+    return {
+        folder.name: {
+            "record": read_json(folder / "config.json"),
+            "status": read_json(folder / "status.json"),
+            "metrics": read_metrics(folder / "metrics.jsonl"),
+        }
+        for folder in sorted((results / "trials").iterdir())
+    }
+
+
+def study_of(outcome: SweepOutcome) -> optuna.Study:
+    return studies.open_study("s", outcome.results, None)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> SweepOutcome:
+    confirm = {"num_configs": 1, "num_seeds": 2}
+    return run(tmp_path_factory.mktemp("first"), confirm=confirm)
+
+
+def test_a_sweep_leaves_every_file_of_its_contract(first):
+    assert first.exit_code == 0
+    names = sorted(path.name for path in first.results.iterdir())
+    assert names == ["base.json", "env.json", "study.journal", "sweep.yaml", "trials"]
+    assert read_json(first.results / "base.json")["preflight"] == {"ok": True}
+    trials = trials_of(first.results)
+    assert [name for name in trials if name[0] == "t"] == [f"t{n:03d}" for n in range(10)]
+    for name, trial in trials.items():
+        assert trial["status"]["status"] in STATUSES
+        assert trial["record"]["account"]["parameters"] == 1000 * trial["record"]["config"]["rank"]
+        assert trial["metrics"][-1]["step"] == trial["status"]["step"]
+        adapter = first.results / "trials" / name / "adapter"
+        state = json.loads((adapter / "training_state.json").read_text())
+        assert state["step"] == trial["status"]["step"]
+
+
+def test_the_curves_are_those_of_the_trials_own_configurations(first):
+    for trial in trials_of(first.results).values():
+        config = type(config_of(first.results)).__name__ and trial["record"]["config"]
+        from higgs_tune.config import TrialConfig
+
+        for line in trial["metrics"]:
+            expected = curve(TrialConfig.model_validate(config), line["step"])
+            assert line["val/text/nll"] == expected["val/text/nll"]
+
+
+def test_study_and_files_agree_on_how_each_trial_ended(first):
+    states = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+    newest = studies.latest(study_of(first).trials)
+    trials = trials_of(first.results)
+    seen = set()
+    for index, trial in newest.items():
+        files = trials[f"t{index:03d}"]
+        seen.add(files["status"]["status"])
+        assert trial.state == states[files["status"]["status"]]
+        values = {line["step"]: line["val/text/nll"] for line in files["metrics"]}
+        assert trial.intermediate_values == values
+        assert files["status"]["feasible"] is True
+    assert seen == {"completed", "pruned"}
+
+
+def test_the_best_and_the_baseline_are_confirmed_at_full_budget(first):
+    confirmed = {n: t for n, t in trials_of(first.results).items() if n[0] == "c"}
+    assert sorted(confirmed) == ["c000", "c001", "c002", "c003"]
+    assert [t["record"]["confirms"] for t in confirmed.values()] == ["t000", first.best_trial] * 2
+    assert {t["status"]["status"] for t in confirmed.values()} == {"completed"}
+    assert {t["status"]["step"] for t in confirmed.values()} == {150}
+
+
+def test_the_same_seed_gives_the_same_trials_in_another_run(first, tmp_path):
+    second = run(tmp_path, confirm={"num_configs": 1, "num_seeds": 2})
+    left, right = trials_of(first.results), trials_of(second.results)
+    assert list(left) == list(right)
+    for name in left:
+        assert left[name]["record"] == right[name]["record"]
+        for part in ("status", "step", "reason"):
+            assert left[name]["status"][part] == right[name]["status"][part]
+        nlls = [[line["val/text/nll"] for line in t[name]["metrics"]] for t in (left, right)]
+        assert nlls[0] == nlls[1]
+
+
+def test_a_finished_sweep_can_be_extended_and_finished_trials_stay(first, tmp_path):
+    shutil.copytree(first.results, tmp_path / "s")
+    before = trials_of(tmp_path / "s")
+    outcome = run(tmp_path, resume=True, tune={"num_trials": 12, "seed": 3})
+    after = trials_of(tmp_path / "s")
+    assert sorted(set(after) - set(before)) == ["t010", "t011"]
+    assert {name: after[name] for name in before} == before
+    assert outcome.num_trials == 12
+
+
+def test_trials_that_diverge_or_break_the_constraint_or_cannot_join_end_as_such(tmp_path):
+    outcome = run(
+        tmp_path,
+        space={
+            "learning_rate": {"low": 1e-2, "high": 1.0},
+            "audio_loss_weight": {"low": 0.0, "high": 0.02},
+            "batch_clips": [8, 13],
+        },
+        tune={"num_trials": 14, "seed": 1},
+    )
+    ended = {name: trial["status"] for name, trial in trials_of(outcome.results).items()}
+    by_status: dict[str, list[str]] = {}
+    for name, status in ended.items():
+        by_status.setdefault(status["status"], []).append(name)
+    assert {"diverged", "out_of_memory"} <= set(by_status)
+    newest = studies.latest(study_of(outcome).trials)
+    for name in by_status["diverged"] + by_status["out_of_memory"]:
+        trial = newest[int(name[1:])]
+        assert trial.state == TrialState.FAIL
+        assert trial.user_attrs["reason"] == ended[name]["reason"]
+        assert all(math.isfinite(value) for value in trial.intermediate_values.values())
+    diverged = trials_of(outcome.results)[by_status["diverged"][0]]
+    assert diverged["metrics"][-1]["val/text/nll"] is None
+    infeasible = [name for name, status in ended.items() if status["feasible"] is False]
+    assert infeasible
+    if outcome.best_trial is not None:
+        assert ended[outcome.best_trial]["feasible"] is True
+
+
+def test_no_trial_is_lost_when_the_worker_dies(tmp_path, monkeypatch):
+    pids = tmp_path / "pids"
+
+    def kill_once() -> None:
+        while len(list(tmp_path.glob("s/trials/*/adapter"))) < 3:
+            time.sleep(0.05)
+        os.kill(int(pids.read_text().splitlines()[0]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_once, daemon=True)
+    killer.start()
+    outcome = run(tmp_path, base={"path": f"pid:{pids}"}, tune={"num_trials": 6, "seed": 3})
+    assert len(pids.read_text().splitlines()) == 2
+    trials = trials_of(outcome.results)
+    assert sorted(trials) == [f"t{n:03d}" for n in range(6)]
+    assert {t["status"]["status"] for t in trials.values()} <= {"completed", "pruned"}
+    for trial in trials.values():
+        steps = [line["step"] for line in trial["metrics"]]
+        assert steps == list(range(25, trial["status"]["step"] + 1, 25))
+
+
+def test_a_base_that_cannot_be_loaded_is_the_users_error(tmp_path):
+    with pytest.raises(ModelError, match="no such checkpoint"):
+        run(tmp_path, base={"path": "broken"})
+
+
+def test_a_time_limit_ends_the_search_with_what_was_found(tmp_path):
+    outcome = run(tmp_path, tune={"num_trials": 500, "time_limit_s": 1.0})
+    statuses = {trial["status"]["status"] for trial in trials_of(outcome.results).values()}
+    assert outcome.num_trials < 500
+    assert statuses <= {"completed", "pruned"}
+
+
+def test_several_workers_share_the_trials(tmp_path):
+    tune = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 2, "cpus_per_worker": 1}
+    outcome = run(tmp_path, tune=tune)
+    trials = trials_of(outcome.results)
+    assert len(trials) == 8
+    assert {t["status"]["status"] for t in trials.values()} <= {"completed", "pruned"}

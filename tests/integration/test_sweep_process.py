@@ -1,0 +1,137 @@
+"""Sweeps in a process of their own that are interrupted, killed and resumed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from higgs_tune.config import SweepConfig, to_yaml, validate
+from higgs_tune.sweep import study as studies
+from higgs_tune.sweep.records import read_json, read_metrics
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path):
+    """Starts the sweep of tmp_path in a process with a Ray of its own."""
+    config = validate(
+        SweepConfig,
+        {
+            "name": "s",
+            "results_dir": str(tmp_path / "results"),
+            "tune": {"num_trials": 10, "seed": 3},
+            "confirm": {"num_configs": 1, "num_seeds": 1},
+        },
+        "test",
+    )
+    (tmp_path / "sweep.yaml").write_text(to_yaml(config))
+    temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": "local",
+        "RAY_TMPDIR": temp_dir,
+        "PYTHONPATH": str(ROOT),
+        "FAKE_ROUND_S": "0.3",
+    }
+    started = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.sweep_process", str(tmp_path / "sweep.yaml"), *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def steps_of(results: Path) -> dict[str, list[int]]:
+    return {
+        folder.name: [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
+        for folder in sorted((results / "trials").glob("*"))
+    }
+
+
+def statuses_of(results: Path) -> dict[str, str]:
+    found = {p.parent.name: read_json(p) for p in sorted(results.glob("trials/*/status.json"))}
+    return {name: status["status"] for name, status in found.items() if status is not None}
+
+
+def test_an_interrupted_then_killed_sweep_is_resumed_without_losing_a_trial(sweep, tmp_path):
+    results = tmp_path / "results" / "s"
+
+    process = sweep()
+    wait_until(lambda: any(len(steps) >= 3 for steps in steps_of(results).values()), process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert set(statuses_of(results)) == set(steps_of(results))
+    cancelled = [name for name, status in statuses_of(results).items() if status == "cancelled"]
+    assert cancelled
+    study = studies.open_study("s", results, None)
+    assert not [trial for trial in study.trials if trial.state == TrialState.RUNNING]
+    partial = steps_of(results)
+
+    process = sweep()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "already holds a sweep. Give --resume" in output
+
+    process = sweep("--resume")
+    wait_until(lambda: len(steps_of(results)) >= 6, process)
+    process.kill()
+    process.wait()
+    assert len(statuses_of(results)) < len(steps_of(results))
+    for name in cancelled:  # it went on, it did not start again
+        assert set(partial[name]) <= set(steps_of(results)[name])
+
+    process = sweep("--resume")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    statuses = statuses_of(results)
+    assert sorted(n for n in statuses if n[0] == "t") == [f"t{n:03d}" for n in range(10)]
+    assert set(statuses.values()) <= {"completed", "pruned"}
+    assert sum(name[0] == "c" for name in statuses) == 2
+    for name, steps in steps_of(results).items():
+        assert steps == list(range(25, 25 * len(steps) + 1, 25)), name
+    newest = studies.latest(studies.open_study("s", results, None).trials)
+    assert {trial.state for trial in newest.values()} <= {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def test_sigterm_records_the_running_trials_before_it_ends(sweep, tmp_path):
+    results = tmp_path / "results" / "s"
+    process = sweep()
+    wait_until(lambda: any(steps_of(results).values()), process)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert set(statuses_of(results).values()) >= {"cancelled"}
+    assert set(statuses_of(results)) == set(steps_of(results))

@@ -1,0 +1,37 @@
+from higgs_tune.sweep import study as studies
+from higgs_tune.sweep.confirm import confirm_records
+from tests.sweep_fakes import finish, make_searcher
+
+
+def confirmed(tmp_path, make_config, values, **confirm):
+    config = make_config(confirm=confirm)
+    study = studies.open_study("s", tmp_path, None)
+    searcher, _, _ = make_searcher(study, config)
+    for number, (text, audio) in enumerate(values):
+        searcher.suggest(str(number))
+        finish(searcher, str(number), text, audio=audio)
+    return confirm_records(study, config)
+
+
+def test_the_best_and_the_baseline_get_the_same_fresh_seeds(tmp_path, make_config):
+    values = [(5.0, 3.0), (4.0, 3.0), (1.0, 9.9), (2.0, 3.0), (3.0, 3.0)]
+    records = confirmed(tmp_path, make_config, values, num_configs=2, num_seeds=2)
+    assert [record.trial_id for record in records] == [f"c00{index}" for index in range(6)]
+    assert [record.confirms for record in records] == ["t000", "t003", "t004"] * 2
+    seeds = [record.config.seed for record in records]
+    assert len({*seeds[:3]}) == len({*seeds[3:]}) == 1
+    assert seeds[0] != seeds[3]
+    assert records[0].origin == "confirm"
+
+
+def test_a_baseline_among_the_best_is_confirmed_once(tmp_path, make_config):
+    records = confirmed(tmp_path, make_config, [(1.0, 3.0), (2.0, 3.0)], num_configs=2, num_seeds=1)
+    assert [record.confirms for record in records] == ["t000", "t001"]
+
+
+def test_nothing_is_confirmed_when_nothing_is_feasible(tmp_path, make_config):
+    assert confirmed(tmp_path, make_config, [(1.0, 9.9)], num_configs=2, num_seeds=2) == []
+
+
+def test_the_stage_can_be_switched_off(tmp_path, make_config):
+    assert confirmed(tmp_path, make_config, [(1.0, 3.0)], num_configs=0, num_seeds=2) == []

@@ -1,0 +1,74 @@
+import errno
+import json
+
+import pytest
+
+from higgs_tune.config import load_sweep
+from higgs_tune.errors import ConfigError, SweepError
+from higgs_tune.sweep import folder as folders
+
+
+def opened(config, resume=False):
+    return folders.open_folder(config, resume=resume, command=["higgs-tune", "sweep"])
+
+
+def test_a_new_folder_holds_the_resolved_settings_and_the_environment(make_config):
+    config = make_config()
+    folder = opened(config)
+    assert load_sweep(folder / "sweep.yaml") == config
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["command"] == ["higgs-tune", "sweep"]
+    assert environment["versions"]["ray"].startswith("2.")
+    assert {"git_sha", "python", "platform", "num_cpus", "gpus", "started_at"} <= set(environment)
+    assert sorted(path.name for path in folder.iterdir()) == ["env.json", "sweep.yaml"]
+
+
+def test_a_folder_that_holds_a_sweep_is_refused_without_resume(make_config):
+    opened(make_config())
+    with pytest.raises(ConfigError, match=r"already holds a sweep\. Give --resume"):
+        opened(make_config())
+
+
+def test_another_sweep_is_refused_with_the_settings_that_differ(make_config):
+    opened(make_config())
+    other = make_config(train={"num_steps": 60}, objective={"audio_tolerance": 0.5})
+    with pytest.raises(ConfigError, match=r"differ: objective.audio_tolerance, train.num_steps"):
+        opened(other, resume=True)
+
+
+def test_a_resumed_sweep_may_have_more_trials_and_other_resources(make_config):
+    folder = opened(make_config())
+    first = json.loads((folder / "env.json").read_text())
+    more = make_config(tune={"num_trials": 99, "num_workers": 2}, confirm={"num_configs": 1})
+    assert opened(more, resume=True) == folder
+    assert load_sweep(folder / "sweep.yaml").tune.num_trials == 99
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["started_at"] == first["started_at"]
+    assert len(environment["resumed_at"]) == 1
+
+
+def test_there_must_be_something_to_resume(make_config):
+    with pytest.raises(ConfigError, match="holds no sweep to resume"):
+        opened(make_config(), resume=True)
+
+
+def test_a_folder_of_something_else_is_left_alone(make_config, tmp_path):
+    (tmp_path / "results" / "s").mkdir(parents=True)
+    (tmp_path / "results" / "s" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="is not the folder of a sweep"):
+        opened(make_config())
+
+
+def test_a_results_folder_that_cannot_be_made_is_one_clear_error(make_config, tmp_path):
+    (tmp_path / "results").write_text("a file")
+    with pytest.raises(SweepError, match=r"cannot be written .Not a directory.*results_dir"):
+        opened(make_config())
+
+
+def test_a_full_disk_is_found_before_the_sweep_starts(make_config, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folders.os, "fsync", full)
+    with pytest.raises(SweepError, match="No space left on device"):
+        opened(make_config())

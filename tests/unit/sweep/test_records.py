@@ -1,0 +1,97 @@
+import json
+import math
+
+import pytest
+
+from higgs_tune.sweep import space
+from higgs_tune.sweep.records import TrialFiles, metrics_of, read_metrics
+from higgs_tune.sweep.seats import CHECKPOINT_INFO
+from higgs_tune.sweep.study import TrialRecord
+
+
+@pytest.fixture
+def record(make_config):
+    config = make_config()
+    trial = space.resolve(space.baseline_values(config, fixed_flag=False), config, 5)
+    return TrialRecord("t000", 0, space.short_name("t000", trial), "baseline", None, trial)
+
+
+def checkpoint(folder, step):
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_text(f"weights {step}")
+    (folder / CHECKPOINT_INFO).write_text(json.dumps({"trial_id": "t000", "step": step}))
+    return folder
+
+
+def test_a_trial_leaves_config_metrics_status_and_adapter(tmp_path, record):
+    files = TrialFiles(tmp_path)
+    files.start(record)
+    files.result("t000", {"step": 25, "val/text/nll": 2.0, "account": {"parameters": 7}})
+    files.result("t000", {"step": 50, "val/text/nll": 1.5, "done": True, "pid": 4})
+    files.checkpoint("t000", checkpoint(tmp_path / "c1", 25))
+    files.checkpoint("t000", checkpoint(tmp_path / "c2", 50))
+    files.end("t000", "completed", None, True)
+    folder = tmp_path / "trials" / "t000"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter",
+        "config.json",
+        "metrics.jsonl",
+        "status.json",
+    ]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["account"] == {"parameters": 7}
+    assert config["config"] == record.config.model_dump(mode="json")
+    assert config["name"] == "t000 r16 lr1.0e-04 off all_linear"
+    assert read_metrics(folder / "metrics.jsonl") == [
+        {"step": 25, "val/text/nll": 2.0},
+        {"step": 50, "val/text/nll": 1.5},
+    ]
+    status = files.status("t000")
+    assert status is not None
+    assert status.pop("wall_s") >= 0
+    assert status == {"status": "completed", "reason": None, "step": 50, "feasible": True}
+    assert (folder / "adapter" / "adapter_model.safetensors").read_text() == "weights 50"
+
+
+def test_a_resumed_trial_drops_what_lies_beyond_its_checkpoint(tmp_path, record):
+    files = TrialFiles(tmp_path)
+    files.start(record)
+    for step in (25, 50):
+        files.result("t000", {"step": step, "val/text/nll": 2.0})
+    files.checkpoint("t000", checkpoint(tmp_path / "c1", 25))
+    with (tmp_path / "trials/t000/metrics.jsonl").open("a") as file:
+        file.write('{"step": 75, "val/te')  # the process was killed here
+    again = TrialFiles(tmp_path)
+    assert again.checkpoint_of("t000") == (tmp_path / "trials/t000/adapter", 25)
+    again.start(record)
+    assert [line["step"] for line in read_metrics(tmp_path / "trials/t000/metrics.jsonl")] == [25]
+
+
+def test_the_former_checkpoint_is_found_if_the_process_died_between_two(tmp_path, record):
+    files = TrialFiles(tmp_path)
+    files.start(record)
+    files.checkpoint("t000", checkpoint(tmp_path / "c1", 25))
+    adapter = tmp_path / "trials/t000/adapter"
+    adapter.rename(adapter.with_suffix(".old"))
+    assert files.checkpoint_of("t000") == (adapter.with_suffix(".old"), 25)
+
+
+def test_wall_time_of_earlier_runs_is_kept(tmp_path, record):
+    files = TrialFiles(tmp_path)
+    files.start(record)
+    files.end("t000", "cancelled", "interrupted", None)
+    path = tmp_path / "trials/t000/status.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "wall_s": 100.0}))
+    again = TrialFiles(tmp_path)
+    again.start(record)
+    assert again.status("t000") is None  # it runs
+    again.end("t000", "completed", None, True)
+    assert again.status("t000")["wall_s"] >= 100.0
+
+
+def test_a_number_that_is_not_finite_becomes_null_and_no_other_number():
+    assert metrics_of({"step": 1, "val/text/nll": math.nan, "x": math.inf, "status": "no"}) == {
+        "step": 1,
+        "val/text/nll": None,
+        "x": None,
+    }

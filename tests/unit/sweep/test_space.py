@@ -1,0 +1,83 @@
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution
+
+from higgs_tune.errors import ConfigError
+from higgs_tune.sweep import space
+
+
+def test_rank_is_searched_as_a_category(make_config):
+    searched = space.distributions(make_config())
+    assert searched["rank"] == CategoricalDistribution([4, 8, 16, 32])
+
+
+def test_a_parameter_with_one_value_is_fixed_and_not_searched(make_config):
+    config = make_config(space={"rank": [8], "batch_clips": [2, 4]})
+    assert set(space.distributions(config)) == {"learning_rate", "batch_clips"}
+    assert space.fixed_values(config)["rank"] == 8
+
+
+def test_new_module_rate_exists_only_where_cross_attention_is_on(make_config):
+    config = make_config(
+        space={
+            "cross_attention": ["off", "text_to_audio"],
+            "new_module_lr_factor": {"low": 0.01, "high": 1, "log": True},
+        }
+    )
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = set()
+    for _ in range(20):
+        trial = study.ask()
+        values = space.suggest(trial, config)
+        assert ("new_module_lr_factor" in trial.params) == (values["cross_attention"] != "off")
+        resolved = space.resolve(values, config, seed=1)
+        if values["cross_attention"] == "off":
+            assert resolved.new_module_lr_factor == 0.1
+        seen.add(values["cross_attention"])
+    assert seen == {"off", "text_to_audio"}
+
+
+def test_cross_attention_adds_its_modules_to_the_targets(make_config):
+    config = make_config()
+    off = space.resolve(space.baseline_values(config, fixed_flag=False), config, 0)
+    on = space.resolve(space.baseline_values(config, fixed_flag=True), config, 0)
+    assert off.targets == ("attention", "text_mlp", "audio_mlp")
+    assert on.targets == (*off.targets, "audio_attention")
+    assert (off.cross_attention, on.cross_attention) == ("off", "audio_self")
+
+
+def test_a_baseline_inside_the_space_is_expressed_in_its_parameters(make_config):
+    config = make_config()
+    values = space.baseline_values(config, fixed_flag=False)
+    assert space.searched_part(values, config) == {
+        "rank": 16,
+        "learning_rate": 1e-4,
+        "cross_attention": "off",
+    }
+
+
+@pytest.mark.parametrize(
+    "baseline", [{"rank": 64}, {"learning_rate": 1e-5}, {"alpha": 7}, {"target_set": "attention"}]
+)
+def test_a_baseline_outside_the_space_has_no_parameters(make_config, baseline):
+    config = make_config(baseline=baseline)
+    values = space.baseline_values(config, fixed_flag=False)
+    assert space.searched_part(values, config) is None
+
+
+def test_seeds_differ_by_trial_and_repeat_by_sweep_seed():
+    seeds = [space.trial_seed(3, "trial", index) for index in range(50)]
+    assert len(set(seeds)) == 50
+    assert seeds == [space.trial_seed(3, "trial", index) for index in range(50)]
+    assert seeds[0] != space.trial_seed(4, "trial", 0)
+
+
+def test_two_loss_weights_of_zero_are_refused(make_config):
+    config = make_config(space={"text_loss_weight": 0, "audio_loss_weight": 0})
+    with pytest.raises(ConfigError, match="nothing to learn"):
+        space.check(config)
+
+
+def test_a_value_listed_twice_is_refused(make_config):
+    with pytest.raises(ConfigError, match=r"space\.rank: a value is listed twice"):
+        space.check(make_config(space={"rank": [4, 4, 8]}))
