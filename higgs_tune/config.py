@@ -51,11 +51,11 @@ class BaseSettings(Settings):
 class TaskMix(Settings):
     """How often each task is drawn when a batch is filled; relative weights."""
 
-    transcribe: float = Field(
-        1.0, ge=0
-    )  # audio, then its text: the only task whose text can use audio
-    speak: float = Field(1.0, ge=0)  # text, then audio
-    clone: float = Field(0.0, ge=0)  # reference text and audio, then target text, then target audio
+    # audio, then its text: the only task whose text can use audio
+    transcribe: float = Field(default=1.0, ge=0)
+    speak: float = Field(default=1.0, ge=0)  # text, then audio
+    # reference text and audio, then target text, then target audio
+    clone: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _some_task(self) -> "TaskMix":
@@ -69,25 +69,25 @@ class DataSettings(Settings):
 
     path: str = "embedded:arabic"  # a folder made by `higgs-tune data prepare`, or "embedded:NAME"
     tasks: TaskMix = TaskMix()
-    max_frames: int = Field(750, ge=4)  # longest clip in codec frames (25 per second)
-    max_text_tokens: int = Field(512, ge=1)  # longest text of one part
-    num_val_clips: int = Field(48, ge=2)  # validation clips, drawn once, the same for every trial
+    max_frames: int = Field(default=750, ge=4)  # longest clip in codec frames (25 per second)
+    max_text_tokens: int = Field(default=512, ge=1)  # longest text of one part
+    # validation clips, drawn once, the same for every trial
+    num_val_clips: int = Field(default=48, ge=2)
 
 
 class TrainSettings(Settings):
     """What every trial of a sweep has in common."""
 
-    num_steps: int = Field(150, ge=1)  # optimizer steps of a full-budget trial
-    report_every_steps: int = Field(25, ge=1)  # validate and report after so many steps
-    warmup_fraction: float = Field(
-        0.1, ge=0, lt=1
-    )  # share of num_steps in linear warm-up; then cosine
-    min_lr_fraction: float = Field(0.1, ge=0, le=1)  # where the cosine ends, as a share of the peak
-    weight_decay: float = Field(0.0, ge=0)  # AdamW, decoupled
-    clip_norm: float = Field(0.1, gt=0)  # gradient norm limit of one adapter
-    token_budget: int = Field(
-        4096, ge=64
-    )  # rows in one forward of one adapter; longer steps accumulate
+    num_steps: int = Field(default=150, ge=1)  # optimizer steps of a full-budget trial
+    report_every_steps: int = Field(default=25, ge=1)  # validate and report after so many steps
+    # share of num_steps in linear warm-up; then cosine
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    # where the cosine ends, as a share of the peak
+    min_lr_fraction: float = Field(default=0.1, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)  # AdamW, decoupled
+    clip_norm: float = Field(default=0.1, gt=0)  # gradient norm limit of one adapter
+    # rows in one forward of one adapter; longer steps accumulate
+    token_budget: int = Field(default=4096, ge=64)
 
 
 class Range(Settings):
@@ -121,54 +121,53 @@ class LearningRateRange(Range):
 class SpaceSettings(Settings):
     """The search space. A list of one value, or a plain number, fixes a parameter."""
 
-    rank: tuple[PositiveRank, ...] = Field(
-        (4, 8, 16, 32), min_length=1
-    )  # categorical: facts on flat ranks
+    # categorical: a flat integer range misleads the sampler
+    rank: tuple[PositiveRank, ...] = Field(default=(4, 8, 16, 32), min_length=1)
     learning_rate: LearningRateRange = LearningRateRange()
-    target_set: tuple[str, ...] = Field(("all_linear",), min_length=1)  # names from target_sets
-    cross_attention: tuple[CrossAttention, ...] = Field(("off",), min_length=1)
-    alpha: tuple[PositiveFloat, ...] = Field(
-        (32.0,), min_length=1
-    )  # fixed by default: independent of rank
+    # names from target_sets
+    target_set: tuple[str, ...] = Field(default=("all_linear",), min_length=1)
+    cross_attention: tuple[CrossAttention, ...] = Field(default=("off",), min_length=1)
+    # fixed by default: independent of rank
+    alpha: tuple[PositiveFloat, ...] = Field(default=(32.0,), min_length=1)
     new_module_lr_factor: Range | PositiveFloat = 0.1  # only acts with cross_attention on
     text_loss_weight: Range | Annotated[float, Field(ge=0)] = 1.0
     audio_loss_weight: Range | Annotated[float, Field(ge=0)] = 1.0
-    batch_clips: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (8,), min_length=1
-    )  # clips per step
+    # clips per step
+    batch_clips: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(8,), min_length=1)
 
 
 class SchedulerSettings(Settings):
     """When Ray Tune stops a trial early."""
 
     name: Literal["asha", "none"] = "asha"
-    grace_fraction: float = Field(0.34, gt=0, le=1)  # share of num_steps before the first stop
-    reduction_factor: float = Field(3.0, gt=1)  # the best 1/n at a rung go on
+    # share of num_steps before the first stop
+    grace_fraction: float = Field(default=0.34, gt=0, le=1)
+    reduction_factor: float = Field(default=3.0, gt=1)  # the best 1/n at a rung go on
 
 
 class TuneSettings(Settings):
     """How the search is run."""
 
-    num_trials: int = Field(16, ge=1)  # search trials, the two mission configurations included
-    seed: int = Field(0, ge=0)  # sampler, adapters, data order
+    # search trials, the two mission configurations included
+    num_trials: int = Field(default=16, ge=1)
+    seed: int = Field(default=0, ge=0)  # sampler, adapters, data order
     scheduler: SchedulerSettings = SchedulerSettings()
-    num_workers: int = Field(1, ge=1)  # processes with a base each; one per GPU
-    slots_per_worker: int = Field(4, ge=1)  # trials that train together around one base
-    cpus_per_worker: int | None = Field(None, ge=1)  # default: all CPUs of the node / num_workers
-    gpus_per_worker: int = Field(0, ge=0)
-    max_failures: int = Field(
-        2, ge=0
-    )  # restarts of one trial from its checkpoint after its worker died
+    num_workers: int = Field(default=1, ge=1)  # processes with a base each; one per GPU
+    slots_per_worker: int = Field(default=4, ge=1)  # trials that train together around one base
+    # default: all CPUs of the node / num_workers
+    cpus_per_worker: int | None = Field(default=None, ge=1)
+    gpus_per_worker: int = Field(default=0, ge=0)
+    # restarts of one trial from its checkpoint after its worker died
+    max_failures: int = Field(default=2, ge=0)
     storage: str | None = None  # Optuna URL; default: the journal file in the results folder
-    time_limit_s: float | None = Field(None, gt=0)  # stop asking for new trials after this
+    time_limit_s: float | None = Field(default=None, gt=0)  # stop asking for new trials after this
 
 
 class ObjectiveSettings(Settings):
     """val/text/nll is minimised subject to the audio constraint."""
 
-    audio_tolerance: float = Field(
-        0.05, ge=0
-    )  # val/audio/nll_per_code may rise by this share of its start
+    # val/audio/nll_per_code may rise by this share of its start
+    audio_tolerance: float = Field(default=0.05, ge=0)
 
 
 class BaselineSettings(Settings):
@@ -188,14 +187,14 @@ class BaselineSettings(Settings):
 class ConfirmSettings(Settings):
     """The best few are trained again with fresh seeds beside the baseline (trial 0)."""
 
-    num_configs: int = Field(2, ge=0)  # 0 skips the stage
-    num_seeds: int = Field(2, ge=1)
+    num_configs: int = Field(default=2, ge=0)  # 0 skips the stage
+    num_seeds: int = Field(default=2, ge=1)
 
 
 class SweepConfig(Settings):
     """A whole sweep."""
 
-    name: str = Field("sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     results_dir: str = "results"
     base: BaseSettings = BaseSettings()
     data: DataSettings = DataSettings()
@@ -238,26 +237,25 @@ class TrialConfig(Settings):
 
     rank: PositiveRank
     alpha: PositiveFloat  # the LoRA scale is alpha / rank
-    targets: tuple[TargetPath, ...] = Field(
-        min_length=1
-    )  # audio_attention present iff cross_attention is on
+    # audio_attention present iff cross_attention is on
+    targets: tuple[TargetPath, ...] = Field(min_length=1)
     target_set: str = "custom"  # the name the targets came from, for tables
     cross_attention: CrossAttention = "off"
     learning_rate: PositiveFloat
     new_module_lr_factor: PositiveFloat = (
         0.1  # cross-attention modules train at learning_rate times this
     )
-    text_loss_weight: float = Field(1.0, ge=0)
-    audio_loss_weight: float = Field(1.0, ge=0)
-    batch_clips: int = Field(8, ge=1)
+    text_loss_weight: float = Field(default=1.0, ge=0)
+    audio_loss_weight: float = Field(default=1.0, ge=0)
+    batch_clips: int = Field(default=8, ge=1)
     num_steps: int = Field(ge=1)
     report_every_steps: int = Field(ge=1)
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
-    min_lr_fraction: float = Field(0.1, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(0.1, gt=0)
-    token_budget: int = Field(4096, ge=64)
-    seed: int = Field(0, ge=0)  # adapter initialisation and data order
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    min_lr_fraction: float = Field(default=0.1, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=0.1, gt=0)
+    token_budget: int = Field(default=4096, ge=64)
+    seed: int = Field(default=0, ge=0)  # adapter initialisation and data order
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrialConfig":

@@ -10,7 +10,8 @@ L longest sequence, C codebooks, M labelled rows.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,16 +61,15 @@ class PackBatch:
         if device.type == "cpu":
             return self
 
-        def move(value: object) -> object:
-            if isinstance(value, Tensor):
-                return value.pin_memory().to(device, non_blocking=True)
-            if isinstance(value, CrossIndex):
-                return CrossIndex(**{f.name: move(getattr(value, f.name)) for f in fields(value)})
-            if isinstance(value, dict):
-                return {name: move(item) for name, item in value.items()}
-            return value
+        def moved(item: Any) -> Any:
+            tensors = {
+                field.name: value.pin_memory().to(device, non_blocking=True)
+                for field in fields(item)
+                if isinstance(value := getattr(item, field.name), Tensor)
+            }
+            return replace(item, **tensors)
 
-        return PackBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return replace(moved(self), cross={mode: moved(c) for mode, c in self.cross.items()})
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,10 @@ class CrossAttentionModule(nn.Module):
 
     def __init__(self, config: HiggsAudioV2Config) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        assert config.head_dim is not None
+        self.head_dim: int = config.head_dim
         width, kv_width = (
-            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+            n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
         )
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
@@ -179,7 +180,8 @@ def with_cross_attention(
     reference = next(base.parameters())
     model = CrossAttentionHiggsAudioV2ForConditionalGeneration(
         config, use_text_head=base.text_lm_head is not None
-    ).to(reference.device, reference.dtype)
+    )
+    model.to(device=reference.device, dtype=reference.dtype)  # type: ignore[call-arg]
     missing, unexpected = model.load_state_dict(base.state_dict(), strict=False, assign=True)
     assert not unexpected, unexpected
     fresh = initial_new_modules(base, mode, seed)
@@ -200,15 +202,21 @@ def initial_new_modules(
     weights: dict[str, Tensor] = {}
     std = base.config.initializer_range
     for index, layer in enumerate(base.model.layers):
-        attention = layer.self_attn
+        attention = layer.get_submodule("self_attn")
         prefix = f"model.layers.{index}"
         for module_name in MODULE_NAMES[mode]:
             if module_name.endswith("layer_norm"):
-                weight = layer.audio_input_layernorm.weight.detach().float().cpu().clone()
+                weight = (
+                    layer.get_parameter("audio_input_layernorm.weight")
+                    .detach()
+                    .float()
+                    .cpu()
+                    .clone()
+                )
                 weights[f"{prefix}.{module_name}.weight"] = weight
                 continue
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                shape = getattr(attention, name).weight.shape
+                shape = attention.get_submodule(name).get_parameter("weight").shape
                 weights[f"{prefix}.{module_name}.{name}.weight"] = (
                     torch.zeros(shape)
                     if name == "o_proj"

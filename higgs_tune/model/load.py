@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -114,7 +115,7 @@ def load_base(settings: BaseSettings) -> Base:
             "pin the commit that you want."
         )
     try:
-        model, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+        loaded: Any = HiggsAudioV2ForConditionalGeneration.from_pretrained(
             source,
             revision=settings.revision or "main",
             use_text_head=True,
@@ -125,7 +126,8 @@ def load_base(settings: BaseSettings) -> Base:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision or "main")
     except (OSError, ValueError) as error:
         raise ModelError(f"base.path: {source} cannot be loaded: {error}") from error
-    missing = sorted(info["missing_keys"])
+    model: HiggsAudioV2ForConditionalGeneration = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if "text_lm_head.weight" in missing:
         raise ModelError(
             f"base.path: {source} has no text_lm_head.weight, so there is no text loss to tune. "
@@ -136,7 +138,8 @@ def load_base(settings: BaseSettings) -> Base:
             f"base.path: {source} lacks {len(missing)} weights, {missing[0]} among them. "
             "Download the checkpoint again."
         )
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    model.to(device=device)  # type: ignore[call-arg]
     return Base(model, tokenizer, vocabulary_of(tokenizer, model.config), source)
 
 

@@ -8,13 +8,20 @@ Shape letters: as in data.collate; D hidden, H heads, E head size, J adapters of
 """
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import HiggsAudioV2ForConditionalGeneration
-from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import apply_rotary_pos_emb
+from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
+    HiggsAudioV2DecoderLayer,
+    HiggsAudioV2RMSNorm,
+    HiggsAudioV2RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
+from higgs_tune.config import TargetPath
 from higgs_tune.data.collate import CrossIndex, PackBatch
 from higgs_tune.model.losses import codebook_nll_sum, text_nll_sum
 from higgs_tune.model.packed_lora import PackWeights, adapted_linear
@@ -31,7 +38,7 @@ class _Rearrange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         rows_ND: Tensor,
         to: Tensor,
         back: Tensor,
@@ -41,7 +48,7 @@ class _Rearrange(torch.autograd.Function):
         return rows_ND.index_select(0, to)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple:
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
         back, real = ctx.saved_tensors
         grad = grads[0].index_select(0, back)
         return grad.masked_fill_(~real[:, None], 0), None, None, None
@@ -64,13 +71,13 @@ class _Layout:
         rows = _Rearrange.apply(x_KNX.flatten(0, 1), self.to_seq, self.to_slot, self.real_slot)
         return rows.unflatten(0, (self.num_seqs, self.length))
 
-    def slots(self, x_RLX: Tensor, shape: tuple[int, int]) -> Tensor:
+    def slots(self, x_RLX: Tensor, shape: torch.Size) -> Tensor:
         """(R, L, X) sequences → (K, N, X)."""
         rows = _Rearrange.apply(x_RLX.flatten(0, 1), self.to_slot, self.to_seq, self.real_seq)
         return rows.unflatten(0, shape)
 
 
-def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
+def rms_norm(x: Tensor, norm: HiggsAudioV2RMSNorm) -> Tensor:
     """The stock RMSNorm as one kernel."""
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
@@ -79,7 +86,12 @@ def _group(prefix: str, module: nn.Module, names: tuple[str, ...]) -> Linears:
     return {f"{prefix}.{name}": getattr(module, name) for name in names}
 
 
-def layer_groups(index: int, layer: nn.Module) -> dict[str, list[Linears]]:
+def decoder_layers(base: HiggsAudioV2ForConditionalGeneration) -> list[HiggsAudioV2DecoderLayer]:
+    """The decoder's layers, typed."""
+    return cast("list[HiggsAudioV2DecoderLayer]", list(base.model.layers))
+
+
+def layer_groups(index: int, layer: HiggsAudioV2DecoderLayer) -> dict[TargetPath, list[Linears]]:
     """LoRA path → the layer's linears, grouped by shared input."""
     prefix = f"model.layers.{index}"
     attention = layer.self_attn
@@ -88,18 +100,20 @@ def layer_groups(index: int, layer: nn.Module) -> dict[str, list[Linears]]:
             _group(f"{prefix}.self_attn", attention, ("q_proj", "k_proj", "v_proj")),
             _group(f"{prefix}.self_attn", attention, ("o_proj",)),
         ],
-        **{
-            path: [
-                _group(f"{prefix}.{name}", getattr(layer, name), ("gate_proj", "up_proj")),
-                _group(f"{prefix}.{name}", getattr(layer, name), ("down_proj",)),
-            ]
-            for path, name in (("text_mlp", "mlp"), ("audio_mlp", "audio_mlp"))
-        },
+        "text_mlp": [
+            _group(f"{prefix}.mlp", layer.mlp, ("gate_proj", "up_proj")),
+            _group(f"{prefix}.mlp", layer.mlp, ("down_proj",)),
+        ],
+        "audio_mlp": [
+            _group(f"{prefix}.audio_mlp", layer.audio_mlp, ("gate_proj", "up_proj")),
+            _group(f"{prefix}.audio_mlp", layer.audio_mlp, ("down_proj",)),
+        ],
     }
 
 
-def head_groups(base: HiggsAudioV2ForConditionalGeneration) -> dict[str, Linears]:
+def head_groups(base: HiggsAudioV2ForConditionalGeneration) -> dict[TargetPath, Linears]:
     """LoRA path → head."""
+    assert base.text_lm_head is not None
     return {
         "text_head": {"text_lm_head": base.text_lm_head},
         "audio_head": {"audio_lm_head": base.audio_lm_head},
@@ -126,7 +140,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int, rope: tuple, **mask)
 class _Rope:
     """Rotary tables of every position of the batch."""
 
-    def __init__(self, rotary: nn.Module, length: int, like: Tensor) -> None:
+    def __init__(self, rotary: HiggsAudioV2RotaryEmbedding, length: int, like: Tensor) -> None:
         positions = torch.arange(length, device=like.device)[None]
         self.cos_1LE, self.sin_1LE = rotary(like, positions)
 
@@ -208,6 +222,8 @@ def packed_nll(
         float32 sums in nats: text (K,), audio (K, C).
     """
     model, config = base.model, base.config
+    head_dim = config.head_dim
+    assert head_dim is not None
     num_text = batch.text_ids_KT.shape[1]
     codes = batch.audio_codes_KAC + model.embed_audio_tokens.audio_tokens_offsets
     h_KTD = F.embedding(batch.text_ids_KT, model.embed_tokens.weight)
@@ -219,20 +235,20 @@ def packed_nll(
     text_rows_KM, audio_rows_KM = batch.text_rows_KM[..., None], batch.audio_rows_KM[..., None]
 
     num_layers = len(model.layers)
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(decoder_layers(base)):
         groups = layer_groups(index, layer)
         x_text = rms_norm(h_KND[:, :num_text], layer.input_layernorm)
         x_audio = rms_norm(h_KND[:, num_text:], layer.audio_input_layernorm)
         if cross and weights is not None:
             h_KND, x_text, x_audio = _cross_attention(
-                index, layer, h_KND, x_text, x_audio, cross, weights, rope, config.head_dim
+                index, layer, h_KND, x_text, x_audio, cross, weights, rope, head_dim
             )
         x_KND = torch.cat([x_text, x_audio], dim=1)
         q, k, v = adapted_linear(x_KND, groups["attention"][0], weights)
         qkv = layout.sequences(torch.cat([q, k, v], dim=2)).split(
             [t.shape[2] for t in (q, k, v)], dim=2
         )
-        attended = _attend(*qkv, config.head_dim, rope.whole(), is_causal=True)
+        attended = _attend(*qkv, head_dim, rope.whole(), is_causal=True)
         attended = layout.slots(attended, batch.slot_from_seq_KN.shape)
         if index == num_layers - 1:  # nothing reads the other rows any more
             h_KND, attended = (
@@ -273,7 +289,7 @@ def packed_nll(
 
 def _cross_attention(
     index: int,
-    layer: nn.Module,
+    layer: HiggsAudioV2DecoderLayer,
     h_KND: Tensor,
     x_text: Tensor,
     x_audio: Tensor,

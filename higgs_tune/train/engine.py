@@ -12,12 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from higgs_tune.config import TargetPath, TrialConfig
+from higgs_tune.config import CrossAttention, TargetPath, TrialConfig
 from higgs_tune.data.collate import PackBatch, TargetCounts
 from higgs_tune.model import targets as target_rules
 from higgs_tune.model.audio_attention import MODULE_NAMES, initial_new_modules
 from higgs_tune.model.load import Base
-from higgs_tune.model.packed_forward import head_groups, layer_groups, packed_nll
+from higgs_tune.model.packed_forward import (
+    Linears,
+    decoder_layers,
+    head_groups,
+    layer_groups,
+    packed_nll,
+)
 from higgs_tune.model.packed_lora import AdapterBank, Entry, PackWeights, group_entries
 from higgs_tune.train.optim import RowStep, adamw_step, learning_rate_factor
 
@@ -29,7 +35,7 @@ class PackLimits:
     num_slots: int
     max_rank: int
     paths: frozenset[TargetPath]  # union over all trials
-    modes: frozenset[str] = frozenset({"off"})  # cross_attention values
+    modes: frozenset[CrossAttention] = frozenset({"off"})  # cross_attention values
 
     @classmethod
     def of(cls, configs: Sequence[TrialConfig], num_slots: int) -> "PackLimits":
@@ -77,7 +83,7 @@ class Engine:
             for path, group in self.lora_groups
             for entry in group_entries(group, path, limits.max_rank)
         ]
-        for mode in sorted(limits.modes - {"off"}):
+        for mode in sorted(limits.modes):
             entries += [
                 Entry(name, tuple(weight.shape), "audio_attention", "new")
                 for name, weight in initial_new_modules(base.model, mode, seed=0).items()
@@ -253,18 +259,18 @@ class Engine:
         return target_rules.account(matches)
 
 
-def _lora_groups(
-    base: Base, paths: frozenset[TargetPath]
-) -> list[tuple[TargetPath, Mapping[str, torch.nn.Linear]]]:
+def _lora_groups(base: Base, paths: frozenset[TargetPath]) -> list[tuple[TargetPath, Linears]]:
     """Every input group of the adapted paths, in the forward's order.
 
     The anchored rules of `model.targets` say what a path is; the forward's groups must agree.
     """
-    groups: list[tuple[TargetPath, Mapping[str, torch.nn.Linear]]] = []
-    for index, layer in enumerate(base.model.model.layers):
+    groups: list[tuple[TargetPath, Linears]] = []
+    for index, layer in enumerate(decoder_layers(base.model)):
         for path, layer_linears in layer_groups(index, layer).items():
-            groups += [(path, group) for group in layer_linears if path in paths]
-    groups += [(path, group) for path, group in head_groups(base.model).items() if path in paths]
+            groups.extend((path, group) for group in layer_linears if path in paths)
+    for path, group in head_groups(base.model).items():
+        if path in paths:
+            groups.append((path, group))
     for path in paths - {"audio_attention"}:
         named = {name for p, group in groups if p == path for name in group}
         assert named == set(target_rules.linear_modules(base.model, path)), path

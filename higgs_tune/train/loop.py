@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from higgs_tune import metrics
-from higgs_tune.config import BaseSettings, DataSettings, SweepConfig, TrialConfig
+from higgs_tune.config import (
+    BaseSettings,
+    CrossAttention,
+    DataSettings,
+    SweepConfig,
+    TargetPath,
+    TrialConfig,
+)
 from higgs_tune.data.collate import (
     PackBatch,
     TargetCounts,
@@ -297,12 +304,14 @@ class PackLoop:
 def sweep_loop(config: SweepConfig, *, num_slots: int, device: str) -> PackLoop:
     """A loop whose slots can hold every trial of a sweep, the two baselines included."""
     names = {*config.space.target_set, config.baseline.target_set}
-    paths = {path for name in names for path in config.target_sets[name]}
+    paths: set[TargetPath] = {"audio_attention"}
+    paths.update(path for name in names for path in config.target_sets[name])
+    modes: set[CrossAttention] = {*config.space.cross_attention, "off", "audio_self"}
     limits = PackLimits(
         num_slots=num_slots,
         max_rank=max(*config.space.rank, config.baseline.rank),
-        paths=frozenset(paths | {"audio_attention"}),
-        modes=frozenset({*config.space.cross_attention, "off", "audio_self"}),
+        paths=frozenset(paths),
+        modes=frozenset(modes),
     )
     base = config.base.model_copy(update={"device": device})
     return PackLoop.load(base, config.data, limits)

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.config import TaskMix
+from higgs_tune.data.codec import load_codec
 from higgs_tune.data.collate import collate, count_targets
 from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset, TrainOrder, validation_sets
@@ -71,6 +72,26 @@ def new_model(tokenizer) -> HiggsAudioV2ForConditionalGeneration:
     return HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
 
 
+@torch.no_grad()
+def start_from_codec(model: HiggsAudioV2ForConditionalGeneration) -> None:
+    """Let the sum of a frame's code embeddings be a fixed projection of the frame's own spectrum.
+
+    From random embeddings the model would first have to learn what each code sounds like.
+    """
+    codec = load_codec("embedded", device="cpu")
+    sums_CVD = codec.get_parameter(
+        "codebooks"
+    )  # residuals: a frame's features are the sum over its codes
+    spread_D = sums_CVD[0].std(dim=0).sqrt().clamp(min=1e-3)
+    features_CVD = sums_CVD / spread_D
+    project = torch.empty(model.config.hidden_size, sums_CVD.shape[2])
+    torch.nn.init.orthogonal_(project)
+    projected_CVD = features_CVD @ project.T
+    projected_CVD *= 0.1 / projected_CVD[0].std()
+    table = model.model.embed_audio_tokens.embed_audio_tokens.weight
+    table.unflatten(0, (NUM_CODEBOOKS, NUM_CODES + 2))[:, :NUM_CODES] = projected_CVD
+
+
 def means(
     model: HiggsAudioV2ForConditionalGeneration, examples: list[Encoded]
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -111,11 +132,12 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = new_model(tokenizer).train()
+    start_from_codec(model)
     vocabulary = vocabulary_of(tokenizer, model.config)
     dataset = joined(args.data, Path(tempfile.mkdtemp()))
     targets = {name: Dataset.open(name) for name in args.check}
     order = TrainOrder(
-        dataset, TaskMix(transcribe=1.5, speak=1.0), args.clips, seed=0, max_frames=150
+        dataset, TaskMix(transcribe=2.0, speak=1.0, clone=0.0), args.clips, seed=0, max_frames=150
     )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01
