@@ -18,6 +18,7 @@ from higgs_tune.report.results import Results, Trial
 
 BEST_CONFIG = "best_config.yaml"
 BEST_ADAPTER = "best_adapter"
+RESUME_FILES = ("training_state.*", "checkpoint.json")  # no part of an adapter
 
 
 def export_best(results: Results, findings: Findings) -> Path | None:
@@ -30,9 +31,7 @@ def export_best(results: Results, findings: Findings) -> Path | None:
     choice = findings.choice
     source = None if choice is None else choice.adapter_run.directory / "adapter"
     if source is not None and source.is_dir():
-        replace_folder(
-            source, target, leave_out="training_state.*"
-        )  # the optimizer's, for resuming
+        replace_folder(source, target, leave_out=RESUME_FILES)
     elif target.exists():
         shutil.rmtree(target)  # another configuration's
     if choice is None:

@@ -21,18 +21,18 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
 
 
-def replace_folder(source: Path, target: Path, *, leave_out: str) -> None:
+def replace_folder(source: Path, target: Path, *, leave_out: tuple[str, ...]) -> None:
     """Make `target` a copy of the folder `source`; an older `target` goes only after the copy is whole.
 
     Args:
         source: folder to copy.
         target: folder to make.
-        leave_out: pattern of file names that are not copied.
+        leave_out: patterns of file names that are not copied.
     """
     fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
-        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(leave_out))
+        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(*leave_out))
         if target.exists():
             target.rename(old)
         fresh.rename(target)
