@@ -10,15 +10,22 @@ import pytest
 import yaml
 
 from higgs_tune.errors import ConfigError
-from higgs_tune.report import build_report
+from higgs_tune.report import Summary, build_report
 from higgs_tune.report.export import read_best_config
 from higgs_tune.report.results import read_results
 from tests.unit.report.builder import Builder, curve, realistic, trial_config
 
 
-def test_finished_sweep_gives_every_file(tmp_path: Path) -> None:
-    realistic(tmp_path)
-    summary = build_report(tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+    """A finished sweep with its report; read only."""
+    folder = tmp_path_factory.mktemp("quick")
+    realistic(folder)
+    return folder, build_report(folder)
+
+
+def test_finished_sweep_gives_every_file(finished: tuple[Path, Summary]) -> None:
+    folder, summary = finished
     for name in (
         "trials.parquet",
         "summary.json",
@@ -26,25 +33,22 @@ def test_finished_sweep_gives_every_file(tmp_path: Path) -> None:
         "report.html",
         "best_config.yaml",
     ):
-        assert (tmp_path / name).stat().st_size > 0
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 5
-    assert not list(tmp_path.rglob("*.tmp"))
-    assert summary.text == (tmp_path / "summary.txt").read_text()
-    assert (
-        json.loads((tmp_path / "summary.json").read_text())["best"]["trial_id"] == summary.best_id
-    )
+        assert (folder / name).stat().st_size > 0
+    assert len(list((folder / "plots").glob("*.png"))) == 5
+    assert not list(folder.rglob("*.tmp"))
+    assert summary.text == (folder / "summary.txt").read_text()
+    assert json.loads((folder / "summary.json").read_text())["best"]["trial_id"] == summary.best_id
 
 
-def test_best_config_holds_what_is_needed_to_train_it_again(tmp_path: Path) -> None:
-    realistic(tmp_path)
-    summary = build_report(tmp_path)
-    content = yaml.safe_load((tmp_path / "best_config.yaml").read_text())
+def test_best_config_holds_what_is_needed_to_train_it_again(finished: tuple[Path, Summary]) -> None:
+    folder, summary = finished
+    content = yaml.safe_load((folder / "best_config.yaml").read_text())
     assert set(content) == {
         "higgs_tune", "base", "data", "trial", "lora_config", "results", "command",
     }  # fmt: skip
-    results = read_results(tmp_path)
+    results = read_results(folder)
     best = next(trial for trial in results.trials if trial.id == summary.best_id)
-    read = read_best_config(tmp_path / "best_config.yaml")
+    read = read_best_config(folder / "best_config.yaml")
     assert read.model_copy(update={"seed": 0}) == best.config
     assert read.seed in content["results"]["seeds"]
     assert content["higgs_tune"]["version"] == "0.1.0"
@@ -55,18 +59,17 @@ def test_best_config_holds_what_is_needed_to_train_it_again(tmp_path: Path) -> N
     assert content["command"] == "higgs-tune train --config best_config.yaml"
 
 
-def test_exported_adapter_is_the_best_runs(tmp_path: Path) -> None:
-    realistic(tmp_path)
-    build_report(tmp_path)
-    content = yaml.safe_load((tmp_path / "best_config.yaml").read_text())
+def test_exported_adapter_is_the_best_runs(finished: tuple[Path, Summary]) -> None:
+    folder, _ = finished
+    content = yaml.safe_load((folder / "best_config.yaml").read_text())
     losses = {
         run.id: run.last("val/text/nll")
-        for run in read_results(tmp_path).trials
+        for run in read_results(folder).trials
         if run.id in content["results"]["runs"]
     }
-    adapter = (tmp_path / "best_adapter" / "adapter_model.safetensors").read_bytes().decode()
+    adapter = (folder / "best_adapter" / "adapter_model.safetensors").read_bytes().decode()
     assert losses[adapter] == min(losses.values())
-    assert not list((tmp_path / "best_adapter").glob("training_state*"))
+    assert not list((folder / "best_adapter").glob("training_state*"))
 
 
 def test_report_can_be_built_again(tmp_path: Path) -> None:
@@ -109,9 +112,8 @@ def test_empty_sweep_gives_a_report(tmp_path: Path, base: dict[str, float] | Non
     assert "No trial has reported a result yet" in summary.report_path.read_text()
 
 
-def test_page_needs_no_network_and_leaves_no_gap(tmp_path: Path) -> None:
-    realistic(tmp_path)
-    page = build_report(tmp_path).report_path.read_text()
+def test_page_needs_no_network_and_leaves_no_gap(finished: tuple[Path, Summary]) -> None:
+    page = finished[1].report_path.read_text()
     assert not re.search(r"""(src|href)=["'](https?:)?//""", page)
     assert "<link" not in page
     assert not re.search(r"<!--\w+-->", page)
