@@ -168,7 +168,9 @@ def _certainty(choice: Choice, outcome: Outcome) -> str:
             "is chance was not measured: the lowest of many single runs is partly luck."
         )
     low, high = difference.interval
-    interval = f"95% interval {signed(low)} to {signed(high)}, {difference.n} seeds"
+    digits = 2 if high - low >= 0.05 else 3
+    ends = f"{signed(low, digits)} to {signed(high, digits)}"
+    interval = f"95% interval {ends}, {difference.n} seeds"
     if outcome == "better":
         return f"Its text loss is {size} lower than trial 0's ({interval})."
     return (
