@@ -111,6 +111,7 @@ def make_searcher(study, config, checkpoints=None, **kwargs):
         workers=["w0"],
         slots_per_worker=4,
         publish=rosters.append,
+        on_disk_error=kwargs.pop("on_disk_error", lambda error: None),
         **kwargs,
     )
     return searcher, rosters, resumed

@@ -16,6 +16,7 @@ from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import disk_error
 from higgs_tune.sweep.live import Display, result_event
 from higgs_tune.sweep.records import TrialFiles
+from higgs_tune.sweep.seats import CHECKPOINT_INFO
 from higgs_tune.sweep.source import TrialSource
 from higgs_tune.sweep.study import TrialRecord, ending
 
@@ -123,8 +124,9 @@ class SweepCallback(Callback):
     ) -> None:
         """The newest checkpoint becomes the trial's adapter."""
         trial_id = _record(trial).trial_id
-        if trial_id in self._last:
-            self._guard(self._files.checkpoint, trial_id, Path(checkpoint.path))
+        source = Path(checkpoint.path)
+        if trial_id in self._last and (source / CHECKPOINT_INFO).exists():
+            self._guard(self._files.checkpoint, trial_id, source)
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

@@ -18,6 +18,7 @@ from ray.tune import (
     Tuner,
     with_resources,
 )
+from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
@@ -27,7 +28,7 @@ from higgs_tune.sweep import runtime, space, study
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.confirm import ConfirmSource, confirm_records
 from higgs_tune.sweep.control import EXIT_CODES, Control, ControlStopper, signals
-from higgs_tune.sweep.folder import disk_error, open_folder
+from higgs_tune.sweep.folder import disk_error, open_folder, probe
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles, write_json
 from higgs_tune.sweep.scheduler import make_scheduler, replay
@@ -136,7 +137,20 @@ class Sweep:
                 verbose=0,
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        except (OSError, TuneError):
+            # Tune writes below the results folder, too, and wraps what goes wrong there.
+            try:
+                probe(self.results)
+            except OSError as error:
+                self.fail_disk(error)
+            if not self._control.stopping:
+                raise
+
+    def fail_disk(self, error: OSError) -> None:
+        """End the sweep because its results folder cannot be written."""
+        self._control.fail(disk_error(self.results, error))
 
 
 def run_sweep(
@@ -160,7 +174,9 @@ def run_sweep(
     control = Control()
     display = Display()
     try:
-        with signals(control), runtime.cluster() as cluster:
+        log = runtime.tune_log(results / "tune.log")
+        # Ray replaces the handler of SIGTERM when it starts, so they are set once more after that.
+        with signals(control), log, runtime.cluster() as cluster, signals(control):
             if control.stopping:
                 return _outcome(config, results, None, control, started)
             display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")
@@ -208,6 +224,7 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
         audio_limit=sweep.audio_limit,
         on_resume=lambda tune_id, trial: replay(scheduler, tune_id, trial),
         checkpoint_of=sweep.files.checkpoint_of,
+        on_disk_error=sweep.fail_disk,
         deadline=None if time_limit_s is None else time.monotonic() + time_limit_s,
         **sweep.source_settings(),
     )

@@ -50,7 +50,7 @@ def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Pat
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _probe(folder / ".probe")
+        probe(folder)
         write_text(settings, to_yaml(config))
         _record_environment(folder / "env.json", command)
     except OSError as error:
@@ -91,7 +91,9 @@ def _refuse_other_sweep(folder: Path, stored: SweepConfig, config: SweepConfig) 
         )
 
 
-def _probe(path: Path) -> None:
+def probe(folder: Path) -> None:
+    """Write and remove a file of a few MiB; OSError if that fails."""
+    path = folder / ".probe"
     try:
         with path.open("wb") as file:
             file.write(b"\0" * PROBE_BYTES)

@@ -31,6 +31,22 @@ ENVIRONMENT = {
 HEAD_SHARE = 0.001  # of the driver's node: pins trials there without reserving anything
 
 
+@contextmanager
+def tune_log(path: Path) -> Iterator[None]:
+    """Send what Tune logs to a file: the sweep's own display says what a person needs."""
+    tune = logging.getLogger("ray.tune")
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    tune.addHandler(handler)
+    propagate, tune.propagate = tune.propagate, False
+    try:
+        yield
+    finally:
+        tune.propagate = propagate
+        tune.removeHandler(handler)
+        handler.close()
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Where the sweep runs."""

@@ -9,7 +9,8 @@ the audio constraint. It also keeps the roster, by which the workers know whom t
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,12 @@ class StudySearcher(TrialSource):
         audio_limit: Callable[[], float],
         on_resume: Callable[[str, FrozenTrial], None],
         checkpoint_of: Callable[[str], tuple[Path, int] | None],
+        on_disk_error: Callable[[OSError], None],
         **source: Any,
     ) -> None:
         super().__init__(**source)
+        self._on_disk_error = on_disk_error
+        self._broken = False  # an append to the journal failed; another would corrupt it
         self._study = study
         self._config = config
         self._audio_limit = audio_limit
@@ -57,8 +61,13 @@ class StudySearcher(TrialSource):
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """The next trial's config for Tune, or FINISHED."""
-        if self.over():
+        if self.over() or self._broken:
             return FINISHED
+        with self._recording():
+            return self._next(trial_id)
+        return FINISHED
+
+    def _next(self, trial_id: str) -> dict[str, Any]:
         if self._queue:
             return self._resume(trial_id, self._queue.pop(0))
         index = self._next_index
@@ -76,8 +85,9 @@ class StudySearcher(TrialSource):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Report an intermediate value."""
         live = self.live.get(trial_id)
-        if live is not None:
-            self._report(live, result)
+        if live is not None and not self._broken:
+            with self._recording():
+                self._report(live, result)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -86,17 +96,29 @@ class StudySearcher(TrialSource):
         live = self.live.get(trial_id)
         if live is None:
             return
-        if result:
-            self._report(live, result)
         status, reason = ending(result or {}, error)
-        self._tell(live, status, reason)
+        if not self._broken:
+            with self._recording():
+                self._report(live, result or {})
+                self._tell(live, status, reason)
         self._unseat(trial_id)
 
     def cancel_live(self, reason: str) -> None:
         """Record every running trial as cancelled: a resumed sweep goes on with it."""
         for tune_id in list(self.live):
-            self._tell(self.live[tune_id], "cancelled", reason)
+            if not self._broken:
+                with self._recording():
+                    self._tell(self.live[tune_id], "cancelled", reason)
             self._unseat(tune_id)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """End the sweep when the journal cannot be written; what it holds stays readable."""
+        try:
+            yield
+        except OSError as error:
+            self._broken = True
+            self._on_disk_error(error)
 
     def _report(self, live: LiveTrial, result: dict[str, Any]) -> None:
         value, step = result.get(VAL_TEXT_NLL), result.get(STEP)

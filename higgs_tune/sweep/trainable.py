@@ -24,7 +24,7 @@ class PackTrial(Trainable):
         """Lease a slot, preferably on the worker that the driver chose."""
         self._trial_id: str = config["id"]
         self._name: str = config["name"]
-        self._ended = False
+        self._status = "running"
         files = read_files(Path(config["restore_from"])) if config["restore_from"] else None
         self._worker = self._lease(files)
 
@@ -36,14 +36,19 @@ class PackTrial(Trainable):
         """Wait for the pack's next round."""
         call = self._worker.next_result.options(name=f"{self._name} · next result")
         result: dict[str, Any] = self._answer(call.remote(self._trial_id))
-        self._ended = result["status"] != "running"
-        if result["status"] not in RANKED:
+        self._status = result["status"]
+        if self._status not in RANKED:
             # Without its metric no scheduler can rank it: NaN passes every cutoff.
             result.pop(VAL_TEXT_NLL, None)
-        return {**result, "done": self._ended}
+        return {**result, "done": self._status != "running"}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Bring the adapter and its training state here; Tune stores the folder."""
+        """Bring the adapter and its training state here; Tune stores the folder.
+
+        A trial that ended badly has nothing to keep: its folder stays empty.
+        """
+        if self._status not in RANKED:
+            return
         files: Files = self._answer(self._worker.save.remote(self._trial_id))
         write_files(files, Path(checkpoint_dir))
 

@@ -1,5 +1,6 @@
 """Whole sweeps on a shared local Ray, with a loop whose learning curves are known."""
 
+import errno
 import json
 import math
 import os
@@ -16,12 +17,12 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
-from higgs_tune.config import SweepConfig, validate
-from higgs_tune.errors import ModelError
+from higgs_tune.config import SweepConfig, TrialConfig, validate
+from higgs_tune.errors import ModelError, SweepError
 from higgs_tune.metrics import STATUSES
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.driver import SweepOutcome, run_sweep
-from higgs_tune.sweep.records import read_json, read_metrics
+from higgs_tune.sweep.records import TrialFiles, read_json, read_metrics
 from higgs_tune.sweep.runtime import ENVIRONMENT
 from tests.sweep_fakes import curve
 
@@ -94,7 +95,7 @@ def first(tmp_path_factory) -> SweepOutcome:
 def test_a_sweep_leaves_every_file_of_its_contract(first):
     assert first.exit_code == 0
     names = sorted(path.name for path in first.results.iterdir())
-    assert names == ["base.json", "env.json", "study.journal", "sweep.yaml", "trials"]
+    assert names == ["base.json", "env.json", "study.journal", "sweep.yaml", "trials", "tune.log"]
     assert read_json(first.results / "base.json")["preflight"] == {"ok": True}
     trials = trials_of(first.results)
     assert [name for name in trials if name[0] == "t"] == [f"t{n:03d}" for n in range(10)]
@@ -109,11 +110,9 @@ def test_a_sweep_leaves_every_file_of_its_contract(first):
 
 def test_the_curves_are_those_of_the_trials_own_configurations(first):
     for trial in trials_of(first.results).values():
-        config = type(config_of(first.results)).__name__ and trial["record"]["config"]
-        from higgs_tune.config import TrialConfig
-
+        config = TrialConfig.model_validate(trial["record"]["config"])
         for line in trial["metrics"]:
-            expected = curve(TrialConfig.model_validate(config), line["step"])
+            expected = curve(config, line["step"])
             assert line["val/text/nll"] == expected["val/text/nll"]
 
 
@@ -184,7 +183,8 @@ def test_trials_that_diverge_or_break_the_constraint_or_cannot_join_end_as_such(
         assert trial.user_attrs["reason"] == ended[name]["reason"]
         assert all(math.isfinite(value) for value in trial.intermediate_values.values())
     diverged = trials_of(outcome.results)[by_status["diverged"][0]]
-    assert diverged["metrics"][-1]["val/text/nll"] is None
+    assert "val/text/nll" not in diverged["metrics"][-1]
+    assert diverged["metrics"][-1]["val/audio/nll_per_code"] is None
     infeasible = [name for name, status in ended.items() if status["feasible"] is False]
     assert infeasible
     if outcome.best_trial is not None:
@@ -214,6 +214,31 @@ def test_no_trial_is_lost_when_the_worker_dies(tmp_path, monkeypatch):
 def test_a_base_that_cannot_be_loaded_is_the_users_error(tmp_path):
     with pytest.raises(ModelError, match="no such checkpoint"):
         run(tmp_path, base={"path": "broken"})
+
+
+def test_a_disk_that_fills_up_ends_the_sweep_and_loses_nothing(tmp_path, monkeypatch):
+    written = []
+
+    def result(self, trial_id, content):
+        written.append(trial_id)
+        if len(written) > 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, trial_id, content)
+
+    original = TrialFiles.result
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialFiles, "result", result)
+        with pytest.raises(SweepError, match=r"No space left on device.*--resume"):
+            run(tmp_path, tune={"num_trials": 5, "seed": 3})
+    lines = {name: len(trial["metrics"]) for name, trial in trials_of(tmp_path / "s").items()}
+    assert sum(lines.values()) == 10
+    run(tmp_path, resume=True, tune={"num_trials": 5, "seed": 3})
+    trials = trials_of(tmp_path / "s")
+    assert len(trials) == 5
+    assert {t["status"]["status"] for t in trials.values()} <= {"completed", "pruned"}
+    for trial in trials.values():
+        steps = [line["step"] for line in trial["metrics"]]
+        assert steps == list(range(25, trial["status"]["step"] + 1, 25))
 
 
 def test_a_time_limit_ends_the_search_with_what_was_found(tmp_path):

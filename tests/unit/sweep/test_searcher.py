@@ -1,4 +1,6 @@
+import errno
 import math
+import os
 from pathlib import Path
 
 import optuna
@@ -243,3 +245,30 @@ def test_a_torn_journal_line_is_dropped_and_the_study_goes_on(tmp_path, make_con
     studies.fail_stale(study)
     assert study.trials[0].state == TrialState.FAIL
     assert len(optuna.load_study(study_name="s", storage=study._storage).trials) == 1
+
+
+def test_a_journal_that_cannot_be_written_ends_the_search_and_stays_readable(
+    tmp_path, make_config, monkeypatch
+):
+    study = studies.open_study("s", tmp_path, None)
+    errors = []
+    searcher, rosters, _ = make_searcher(study, make_config(), on_disk_error=errors.append)
+    searcher.suggest("a")
+    searcher.suggest("b")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        searcher.on_trial_result("a", report(5.0, 25))
+    before = (tmp_path / studies.JOURNAL).read_bytes()
+    searcher.on_trial_complete("a", report(2.0, 150, "completed"))
+    searcher.cancel_live("full")
+    assert searcher.suggest("c") == FINISHED
+    assert len(errors) == 1
+    assert rosters[-1].live == ()
+    assert (tmp_path / studies.JOURNAL).read_bytes() == before
+    again = studies.open_study("s", tmp_path, None)
+    studies.fail_stale(again)
+    assert [trial.user_attrs["index"] for trial in studies.unfinished(again)] == [0, 1]
