@@ -10,6 +10,12 @@ STEP = "step"  # optimizer steps done
 TOKENS_PER_S = "tokens_per_s"  # rows this adapter trained per second of the pack's time
 TRAIN_TIME_S = "train_time_s"  # seconds in forward, backward and optimizer, the pack's
 GRAD_NORM = "train/grad_norm"  # median over the interval, before clipping
+PEAK_MEMORY_MIB = "peak_memory_mib"  # of the worker's process so far; GPU memory where there is one
+
+
+def grad_share(path: str) -> str:
+    """Name of a target path's share of the squared norm of Adam's averaged gradient."""
+    return f"train/grad_share/{path}"
 
 
 def val_codebook_nll(codebook: int) -> str:

@@ -202,8 +202,8 @@ def collate(
             _stack([r.audio_labels[m] for r, m in zip(rows, audio_rows, strict=True)], fill=IGNORE)
         ),
         cross={
-            mode: _cross_index([k for k, s in enumerate(slots) if modes[s] == mode], rows)
-            for mode in sorted({modes[s] for s in slots} - {"off"})
+            mode: _cross_index([k for k, s in enumerate(slots) if modes.get(s, "off") == mode], rows)
+            for mode in sorted({modes.get(s, "off") for s in slots} - {"off"})
         }
         if modes
         else {},

@@ -197,6 +197,17 @@ class Engine:
             resident.step, copy(bank.master_KP), copy(bank.exp_avg_KP), copy(bank.exp_avg_sq_KP)
         )
 
+    def gradient_shares(self, trial_id: str) -> dict[str, float]:
+        """Target path → share of the squared norm of the averaged gradient; waits for the device."""
+        resident = self.residents[trial_id]
+        average_P = self.bank.exp_avg_KP[resident.slot]
+        squares = {
+            path: sum(float(average_P[c].square().sum()) for c in self.bank.columns(path=path))
+            for path in resident.config.targets
+        }
+        total = sum(squares.values())
+        return {path: square / total for path, square in squares.items()} if total > 0 else {}
+
     def modes(self) -> dict[int, str]:
         """Slot → cross_attention of the residents."""
         return {r.slot: r.config.cross_attention for r in self.residents.values()}

@@ -5,8 +5,8 @@ one. Shape letters: K adapters, C codebooks.
 """
 
 import math
+import resource
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,22 @@ from higgs_tune.config import (
     TrialConfig,
 )
 from higgs_tune.data.collate import (
-    PackBatch,
     TargetCounts,
     collate,
     count_targets,
     split_micro_batches,
 )
 from higgs_tune.data.conversation import Conversation
-from higgs_tune.data.dataset import Dataset, TrainOrder, ValidationSets, validation_sets
+from higgs_tune.data.dataset import Dataset, TrainOrder, validation_sets
 from higgs_tune.data.tokens import Encoded, encode_conversation
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.model.load import Base, load_base
 from higgs_tune.train.checkpoint import load_state, save_adapter
 from higgs_tune.train.engine import Engine, PackLimits, Resident
 from higgs_tune.train.imbalance import preflight
+from higgs_tune.train.validation import Validator
 
 _CACHED_EXAMPLES = 100_000  # tokenised examples kept; a few KiB each
-_EVAL_TOKENS = 4096  # rows of one adapter in one evaluation forward
 
 
 @dataclass
@@ -79,15 +78,18 @@ class PackLoop:
         self._base, self._dataset, self._data = base, dataset, data
         self._encoded: dict[str, Encoded] = {}
         self._runs: dict[str, _Run] = {}
-        self._eval_batches: dict[Any, list[tuple[str, PackBatch]]] = {}
-        self._validation: ValidationSets = validation_sets(
-            dataset, data.num_val_clips, **self._length_limits()
+        sets = validation_sets(dataset, data.num_val_clips, **self._length_limits())
+        self._validator = Validator(
+            self.engine,
+            transcribe=[self._encode(c) for c in sets.transcribe],
+            swapped=[self._encode(c) for c in sets.transcribe_swapped],
+            speak=[self._encode(c) for c in sets.speak],
         )
-        probes = [*self._validation.transcribe[:2], *self._validation.speak[:2]]
+        probes = [*sets.transcribe[:2], *sets.speak[:2]]
         self.preflight: dict[str, float | int] = preflight(
             self._single_nll, [self._encode(c) for c in probes], config.codebook_size
         ).record()
-        self.base_metrics: dict[str, float] = self._validate(None)[0]
+        self.base_metrics: dict[str, float] = self._validator.bare()
 
     @classmethod
     def load(cls, base: BaseSettings, data: DataSettings, limits: PackLimits) -> "PackLoop":
@@ -151,7 +153,7 @@ class PackLoop:
         train_time_s = time.monotonic() - started
         results: dict[str, dict[str, Any]] = {}
         alive = [t for t, run in pending.items() if healthy[run.resident.slot]]
-        validated = dict(zip(alive, self._validate(alive), strict=True)) if alive else {}
+        validated = self._validator.validate(alive) if alive else {}
         for trial_id, run in pending.items():
             run.train_time_s += train_time_s
             result = self._train_metrics(run, train_time_s) | validated.get(trial_id, {})
@@ -206,70 +208,17 @@ class PackLoop:
             metrics.GRAD_NORM: float(torch.stack(run.norms).median()),
             metrics.TOKENS_PER_S: run.num_rows / interval_s,
             metrics.TRAIN_TIME_S: run.train_time_s,
+            metrics.PEAK_MEMORY_MIB: self._peak_memory_mib(),
         }
+        for path, share in self.engine.gradient_shares(run.resident.trial_id).items():
+            result[metrics.grad_share(path)] = share
         run.sums, run.norms, run.num_rows = [], [], 0
         return result
 
-    def _validate(self, trial_ids: Sequence[str] | None) -> list[dict[str, float]]:
-        """Validation metrics of each of these trials, or of the bare base (one item) for None."""
-        num = 1 if trial_ids is None else len(trial_ids)
-        totals: dict[str, Tensor] = {}
-        slots = (0,) if trial_ids is None else tuple(self._runs[t].resident.slot for t in trial_ids)
-        for name, batch in self._validation_batches(slots, bare=trial_ids is None):
-            text_K, audio_KC = self.engine.evaluate(batch, bare=trial_ids is None)
-            total = torch.cat([text_K[:, None], audio_KC], dim=1)
-            totals[name] = totals[name] + total if name in totals else total
-        counts = {
-            name: count_targets([self._encode(c) for c in conversations], self.engine.num_codebooks)
-            for name, conversations in self._named_validation()
-        }
-        order = sorted(slots)  # batches are adapter-major by slot
-        values = {name: total.cpu().tolist() for name, total in totals.items()}
-        results = []
-        for k in (order.index(slot) for slot in slots[:num]):
-            right = values["transcribe"][k][0] / counts["transcribe"].text
-            swapped = values["swapped"][k][0] / counts["swapped"].text
-            codebooks = [
-                total / int(count)
-                for total, count in zip(
-                    values["speak"][k][1:], counts["speak"].audio_C, strict=True
-                )
-            ]
-            results.append(
-                {
-                    metrics.VAL_TEXT_NLL: right,
-                    metrics.VAL_TEXT_NLL_SWAPPED: swapped,
-                    metrics.VAL_AUDIO_GAIN: swapped - right,
-                    metrics.VAL_AUDIO_NLL: sum(codebooks) / len(codebooks),
-                    **{metrics.val_codebook_nll(c): nll for c, nll in enumerate(codebooks)},
-                }
-            )
-        return results
-
-    def _named_validation(self) -> Iterator[tuple[str, tuple[Conversation, ...]]]:
-        yield "transcribe", self._validation.transcribe
-        yield "swapped", self._validation.transcribe_swapped
-        yield "speak", self._validation.speak
-
-    def _validation_batches(
-        self, slots: tuple[int, ...], *, bare: bool
-    ) -> list[tuple[str, PackBatch]]:
-        """The validation set once for each slot, laid out once per combination of residents."""
-        modes = {} if bare else self.engine.modes()
-        key = (bare, tuple(sorted((slot, modes.get(slot, "off")) for slot in slots)))
-        if key not in self._eval_batches:
-            if len(self._eval_batches) > 8:
-                self._eval_batches.clear()
-            batches = []
-            for name, conversations in self._named_validation():
-                examples = sorted(
-                    (self._encode(c) for c in conversations), key=lambda e: (e.num_rows, e.key)
-                )
-                for part in split_micro_batches(examples, _EVAL_TOKENS):
-                    batch = collate(dict.fromkeys(slots, part), modes if not bare else None)
-                    batches.append((name, batch.to(self.engine.device)))
-            self._eval_batches[key] = batches
-        return self._eval_batches[key]
+    def _peak_memory_mib(self) -> float:
+        if self.engine.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.engine.device) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
 
     def _single_nll(self, example: Encoded) -> tuple[float, float]:
         batch = collate({0: [example]}).to(self.engine.device)

@@ -68,6 +68,8 @@ def test_intervals_end_at_the_budget_and_report_true_steps(dataset):
     results = [loop.advance()["b"] for _ in range(3)]
     assert [r[metrics.STEP] for r in results] == [5, 10, 12]
     assert [r["status"] for r in results] == ["running", "running", "completed"]
+    assert results[0][metrics.grad_share("attention")] == pytest.approx(1.0)
+    assert results[0][metrics.PEAK_MEMORY_MIB] > 10
     assert loop.advance() == {}
 
 
@@ -76,7 +78,7 @@ def test_step_zero_is_the_bare_base_for_every_trial(dataset):
     loop = loop_of(dataset, A, on)
     loop.join("a", A)
     loop.join("on", on)
-    for result in loop._validate(["on", "a"]):
+    for result in loop._validator.validate(["on", "a"]).values():
         for name, value in loop.base_metrics.items():
             assert result[name] == pytest.approx(value, abs=2e-5), name
 

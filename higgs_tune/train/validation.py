@@ -1,0 +1,92 @@
+"""Validate a pack: the same held-out clips for every adapter, in shared forwards.
+
+Text is scored after its own audio and after another clip's; the difference says whether it listens.
+Shape letters: K adapters, C codebooks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from higgs_tune import metrics
+from higgs_tune.data.collate import PackBatch, collate, count_targets, split_micro_batches
+from higgs_tune.data.tokens import Encoded
+from higgs_tune.train.engine import Engine
+
+_TOKEN_BUDGET = 4096  # rows of one adapter in one forward
+_CACHED_LAYOUTS = 8  # combinations of residents whose batches are kept
+
+
+class Validator:
+    """The fixed validation clips of a loop, laid out for its engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        transcribe: Sequence[Encoded],
+        swapped: Sequence[Encoded],
+        speak: Sequence[Encoded],
+    ) -> None:
+        self._engine = engine
+        self._sets = {"transcribe": transcribe, "swapped": swapped, "speak": speak}
+        self._counts = {
+            name: count_targets(examples, engine.num_codebooks)
+            for name, examples in self._sets.items()
+        }
+        self._layouts: dict[Any, list[tuple[str, PackBatch]]] = {}
+
+    def bare(self) -> dict[str, float]:
+        """Metrics of the untouched base."""
+        return self._metrics(self._totals((0,), bare=True), 0)
+
+    def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Metrics of each of these residents."""
+        slots = {t: self._engine.residents[t].slot for t in trial_ids}
+        order = sorted(slots.values())  # batches are adapter-major by slot
+        totals = self._totals(tuple(order), bare=False)
+        return {t: self._metrics(totals, order.index(slot)) for t, slot in slots.items()}
+
+    def _totals(self, slots: tuple[int, ...], *, bare: bool) -> dict[str, list[list[float]]]:
+        """Set → summed nats of each slot: text, then each codebook."""
+        totals: dict[str, Tensor] = {}
+        for name, batch in self._batches(slots, bare=bare):
+            text_K, audio_KC = self._engine.evaluate(batch, bare=bare)
+            total = torch.cat([text_K[:, None], audio_KC], dim=1)
+            totals[name] = totals[name] + total if name in totals else total
+        return {name: total.cpu().tolist() for name, total in totals.items()}
+
+    def _metrics(self, totals: dict[str, list[list[float]]], k: int) -> dict[str, float]:
+        right = totals["transcribe"][k][0] / self._counts["transcribe"].text
+        swapped = totals["swapped"][k][0] / self._counts["swapped"].text
+        codebooks = [
+            total / int(count)
+            for total, count in zip(
+                totals["speak"][k][1:], self._counts["speak"].audio_C, strict=True
+            )
+        ]
+        return {
+            metrics.VAL_TEXT_NLL: right,
+            metrics.VAL_TEXT_NLL_SWAPPED: swapped,
+            metrics.VAL_AUDIO_GAIN: swapped - right,
+            metrics.VAL_AUDIO_NLL: sum(codebooks) / len(codebooks),
+            **{metrics.val_codebook_nll(c): nll for c, nll in enumerate(codebooks)},
+        }
+
+    def _batches(self, slots: tuple[int, ...], *, bare: bool) -> list[tuple[str, PackBatch]]:
+        """Every set once for each slot, laid out once per combination of residents."""
+        modes = {} if bare else self._engine.modes()
+        key = (bare, tuple((slot, modes.get(slot, "off")) for slot in slots))
+        if key not in self._layouts:
+            if len(self._layouts) >= _CACHED_LAYOUTS:
+                self._layouts.clear()
+            layout = []
+            for name, examples in self._sets.items():
+                by_length = sorted(examples, key=lambda e: (e.num_rows, e.key))
+                for part in split_micro_batches(by_length, _TOKEN_BUDGET):
+                    batch = collate(dict.fromkeys(slots, part), modes)
+                    layout.append((name, batch.to(self._engine.device)))
+            self._layouts[key] = layout
+        return self._layouts[key]
