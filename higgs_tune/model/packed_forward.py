@@ -211,15 +211,29 @@ def _text_to_audio(
 def packed_nll(
     base: HiggsAudioV2ForConditionalGeneration, batch: PackBatch, weights: PackWeights | None
 ) -> tuple[Tensor, Tensor]:
-    """Summed nats of every adapter's targets.
+    """Summed nats of every adapter's targets: float32, text (K,), audio (K, C).
+
+    Arguments as for `packed_logits`.
+    """
+    text_logits, audio_logits = packed_logits(base, batch, weights)
+    return (
+        text_nll_sum(text_logits, batch.text_labels_KM),
+        codebook_nll_sum(audio_logits, batch.audio_labels_KMC),
+    )
+
+
+def packed_logits(
+    base: HiggsAudioV2ForConditionalGeneration, batch: PackBatch, weights: PackWeights | None
+) -> tuple[Tensor, Tensor]:
+    """Logits at every adapter's labelled rows.
 
     Args:
-        base: the stock model, frozen, with its text head.
+        base: the stock model with its text head.
         batch: from `data.collate.collate`, labels already shifted.
         weights: the adapters at `batch.slots`; None runs the bare base for each.
 
     Returns:
-        float32 sums in nats: text (K,), audio (K, C).
+        Text (K, M, V) and audio (K, M, C, V), each with its own M, in the base's dtype.
     """
     model, config = base.model, base.config
     head_dim = config.head_dim
@@ -278,13 +292,8 @@ def packed_nll(
     heads = head_groups(base)
     text_logits = adapted_linear(h_KND[:, :num_text], heads["text_head"], weights)[0]
     audio_logits = adapted_linear(h_KND[:, num_text:], heads["audio_head"], weights)[0]
-    return (
-        text_nll_sum(text_logits, batch.text_labels_KM),
-        codebook_nll_sum(
-            audio_logits.unflatten(-1, (config.num_codebooks, config.codebook_size)),
-            batch.audio_labels_KMC,
-        ),
-    )
+    codebooks = (config.num_codebooks, config.codebook_size)
+    return text_logits, audio_logits.unflatten(-1, codebooks)
 
 
 def _cross_attention(

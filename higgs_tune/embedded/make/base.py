@@ -14,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
 from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.config import TaskMix
@@ -23,7 +25,8 @@ from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset, TrainOrder, validation_sets
 from higgs_tune.data.tokens import Encoded, Vocabulary, encode_conversation
 from higgs_tune.model.load import CONTROL_TOKENS, vocabulary_of
-from higgs_tune.model.packed_forward import packed_nll
+from higgs_tune.model.losses import codebook_nll_sum
+from higgs_tune.model.packed_forward import packed_logits
 from higgs_tune.train.optim import learning_rate_factor
 
 NUM_CODES, NUM_CODEBOOKS = 256, 8
@@ -93,14 +96,20 @@ def start_from_codec(model: HiggsAudioV2ForConditionalGeneration) -> None:
 
 
 def means(
-    model: HiggsAudioV2ForConditionalGeneration, examples: list[Encoded]
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Nats per text token and per code (NaN without targets), and the loss that both add up to."""
-    text_sum_K, audio_sum_KC = packed_nll(model, collate({0: examples}), None)
+    model: HiggsAudioV2ForConditionalGeneration, examples: list[Encoded], smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats per text token and per code; 0 where the examples have none."""
+    batch = collate({0: examples})
+    text_logits, audio_logits = packed_logits(model, batch, None)
     counts = count_targets(examples, NUM_CODEBOOKS)
-    text = text_sum_K[0] / max(1, counts.text)
-    audio = (audio_sum_KC[0] / torch.from_numpy(counts.audio_C).clamp(min=1)).mean()
-    return text, audio, counts.text
+    text = F.cross_entropy(
+        text_logits[0], batch.text_labels_KM[0], label_smoothing=smoothing, reduction="sum"
+    )
+    audio_C = codebook_nll_sum(audio_logits, batch.audio_labels_KMC)[0]
+    return (
+        text / max(1, counts.text),
+        (audio_C / torch.from_numpy(counts.audio_C).clamp(min=1)).mean(),
+    )
 
 
 def validate(
@@ -127,12 +136,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--smoothing", type=float, default=0.0, help="of text labels")
+    parser.add_argument("--start", type=Path, help="go on from the weights in this folder")
     parser.add_argument("--check", nargs="*", default=["embedded:arabic", "embedded:russian"])
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = new_model(tokenizer).train()
-    start_from_codec(model)
+    if args.start:
+        model.load_state_dict(load_file(args.start / "model.safetensors"))
+    else:
+        start_from_codec(model)
     vocabulary = vocabulary_of(tokenizer, model.config)
     dataset = joined(args.data, Path(tempfile.mkdtemp()))
     targets = {name: Dataset.open(name) for name in args.check}
@@ -150,7 +164,7 @@ def main() -> None:
             if conversation.key not in cache:
                 cache[conversation.key] = encode_conversation(conversation, vocabulary)
             examples.append(cache[conversation.key])
-        text, audio, _ = means(model, examples)
+        text, audio = means(model, examples, args.smoothing)
         optimizer.zero_grad()
         (text + audio).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

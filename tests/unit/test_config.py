@@ -1,0 +1,138 @@
+"""Settings: bounds, overrides, and errors that name the setting and the next step."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from higgs_tune import errors
+from higgs_tune.config import (
+    SweepConfig,
+    TrialConfig,
+    apply_overrides,
+    load_sweep,
+    read_yaml,
+    to_yaml,
+    validate,
+)
+from higgs_tune.errors import ConfigError
+from tests.models import trial
+
+SWEEPS = Path(__file__).parents[2] / "sweeps"
+
+
+def loaded(tmp_path, text, overrides=()):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_sweep(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "tune: {num_trails: 3}",
+            r"tune\.num_trails: unknown setting, did you mean 'num_trials'\?",
+        ),
+        ("spaec: {}", r"spaec: unknown setting, did you mean 'space'\?"),
+        ("space: {rank: [0]}", r"space\.rank\.0: .*greater than or equal to 1 \(found 0\)"),
+        ("space: {learning_rate: {low: -1}}", r"space\.learning_rate\.low: .*greater than 0"),
+        (
+            "space: {learning_rate: {low: 1, high: 0.1}}",
+            r"low \(1\.0\) must be below high \(0\.1\)",
+        ),
+        ("space: {target_set: [all_linaer]}", r"'all_linaer', did you mean 'all_linear'\?"),
+        ("space: {cross_attention: [sometimes]}", r"space\.cross_attention\.0"),
+        ("target_sets: {all_linear: [attention], x: []}", r"target_sets\.x: empty"),
+        ("target_sets: {all_linear: [audio_attention]}", "trained whenever cross_attention is on"),
+        ("data: {tasks: {transcribe: 0, speak: 0}}", "at least one task needs a weight above 0"),
+        ("train: {num_steps: 5, report_every_steps: 6}", "must not exceed train.num_steps"),
+        ("name: ../up", "name: String should match pattern"),
+        ("train: {clip_norm: .nan}", "train.clip_norm"),
+        ("[1, 2]", "found a list, needed a mapping"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_each_mistake_is_one_error_that_names_its_setting(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        loaded(tmp_path, text)
+
+
+def test_all_problems_are_listed_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"(?s)space\.rank\.0.*tune\.seed"):
+        loaded(tmp_path, "{space: {rank: [0]}, tune: {seed: -1}}")
+
+
+def test_a_missing_file_and_wrong_encoding_are_clear(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        read_yaml(tmp_path / "latin.yaml")
+
+
+def test_overrides_use_the_yamls_names_and_yaml_values(tmp_path):
+    config = loaded(
+        tmp_path,
+        "tune: {num_trials: 4}",
+        ["tune.num_trials=32", "space.rank=[8]", "space.learning_rate.low=1e-5", "base.path=x/y"],
+    )
+    assert config.tune.num_trials == 32
+    assert config.space.rank == (8,)
+    assert config.space.learning_rate.low == 1e-5
+    assert config.base.path == "x/y"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tune.num_trials", "found no '='"),
+        ("name.x=1", "name is a value, not a section"),
+        ("tune.seed=[", "the value is not YAML"),
+    ],
+)
+def test_a_malformed_override_is_an_error(override, message):
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides({"name": "n"}, [override])
+
+
+def test_what_is_written_reads_back_equal(tmp_path):
+    config = loaded(tmp_path, "{name: a, space: {cross_attention: [off, on, text_to_audio]}}")
+    assert config.space.cross_attention == ("off", "audio_self", "text_to_audio")
+    assert loaded(tmp_path, to_yaml(config)) == config
+    one = trial()
+    assert validate(TrialConfig, one.model_dump(mode="json"), "x") == one
+
+
+def test_shipped_sweeps_are_valid():
+    for name in ("quick", "human"):
+        assert load_sweep(SWEEPS / f"{name}.yaml").name == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": ("attention", "audio_attention")}, "does not exist with cross_attention off"),
+        ({"cross_attention": "audio_self"}, "without audio_attention among the targets"),
+        ({"text_loss_weight": 0, "audio_loss_weight": 0}, "nothing to learn"),
+    ],
+)
+def test_a_trial_that_contradicts_itself_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(TrialConfig, trial().model_dump() | changes, "trial")
+
+
+def test_defaults_are_valid_and_immutable():
+    config = SweepConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "name", ["ConfigError", "DataError", "ModelError", "LeakError", "SweepError"]
+)
+def test_errors_cross_process_borders(name):
+    error = getattr(errors, name)("where: found, needed. Next.")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
