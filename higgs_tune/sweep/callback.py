@@ -76,11 +76,11 @@ class SweepCallback(Callback):
             return
         self._cancelled = True
         reason = self._control.reason
+        self._close_workers()
         self._source.stop()
         self._guard(self._source.cancel_live, reason)
         for trial_id in list(self._last):
             self._end(trial_id, "cancelled", reason)
-        self._close_workers()
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

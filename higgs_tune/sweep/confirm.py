@@ -12,11 +12,14 @@ from higgs_tune.sweep.source import FINISHED, TrialSource
 from higgs_tune.sweep.study import TrialRecord
 
 
-def confirm_records(found: optuna.Study, config: SweepConfig) -> list[TrialRecord]:
+def confirm_records(
+    found: optuna.Study, config: SweepConfig, existing: Sequence[TrialRecord]
+) -> list[TrialRecord]:
     """Full-budget repeats of the best feasible trials and of trial 0, seed by seed.
 
     Every configuration gets the same seeds, so that differences to the baseline are paired.
-    Nothing to confirm, nothing to run: an empty list.
+    A sweep that was extended may find others to be the best: repeats that exist keep their ids, the
+    new ones get the next numbers. Nothing to confirm, nothing to run: an empty list.
     """
     best = study.best_records(found, config.confirm.num_configs)
     if not best:
@@ -29,10 +32,15 @@ def confirm_records(found: optuna.Study, config: SweepConfig) -> list[TrialRecor
         space.trial_seed(config.tune.seed, "confirm", index)
         for index in range(config.confirm.num_seeds)
     ]
+    known = {(record.confirms, record.config.seed): record for record in existing}
+    number = max((record.number for record in existing), default=-1)
     records = []
     for seed in seeds:
         for original in repeated:
-            number = len(records)
+            if (original.trial_id, seed) in known:
+                records.append(known[original.trial_id, seed])
+                continue
+            number += 1
             name = f"c{number:03d}"
             trial = original.config.model_copy(update={"seed": seed})
             title = f"{space.short_name(name, trial)} confirms {original.trial_id}"

@@ -12,11 +12,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.tune import (
     CheckpointConfig,
     FailureConfig,
-    PlacementGroupFactory,
     RunConfig,
     TuneConfig,
     Tuner,
-    with_resources,
 )
 from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
@@ -28,13 +26,14 @@ from higgs_tune.sweep import runtime, space, study
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.confirm import ConfirmSource, confirm_records
 from higgs_tune.sweep.control import EXIT_CODES, Control, ControlStopper, signals
-from higgs_tune.sweep.folder import disk_error, open_folder, probe
+from higgs_tune.sweep.folder import disk_error, disk_fault, open_folder
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles, write_json
 from higgs_tune.sweep.scheduler import make_scheduler, replay
 from higgs_tune.sweep.searcher import StudySearcher
 from higgs_tune.sweep.seats import DEFAULT_LOOP
 from higgs_tune.sweep.source import TrialSource
+from higgs_tune.sweep.study import TrialRecord
 from higgs_tune.sweep.trainable import PackTrial
 
 EXIT_NOTHING_FEASIBLE = 3
@@ -105,7 +104,6 @@ class Sweep:
         self._display.board.stage = stage
         self._display.event("stage", stage=stage, trials=source.num_to_come())
         tune = self.config.tune
-        resources = PlacementGroupFactory([{runtime.head_resource(): runtime.HEAD_SHARE}])
         callback = SweepCallback(
             results=self.results,
             files=self.files,
@@ -117,7 +115,7 @@ class Sweep:
             close_workers=self._workers.close,
         )
         tuner = Tuner(
-            with_resources(PackTrial, resources),
+            PackTrial,
             tune_config=TuneConfig(
                 search_alg=source,
                 scheduler=scheduler,
@@ -139,12 +137,10 @@ class Sweep:
         )
         try:
             tuner.fit()
-        except (OSError, TuneError):
-            # Tune writes below the results folder, too, and wraps what goes wrong there.
-            try:
-                probe(self.results)
-            except OSError as error:
-                self.fail_disk(error)
+        except (OSError, TuneError):  # Tune writes below the results folder, too
+            fault = disk_fault(self.results)
+            if fault is not None:
+                self._control.fail(fault)
             if not self._control.stopping:
                 raise
 
@@ -171,6 +167,10 @@ def run_sweep(
     started = time.monotonic()
     space.check(config)
     results = open_folder(config, resume=resume, command=command)
+    found = study.open_study(config.name, results, config.tune.storage)
+    study.fail_stale(found)
+    if resume and _is_finished(found, config, TrialFiles(results)):
+        return _outcome(results, found, Control(), started)
     control = Control()
     display = Display()
     try:
@@ -178,12 +178,11 @@ def run_sweep(
         # Ray replaces the handler of SIGTERM when it starts, so they are set once more after that.
         with signals(control), log, runtime.cluster() as cluster, signals(control):
             if control.stopping:
-                return _outcome(config, results, None, control, started)
+                return _outcome(results, found, control, started)
             display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")
             display.event("sweep_started", results=str(results), dashboard=cluster.dashboard)
             workers = runtime.Workers(config, is_own_cluster=cluster.is_own, loop_path=loop_path)
             try:
-                found = study.open_study(config.name, results, config.tune.storage)
                 sweep = Sweep(config, results, workers, control, display)
                 _search(sweep, found)
                 if not control.stopping:
@@ -191,12 +190,12 @@ def run_sweep(
             finally:
                 workers.kill()
     except OSError as error:
-        raise disk_error(results, error) from error
+        raise disk_fault(results) or error from None
     finally:
         display.close()
     if control.error is not None and control.signal is None:
         raise control.error
-    outcome = _outcome(config, results, found, control, started)
+    outcome = _outcome(results, found, control, started)
     shutil.rmtree(results / "ray", ignore_errors=True)
     return outcome
 
@@ -204,7 +203,6 @@ def run_sweep(
 def _search(sweep: Sweep, found: optuna.Study) -> None:
     """Reconcile the study with an earlier run, then run what is missing of the search."""
     scheduler = make_scheduler(sweep.config.tune.scheduler, sweep.config.train)
-    study.fail_stale(found)
     newest = study.latest(found.get_trials(deepcopy=False))
     waiting = {trial.number for trial in study.unfinished(found)}
     for index, trial in newest.items():
@@ -234,12 +232,7 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
 
 def _confirm(sweep: Sweep, found: optuna.Study) -> None:
     """Run the confirm trials that have not ended yet."""
-    ended = ("completed", "diverged", "out_of_memory", "failed")
-    records = [
-        record
-        for record in confirm_records(found, sweep.config)
-        if (sweep.files.status(record.trial_id) or {"status": None})["status"] not in ended
-    ]
+    records = _unconfirmed(found, sweep.config, sweep.files)
     source = ConfirmSource(
         records, checkpoint_of=sweep.files.checkpoint_of, **sweep.source_settings()
     )
@@ -247,14 +240,25 @@ def _confirm(sweep: Sweep, found: optuna.Study) -> None:
         sweep.run("confirm", source, FIFOScheduler())
 
 
-def _outcome(
-    config: SweepConfig,
-    results: Path,
-    found: optuna.Study | None,
-    control: Control,
-    started: float,
-) -> SweepOutcome:
-    best = study.best_records(found, 1) if found is not None else []
+def _unconfirmed(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> list[TrialRecord]:
+    """The confirm trials that have not come to their end."""
+    ended = ("completed", "diverged", "out_of_memory", "failed")
+    return [
+        record
+        for record in confirm_records(found, config, files.records("c"))
+        if (files.status(record.trial_id) or {"status": None})["status"] not in ended
+    ]
+
+
+def _is_finished(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> bool:
+    """Whether a resumed sweep has nothing left to run."""
+    num_known = len(study.latest(found.get_trials(deepcopy=False)))
+    search_over = num_known >= config.tune.num_trials and not study.unfinished(found)
+    return search_over and not _unconfirmed(found, config, files)
+
+
+def _outcome(results: Path, found: optuna.Study, control: Control, started: float) -> SweepOutcome:
+    best = study.best_records(found, 1)
     exit_code = 0 if best else EXIT_NOTHING_FEASIBLE
     if control.signal is not None:
         exit_code = EXIT_CODES[control.signal]
@@ -262,7 +266,7 @@ def _outcome(
         results=results,
         exit_code=exit_code,
         best_trial=best[0].trial_id if best else None,
-        num_trials=len(study.latest(found.get_trials(deepcopy=False))) if found is not None else 0,
+        num_trials=len(study.latest(found.get_trials(deepcopy=False))),
         wall_s=time.monotonic() - started,
     )
 

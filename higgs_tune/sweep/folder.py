@@ -67,6 +67,15 @@ def disk_error(folder: Path, error: OSError) -> SweepError:
     )
 
 
+def disk_fault(folder: Path) -> SweepError | None:
+    """What is wrong with the results folder, or None if it can be written."""
+    try:
+        probe(folder)
+    except OSError as error:
+        return disk_error(folder, error)
+    return None
+
+
 def differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[str]:
     """Names of the settings in which two dumped configurations differ."""
     for name in sorted({*left, *right}):

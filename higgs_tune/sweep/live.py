@@ -132,7 +132,7 @@ def render(board: Board) -> Group:
     table.add_column("targets")
     for name in ("step", "text nll", "audio nll", "audio gain"):
         table.add_column(name, justify="right")
-    for trial_id, row in board.rows.items():
+    for trial_id, row in sorted(board.rows.items(), key=_search_first):
         trial = row.record.config
         table.add_row(
             trial_id,
@@ -154,6 +154,10 @@ def render(board: Board) -> Group:
     if left is not None:
         line += f" · about {duration(left)} left"
     return Group(table, Text(line, style="bold"))
+
+
+def _search_first(item: tuple[str, Row]) -> tuple[bool, str]:
+    return item[0].startswith("c"), item[0]
 
 
 def duration(seconds: float) -> str:

@@ -77,6 +77,16 @@ class TrialFiles:
         """Where a trial's files are."""
         return self._trials / trial_id
 
+    def records(self, prefix: str) -> list[TrialRecord]:
+        """The trials whose ids begin with `prefix`, in the order of their ids."""
+        found = (read_json(path) for path in sorted(self._trials.glob(f"{prefix}*/config.json")))
+        fields = TrialRecord.__dataclass_fields__
+        return [
+            TrialRecord.from_dict({name: raw[name] for name in fields})
+            for raw in found
+            if raw is not None
+        ]
+
     def start(self, record: TrialRecord) -> None:
         """A trial starts, or goes on from its checkpoint; what lies beyond that is dropped."""
         folder = self.folder(record.trial_id)

@@ -28,7 +28,6 @@ ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a diverged trial has no metric to rank
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own experiment state is never used
 }
-HEAD_SHARE = 0.001  # of the driver's node: pins trials there without reserving anything
 
 
 @contextmanager
@@ -37,6 +36,7 @@ def tune_log(path: Path) -> Iterator[None]:
     tune = logging.getLogger("ray.tune")
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # e.g. a full disk
     tune.addHandler(handler)
     propagate, tune.propagate = tune.propagate, False
     try:
@@ -63,21 +63,27 @@ def cluster() -> Iterator[Cluster]:
     if ray.is_initialized():
         yield Cluster(None, is_own=False)
         return
-    address = os.environ.get("RAY_ADDRESS", "auto")
+    address = os.environ.get("RAY_ADDRESS") or _head_address() or "local"
     try:
         context = _connect(address)
     except ConnectionError:
-        if "RAY_ADDRESS" in os.environ:
-            raise ConfigError(
-                f"RAY_ADDRESS is {address}, but no Ray cluster answers there. Start it, or unset "
-                "RAY_ADDRESS to run on this machine alone."
-            ) from None
-        address = "local"
-        context = _connect(address)
+        raise ConfigError(
+            f"No Ray cluster answers at {address}. Start it, or set RAY_ADDRESS=local to run on "
+            "this machine alone."
+        ) from None
     try:
         yield Cluster(context.dashboard_url or None, is_own=address == "local")
     finally:
         ray.shutdown()
+
+
+def _head_address() -> str | None:
+    """Where `ray start` put a cluster on this host.
+
+    Not Ray's own "auto": that also joins the private cluster of any other process it can find.
+    """
+    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    return noted.read_text().strip() if noted.exists() else None
 
 
 def _connect(address: str) -> Any:
@@ -93,11 +99,6 @@ def _connect(address: str) -> Any:
         logging_level=logging.ERROR,
         **local,
     )
-
-
-def head_resource() -> str:
-    """The Ray resource that only the driver's node has; trials stay beside the results folder."""
-    return f"node:{ray.util.get_node_ip_address()}"
 
 
 class Workers:

@@ -134,4 +134,4 @@ def ending(result: Mapping[str, Any], error: bool) -> tuple[str, str | None]:
         return "cancelled", "stopped before its first result"
     if status == "running":
         return "pruned", f"stopped by the scheduler at step {result.get(STEP)}"
-    return status, result.get("reason")
+    return status, result.get("reason") or None

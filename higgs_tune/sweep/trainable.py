@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.tune import Trainable
+from ray.tune import PlacementGroupFactory, Trainable
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.errors import SweepError
@@ -19,6 +19,11 @@ RANKED = ("completed", "running")
 
 class PackTrial(Trainable):
     """One trial of a pack; `config` is what StudySearcher.suggest returns."""
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
+        """A trace of the driver's own node: trials stay beside the results folder."""
+        return PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": 0.001}])
 
     def setup(self, config: dict[str, Any]) -> None:
         """Lease a slot, preferably on the worker that the driver chose."""

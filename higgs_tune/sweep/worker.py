@@ -80,6 +80,8 @@ class Worker:
 
     async def sync(self, roster: Roster) -> None:
         """The driver's heartbeat: who is live, how many are to come."""
+        if self._closed:  # everyone leaves by itself, perhaps with a last checkpoint
+            return
         self._roster = roster
         for seat in list(self._seats.values()):
             if seat.trial_id not in roster.live and seat.roster_version <= roster.version:

@@ -3,14 +3,14 @@ from higgs_tune.sweep.confirm import confirm_records
 from tests.sweep_fakes import finish, make_searcher
 
 
-def confirmed(tmp_path, make_config, values, **confirm):
+def confirmed(tmp_path, make_config, values, existing=(), **confirm):
     config = make_config(confirm=confirm)
     study = studies.open_study("s", tmp_path, None)
     searcher, _, _ = make_searcher(study, config)
     for number, (text, audio) in enumerate(values):
         searcher.suggest(str(number))
         finish(searcher, str(number), text, audio=audio)
-    return confirm_records(study, config)
+    return confirm_records(study, config, existing)
 
 
 def test_the_best_and_the_baseline_get_the_same_fresh_seeds(tmp_path, make_config):
@@ -35,3 +35,16 @@ def test_nothing_is_confirmed_when_nothing_is_feasible(tmp_path, make_config):
 
 def test_the_stage_can_be_switched_off(tmp_path, make_config):
     assert confirmed(tmp_path, make_config, [(1.0, 3.0)], num_configs=0, num_seeds=2) == []
+
+
+def test_an_extended_sweep_confirms_its_new_best_under_new_ids(tmp_path, make_config):
+    first = confirmed(tmp_path, make_config, [(5.0, 3.0), (2.0, 3.0)], num_configs=1, num_seeds=1)
+    assert [record.confirms for record in first] == ["t000", "t001"]
+    (tmp_path / "more").mkdir()
+    values = [(5.0, 3.0), (2.0, 3.0), (1.0, 3.0)]
+    second = confirmed(
+        tmp_path / "more", make_config, values, existing=first, num_configs=1, num_seeds=1
+    )
+    ids = [(record.trial_id, record.confirms) for record in second]
+    assert ids == [("c000", "t000"), ("c002", "t002")]
+    assert second[0] == first[0]
