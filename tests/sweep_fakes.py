@@ -109,7 +109,6 @@ def make_searcher(study, config, checkpoints=None, **kwargs):
         on_resume=lambda tune_id, trial: resumed.append((tune_id, trial.intermediate_values)),
         checkpoint_of=lambda trial_id: (checkpoints or {}).get(trial_id),
         workers=["w0"],
-        slots_per_worker=4,
         publish=rosters.append,
         on_disk_error=kwargs.pop("on_disk_error", lambda error: None),
         **kwargs,

@@ -95,7 +95,6 @@ class Sweep:
         """What both trial sources need."""
         return {
             "workers": self._workers.names,
-            "slots_per_worker": self.config.tune.slots_per_worker,
             "publish": self._workers.publish,
         }
 

@@ -36,13 +36,11 @@ class TrialSource(Searcher):
         self,
         *,
         workers: Sequence[str],
-        slots_per_worker: int,
         publish: Callable[[Roster], None],
         deadline: float | None = None,
     ) -> None:
         super().__init__(metric=VAL_TEXT_NLL, mode="min")
         self._workers = list(workers)
-        self._slots = slots_per_worker
         self._publish = publish
         self._deadline = deadline
         self._version = 0
