@@ -39,6 +39,7 @@ class FakeLoop:
         self.num_slots = num_slots
         self.base_metrics = dict(BASE)
         self.preflight: dict[str, Any] = {"ok": True}
+        self.content_hash = "0" * 64
         self._config = config
         self._steps: dict[str, int] = {}
         self._configs: dict[str, TrialConfig] = {}

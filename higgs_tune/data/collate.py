@@ -202,7 +202,9 @@ def collate(
             _stack([r.audio_labels[m] for r, m in zip(rows, audio_rows, strict=True)], fill=IGNORE)
         ),
         cross={
-            mode: _cross_index([k for k, s in enumerate(slots) if modes.get(s, "off") == mode], rows)
+            mode: _cross_index(
+                [k for k, s in enumerate(slots) if modes.get(s, "off") == mode], rows
+            )
             for mode in sorted({modes.get(s, "off") for s in slots} - {"off"})
         }
         if modes

@@ -1,6 +1,7 @@
 """Load a frozen base with its text head, tokenizer and control tokens, and check that they fit."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import (
     HiggsAudioV2ForConditionalGeneration,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as hf_logging
 
 from higgs_tune.config import BaseSettings
 from higgs_tune.data.tokens import Vocabulary
@@ -114,6 +116,8 @@ def load_base(settings: BaseSettings) -> Base:
             f"base.revision: not set for Hub id {source}. Its files were rewritten in place once; "
             "pin the commit that you want."
         )
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()  # a bar in a log file is noise
     try:
         loaded: Any = HiggsAudioV2ForConditionalGeneration.from_pretrained(
             source,

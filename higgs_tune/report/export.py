@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from higgs_tune import embedded
 from higgs_tune import metrics as m
 from higgs_tune.config import BaseSettings, DataSettings, TrialConfig, read_yaml, validate
 from higgs_tune.errors import ConfigError, SweepError
@@ -60,7 +59,7 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
         },
         "base": results.sweep.base.model_dump(mode="json"),
         "data": results.sweep.data.model_dump(mode="json")
-        | {"content_hash": content_hash(results)},
+        | {"content_hash": results.base_file.get("content_hash")},
         "trial": choice.adapter_run.config.model_dump(mode="json"),
         "lora_config": _lora_config(choice.adapter_run),
         "results": {
@@ -98,23 +97,6 @@ def read_best_config(path: Path) -> TrialConfig:
         ConfigError: the file is missing, no YAML, or does not hold.
     """
     return check_best_config(read_yaml(path), str(path))
-
-
-def content_hash(results: Results) -> str | None:
-    """The dataset's fingerprint as the sweep recorded it, else of the dataset as it lies here.
-
-    None where neither is there: results may be read on another machine than the sweep's.
-    """
-    recorded = results.base_file.get("content_hash")
-    if recorded is not None:
-        return recorded
-    name = results.sweep.data.path
-    if name.startswith("embedded:"):
-        folder = Path(embedded.__file__).parent / "speech" / name.removeprefix("embedded:")
-    else:
-        folder = Path(name)
-    info = folder / "dataset.json"
-    return json.loads(info.read_text(encoding="utf-8"))["content_hash"] if info.exists() else None
 
 
 def _val_names(choice: Choice) -> list[str]:

@@ -21,6 +21,7 @@ class Loop(Protocol):
 
     base_metrics: dict[str, float]
     preflight: dict[str, Any]
+    content_hash: str  # of the dataset
 
     def join(
         self, trial_id: str, config: TrialConfig, state_dir: Path | None = None

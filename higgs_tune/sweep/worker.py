@@ -74,9 +74,13 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def describe(self) -> dict[str, Any]:
-        """Load the base if that has not happened; its step-0 metrics and preflight."""
+        """Load the base if that has not happened; what base.json says of it and the data."""
         loop = await self._loaded()
-        return {"metrics": dict(loop.base_metrics), "preflight": dict(loop.preflight)}
+        return {
+            "metrics": dict(loop.base_metrics),
+            "preflight": dict(loop.preflight),
+            "content_hash": loop.content_hash,
+        }
 
     async def sync(self, roster: Roster) -> None:
         """The driver's heartbeat: who is live, how many are to come."""

@@ -75,6 +75,7 @@ class PackLoop:
                 f"{num_codes}. Prepare the data again with the codec of this base."
             )
         self.engine = Engine(base, limits)
+        self.content_hash: str = dataset.info.content_hash
         self._base, self._dataset, self._data = base, dataset, data
         self._encoded: dict[str, Encoded] = {}
         self._runs: dict[str, _Run] = {}

@@ -96,7 +96,9 @@ def test_a_sweep_leaves_every_file_of_its_contract(first):
     assert first.exit_code == 0
     names = sorted(path.name for path in first.results.iterdir())
     assert names == ["base.json", "env.json", "study.journal", "sweep.yaml", "trials", "tune.log"]
-    assert read_json(first.results / "base.json")["preflight"] == {"ok": True}
+    base = read_json(first.results / "base.json")
+    assert base["preflight"] == {"ok": True}
+    assert base["content_hash"] == "0" * 64
     trials = trials_of(first.results)
     assert [name for name in trials if name[0] == "t"] == [f"t{n:03d}" for n in range(10)]
     for name, trial in trials.items():

@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--transcribe", type=float, default=2.0, help="weight beside speak 1")
     parser.add_argument("--smoothing", type=float, default=0.0, help="of text labels")
     parser.add_argument("--start", type=Path, help="go on from the weights in this folder")
     parser.add_argument("--check", nargs="*", default=["embedded:arabic", "embedded:russian"])
@@ -151,7 +152,11 @@ def main() -> None:
     dataset = joined(args.data, Path(tempfile.mkdtemp()))
     targets = {name: Dataset.open(name) for name in args.check}
     order = TrainOrder(
-        dataset, TaskMix(transcribe=2.0, speak=1.0, clone=0.0), args.clips, seed=0, max_frames=150
+        dataset,
+        TaskMix(transcribe=args.transcribe, speak=1.0, clone=0.0),
+        args.clips,
+        seed=0,
+        max_frames=150,
     )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01
