@@ -95,8 +95,9 @@ def latest(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
 
 def fail_stale(study: optuna.Study) -> None:
     """End the RUNNING and WAITING entries that a former process left; they repel the sampler."""
-    states = (TrialState.RUNNING, TrialState.WAITING)
-    for frozen in study.get_trials(deepcopy=False, states=states):
+    for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        study.ask()  # only what runs can be told; ask hands out the waiting ones first
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         trial = optuna.Trial(study, frozen._trial_id)
         trial.set_user_attr(STATUS, "cancelled")
         trial.set_user_attr(REASON, STALE)

@@ -201,6 +201,17 @@ def test_stale_running_trials_are_failed_and_go_on_under_their_own_name(study, m
     assert searcher.suggest("d")["id"] == "t003"
 
 
+def test_a_trial_that_was_queued_but_never_asked_for_is_failed(study, make_config):
+    searcher, _, _ = make_searcher(study, make_config())
+    searcher.suggest("a")
+    study.enqueue_trial({"rank": 4})  # the process ended here
+    studies.fail_stale(study)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 2
+    assert [trial.user_attrs["index"] for trial in studies.unfinished(study)] == [0]
+    searcher, _, _ = make_searcher(study, make_config())
+    assert [searcher.suggest(name)["id"] for name in "bc"] == ["t000", "t001"]
+
+
 def test_cancelled_trials_fail_with_their_reason_and_are_resumed(study, make_config):
     searcher, rosters, _ = make_searcher(study, make_config())
     searcher.suggest("a")
