@@ -159,13 +159,19 @@ def run_sweep(
         loop_path: `module:name` of what a worker builds; tests put a fake one here.
 
     Raises:
-        ConfigError: a setting, or a results folder that holds another sweep.
+        ConfigError: a setting, or a results folder that holds or runs another sweep.
         SweepError: the results folder cannot be written, or nothing trains.
         HiggsTuneError: the base or the data cannot be used.
     """
     started = time.monotonic()
     space.check(config)
-    results = open_folder(config, resume=resume, command=command)
+    with open_folder(config, resume=resume, command=command) as results:
+        return _run(config, results, started, resume=resume, loop_path=loop_path)
+
+
+def _run(
+    config: SweepConfig, results: Path, started: float, *, resume: bool, loop_path: str
+) -> SweepOutcome:
     found = study.open_study(config.name, results, config.tune.storage)
     study.fail_stale(found)
     if resume and _is_finished(found, config, TrialFiles(results)):

@@ -1,10 +1,12 @@
 """The results folder of a sweep: may it be used, can it be written, what started it."""
 
+import fcntl
 import importlib.metadata
 import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from higgs_tune.config import SweepConfig, read_yaml, to_yaml, validate
 from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.sweep.records import read_json, write_json, write_text
 
+LOCK = ".lock"  # held by the process that runs the sweep; the system frees it when that ends
 PROBE_BYTES = 4 * 1024 * 1024
 PACKAGES = ("higgs-tune", "torch", "torchaudio", "transformers", "peft", "ray", "optuna", "pyarrow")
 # What a resumed sweep may change: how and how long it runs, never what its trials are.
@@ -23,15 +26,41 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Path:
-    """The sweep's results folder, checked, writable, with sweep.yaml and env.json in it.
+@contextmanager
+def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Iterator[Path]:
+    """The sweep's results folder, checked, writable, held, with sweep.yaml and env.json in it.
 
     Raises:
         ConfigError: it holds a sweep and `resume` is false, or another sweep and `resume` is true,
-            or there is nothing to resume.
+            or there is nothing to resume, or another process runs a sweep there.
         SweepError: it cannot be written, or the disk is full.
     """
     folder = Path(config.results_dir).absolute() / config.name
+    _check(folder, config, resume)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+    except OSError as error:
+        raise disk_error(folder, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder}: a sweep is running here. Wait for its end, or give --name NAME for "
+                "another one."
+            ) from None
+        _check(folder, config, resume)  # a sweep may have ended here since
+        try:
+            probe(folder)
+            write_text(folder / "sweep.yaml", to_yaml(config))
+            _record_environment(folder / "env.json", command)
+        except OSError as error:
+            raise disk_error(folder, error) from None
+        yield folder
+
+
+def _check(folder: Path, config: SweepConfig, resume: bool) -> None:
     settings = folder / "sweep.yaml"
     if settings.exists():
         if not resume:
@@ -44,18 +73,12 @@ def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Pat
         )
     elif resume:
         raise ConfigError(f"{folder} holds no sweep to resume. Leave --resume out, or give --name.")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (
+        not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())
+    ):
         raise ConfigError(
             f"{folder} exists and is not the folder of a sweep. Give --name NAME for a new one."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe(folder)
-        write_text(settings, to_yaml(config))
-        _record_environment(folder / "env.json", command)
-    except OSError as error:
-        raise disk_error(folder, error) from None
-    return folder
 
 
 def disk_error(folder: Path, error: OSError) -> SweepError:

@@ -9,7 +9,8 @@ from higgs_tune.sweep import folder as folders
 
 
 def opened(config, resume=False):
-    return folders.open_folder(config, resume=resume, command=["higgs-tune", "sweep"])
+    with folders.open_folder(config, resume=resume, command=["higgs-tune", "sweep"]) as folder:
+        return folder
 
 
 def test_a_new_folder_holds_the_resolved_settings_and_the_environment(make_config):
@@ -20,7 +21,7 @@ def test_a_new_folder_holds_the_resolved_settings_and_the_environment(make_confi
     assert environment["command"] == ["higgs-tune", "sweep"]
     assert environment["versions"]["ray"].startswith("2.")
     assert {"git_sha", "python", "platform", "num_cpus", "gpus", "started_at"} <= set(environment)
-    assert sorted(path.name for path in folder.iterdir()) == ["env.json", "sweep.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "env.json", "sweep.yaml"]
 
 
 def test_a_folder_that_holds_a_sweep_is_refused_without_resume(make_config):
@@ -45,6 +46,16 @@ def test_a_resumed_sweep_may_have_more_trials_and_other_resources(make_config):
     environment = json.loads((folder / "env.json").read_text())
     assert environment["started_at"] == first["started_at"]
     assert len(environment["resumed_at"]) == 1
+
+
+def test_a_folder_whose_sweep_runs_is_refused_and_left_as_it_is(make_config):
+    config = make_config()
+    with folders.open_folder(config, resume=False, command=[]) as folder:
+        before = (folder / "sweep.yaml").read_text()
+        with pytest.raises(ConfigError, match="a sweep is running here"):
+            opened(make_config(tune={"num_trials": 99}), resume=True)
+        assert (folder / "sweep.yaml").read_text() == before
+    assert opened(config, resume=True) == folder
 
 
 def test_there_must_be_something_to_resume(make_config):
