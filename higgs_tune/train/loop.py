@@ -49,7 +49,7 @@ class _Run:
     resident: Resident
     order: TrainOrder
     train_time_s: float = 0.0
-    diverged: str = ""
+    reported_done: bool = False
     sums: list[tuple[Tensor, Tensor, TargetCounts]] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     num_rows: int = 0
@@ -134,10 +134,12 @@ class PackLoop:
     def advance(self) -> dict[str, dict[str, Any]]:
         """Train every unfinished resident for its next interval, then validate it.
 
+        A resident that joined with its budget used up is validated once, as it is.
+
         Returns:
             Trial id → metrics, with "status" running, completed or diverged, and a "reason".
         """
-        pending = {trial_id: run for trial_id, run in self._runs.items() if not run.done}
+        pending = {trial_id: run for trial_id, run in self._runs.items() if not run.reported_done}
         started = time.monotonic()
         for offset in range(
             max((r.resident.config.report_every_steps for r in pending.values()), default=0)
@@ -156,7 +158,6 @@ class PackLoop:
         alive = [t for t, run in pending.items() if healthy[run.resident.slot]]
         validated = self._validator.validate(alive) if alive else {}
         for trial_id, run in pending.items():
-            run.train_time_s += train_time_s
             result = self._train_metrics(run, train_time_s) | validated.get(trial_id, {})
             bad = [n for n, v in result.items() if n.startswith("val/") and not math.isfinite(v)]
             if not healthy[run.resident.slot]:
@@ -165,6 +166,7 @@ class PackLoop:
                 result |= {"status": "diverged", "reason": f"{bad[0]} is not finite"}
             else:
                 result |= {"status": "completed" if run.done else "running", "reason": ""}
+            run.reported_done = run.done
             results[trial_id] = result
         return results
 
@@ -195,7 +197,13 @@ class PackLoop:
             run.norms.append(norm_K[slot])
 
     def _train_metrics(self, run: _Run, interval_s: float) -> dict[str, Any]:
-        """The interval's means over its targets; NaN where it had none of a modality."""
+        """The interval's means over its targets; NaN where it had none of a modality.
+
+        A run that had no step to do has its step and time only.
+        """
+        if not run.sums:
+            return {metrics.STEP: run.resident.step, metrics.TRAIN_TIME_S: run.train_time_s}
+        run.train_time_s += interval_s
         text_count = sum(count.text for _, _, count in run.sums)
         text_sum = float(torch.stack([text for text, _, _ in run.sums]).sum())
         audio_C = torch.stack([audio for _, audio, _ in run.sums]).sum(0).cpu()

@@ -122,6 +122,22 @@ def test_resumed_trial_repeats_the_same_batches_and_losses(dataset, tmp_path):
             assert again[name] == pytest.approx(result[name], rel=1e-6), name
 
 
+def test_trial_that_joins_at_its_budget_is_validated_once(dataset, tmp_path):
+    first = loop_of(dataset, A, num_slots=1)
+    first.join("a", A)
+    expected = [first.advance()["a"] for _ in range(4)][-1]
+    first.save("a", tmp_path)
+    again = loop_of(dataset, A, B)
+    again.join("a", A, tmp_path)
+    again.join("b", B)
+    results = again.advance()
+    assert (results["a"]["status"], results["a"][metrics.STEP]) == ("completed", 20)
+    assert results["a"][metrics.VAL_TEXT_NLL] == pytest.approx(expected[metrics.VAL_TEXT_NLL])
+    assert metrics.TRAIN_TEXT_NLL not in results["a"]
+    assert results["b"][metrics.STEP] == 5
+    assert again.advance().keys() == {"b"}
+
+
 def test_account_names_every_module_and_counts_parameters(dataset):
     on = trial(rank=4, cross_attention="text_to_audio", targets=("text_mlp", "audio_attention"))
     account = loop_of(dataset, on).join("on", on)
@@ -175,6 +191,14 @@ def test_single_run_killed_between_intervals_goes_on_where_it_was(run_single):
     written = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in written] == [0, 5, 10, 15, 20]
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_single_run_that_is_done_can_be_resumed_and_says_so(run_single):
+    run, lines, _ = run_single
+    run()
+    lines.clear()
+    assert run(resume=True)["status"] == "completed"
+    assert [line["step"] for line in lines] == [20]
 
 
 def test_single_run_cannot_resume_from_nothing(run_single):
