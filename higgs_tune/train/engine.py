@@ -237,6 +237,12 @@ class Engine:
             odd = sorted(views.keys() ^ tensors.keys())
             raise ValueError(f"{resident.trial_id}: state does not fit its targets at {odd[:3]}")
         for name, view in views.items():
+            if view.shape != tensors[name].shape:  # copy_ would broadcast
+                raise ValueError(
+                    f"{resident.trial_id}: state does not fit at {name}: shape "
+                    f"{tuple(tensors[name].shape)}, needed {tuple(view.shape)}"
+                )
+        for name, view in views.items():
             view.copy_(tensors[name])
 
     def _initial_weights(self, config: TrialConfig) -> dict[str, Tensor]:

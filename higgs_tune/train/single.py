@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
+from higgs_tune.config import BaseSettings, DataSettings, TrialConfig, validate
 from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.train.checkpoint import read_trial
 from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
 
-METRICS, ADAPTER = "metrics.jsonl", "adapter"
+METRICS, ADAPTER, SETTINGS = "metrics.jsonl", "adapter", "config.json"
 
 
 def train_single(
@@ -36,7 +37,7 @@ def train_single(
         The last interval's metrics, with "status" completed or diverged.
 
     Raises:
-        ConfigError: `out` is in use, or `resume` finds nothing there.
+        ConfigError: `out` is in use, or `resume` finds nothing there or a run of other settings.
         DataError: the disk is full or `out` cannot be written.
     """
     adapter, lines = out / ADAPTER, out / METRICS
@@ -44,6 +45,8 @@ def train_single(
         raise ConfigError(f"{out}: no {ADAPTER}/ to go on from. Leave out --resume to start.")
     if not resume and out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}: not empty. Give another --out, or --resume to go on there.")
+    if resume:
+        _check_same_settings(out, base, data, trial)
     loop = PackLoop.load(base, data, PackLimits.of([trial], num_slots=1))
     account = loop.join("run", trial, adapter if resume else None)
     try:
@@ -55,7 +58,7 @@ def train_single(
             "account": account,
             "preflight": loop.preflight,
         }
-        _replace(out / "config.json", json.dumps(settings, indent=1) + "\n")
+        _replace(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
         result: dict[str, Any] = {"step": 0, **loop.base_metrics, "status": "running"}
         if not resume:
             _append(lines, result)
@@ -72,6 +75,37 @@ def train_single(
             "and go on with --resume."
         ) from error
     return result
+
+
+def _check_same_settings(
+    out: Path, base: BaseSettings, data: DataSettings, trial: TrialConfig
+) -> None:
+    """Refuse to go on with other settings; only the device may change."""
+    path = out / SETTINGS
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        raw_base, raw_data = saved["base"], saved["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: the settings of the run to go on with cannot be read: {error!r}. "
+            "Start again with another --out."
+        ) from None
+    pairs = (
+        ("base", validate(BaseSettings, raw_base, f"{path}, base"), base),
+        ("data", validate(DataSettings, raw_data, f"{path}, data"), data),
+        ("trial", read_trial(out / ADAPTER), trial),
+    )
+    differing = [
+        f"{section}.{name} was {before!r}, now {getattr(now, name)!r}"
+        for section, then, now in pairs
+        for name, before in then
+        if before != getattr(now, name) and (section, name) != ("base", "device")
+    ]
+    if differing:
+        raise ConfigError(
+            f"{out}: --resume with other settings: {'; '.join(differing)}. Give the settings of the "
+            "first start, or another --out to start anew."
+        )
 
 
 def _save(loop: PackLoop, adapter: Path) -> None:

@@ -169,9 +169,8 @@ def run_single(dataset, tmp_path, monkeypatch):
     )
     lines = []
 
-    def run(*, resume=False, report=lines.append):
-        out = tmp_path / "out"
-        return single.train_single(BaseSettings(), DATA, A, out, resume=resume, report=report)
+    def run(*, resume=False, report=lines.append, data=DATA, config=A, out=tmp_path / "out"):
+        return single.train_single(BaseSettings(), data, config, out, resume=resume, report=report)
 
     return run, lines, tmp_path / "out"
 
@@ -199,6 +198,26 @@ def test_single_run_that_is_done_can_be_resumed_and_says_so(run_single):
     lines.clear()
     assert run(resume=True)["status"] == "completed"
     assert [line["step"] for line in lines] == [20]
+
+
+def test_single_run_goes_on_with_its_own_settings_only(run_single):
+    run, _, _ = run_single
+    run()
+    other = A.model_copy(update={"learning_rate": 0.5, "seed": 9})
+    with pytest.raises(ConfigError, match=r"trial.learning_rate was 0.01, now 0.5; trial.seed was"):
+        run(resume=True, config=other)
+    with pytest.raises(ConfigError, match=r"data.num_val_clips was 4, now 5"):
+        run(resume=True, data=DATA.model_copy(update={"num_val_clips": 5}))
+
+
+def test_a_state_of_another_shape_is_refused(dataset):
+    loop = loop_of(dataset, A)
+    loop.join("a", A)
+    state = loop.engine.state("a")
+    name = next(name for name in state.exp_avg if name.endswith("lora_B.weight"))
+    state.exp_avg[name] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"state does not fit at .*lora_B"):
+        loop.engine.add("again", A, state)
 
 
 def test_single_run_cannot_resume_from_nothing(run_single):
