@@ -1,7 +1,8 @@
 """The `higgs-tune` command. Each subcommand imports what it needs when it runs.
 
 Exit codes: 0 done; 1 unexpected; 2 bad input (one line says what and where); 3 the sweep ended without
-a feasible full-budget trial; 130 and 143 ended by Ctrl-C or SIGTERM, with what was found exported.
+a best configuration: nothing feasible ran the full budget, or none held up in the confirm stage; 130 and
+143 ended by Ctrl-C or SIGTERM, with what was found exported.
 """
 
 import argparse
@@ -11,8 +12,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import higgs_tune
 from higgs_tune.config import (
     BaseSettings,
     DataSettings,
@@ -25,7 +27,12 @@ from higgs_tune.config import (
 from higgs_tune.data import prepare_cli
 from higgs_tune.errors import ConfigError, HiggsTuneError
 
+if TYPE_CHECKING:
+    from higgs_tune.report.summary import Summary
+
 BAD_INPUT = 2
+NOTHING_FEASIBLE = 3
+DEFAULT_SWEEP = Path("sweeps/quick.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,12 +87,21 @@ def guarded(args: argparse.Namespace) -> int:
     except BrokenPipeError:  # `| head`; the results are in files
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        print(
+            f"error: {error}. What a sweep found is kept in its results folder; "
+            "`higgs-tune report DIR` writes the report again.",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `higgs-tune sweep` and `sweeps/run.py`."""
     parser.add_argument(
-        "--config", type=Path, default=Path("sweeps/quick.yaml"), help="default: sweeps/quick.yaml"
+        "--config",
+        type=Path,
+        help=f"default: {DEFAULT_SWEEP}; with --resume the settings that the sweep began with",
     )
     parser.add_argument(
         "--set",
@@ -104,16 +120,52 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_sweep_command(args: argparse.Namespace) -> int:
     """Search, then report."""
-    config = load_sweep(args.config, args.set)
-    name = args.name or _pick_name(config, resume=args.resume)
-    config = validate(SweepConfig, config.model_dump() | {"name": name}, "--name")
+    config = _sweep_config(args)
     from higgs_tune.sweep.driver import run_sweep
 
     outcome = run_sweep(config, resume=args.resume, command=sys.argv)
     from higgs_tune.report.build import build_report
 
-    print(build_report(outcome.results).text)
+    summary = build_report(outcome.results)
+    _show_summary(summary)
+    if outcome.exit_code == 0 and summary.best_id is None:
+        return NOTHING_FEASIBLE
     return outcome.exit_code
+
+
+def _show_summary(summary: "Summary") -> None:
+    """A screen of text; where standard output takes JSON lines, one of those, and the text beside."""
+    if sys.stdout.isatty():
+        print(summary.text)
+        return
+    from higgs_tune.sweep.live import Display
+
+    Display().event("summary", **summary.facts)
+    print(summary.text, file=sys.stderr)
+
+
+def _sweep_config(args: argparse.Namespace) -> SweepConfig:
+    """The settings of the sweep that the arguments ask for."""
+    if args.config is not None or not args.resume:
+        config = load_sweep(args.config or _default_sweep(), args.set)
+        where = {"name": args.name or _pick_name(config, resume=args.resume)}
+    else:
+        place = [text for text in args.set if text.startswith(("name=", "results_dir="))]
+        config = load_sweep(_default_sweep(), place)
+        where = {"name": args.name or _pick_name(config, resume=True)}
+        where["results_dir"] = config.results_dir  # the stored one is where the folder once was
+        stored = Path(config.results_dir, where["name"], "sweep.yaml")
+        if stored.exists():
+            others = [text for text in args.set if text not in place]
+            config = load_sweep(stored, others)
+    return validate(SweepConfig, config.model_dump() | where, "--name")
+
+
+def _default_sweep() -> Path:
+    """The checkout's quick sweep, or the copy that comes with the installed package."""
+    package = Path(higgs_tune.__file__).parent
+    copies = (DEFAULT_SWEEP, package / DEFAULT_SWEEP, package.parent / DEFAULT_SWEEP)
+    return next((path for path in copies if path.exists()), DEFAULT_SWEEP)
 
 
 def _pick_name(config: SweepConfig, *, resume: bool) -> str:

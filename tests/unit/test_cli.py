@@ -1,0 +1,107 @@
+"""What the command line makes of its arguments, its outcomes and its errors."""
+
+import argparse
+import errno
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from higgs_tune import cli
+from higgs_tune.config import SweepConfig, to_yaml, validate
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cli.add_sweep_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def settings(*arguments: str) -> SweepConfig:
+    return cli._sweep_config(parsed(*arguments))
+
+
+def store(folder: Path, **sections) -> SweepConfig:
+    """The sweep.yaml of a sweep that began here."""
+    config = validate(SweepConfig, {"name": folder.name, **sections}, "test")
+    folder.mkdir(parents=True)
+    (folder / "sweep.yaml").write_text(to_yaml(config))
+    return config
+
+
+def test_resume_takes_the_settings_that_the_sweep_began_with(tmp_path):
+    stored = store(tmp_path / "wide", space={"rank": [2]}, tune={"num_trials": 32})
+    place = ("--set", f"results_dir={tmp_path}", "--name", "wide", "--resume")
+    here = {"results_dir": str(tmp_path)}
+    assert settings(*place) == stored.model_copy(update=here)
+    more = settings(*place, "--set", "tune.num_trials=64")
+    assert more.tune.num_trials == 64
+    assert more.space == stored.space
+
+
+def test_resume_with_a_config_takes_that(tmp_path):
+    store(tmp_path / "wide", space={"rank": [2]})
+    other = tmp_path / "other.yaml"
+    other.write_text(f"results_dir: {tmp_path}\nspace: {{rank: [4]}}\n")
+    config = settings("--config", str(other), "--name", "wide", "--resume")
+    assert config.space.rank == (4,)
+
+
+def test_resume_without_a_name_goes_on_with_the_newest(tmp_path):
+    store(tmp_path / "quick")
+    store(tmp_path / "quick-2", space={"rank": [2]})
+    config = settings("--resume", "--set", f"results_dir={tmp_path}")
+    assert (config.name, config.space.rank) == ("quick-2", (2,))
+
+
+def test_the_default_sweep_is_found_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings("--name", "s").space.rank == (4, 8, 16, 32)
+
+
+def test_an_installed_package_has_its_own_copy_of_the_default_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "site" / "higgs_tune" / "sweeps" / "quick.yaml"
+    copy.parent.mkdir(parents=True)
+    copy.write_text("space: {rank: [3]}")
+    monkeypatch.setattr(cli.higgs_tune, "__file__", str(copy.parents[1] / "__init__.py"))
+    assert settings("--name", "s").space.rank == (3,)
+
+
+def ended(monkeypatch, *, exit_code: int, best_id: str | None) -> int:
+    """The exit code of a sweep whose search ended with `exit_code` and whose report found `best_id`."""
+    outcome = SimpleNamespace(results=Path("results/s"), exit_code=exit_code)
+    summary = SimpleNamespace(best_id=best_id, text="one screen", facts={"outcome": "better"})
+    monkeypatch.setattr("higgs_tune.sweep.driver.run_sweep", lambda *_, **__: outcome)
+    monkeypatch.setattr("higgs_tune.report.build.build_report", lambda _: summary)
+    return cli.main(["sweep", "--name", "s"])
+
+
+@pytest.mark.parametrize(
+    ("search", "best_id", "code"), [(0, "t003", 0), (0, None, 3), (3, None, 3), (130, None, 130)]
+)
+def test_a_sweep_without_a_best_configuration_ends_with_3(monkeypatch, search, best_id, code):
+    assert ended(monkeypatch, exit_code=search, best_id=best_id) == code
+
+
+def test_outside_a_terminal_the_summary_is_an_event_and_its_text_goes_to_stderr(
+    monkeypatch, capsys
+):
+    ended(monkeypatch, exit_code=0, best_id="t003")
+    output, errors = capsys.readouterr()
+    event = json.loads(output)
+    assert (event["event"], event["outcome"]) == ("summary", "better")
+    assert errors == "one screen\n"
+
+
+def test_a_full_disk_is_one_line_that_says_what_is_kept(monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device", "report.html")
+
+    monkeypatch.setattr("higgs_tune.report.build.build_report", full)
+    assert cli.main(["report", "results/s"]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device: 'report.html'" in error
+    assert "`higgs-tune report DIR`" in error
+    assert error.count("\n") == 1
