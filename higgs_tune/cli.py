@@ -170,12 +170,14 @@ def _default_sweep() -> Path:
 
 def _pick_name(config: SweepConfig, *, resume: bool) -> str:
     """The YAML's name; the next free number behind it, or with --resume the newest that is there."""
+    from higgs_tune.sweep.folder import is_free
+
     pattern = re.compile(rf"{re.escape(config.name)}(?:-(\d+))?")
     folder = Path(config.results_dir)
     taken = {
         int(match[1] or 1)
         for entry in (folder.iterdir() if folder.is_dir() else ())
-        if (match := pattern.fullmatch(entry.name))
+        if (match := pattern.fullmatch(entry.name)) and (resume or not is_free(entry))
     }
     number = max(taken, default=0) + (0 if resume else 1)
     return config.name if number <= 1 else f"{config.name}-{number}"

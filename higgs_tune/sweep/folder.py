@@ -4,6 +4,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.sweep.records import read_json, write_json, write_text
 
 LOCK = ".lock"  # held by the process that runs the sweep; the system frees it when that ends
+# What a sweep that ended before its first result leaves; a new one of that name starts without.
+FILES = ("trials", "ray", "study.journal", "base.json", "env.json", "tune.log", "sweep.yaml")
 PROBE_BYTES = 4 * 1024 * 1024
 PACKAGES = ("higgs-tune", "torch", "torchaudio", "transformers", "peft", "ray", "optuna", "pyarrow")
 # What a resumed sweep may change: how and how long it runs, never what its trials are.
@@ -52,6 +55,8 @@ def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Ite
             ) from None
         _check(folder, config, resume)  # a sweep may have ended here since
         try:
+            if not resume:
+                _clear(folder)
             probe(folder)
             write_text(folder / "sweep.yaml", to_yaml(config))
             _record_environment(folder / "env.json", command)
@@ -64,6 +69,8 @@ def _check(folder: Path, config: SweepConfig, resume: bool) -> None:
     settings = folder / "sweep.yaml"
     if settings.exists():
         if not resume:
+            if not _has_begun(folder):
+                return
             raise ConfigError(
                 f"{folder} already holds a sweep. Give --resume to go on with it, "
                 "or --name NAME for a new one."
@@ -79,6 +86,39 @@ def _check(folder: Path, config: SweepConfig, resume: bool) -> None:
         raise ConfigError(
             f"{folder} exists and is not the folder of a sweep. Give --name NAME for a new one."
         )
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a new sweep may have this folder: no other ran or runs here, or none got a result."""
+    if not folder.exists():
+        return True
+    if not (folder / "sweep.yaml").exists() or _has_begun(folder):
+        return False
+    if not (folder / LOCK).exists():
+        return True
+    with (folder / LOCK).open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a sweep left a result, or a study elsewhere, that a new one must not touch."""
+    stored = read_yaml(folder / "sweep.yaml")
+    if (stored.get("tune") or {}).get("storage") is not None:
+        return True
+    return any(path.stat().st_size for path in folder.glob("trials/*/metrics.jsonl"))
+
+
+def _clear(folder: Path) -> None:
+    for name in FILES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def disk_error(folder: Path, error: OSError) -> SweepError:

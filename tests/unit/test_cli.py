@@ -55,6 +55,18 @@ def test_resume_without_a_name_goes_on_with_the_newest(tmp_path):
     assert (config.name, config.space.rank) == ("quick-2", (2,))
 
 
+def test_a_new_sweep_takes_the_first_name_behind_those_that_have_results(tmp_path):
+    place = ("--set", f"results_dir={tmp_path}")
+    assert settings(*place).name == "quick"
+    store(tmp_path / "quick")
+    assert settings(*place).name == "quick"
+    (tmp_path / "quick" / "trials" / "t000").mkdir(parents=True)
+    (tmp_path / "quick" / "trials" / "t000" / "metrics.jsonl").write_text("{}\n")
+    assert settings(*place).name == "quick-2"
+    store(tmp_path / "quick-2")
+    assert settings(*place).name == "quick-2"
+
+
 def test_the_default_sweep_is_found_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert settings("--name", "s").space.rank == (4, 8, 16, 32)

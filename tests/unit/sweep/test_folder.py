@@ -8,6 +8,12 @@ from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.sweep import folder as folders
 
 
+def give_result(folder):
+    trial = folder / "trials" / "t000"
+    trial.mkdir(parents=True)
+    (trial / "metrics.jsonl").write_text('{"step": 25}\n')
+
+
 def opened(config, resume=False):
     with folders.open_folder(config, resume=resume, command=["higgs-tune", "sweep"]) as folder:
         return folder
@@ -25,9 +31,38 @@ def test_a_new_folder_holds_the_resolved_settings_and_the_environment(make_confi
 
 
 def test_a_folder_that_holds_a_sweep_is_refused_without_resume(make_config):
-    opened(make_config())
+    give_result(opened(make_config()))
     with pytest.raises(ConfigError, match=r"already holds a sweep\. Give --resume"):
         opened(make_config())
+
+
+def test_a_sweep_that_never_got_a_result_leaves_its_name_free(make_config):
+    folder = opened(make_config(data={"path": "wrong"}))
+    (folder / "trials" / "t000").mkdir(parents=True)
+    (folder / "trials" / "t000" / "metrics.jsonl").touch()
+    (folder / "study.journal").write_text("of the sweep that failed")
+    assert folders.is_free(folder)
+    assert opened(make_config()) == folder
+    assert load_sweep(folder / "sweep.yaml").data.path != "wrong"
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "env.json", "sweep.yaml"]
+
+
+def test_a_folder_is_not_free_once_a_sweep_runs_there_or_got_a_result(make_config, tmp_path):
+    with folders.open_folder(make_config(), resume=False, command=[]) as folder:
+        assert not folders.is_free(folder)
+    assert folders.is_free(folder)
+    give_result(folder)
+    assert not folders.is_free(folder)
+    (tmp_path / "thesis").mkdir()
+    assert not folders.is_free(tmp_path / "thesis")
+
+
+def test_a_sweep_with_a_study_elsewhere_keeps_its_name(make_config):
+    config = make_config(tune={"storage": "sqlite:///s.db"})
+    folder = opened(config)
+    assert not folders.is_free(folder)
+    with pytest.raises(ConfigError, match="already holds a sweep"):
+        opened(config)
 
 
 def test_another_sweep_is_refused_with_the_settings_that_differ(make_config):
