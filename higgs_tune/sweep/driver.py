@@ -159,12 +159,14 @@ def run_sweep(
         loop_path: `module:name` of what a worker builds; tests put a fake one here.
 
     Raises:
-        ConfigError: a setting, or a results folder that holds or runs another sweep.
+        ConfigError: a setting, or a results folder or a study that belongs to another sweep.
         SweepError: the results folder cannot be written, or nothing trains.
         HiggsTuneError: the base or the data cannot be used.
     """
     started = time.monotonic()
     space.check(config)
+    if config.tune.storage is not None and not resume:
+        study.refuse_taken(config.name, config.tune.storage)
     with open_folder(config, resume=resume, command=command) as results:
         return _run(config, results, started, resume=resume, loop_path=loop_path)
 

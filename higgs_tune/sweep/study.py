@@ -14,6 +14,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from higgs_tune.config import TrialConfig
+from higgs_tune.errors import ConfigError
 from higgs_tune.metrics import STEP
 
 JOURNAL = "study.journal"
@@ -64,6 +65,15 @@ def open_study(name: str, folder: Path, storage_url: str | None) -> optuna.Study
     return optuna.create_study(
         study_name=name, storage=storage, direction="minimize", load_if_exists=True
     )
+
+
+def refuse_taken(name: str, storage_url: str) -> None:
+    """ConfigError if the storage already holds a study of that name: it is another sweep's."""
+    if name in optuna.get_all_study_names(storage_url):
+        raise ConfigError(
+            f"tune.storage already holds a study named {name}. Give --resume to go on with its sweep, "
+            "or --name NAME for a new one."
+        )
 
 
 def drop_torn_line(path: Path) -> None:

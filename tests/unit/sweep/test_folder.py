@@ -6,6 +6,8 @@ import pytest
 from higgs_tune.config import load_sweep
 from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.sweep import folder as folders
+from higgs_tune.sweep import study as studies
+from higgs_tune.sweep.driver import run_sweep
 
 
 def give_result(folder):
@@ -63,6 +65,14 @@ def test_a_sweep_with_a_study_elsewhere_keeps_its_name(make_config):
     assert not folders.is_free(folder)
     with pytest.raises(ConfigError, match="already holds a sweep"):
         opened(config)
+
+
+def test_a_study_of_another_sweep_in_the_storage_is_refused(make_config, tmp_path):
+    url = f"sqlite:///{tmp_path}/studies.db"
+    studies.open_study("s", tmp_path, url)
+    with pytest.raises(ConfigError, match="tune.storage already holds a study named s"):
+        run_sweep(make_config(tune={"storage": url}), resume=False, command=[])
+    assert not (tmp_path / "results").exists()
 
 
 def test_another_sweep_is_refused_with_the_settings_that_differ(make_config):
