@@ -100,32 +100,32 @@ def choose(results: Results) -> Choice | None:
 
 
 def confirm_state(results: Results, first: Trial | None = None) -> ConfirmState:
-    """Whether the confirm stage has run to its end for the search's best trial `first`."""
+    """Whether the confirm stage has run to its end for trial 0 and the search's best, `first`."""
     if results.sweep.confirm.num_configs == 0:
         return "skipped"
+    # Others may stay incomplete for good: a sweep that was extended has another best to confirm.
     groups = _groups(results)
-    if first is None or first.id not in groups:
-        return "unfinished"
-    for runs in groups.values():
-        ended = [run for run in runs if run.status not in (UNFINISHED, "cancelled")]
-        if len(ended) < results.sweep.confirm.num_seeds:
+    for trial in (first, results.baseline):
+        if trial is None or len(groups.get(trial.id, ())) < results.sweep.confirm.num_seeds:
             return "unfinished"
     return "done"
 
 
 def _groups(results: Results) -> dict[str, tuple[Trial, ...]]:
-    """Confirm runs by the id of the search's trial that they confirm."""
+    """Confirm runs that have ended, by the id of the search's trial that they confirm."""
     groups: dict[str, tuple[Trial, ...]] = {}
     for run in results.confirm:
         assert run.confirms is not None, f"{run.id} confirms no trial"
-        groups[run.confirms] = (*groups.get(run.confirms, ()), run)
+        if run.status not in (UNFINISHED, "cancelled"):
+            groups[run.confirms] = (*groups.get(run.confirms, ()), run)
     return groups
 
 
 def _holds(results: Results, runs: tuple[Trial, ...]) -> bool:
-    """Every seed ran to its end, and the mean audio loss is within the limit."""
+    """All seeds are there, each ran the full budget, and the mean audio loss is within the limit."""
     limit = results.audio_limit
-    if limit is None or not all(run.full_budget for run in runs):
+    all_there = len(runs) >= results.sweep.confirm.num_seeds
+    if limit is None or not all_there or not all(run.full_budget for run in runs):
         return False
     return _mean(runs, m.VAL_AUDIO_NLL) <= limit
 

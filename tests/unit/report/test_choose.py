@@ -100,10 +100,30 @@ def test_baseline_can_stay_the_best(tmp_path: Path) -> None:
 
 
 def test_interrupted_confirm_falls_back_to_the_search(tmp_path: Path) -> None:
-    losses = {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1, 2.2)}
+    losses = {"t000": (3.0, 3.2), "t002": (2.1, 2.2), "t001": (2.6, 2.5)}
     confirmed(tmp_path, losses, status="cancelled")
     choice = chosen(tmp_path)
     assert (choice.trial.id, choice.confirm) == ("t001", "unfinished")
+
+
+@pytest.mark.parametrize("status", ["cancelled", None])
+def test_a_group_without_all_its_seeds_neither_competes_nor_blocks(
+    tmp_path: Path, status: str | None
+) -> None:
+    losses = {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1, 2.2)}
+    confirmed(tmp_path, losses, status=status)  # the second run of t002
+    choice = chosen(tmp_path)
+    assert (choice.trial.id, choice.confirm, len(choice.runs)) == ("t001", "done", 2)
+
+
+def test_a_group_of_an_earlier_best_with_fewer_seeds_does_not_compete(tmp_path: Path) -> None:
+    confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1,)})
+    assert chosen(tmp_path).trial.id == "t001"
+
+
+def test_confirm_without_trial_0_is_unfinished(tmp_path: Path) -> None:
+    confirmed(tmp_path, {"t001": (2.6, 2.5)})
+    assert chosen(tmp_path).confirm == "unfinished"
 
 
 def test_confirm_without_the_best_of_the_search_is_unfinished(tmp_path: Path) -> None:
