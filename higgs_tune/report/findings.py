@@ -19,13 +19,14 @@ GAIN_NONE = 0.05
 GAIN_CLEAR = 0.3
 
 Outcome = Literal[
-    "better", "within_noise", "unconfirmed", "baseline_best", "no_feasible", "no_trials"
+    "better", "within_noise", "worse", "unconfirmed", "baseline_best", "no_feasible", "no_trials"
 ]
 Tone = Literal["good", "fair", "poor", "plain"]
 
 OUTCOME_TONE: dict[Outcome, Tone] = {
     "better": "good",
     "within_noise": "fair",
+    "worse": "fair",
     "unconfirmed": "fair",
     "baseline_best": "fair",
     "no_feasible": "poor",
@@ -34,6 +35,7 @@ OUTCOME_TONE: dict[Outcome, Tone] = {
 _VERDICTS: dict[Outcome, str] = {
     "better": "Better than by hand",
     "within_noise": "No better than by hand",
+    "worse": "Keeps audio, text less well",
     "unconfirmed": "Not confirmed",
     "baseline_best": "Trial 0 stays best",
     "no_feasible": "Nothing to choose",
@@ -126,7 +128,10 @@ def _outcome(results: Results, choice: Choice | None) -> Outcome:
         return "baseline_best"
     if choice.difference is None or choice.difference.interval is None:
         return "unconfirmed"
-    return "better" if choice.difference.interval[1] < 0 else "within_noise"
+    low, high = choice.difference.interval
+    if high < 0:
+        return "better"
+    return "worse" if low > 0 else "within_noise"
 
 
 def _headline(results: Results, choice: Choice | None, outcome: Outcome) -> str:
@@ -147,10 +152,10 @@ def _found(results: Results, choice: Choice | None, outcome: Outcome) -> Answer:
     if choice is None:
         why = _why_nothing(results, outcome)
         return Answer("found", question, _VERDICTS[outcome], why, tone)
-    return Answer("found", question, _VERDICTS[outcome], _certainty(choice, outcome), tone)
+    return Answer("found", question, _VERDICTS[outcome], _certainty(results, choice, outcome), tone)
 
 
-def _certainty(choice: Choice, outcome: Outcome) -> str:
+def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:
     runs = f"{len(choice.runs)} fresh seeds" if len(choice.runs) > 1 else "one run"
     if outcome == "baseline_best":
         return f"Trial 0, the configuration set by hand, was not beaten ({runs})."
@@ -173,6 +178,14 @@ def _certainty(choice: Choice, outcome: Outcome) -> str:
     interval = f"95% interval {ends}, {difference.n} seeds"
     if outcome == "better":
         return f"Its text loss is {size} lower than trial 0's ({interval})."
+    if outcome == "worse":
+        audio, limit = choice.baseline_stat(m.VAL_AUDIO_NLL), results.audio_limit
+        over = audio is not None and limit is not None and audio.mean > limit
+        why = "let audio loss rise beyond its limit" if over else "did not end well with every seed"
+        return (
+            f"Its text loss is {size} higher than trial 0's ({interval}). Trial 0 could not be "
+            f"chosen: it {why}."
+        )
     return (
         f"Its text loss does not differ from trial 0's beyond the noise of the seeds ({interval})."
     )
@@ -235,9 +248,9 @@ def _listening(base: dict[str, float], choice: Choice) -> Answer:
         return Answer("listening", question, figure, f"Yes: {means}.", "good")
     if gain.mean >= GAIN_NONE:
         return Answer("listening", question, figure, f"A little: {means}.", "fair")
-    sentence = (
-        f"No: {means}. The text loss fell by learning to write the language, not by listening."
-    )
+    sentence = f"No: {means}."
+    if _mean(choice, m.VAL_TEXT_NLL) < base[m.VAL_TEXT_NLL]:
+        sentence += " The text loss fell by learning to write the language, not by listening."
     return Answer("listening", question, figure, sentence, "poor")
 
 

@@ -23,16 +23,23 @@ def sentence(found: Findings, key: str) -> str:
     return next(answer.sentence for answer in found.answers if answer.key == key)
 
 
-def pairs(directory: Path, baseline: list[float], best: list[float], gain: float = 0.4) -> Findings:
+def pairs(
+    directory: Path,
+    baseline: list[float],
+    best: list[float],
+    gain: float = 0.4,
+    baseline_audio: float = 3.9,
+) -> Findings:
     """A sweep of two trials with these text losses over the seeds of its confirm stage."""
     builder = Builder(directory).start()
     for trial_id, text in (("t000", baseline), ("t001", best)):
         origin = "baseline" if trial_id == "t000" else "search"
-        rows = curve(CONFIG, min(text) - 0.1, gain, 3.9, 150)
+        audio = baseline_audio if trial_id == "t000" else 3.9
+        rows = curve(CONFIG, min(text) - 0.1, gain, audio, 150)
         builder.trial(trial_id, CONFIG, rows, origin=origin)
         for seed, value in enumerate(text):
             config = trial_config(seed=100 + seed)
-            rows = curve(config, value, gain, 3.9, 150)
+            rows = curve(config, value, gain, audio, 150)
             run_id = f"c{10 * int(trial_id[1:]) + seed:03d}"
             builder.trial(run_id, config, rows, origin="confirm", confirms=trial_id)
     return findings(directory)
@@ -48,6 +55,22 @@ def test_difference_inside_the_noise_is_called_that(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.3], [2.9, 3.1])
     assert found.outcome == "within_noise"
     assert "beyond the noise" in sentence(found, "found")
+
+
+def test_best_that_is_worse_than_an_infeasible_trial_0_is_called_that(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [2.0, 2.1], [3.0, 3.1], baseline_audio=5.0)
+    assert found.outcome == "worse"
+    said = sentence(found, "found")
+    assert "1.00 nats per token higher than trial 0's" in said
+    assert "Trial 0 could not be chosen: it let audio loss rise beyond its limit." in said
+
+
+def test_text_loss_that_rose_is_not_said_to_have_fallen(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [9.0, 9.1], [8.0, 8.1], gain=0.0)
+    assert "fell" not in sentence(found, "listening")
+    (tmp_path / "fell").mkdir()
+    found = pairs(tmp_path / "fell", [3.0, 3.1], [2.0, 2.1], gain=0.0)
+    assert "fell by learning to write the language" in sentence(found, "listening")
 
 
 def test_single_pair_is_not_confirmed(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_sweep_with_a_study_elsewhere_keeps_its_name(make_config):
 def test_a_study_of_another_sweep_in_the_storage_is_refused(make_config, tmp_path):
     url = f"sqlite:///{tmp_path}/studies.db"
     studies.open_study("s", tmp_path, url)
-    with pytest.raises(ConfigError, match="tune.storage already holds a study named s"):
+    with pytest.raises(ConfigError, match=r"tune\.storage already holds a study named s"):
         run_sweep(make_config(tune={"storage": url}), resume=False, command=[])
     assert not (tmp_path / "results").exists()
 
