@@ -4,7 +4,8 @@ Everything random is a pure function of a seed, so each process draws the same b
 that resumes at a step sees what it would have seen.
 """
 
-from collections import defaultdict
+import json
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from higgs_tune.config import TaskMix
 from higgs_tune.data import tasks
 from higgs_tune.data.conversation import Conversation
+from higgs_tune.data.references import References
 from higgs_tune.data.shards import DatasetInfo, Row, ShardFile, list_shards, read_info
 from higgs_tune.data.swap import derange, spread
 from higgs_tune.errors import DataError
@@ -98,7 +100,7 @@ class Dataset:
             if _within(max(self.own_frames(index), default=0), max_frames)
             and (
                 max_text is None
-                or tasks.longest_text(self.texts[index], self.turns[index], text_length) <= max_text
+                or max(map(text_length, self._texts_of(index)), default=0) <= max_text
             )
         ]
 
@@ -106,6 +108,27 @@ class Dataset:
         """Frames of each audio of a row, the reference of a clip left out."""
         frames = self.num_frames[index]
         return frames[:1] if self.kinds[index] == "clip" else frames
+
+    def most_rows(self, index: int, text_length: tasks.TextLength) -> int:
+        """Rows that a row takes at most as a conversation, the reference of a clip left out."""
+        turns = self.turns[index]
+        num_turns = 2 if turns is None else len(json.loads(turns))
+        return tasks.most_rows(
+            self.own_frames(index),
+            self._texts_of(index),
+            num_turns,
+            self.info.codec.num_codebooks,
+            text_length,
+        )
+
+    def most_reference_rows(self, index: int, text_length: tasks.TextLength) -> int:
+        """Rows that the own reference of a clip adds at most."""
+        text, num_codebooks = self.ref_texts[index], self.info.codec.num_codebooks
+        assert text is not None, self.ids[index]
+        return tasks.most_rows(self.num_frames[index][1:2], [text], 2, num_codebooks, text_length)
+
+    def _texts_of(self, index: int) -> list[str]:
+        return tasks.texts_of(self.texts[index], self.turns[index])
 
 
 def _within(value: int, limit: int | None) -> bool:
@@ -123,6 +146,8 @@ class TrainOrder:
     Args:
         max_frames: longest clip; rows above are skipped and counted in `num_skipped`.
         max_text: longest text of one part, measured by `text_length` (characters by default).
+        max_rows: positions that a base can hold; rows that may need more are skipped and counted,
+            and no clip is cloned from a reference with which it would.
 
     Raises:
         DataError: no row is left.
@@ -137,10 +162,17 @@ class TrainOrder:
         *,
         max_frames: int | None = None,
         max_text: int | None = None,
+        max_rows: int | None = None,
         text_length: tasks.TextLength = len,
     ):
         self._dataset, self._batch_clips, self._seed = dataset, batch_clips, seed
         fitting = dataset.usable("train", max_frames, max_text, text_length)
+        limit = math.inf if max_rows is None else max_rows
+        num_rows = np.zeros(len(dataset.ids), dtype=np.int64)  # at most; 0 without a limit
+        if max_rows is not None:
+            for index in fitting:
+                num_rows[index] = dataset.most_rows(index, text_length)
+            fitting = [index for index in fitting if num_rows[index] <= limit]
         clips = [index for index in fitting if dataset.kinds[index] == "clip"]
         own_reference = {
             index
@@ -148,23 +180,19 @@ class TrainOrder:
             if (text := dataset.ref_texts[index]) is not None
             and _within(dataset.num_frames[index][1], max_frames)
             and (max_text is None or text_length(text) <= max_text)
+            and (
+                max_rows is None
+                or num_rows[index] + dataset.most_reference_rows(index, text_length) <= max_rows
+            )
         }
-        self._by_speaker: dict[str, list[int]] = defaultdict(list)
-        for index in clips:
-            if dataset.speakers[index]:
-                self._by_speaker[dataset.speakers[index]].append(index)
-        several_texts = {
-            speaker
-            for speaker, members in self._by_speaker.items()
-            if len({dataset.texts[index] for index in members}) > 1
-        }
+        self._references = References(dataset.texts, dataset.speakers, clips, num_rows, limit)
         weights = np.zeros((len(dataset.ids), len(tasks.CLIP_TASKS)))
         for index in clips:
             weights[index] = [getattr(mix, task) for task in tasks.CLIP_TASKS]
             needs_reference = dataset.ref_texts[index] is None
-            speaker = dataset.speakers[index]
-            can_clone = speaker in several_texts if needs_reference else index in own_reference
-            weights[index, 2] *= can_clone
+            weights[index, 2] *= (
+                self._references.exist(index) if needs_reference else index in own_reference
+            )
         self._rows = np.array(
             [i for i in fitting if dataset.kinds[i] == "chat" or weights[i].sum() > 0],
             dtype=np.int64,
@@ -173,7 +201,8 @@ class TrainOrder:
         if not len(self._rows):
             raise DataError(
                 f"{dataset.directory}: all {self.num_skipped} rows of the train split are skipped "
-                f"(data.max_frames {max_frames}, longest text {max_text}, tasks {mix}). Raise the "
+                f"(data.max_frames {max_frames}, longest text {max_text}, the base's "
+                f"positions {max_rows}, tasks {mix}). Raise the "
                 "limits or give a weight to a task that the rows can do."
             )
         self._cumulative = np.cumsum(weights[self._rows], axis=1)
@@ -223,11 +252,7 @@ class TrainOrder:
         """Another text of the same speaker; -1 if the row has a reference of its own."""
         if self._dataset.ref_texts[index] is not None:
             return -1
-        texts = self._dataset.texts
-        members = self._by_speaker[self._dataset.speakers[index]]
-        start = int(pick * len(members))
-        candidates = members[start:] + members[:start]
-        return next(member for member in candidates if texts[member] != texts[index])
+        return self._references.draw(index, pick)
 
     def _permutation(self, epoch: int, lengths: np.ndarray) -> list[int]:
         """All places in random order, so that each batch inside the epoch has similar lengths."""
@@ -265,6 +290,7 @@ def validation_sets(
     *,
     max_frames: int | None = None,
     max_text: int | None = None,
+    max_rows: int | None = None,
     text_length: tasks.TextLength = len,
 ) -> ValidationSets:
     """Draw the validation clips, spread evenly over texts and speakers, the same for every trial.
@@ -274,6 +300,8 @@ def validation_sets(
     """
     usable = dataset.usable("validation", max_frames, max_text, text_length)
     clips = [index for index in usable if dataset.kinds[index] == "clip"]
+    if max_rows is not None:
+        clips = _fitting_in_pairs(dataset, clips, max_rows, text_length)
     places = spread(
         [dataset.texts[index] for index in clips],
         [dataset.speakers[index] for index in clips],
@@ -301,3 +329,15 @@ def validation_sets(
         ),
         speak=tuple(tasks.speak(row) for row in rows),
     )
+
+
+def _fitting_in_pairs(
+    dataset: Dataset, clips: list[int], max_rows: int, text_length: tasks.TextLength
+) -> list[int]:
+    """The clips without the longest ones, so that each one's audio fits with each other's text."""
+    num_rows = np.array([dataset.most_rows(index, text_length) for index in clips], dtype=np.int64)
+    texts = np.array([text_length(dataset.texts[index]) for index in clips], dtype=np.int64)
+    order = np.argsort(num_rows, kind="stable")
+    longest = np.maximum.accumulate((num_rows - texts)[order])
+    longest += np.maximum.accumulate(texts[order])
+    return sorted(clips[place] for place in order[longest <= max_rows])

@@ -1,7 +1,7 @@
 """Rows as conversations: what each task shows the model and which turn it learns."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from higgs_tune.data.conversation import AudioPart, Conversation, Role, TextPart, Turn
@@ -65,12 +65,30 @@ def chat(row: Row) -> Conversation:
     return Conversation(f"{row.id}:chat", "chat", tuple(turns))
 
 
-def longest_text(text: str, turns: str | None, length: TextLength) -> int:
-    """Length of the longest text part of a row, its reference text left out."""
+def texts_of(text: str, turns: str | None) -> list[str]:
+    """The text parts of a row, its reference text left out."""
     if turns is None:
-        return length(text)
+        return [text]
     parts = [part for turn in json.loads(turns) for part in turn["parts"]]
-    return max((length(part["text"]) for part in parts if part["type"] == "text"), default=0)
+    return [part["text"] for part in parts if part["type"] == "text"]
+
+
+_ROWS_PER_TURN = 8  # header, role, line break and end of turn are 5 with a Llama-3 tokenizer
+
+
+def most_rows(
+    num_frames: Iterable[int],
+    texts: Iterable[str],
+    num_turns: int,
+    num_codebooks: int,
+    length: TextLength,
+) -> int:
+    """No fewer rows than `encode_conversation` makes of these parts.
+
+    T frames take T + C + 3 rows, their delay and the two control tokens around them included.
+    """
+    audio = sum(frames + num_codebooks + 3 for frames in num_frames)
+    return 1 + _ROWS_PER_TURN * num_turns + audio + sum(map(length, texts))
 
 
 ClipTask = Literal["transcribe", "speak", "clone"]

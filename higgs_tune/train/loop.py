@@ -8,6 +8,7 @@ import math
 import resource
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class PackLoop:
         self.content_hash: str = dataset.info.content_hash
         self._base, self._dataset, self._data = base, dataset, data
         self._encoded: dict[str, Encoded] = {}
+        self._text_length = cache(lambda text: len(base.vocabulary.encode_text(text)))
         self._runs: dict[str, _Run] = {}
         sets = validation_sets(dataset, data.num_val_clips, **self._length_limits())
         self._validator = Validator(
@@ -241,8 +243,8 @@ class PackLoop:
             if len(self._encoded) >= _CACHED_EXAMPLES:
                 self._encoded.clear()
             encoded = encode_conversation(conversation, self._base.vocabulary)
-            longest = self._base.model.config.max_position_embeddings
-            if encoded.num_rows > longest:
+            longest = self._max_rows
+            if encoded.num_rows > longest:  # the orders leave such rows out by their estimate
                 raise ConfigError(
                     f"{conversation.key}: {encoded.num_rows} rows, the base can hold {longest}. "
                     "Lower data.max_frames or data.max_text_tokens."
@@ -251,12 +253,16 @@ class PackLoop:
         return encoded
 
     def _length_limits(self) -> dict[str, Any]:
-        vocabulary = self._base.vocabulary
         return {
             "max_frames": self._data.max_frames,
             "max_text": self._data.max_text_tokens,
-            "text_length": lambda text: len(vocabulary.encode_text(text)),
+            "max_rows": self._max_rows,
+            "text_length": self._text_length,
         }
+
+    @property
+    def _max_rows(self) -> int:
+        return self._base.model.config.max_position_embeddings
 
 
 def sweep_loop(config: SweepConfig, *, num_slots: int, device: str) -> PackLoop:

@@ -8,13 +8,24 @@ import numpy as np
 import pytest
 
 from higgs_tune.config import TaskMix
+from higgs_tune.data import tasks
 from higgs_tune.data.conversation import AudioPart, Conversation, TextPart
 from higgs_tune.data.dataset import Dataset, TrainOrder, validation_sets
 from higgs_tune.data.shards import CodecFacts, Row, list_shards, write_dataset
 from higgs_tune.data.swap import derange
+from higgs_tune.data.tokens import Vocabulary, encode_conversation
 from higgs_tune.errors import DataError
 
 CODEC = CodecFacts("fake", 24000, 25.0, num_codebooks=2, codebook_size=256)
+LETTERWISE = Vocabulary(
+    *range(1, 9),
+    stream_bos=256,
+    stream_eos=257,
+    num_codebooks=2,
+    encode_text=lambda text: (
+        [9] if text in ("user", "assistant", "\n\n") else [10 + ord(c) for c in text]
+    ),
+)
 
 
 def clip(
@@ -214,6 +225,62 @@ def test_rows_over_the_limits_are_skipped_and_counted(tmp_path: Path):
         DataError, match=r"all 8 rows of the train split are skipped .*max_frames 3"
     ):
         TrainOrder(dataset, TaskMix(), 2, 0, max_frames=3)
+
+
+def encoded_rows(conversation: Conversation) -> int:
+    """What `encode_conversation` makes of it with one id a letter."""
+    return encode_conversation(conversation, LETTERWISE).num_rows
+
+
+def test_the_estimate_of_rows_is_never_below_the_encoded_ones(tmp_path: Path):
+    rows = [clip(n) for n in range(5)] + [clip(5, ref_text="a reference"), chat(0)]
+    dataset = make(tmp_path, rows)
+    for index, kind in enumerate(dataset.kinds):
+        row, most = dataset.row(index), dataset.most_rows(index, len)
+        if kind == "chat":
+            assert encoded_rows(tasks.chat(row)) <= most
+            continue
+        assert encoded_rows(tasks.transcribe(row)) <= most
+        assert most - encoded_rows(tasks.speak(row)) <= 6
+        for other in range(5):
+            both = most + dataset.most_rows(other, len)
+            if row.ref_text is not None:
+                both = most + dataset.most_reference_rows(index, len)
+            assert encoded_rows(tasks.clone(row, dataset.row(other))) <= both
+
+
+def test_what_the_base_cannot_hold_is_skipped_before_training(tmp_path: Path):
+    rows = [clip(n, speaker="a", num_frames=10) for n in range(6)]
+    rows += [clip(6, speaker="a", num_frames=60), clip(7, speaker="a", num_frames=200)]
+    rows += [clip(8, speaker="b", num_frames=40, ref_text="r" * 20), chat(0)]
+    dataset = make(tmp_path, rows)
+    order = TrainOrder(dataset, TaskMix(speak=0, clone=9), 5, seed=0, max_rows=100)
+    assert (order.num_rows, order.num_skipped) == (9, 1)
+    drawn = [c for step in range(40) for c in order.batch(step)]
+    assert max(map(encoded_rows, drawn)) <= 100
+    cloned = {row_of(c) for c in drawn if c.task == "clone"}
+    assert cloned == {f"r{n}" for n in range(6)}
+    alone = TrainOrder(dataset, TaskMix(transcribe=0, speak=0, clone=1), 5, seed=0, max_rows=100)
+    assert alone.num_skipped == 3
+
+
+def test_a_roomy_limit_of_rows_changes_no_batch(tmp_path: Path):
+    mix = TaskMix(transcribe=1, speak=1, clone=1)
+    dataset = make(tmp_path, [clip(n, speaker=f"s{n % 3}") for n in range(40)])
+    free, limited = (TrainOrder(dataset, mix, 6, seed=5, max_rows=n) for n in (None, 2048))
+    for step in range(30):
+        assert [c.key for c in free.batch(step)] == [c.key for c in limited.batch(step)]
+
+
+def test_validation_fits_the_base_with_swapped_audio_too(tmp_path: Path):
+    rows = [clip(n, "validation", num_frames=10 + n, text="x" * (60 - n)) for n in range(40)]
+    dataset = make(tmp_path, [*rows, clip(99)])
+    sets = validation_sets(dataset, 40, max_rows=105)
+    assert len(sets.transcribe) == 14, "clips of 10 to 23 frames, texts of 60 to 47 letters"
+    for conversation in (*sets.transcribe, *sets.transcribe_swapped, *sets.speak):
+        assert encoded_rows(conversation) <= 105
+    with pytest.raises(DataError, match="has 0 usable clips"):
+        validation_sets(dataset, 40, max_rows=30)
 
 
 def test_validation_swaps_are_a_permutation_with_other_texts_near_in_length(tmp_path: Path):

@@ -160,6 +160,16 @@ def test_data_of_another_codec_is_refused(tmp_path):
         loop_of(make_dataset(tmp_path / "other", other), A)
 
 
+def test_a_row_that_the_base_cannot_hold_is_left_out(dataset):
+    base = tiny_base()
+    base.model.config.max_position_embeddings = 37  # rows may need 31 to 41, clones more
+    loop = PackLoop(base, dataset, DATA, PackLimits.of([A], 1))
+    account = loop.join("a", A)
+    assert 0 < account["num_skipped"] < 24
+    results = [loop.advance()["a"] for _ in range(4)]
+    assert results[-1]["status"] == "completed"
+
+
 @pytest.fixture
 def run_single(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(
