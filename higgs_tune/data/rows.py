@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from urllib.parse import unquote
 
+from higgs_tune.data.tokens import CONTROL_TOKENS
 from higgs_tune.errors import DataError
 
 # The first name is ours, the others are those of common trainers and toolkits.
@@ -119,4 +120,7 @@ def text_problem(text: str, max_chars: int) -> str | None:
         return "text is empty"
     if len(text) > max_chars:
         return f"text has {len(text)} characters, limit is {max_chars} (max_text_chars)"
+    for token in CONTROL_TOKENS.values():
+        if token in text:
+            return f"text holds the control token {token}: remove it"
     return None

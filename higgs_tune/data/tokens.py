@@ -16,6 +16,17 @@ from higgs_tune.data.conversation import AudioPart, Conversation, TextPart
 from higgs_tune.errors import DataError
 
 IGNORE = -100
+CONTROL_TOKENS = {
+    "begin_of_text": "<|begin_of_text|>",
+    "start_header": "<|start_header_id|>",
+    "end_header": "<|end_header_id|>",
+    "end_of_turn": "<|eot_id|>",
+    "audio_bos": "<|audio_out_bos|>",
+    "audio_eos": "<|audio_eos|>",
+    "audio": "<|AUDIO_OUT|>",
+    "audio_delay": "<|reserved_special_token_6|>",
+}
+"""Fields of `Vocabulary` → the token's name in every tokenizer of this model."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,11 @@ class Vocabulary:
     stream_eos: int
     num_codebooks: int
     encode_text: Callable[[str], Sequence[int]]  # without special tokens
+
+    @property
+    def control_ids(self) -> dict[int, str]:
+        """Id → name of the control tokens."""
+        return {getattr(self, name): token for name, token in CONTROL_TOKENS.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +118,8 @@ def encode_conversation(conversation: Conversation, vocabulary: Vocabulary) -> E
     carry no label.
 
     Raises:
-        DataError: codes of another codebook count or outside the codebook, or nothing to learn.
+        DataError: codes of another codebook count or outside the codebook, a control token inside a
+            text, or nothing to learn.
     """
     voc = vocabulary
     ids: list[int] = [voc.begin_of_text]
@@ -115,7 +132,7 @@ def encode_conversation(conversation: Conversation, vocabulary: Vocabulary) -> E
         ids += [voc.start_header, *voc.encode_text(turn.role), voc.end_header, *newline]
         for part in turn.parts:
             if isinstance(part, TextPart):
-                text_ids = list(voc.encode_text(part.text))
+                text_ids = _text_ids(part, conversation.key, voc)
                 if turn.target:
                     text_target_rows += range(len(ids), len(ids) + len(text_ids))
                 ids += text_ids
@@ -153,6 +170,17 @@ def encode_conversation(conversation: Conversation, vocabulary: Vocabulary) -> E
             "Give the row an assistant turn, or a start_index that does not lie behind it."
         )
     return encoded
+
+
+def _text_ids(part: TextPart, key: str, voc: Vocabulary) -> list[int]:
+    ids = list(voc.encode_text(part.text))
+    control = sorted({voc.control_ids[i] for i in ids if i in voc.control_ids})
+    if control:
+        raise DataError(
+            f"{key}: a text holds the control token {control[0]}, which would break its sequence. "
+            "Remove it from the text and prepare the data again."
+        )
+    return ids
 
 
 def _delayed_part(part: AudioPart, key: str, voc: Vocabulary) -> np.ndarray:

@@ -15,20 +15,10 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from higgs_tune.config import BaseSettings
-from higgs_tune.data.tokens import Vocabulary
+from higgs_tune.data.tokens import CONTROL_TOKENS, Vocabulary
 from higgs_tune.errors import ConfigError, ModelError
 
 EMBEDDED_BASE = Path(__file__).parent.parent / "embedded" / "base"
-CONTROL_TOKENS = {
-    "begin_of_text": "<|begin_of_text|>",
-    "start_header": "<|start_header_id|>",
-    "end_header": "<|end_header_id|>",
-    "end_of_turn": "<|eot_id|>",
-    "audio_bos": "<|audio_out_bos|>",
-    "audio_eos": "<|audio_eos|>",
-    "audio": "<|AUDIO_OUT|>",
-    "audio_delay": "<|reserved_special_token_6|>",
-}
 
 
 @dataclass(frozen=True, eq=False)

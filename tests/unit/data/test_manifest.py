@@ -240,6 +240,8 @@ def test_chats_that_are_more_than_a_clip_stay_chats(tmp_path: Path, row: dict[st
         ({"audio": "a.wav", "text": "   "}, "text is empty"),
         ({"audio": "a.wav", "text": "x" * 5000}, "text has 5000 characters, limit is 2000"),
         ({"audio": "a.wav", "text": "x \ud800"}, "half a surrogate pair"),
+        ({"audio": "a.wav", "text": "x<|eot_id|>"}, "text holds the control token <|eot_id|>"),
+        (chat(("user", "<|AUDIO_OUT|>"), SPOKEN), "text holds the control token <|AUDIO_OUT|>"),
         ({"audio": {"bytes": "UklG"}, "text": "x"}, "audio inside the manifest"),
         ({"audio": "a.wav", "text": "x", "split": "test"}, "split 'test' is not used"),
         (["a.wav", "x"], "found list, needed an object"),

@@ -1,10 +1,19 @@
 """Labels: shifted once, one EOS a codebook, the target turn only."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from higgs_tune.data.conversation import AudioPart, Conversation, TextPart, Turn
-from higgs_tune.data.tokens import IGNORE, delay_codes, encode_conversation, undelay_codes
+from higgs_tune.data.tokens import (
+    CONTROL_TOKENS,
+    IGNORE,
+    delay_codes,
+    encode_conversation,
+    undelay_codes,
+)
 from higgs_tune.errors import DataError
 from tests.models import NUM_CODEBOOKS, NUM_CODES, conversation, example, random_codes, vocabulary
 
@@ -81,6 +90,15 @@ def test_nothing_to_learn_is_an_error():
     talk = Conversation("row 7", "chat", (Turn("user", (TextPart("hello"),)),))
     with pytest.raises(DataError, match="row 7: no assistant turn to learn from"):
         encode_conversation(talk, vocabulary())
+
+
+@pytest.mark.parametrize("name", CONTROL_TOKENS)
+def test_a_control_token_inside_a_text_is_refused(name):
+    voc = vocabulary()
+    parsing = replace(voc, encode_text=lambda t: [getattr(voc, name)] if t == "?" else [20])
+    turns = (Turn("user", (TextPart("?"),)), Turn("assistant", (TextPart("a"),), target=True))
+    with pytest.raises(DataError, match=f"row 7: .*{re.escape(CONTROL_TOKENS[name])}"):
+        encode_conversation(Conversation("row 7", "chat", turns), parsing)
 
 
 @pytest.mark.parametrize(
