@@ -1,5 +1,6 @@
 """A Tune trial: asks its worker for the next result and hands it to Tune. Imports no torch."""
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from higgs_tune.errors import SweepError
 from higgs_tune.metrics import VAL_TEXT_NLL
 from higgs_tune.sweep.seats import Files, read_files, write_files
 
-JOIN_PATIENCE_S = 120.0  # a restarting worker process needs a moment to take calls
+logger = logging.getLogger(__name__)
+
+JOIN_PATIENCE_S = 120.0  # how long workers may answer that every slot is taken
+REMIND_S = 60.0
 RANKED = ("completed", "running")
 
 
@@ -80,7 +84,9 @@ class PackTrial(Trainable):
         names: list[str] = self.config["workers"]
         trial = TrialConfig.model_validate(self.config["trial"])
         deadline = time.monotonic() + JOIN_PATIENCE_S
+        reminder = time.monotonic() + REMIND_S
         while time.monotonic() < deadline:
+            away = []
             for name in [names[first], *names[:first], *names[first + 1 :]]:
                 try:
                     worker = ray.get_actor(name)
@@ -91,6 +97,11 @@ class PackTrial(Trainable):
                     ):
                         return worker
                 except (RayActorError, ValueError):  # it restarts, or is not registered yet
-                    continue
+                    away.append(name)
+            if away:  # a machine that was taken back may return after hours
+                deadline = time.monotonic() + JOIN_PATIENCE_S
+                if time.monotonic() >= reminder:
+                    reminder = time.monotonic() + REMIND_S
+                    logger.warning("%s waits for %s", self._name, ", ".join(away))
             time.sleep(0.5)
         raise SweepError(f"{self._name}: no worker had a free slot for {JOIN_PATIENCE_S:.0f} s")

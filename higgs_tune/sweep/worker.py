@@ -193,7 +193,9 @@ class Worker:
         if not self._strict:
             # Refilling a slot takes a moment; a round without it would waste an interval.
             refilled = len(seats) == self._num_slots or self._roster.to_come == 0
-            return all_wait and (refilled or self._beats >= 3)
+            if all_wait and (refilled or self._beats >= 3):
+                return True
+            return self._beats >= self._grace_beats and self._give_up_waiting()
         live = set(self._roster.live)
         full = len(live) >= self._num_slots or self._roster.to_come == 0
         if all_wait and full and live - self._absent == set(seats):
@@ -205,18 +207,18 @@ class Worker:
         idle = [seat for seat in self._seats.values() if seat.waiting is None]
         if len(idle) == len(self._seats):
             return False
+        # With several workers, those without a seat here may well have one elsewhere.
+        unheard = set(self._roster.live) - set(self._seats) if self._strict else set()
         if not self._warned:
             self._warned = True
             logger.warning(
                 "going on without %s after %d heartbeats; this sweep may not repeat exactly",
-                sorted(
-                    set(self._roster.live) - set(self._seats) | {seat.trial_id for seat in idle}
-                ),
+                sorted(unheard | {seat.trial_id for seat in idle}),
                 self._beats,
             )
         for seat in idle:
             self._evict(seat, "it did not ask for its next result in time")
-        self._absent |= set(self._roster.live) - set(self._seats)
+        self._absent |= unheard | {seat.trial_id for seat in idle}
         return True
 
     async def _loaded(self) -> Loop:

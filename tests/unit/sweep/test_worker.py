@@ -314,6 +314,23 @@ def test_one_of_several_workers_gives_a_successor_a_moment(make_config):
     run(scenario())
 
 
+def test_one_of_several_workers_goes_on_without_a_trial_that_stops_asking(make_config, caplog):
+    async def scenario():
+        worker = make_worker(make_config, strict=False, grace_beats=5)
+        roster = Roster(1, ("t0", "t1", "t2"), 0)
+        await worker.sync(roster)
+        await seat(worker, "t0", "t1")
+        task = asking(worker, "t1")
+        assert await never(task)
+        await beat(worker, roster, 6)
+        assert (await task)["step"] == 25
+        with pytest.raises(SlotLostError, match="t0 has no slot"):
+            await worker.next_result("t0")
+        assert "going on without ['t0']" in caplog.text  # t2 sits elsewhere
+
+    run(scenario())
+
+
 def drive(make_config, tmp_path: Path, seed: int) -> list[tuple[str, int]]:
     """Run seven trials through two slots with racing clients; the order in which results arrive."""
     rng = random.Random(seed)

@@ -1,0 +1,68 @@
+"""How a trial finds its worker."""
+
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import RayActorError
+
+from higgs_tune.errors import SweepError
+from higgs_tune.sweep import space, trainable
+
+
+class Clock:
+    """Time that passes only while someone sleeps."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def trial(make_config, monkeypatch, answers) -> tuple[trainable.PackTrial, Clock]:
+    """A trial whose workers w0 and w1 answer `answers(name, time)`: True, False or an error."""
+    clock = Clock()
+
+    def get(name):
+        answer = answers(name, clock.now)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def get_actor(name):
+        return SimpleNamespace(name=name, join=SimpleNamespace(remote=lambda *_: name))
+
+    monkeypatch.setattr(trainable, "time", clock)
+    monkeypatch.setattr(trainable.ray, "get", get)
+    monkeypatch.setattr(trainable.ray, "get_actor", get_actor)
+    config = make_config()
+    raw = space.resolve(space.baseline_values(config, fixed_flag=False), config, 5).model_dump()
+    made = object.__new__(trainable.PackTrial)
+    made.config = {"worker": 1, "workers": ["w0", "w1"], "trial": raw, "roster_version": 1}
+    made._trial_id, made._name = "t000", "t000"
+    return made, clock
+
+
+def test_a_free_slot_elsewhere_is_taken(make_config, monkeypatch):
+    made, _ = trial(make_config, monkeypatch, lambda name, now: name == "w0")
+    assert made._lease(None).name == "w0"
+
+
+def test_workers_that_stay_full_end_the_attempt(make_config, monkeypatch):
+    made, clock = trial(make_config, monkeypatch, lambda name, now: False)
+    with pytest.raises(SweepError, match="no worker had a free slot for 120 s"):
+        made._lease(None)
+    assert 120 <= clock.now < 122
+
+
+@pytest.mark.parametrize("error", [RayActorError(), ValueError("no such actor")])
+def test_a_worker_that_is_away_is_waited_for(make_config, monkeypatch, caplog, error):
+    made, clock = trial(
+        make_config, monkeypatch, lambda name, now: error if now < 7200 else name == "w1"
+    )
+    assert made._lease(None).name == "w1"
+    assert clock.now >= 7200
+    reminders = [line for line in caplog.messages if line == "t000 waits for w1, w0"]
+    assert 100 < len(reminders) <= 120
