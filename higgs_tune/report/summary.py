@@ -1,6 +1,8 @@
 """The sweep's findings on one terminal screen, and the same as summary.json."""
 
 import json
+import shutil
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,9 +135,17 @@ def _next_steps(results: Results, findings: Findings) -> list[str]:
         shown = shown.relative_to(here)
     steps = [f"  Report         {shown / 'report.html'}"]
     if findings.choice is not None:
-        command = f"higgs-tune train --config {shown / 'best_config.yaml'}"
+        command = f"{_program(here)} train --config {shown / 'best_config.yaml'}"
         steps.append(f"  Train it again {command}")
     return steps
+
+
+def _program(here: Path) -> str:
+    """How to call higgs-tune from here: the one of this Python, which need not be on the PATH."""
+    beside = Path(sys.executable).with_name("higgs-tune")
+    if not beside.exists() or shutil.which("higgs-tune") == str(beside):
+        return "higgs-tune"
+    return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
 
 
 def write_summary(results: Results, facts: dict[str, Any], text: str) -> None:

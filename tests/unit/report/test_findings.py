@@ -143,6 +143,25 @@ def test_summary_is_one_screen(tmp_path: Path) -> None:
     assert max(len(line) for line in lines if not line.startswith(paths)) <= WIDTH
 
 
+def test_summary_names_the_program_of_this_python(tmp_path: Path, monkeypatch) -> None:
+    realistic(tmp_path / "results" / "quick")
+    program = tmp_path / ".venv" / "bin" / "higgs-tune"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    monkeypatch.setattr("sys.executable", str(program.with_name("python")))
+    results = read_results(tmp_path / "results" / "quick")
+
+    def shown() -> str:
+        return summary_text(results, find(results)).splitlines()[-1]
+
+    assert f"{program} train --config" in shown()
+    monkeypatch.chdir(tmp_path)
+    command = ".venv/bin/higgs-tune train --config results/quick/best_config.yaml"
+    assert shown().endswith(" " + command)
+    program.unlink()
+    assert shown().endswith(" higgs-tune train --config results/quick/best_config.yaml")
+
+
 def test_importance_finds_the_setting_that_decides(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
     noise = random.Random(0)
