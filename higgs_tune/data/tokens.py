@@ -174,7 +174,8 @@ def encode_conversation(conversation: Conversation, vocabulary: Vocabulary) -> E
 
 def _text_ids(part: TextPart, key: str, voc: Vocabulary) -> list[int]:
     ids = list(voc.encode_text(part.text))
-    control = sorted({voc.control_ids[i] for i in ids if i in voc.control_ids})
+    known = voc.control_ids
+    control = sorted({known[i] for i in ids if i in known})
     if control:
         raise DataError(
             f"{key}: a text holds the control token {control[0]}, which would break its sequence. "

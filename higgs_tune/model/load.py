@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
     HiggsAudioV2ForConditionalGeneration,
@@ -35,13 +36,23 @@ def resolve_device(name: str) -> torch.device:
     """Turn "auto" into the GPU if there is one.
 
     Raises:
-        ConfigError: a CUDA device is named and none is there.
+        ConfigError: no device has this name, or a CUDA device is named and is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            f"base.device: found {name!r}, which names no device. Use auto, cpu, cuda or cuda:N."
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"base.device: found {name!r}, but torch sees no GPU. Use auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"base.device: found {name!r}, but torch sees {torch.cuda.device_count()} GPUs, "
+            "counted from 0."
+        )
     return device
 
 
@@ -118,7 +129,7 @@ def load_base(settings: BaseSettings) -> Base:
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision or "main")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"base.path: {source} cannot be loaded: {error}") from error
     model: HiggsAudioV2ForConditionalGeneration = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])

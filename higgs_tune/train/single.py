@@ -2,9 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from higgs_tune.config import BaseSettings, DataSettings, TrialConfig, validate
 from higgs_tune.errors import ConfigError, DataError
@@ -41,6 +44,8 @@ def train_single(
         DataError: the disk is full or `out` cannot be written.
     """
     adapter, lines = out / ADAPTER, out / METRICS
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file, needed a folder. Give another --out.")
     if resume and not adapter.exists():
         raise ConfigError(f"{out}: no {ADAPTER}/ to go on from. Leave out --resume to start.")
     if not resume and out.exists() and any(out.iterdir()):
@@ -49,32 +54,41 @@ def train_single(
         _check_same_settings(out, base, data, trial)
     loop = PackLoop.load(base, data, PackLimits.of([trial], num_slots=1))
     account = loop.join("run", trial, adapter if resume else None)
-    try:
+    settings = {
+        "base": base.model_dump(mode="json"),
+        "data": data.model_dump(mode="json"),
+        "trial": trial.model_dump(mode="json"),
+        "account": account,
+        "preflight": loop.preflight,
+    }
+    with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "base": base.model_dump(mode="json"),
-            "data": data.model_dump(mode="json"),
-            "trial": trial.model_dump(mode="json"),
-            "account": account,
-            "preflight": loop.preflight,
-        }
         _replace(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
-        result: dict[str, Any] = {"step": 0, **loop.base_metrics, "status": "running"}
-        if not resume:
+    result: dict[str, Any] = {"step": 0, **loop.base_metrics, "status": "running"}
+    if not resume:
+        with _writing(out):
             _append(lines, result)
-            report(result)
-        while result["status"] == "running":
-            result = loop.advance()["run"]
+        report(result)
+    while result["status"] == "running":
+        result = loop.advance()["run"]
+        with _writing(out):
             if result["status"] != "diverged":
                 _save(loop, adapter)
             _append(lines, result)
-            report(result)
-    except OSError as error:
+        report(result)
+    return result
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Name the folder and the way on when a write fails; safetensors has an error of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         raise DataError(
             f"{out}: cannot be written: {error}. The last complete checkpoint is kept; free space "
             "and go on with --resume."
         ) from error
-    return result
 
 
 def _check_same_settings(

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from higgs_tune import metrics
 from higgs_tune.config import BaseSettings, DataSettings, TaskMix
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.shards import CodecFacts, Row, write_dataset
 from higgs_tune.errors import ConfigError, DataError
-from higgs_tune.train import single
+from higgs_tune.train import checkpoint, single
 from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
 from tests.models import NUM_CODEBOOKS, NUM_CODES, random_codes, random_text, tiny_base, trial
@@ -228,6 +229,37 @@ def test_a_state_of_another_shape_is_refused(dataset):
     state.exp_avg[name] = torch.zeros(1)
     with pytest.raises(ValueError, match=r"state does not fit at .*lora_B"):
         loop.engine.add("again", A, state)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_data_error(run_single, monkeypatch):
+    run, lines, _ = run_single
+
+    def full_disk(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(DataError, match=r"out: cannot be written: .*No space left.* --resume"):
+        run()
+    assert [line["step"] for line in lines] == [0]
+
+
+def test_an_error_outside_of_writing_keeps_its_type(run_single):
+    run, _, _ = run_single
+
+    def broken_pipe(line):
+        raise BrokenPipeError("stdout is closed")
+
+    with pytest.raises(BrokenPipeError, match="stdout is closed"):
+        run(report=broken_pipe)
+
+
+def test_an_out_that_is_a_file_is_refused(run_single):
+    run, _, out = run_single
+    out.write_text("notes")
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="out: is a file, needed a folder"):
+            run(resume=resume)
+    assert out.read_text() == "notes"
 
 
 def test_single_run_cannot_resume_from_nothing(run_single):
