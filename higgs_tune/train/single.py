@@ -1,6 +1,7 @@
 """Train one configuration: a pack of one, with a checkpoint after every interval."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,12 @@ def train_single(
     adapter, lines = out / ADAPTER, out / METRICS
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file, needed a folder. Give another --out.")
+    old = _old(adapter)
+    if (
+        resume and not adapter.exists() and old.exists()
+    ):  # stopped between the two renames of a swap
+        with _writing(out):
+            old.rename(adapter)
     if resume and not adapter.exists():
         raise ConfigError(f"{out}: no {ADAPTER}/ to go on from. Leave out --resume to start.")
     if not resume and out.exists() and any(out.iterdir()):
@@ -123,11 +130,11 @@ def _check_same_settings(
 
 
 def _save(loop: PackLoop, adapter: Path) -> None:
-    """Write beside the old checkpoint, then swap, so that one of the two is always whole."""
-    fresh, old = (
-        adapter.with_name(f".{adapter.name}.new"),
-        adapter.with_name(f".{adapter.name}.old"),
-    )
+    """Write beside the old checkpoint, then swap, so that one of the two is always whole.
+
+    A run that stops between the two renames leaves the old one aside; the next one puts it back.
+    """
+    fresh, old = adapter.with_name(f".{adapter.name}.new"), _old(adapter)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir()
@@ -138,9 +145,18 @@ def _save(loop: PackLoop, adapter: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _old(adapter: Path) -> Path:
+    return adapter.with_name(f".{adapter.name}.old")
+
+
 def _append(path: Path, line: dict[str, Any]) -> None:
+    """Append a line of JSON, which has no NaN: a figure without a value is null."""
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+    }
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(plain, allow_nan=False) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """The loop: intervals, divergence, resume, evaluation, and the one-configuration run."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def run_single(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(
         single.PackLoop,
         "load",
-        classmethod(lambda cls, base, data, limits: cls(tiny_base(), dataset, DATA, limits)),
+        classmethod(lambda cls, base, data, limits: cls(tiny_base(), dataset, data, limits)),
     )
     lines = []
 
@@ -241,6 +242,38 @@ def test_a_checkpoint_that_cannot_be_written_is_a_data_error(run_single, monkeyp
     with pytest.raises(DataError, match=r"out: cannot be written: .*No space left.* --resume"):
         run()
     assert [line["step"] for line in lines] == [0]
+
+
+def test_a_swap_of_checkpoints_that_stops_half_way_is_mended(run_single, monkeypatch):
+    run, lines, out = run_single
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name == ".adapter.new" and (out / ".adapter.old").exists():
+            raise OSError("the machine stopped")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(DataError, match="the machine stopped"):
+            run()
+    assert not (out / "adapter").exists()
+    assert [line["step"] for line in lines] == [0, 5]
+    assert run(resume=True)["status"] == "completed"
+    assert [line["step"] for line in lines] == [0, 5, 10, 15, 20]
+
+
+def test_a_figure_without_a_value_is_null_on_disk(run_single):
+    run, lines, out = run_single
+    run(data=DATA.model_copy(update={"tasks": TaskMix(transcribe=0)}))
+    assert np.isnan(lines[1][metrics.TRAIN_TEXT_NLL])
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    written = (out / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line, parse_constant=refuse) for line in written]
+    assert parsed[1][metrics.TRAIN_TEXT_NLL] is None
 
 
 def test_an_error_outside_of_writing_keeps_its_type(run_single):
