@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from higgs_tune import cli
-from higgs_tune.config import SweepConfig, to_yaml, validate
+from higgs_tune.config import SweepConfig, load_sweep, to_yaml, validate
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -69,7 +69,8 @@ def test_a_new_sweep_takes_the_first_name_behind_those_that_have_results(tmp_pat
 
 def test_the_default_sweep_is_found_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert settings("--name", "s").space.rank == (4, 8, 16, 32)
+    expected = load_sweep(Path(__file__).parents[2] / "sweeps" / "quick.yaml")
+    assert settings("--name", expected.name) == expected
 
 
 def test_an_installed_package_has_its_own_copy_of_the_default_sweep(tmp_path, monkeypatch):
