@@ -106,8 +106,10 @@ class Range(Settings):
         return self
 
 
-PositiveRank = Annotated[int, Field(ge=1, le=1024)]
+# strict: YAML's `true` is not 1
+PositiveRank = Annotated[int, Field(ge=1, le=1024, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class LearningRateRange(Range):
@@ -116,6 +118,20 @@ class LearningRateRange(Range):
     low: PositiveFloat = 1e-4
     high: PositiveFloat = 3e-3
     log: bool = True
+
+
+class PositiveRange(Range):
+    """A range of factors."""
+
+    low: PositiveFloat
+    high: PositiveFloat
+
+
+class WeightRange(Range):
+    """A range of loss weights; 0 switches a loss off."""
+
+    low: NonNegativeFloat
+    high: NonNegativeFloat
 
 
 class SpaceSettings(Settings):
@@ -129,11 +145,13 @@ class SpaceSettings(Settings):
     cross_attention: tuple[CrossAttention, ...] = Field(default=("off",), min_length=1)
     # fixed by default: independent of rank
     alpha: tuple[PositiveFloat, ...] = Field(default=(32.0,), min_length=1)
-    new_module_lr_factor: Range | PositiveFloat = 0.1  # only acts with cross_attention on
-    text_loss_weight: Range | Annotated[float, Field(ge=0)] = 1.0
-    audio_loss_weight: Range | Annotated[float, Field(ge=0)] = 1.0
+    new_module_lr_factor: PositiveRange | PositiveFloat = 0.1  # only acts with cross_attention on
+    text_loss_weight: WeightRange | NonNegativeFloat = 1.0
+    audio_loss_weight: WeightRange | NonNegativeFloat = 1.0
     # clips per step
-    batch_clips: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(8,), min_length=1)
+    batch_clips: tuple[Annotated[int, Field(ge=1, strict=True)], ...] = Field(
+        default=(8,), min_length=1
+    )
 
 
 class SchedulerSettings(Settings):
@@ -247,7 +265,7 @@ class TrialConfig(Settings):
     )
     text_loss_weight: float = Field(default=1.0, ge=0)
     audio_loss_weight: float = Field(default=1.0, ge=0)
-    batch_clips: int = Field(default=8, ge=1)
+    batch_clips: int = Field(default=8, ge=1, strict=True)
     num_steps: int = Field(ge=1)
     report_every_steps: int = Field(ge=1)
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
@@ -260,6 +278,8 @@ class TrialConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> "TrialConfig":
         targeted = "audio_attention" in self.targets
+        if set(self.targets) == {"audio_attention"}:
+            raise ValueError("targets: audio_attention alone has no LoRA; add a path of the base")
         if targeted and self.cross_attention == "off":
             raise ValueError("targets: audio_attention does not exist with cross_attention off")
         if not targeted and self.cross_attention != "off":

@@ -106,14 +106,21 @@ def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path)
     """Load an adapter onto a model that already has the modules it needs.
 
     Raises:
-        ModelError: the model lacks the adapter's cross-attention modules, or shapes differ.
+        ModelError: the model lacks the adapter's cross-attention modules or the text head that it
+            adapts, or shapes differ.
     """
-    mode = read_trial(directory).cross_attention
+    trial = read_trial(directory)
+    mode = trial.cross_attention
     found = getattr(model.config, "cross_attention", "off")
     if mode != found:
         raise ModelError(
             f"{directory}: the adapter was trained with cross_attention {mode}, the base has {found}. "
             "Its modules would be left out silently; load it with higgs_tune.load_adapter."
+        )
+    if "text_head" in trial.targets and model.text_lm_head is None:
+        raise ModelError(
+            f"{directory}: the adapter targets text_head, and the base has no text_lm_head. Its part "
+            "would be left out silently; load the base with use_text_head=True."
         )
     try:
         return PeftModel.from_pretrained(model, str(directory)).eval()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
+from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.config import ALL_LINEAR
 from higgs_tune.data.collate import collate
@@ -75,6 +76,13 @@ def test_a_base_without_the_new_modules_is_refused(tmp_path, mode):
     engine = trained(tmp_path, cross_attention=mode, targets=("attention", "audio_attention"))
     with pytest.raises(ModelError, match=f"cross_attention {mode}, the base has off"):
         attach_adapter(copy.deepcopy(engine.base.model), tmp_path)
+
+
+def test_a_base_without_the_adapted_text_head_is_refused(tmp_path):
+    engine = trained(tmp_path)
+    base = HiggsAudioV2ForConditionalGeneration(engine.base.model.config, use_text_head=False)
+    with pytest.raises(ModelError, match="targets text_head, and the base has no text_lm_head"):
+        attach_adapter(base, tmp_path)
 
 
 def test_state_comes_back_bit_equal(tmp_path):

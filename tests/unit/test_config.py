@@ -47,6 +47,11 @@ def loaded(tmp_path, text, overrides=()):
         ("target_sets: {all_linear: [audio_attention]}", "trained whenever cross_attention is on"),
         ("data: {tasks: {transcribe: 0, speak: 0}}", "at least one task needs a weight above 0"),
         ("train: {num_steps: 5, report_every_steps: 6}", "must not exceed train.num_steps"),
+        ("space: {rank: [true]}", r"space\.rank\.0: .*valid integer \(found True\)"),
+        ("space: {batch_clips: [true]}", r"space\.batch_clips\.0: .*valid integer"),
+        ("space: {text_loss_weight: {low: -1, high: 1}}", r"text_loss_weight.*low: .*equal to 0"),
+        ("space: {audio_loss_weight: {low: -1, high: 1}}", r"audio_loss_weight.*low: .*equal to 0"),
+        ("space: {new_module_lr_factor: {low: 0, high: 1}}", r"factor.*low: .*greater than 0"),
         ("name: ../up", "name: String should match pattern"),
         ("train: {clip_norm: .nan}", "train.clip_norm"),
         ("[1, 2]", "found a list, needed a mapping"),
@@ -136,3 +141,8 @@ def test_errors_cross_process_borders(name):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
     assert str(again) == str(error)
+
+
+def test_a_trial_needs_a_lora_target():
+    with pytest.raises(ValueError, match="audio_attention alone has no LoRA"):
+        trial(targets=("audio_attention",), cross_attention="audio_self")
