@@ -71,6 +71,7 @@ class TrialFiles:
     def __init__(self, results: Path) -> None:
         self._trials = results / "trials"
         self._started: dict[str, float] = {}  # trial id → monotonic time
+        self._num_steps: dict[str, int] = {}  # trial id → step of the last line of its metrics
         self._earlier_s: dict[str, float] = {}  # trial id → seconds in earlier runs of the sweep
 
     def folder(self, trial_id: str) -> Path:
@@ -99,6 +100,7 @@ class TrialFiles:
         checkpoint = self.checkpoint_of(record.trial_id)
         steps = 0 if checkpoint is None else checkpoint[1]
         kept = [line for line in read_metrics(folder / "metrics.jsonl") if line[STEP] <= steps]
+        self._num_steps[record.trial_id] = max((line[STEP] for line in kept), default=-1)
         write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         (folder / "status.json").unlink(missing_ok=True)
 
@@ -110,9 +112,11 @@ class TrialFiles:
             assert known is not None
             write_json(folder / "config.json", {**known, "account": result["account"]})
         metrics = metrics_of(result)
-        if STEP in metrics:
+        # One that was killed between its last checkpoint and its end reports the last step again.
+        if metrics.get(STEP, -1) > self._num_steps.get(trial_id, -1):
             with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics, allow_nan=False) + "\n")
+            self._num_steps[trial_id] = metrics[STEP]
 
     def checkpoint(self, trial_id: str, source: Path) -> None:
         """Make a checkpoint folder of Tune's the trial's adapter; files are linked, not copied."""

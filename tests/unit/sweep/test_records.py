@@ -67,6 +67,17 @@ def test_a_resumed_trial_drops_what_lies_beyond_its_checkpoint(tmp_path, record)
     assert [line["step"] for line in read_metrics(tmp_path / "trials/t000/metrics.jsonl")] == [25]
 
 
+def test_a_trial_that_was_killed_before_its_end_was_told_has_its_last_step_once(tmp_path, record):
+    files = TrialFiles(tmp_path)
+    files.start(record)
+    files.result("t000", {"step": 150, "val/text/nll": 2.0})
+    files.checkpoint("t000", checkpoint(tmp_path / "c1", 150))
+    again = TrialFiles(tmp_path)
+    again.start(record)
+    again.result("t000", {"step": 150, "val/text/nll": 2.0, "status": "completed"})
+    assert [line["step"] for line in read_metrics(tmp_path / "trials/t000/metrics.jsonl")] == [150]
+
+
 def test_the_former_checkpoint_is_found_if_the_process_died_between_two(tmp_path, record):
     files = TrialFiles(tmp_path)
     files.start(record)
