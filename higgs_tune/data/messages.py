@@ -29,7 +29,7 @@ def chat_row(fields: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest
     listed = fields.get("audios") or []
     if not isinstance(listed, list):
         raise DataError(f"audios is {type(listed).__name__}, needed a list of paths")
-    queue = list(listed)
+    queue = list(listed) if listed else None
     audio: list[str] = []
     turns: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
@@ -70,7 +70,9 @@ def _start_index(value: Any, turns: list[dict[str, Any]]) -> int:
     return value
 
 
-def _parts(content: Any, number: int, audio: list[str], queue: list[Any]) -> list[dict[str, Any]]:
+def _parts(
+    content: Any, number: int, audio: list[str], queue: list[Any] | None
+) -> list[dict[str, Any]]:
     """The parts of one message; paths go to `audio`, parts refer to them by place."""
     if isinstance(content, str):
         return _text_parts(content, number, audio, queue)
@@ -103,10 +105,12 @@ def _parts(content: Any, number: int, audio: list[str], queue: list[Any]) -> lis
     return parts
 
 
-def _text_parts(text: str, number: int, audio: list[str], queue: list[Any]) -> list[dict[str, Any]]:
+def _text_parts(
+    text: str, number: int, audio: list[str], queue: list[Any] | None
+) -> list[dict[str, Any]]:
     """A text part; where the row lists `audios`, each placeholder in it is the next of them."""
     checked = field({"text": text}, ("text",), keep_empty=True) or ""
-    if not queue or _PLACEHOLDER not in checked:
+    if queue is None or _PLACEHOLDER not in checked:
         return [{"type": "text", "text": checked}]
     pieces = checked.split(_PLACEHOLDER)
     parts: list[dict[str, Any]] = []

@@ -232,6 +232,10 @@ def test_chats_that_are_more_than_a_clip_stay_chats(tmp_path: Path, row: dict[st
         (chat(("user", "<audio>"), SPOKEN, audios="a.wav"), "audios is str, needed a list"),
         (chat(("user", "<audio>"), SPOKEN, audios=["a", "b"]), "1 more paths than messages"),
         (chat(("user", "<audio><audio>"), SPOKEN, audios=["a"]), "more <audio> than audios"),
+        (
+            chat(("user", "<audio>"), ("user", "and <audio>"), SPOKEN, audios=["a"]),
+            "message 1 has more <audio> than audios",
+        ),
         ({"messages": []}, "messages is not a list"),
         ({"messages": ["x"]}, "message 0 is str, needed role and content"),
         ({"text": "x"}, "has no audio: needed one of the fields path"),
