@@ -14,6 +14,8 @@ import numpy as np
 from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.errors import LeakError
 
+# Rounding of another memory layout is below 1e-4 nats, a leak moves whole nats.
+_TOLERANCE = 1e-3
 NllFn = Callable[[Encoded], tuple[float, float]]
 """Summed nats of one example's (text, audio) targets."""
 
@@ -24,7 +26,7 @@ class Preflight:
 
     num_probes: int
     largest_change: float  # nats; 0 where no label sees its own input
-    smallest_past_change: float  # nats; above 0 where labels do see what stands before them
+    largest_past_change: float  # nats; above 0 where labels do see what stands before them
     audio_nll_per_code: float
     audio_nll_uniform: float  # ln(classes)
 
@@ -82,14 +84,15 @@ def causality_probe(
         seed: of the choice of labels.
 
     Returns:
-        (labels probed, largest change in nats from inputs at or behind the label, smallest change from
+        (labels probed, largest change in nats from inputs at or behind the label, largest change from
         inputs before it). The last guards against a probe that could not fail.
 
     Raises:
-        LeakError: a label's loss depends on an input it must not see.
+        LeakError: a label's loss depends on an input it must not see, or no loss depends on what
+            stands before its label, so that the probe could not fail.
     """
     rng = np.random.default_rng(seed)
-    worst, past, probed = 0.0, math.inf, 0
+    worst, past, probed = 0.0, 0.0, 0
     for example in examples:
         labels: list[tuple[int, int | None, int]] = [
             (int(row), None, int(row) + label_offset)
@@ -106,16 +109,21 @@ def causality_probe(
             ahead = sum(nll(_disturb(single, position, before=False, num_codes=num_codes)))
             behind = sum(nll(_disturb(single, position, before=True, num_codes=num_codes)))
             worst = max(worst, abs(ahead - reference))
-            past = min(past, abs(behind - reference))
+            past = max(past, abs(behind - reference))
             probed += 1
-            # rounding of another memory layout is below 1e-4 nats, a leak moves whole nats
-            if not math.isfinite(reference) or abs(ahead - reference) > 1e-3:
+            if not math.isfinite(reference) or abs(ahead - reference) > _TOLERANCE:
                 what = "text" if codebook is None else f"codebook {codebook}"
                 raise LeakError(
                     f"{example.key}: the {what} label at row {position} has {reference:.4f} nats, and "
                     f"{ahead:.4f} once the inputs from that row on change. It must not change: labels "
                     "are not shifted, or attention is not causal. No loss of this run means anything."
                 )
+    if past < _TOLERANCE:
+        raise LeakError(
+            f"the probe sees nothing: of {probed} labels, none has another loss once the inputs "
+            f"before it change (largest change {past:.1e} nats). The forward under test does not "
+            "read its inputs, or there is no label."
+        )
     return probed, worst, past
 
 

@@ -35,7 +35,7 @@ def test_no_label_of_ours_sees_its_own_input():
     probed, worst, past = causality_probe(nll_of(tiny_base()), EXAMPLES, NUM_CODES, num_labels=6)
     assert probed == 18
     assert worst < 1e-4
-    assert past > 1e-4  # the probe does move inputs that a label may see
+    assert past > 1e-2  # the probe does move inputs that a label may see
 
 
 def test_a_loss_that_forgets_to_shift_is_caught():
@@ -56,7 +56,8 @@ def test_a_loss_that_shifts_labels_itself_passes():
     _, worst, past = causality_probe(
         shifting, [at_own_input(EXAMPLES[1])], NUM_CODES, label_offset=0
     )
-    assert worst < 1e-4 < past
+    assert worst < 1e-4
+    assert past > 1e-2
 
 
 def test_attention_that_sees_the_future_is_caught():
@@ -69,6 +70,12 @@ def test_attention_that_sees_the_future_is_caught():
 
     with pytest.raises(LeakError, match="attention is not causal"):
         causality_probe(peeking, EXAMPLES[:1], NUM_CODES)
+
+
+@pytest.mark.parametrize("examples", [EXAMPLES, []])
+def test_a_probe_that_cannot_fail_is_refused(examples):
+    with pytest.raises(LeakError, match=f"sees nothing: of {4 * len(examples)} labels"):
+        preflight(lambda one: (1.0, 1.0), examples, NUM_CODES + 2)
 
 
 def test_a_base_above_chance_is_reported_as_misaligned():
