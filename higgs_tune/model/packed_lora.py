@@ -75,6 +75,8 @@ class AdapterBank:
             else torch.zeros(shape, dtype=dtype, device=device)
         )
         self.grad_KP = torch.zeros(shape, dtype=dtype, device=device)
+        # fp32 sums over the micro-batches of a step, made when first needed
+        self.grad_sum_KP: Tensor | None = None
         self.leaves: dict[str, Tensor] = {}
         for name in self.entries:
             leaf = self.view(self.compute_KP, name).detach().requires_grad_()
@@ -110,6 +112,26 @@ class AdapterBank:
         )
         for buffer in buffers:
             buffer[slot].zero_()
+        if self.grad_sum_KP is not None:
+            self.grad_sum_KP[slot].zero_()
+
+    def keep_gradients(self) -> None:
+        """Make room for another micro-batch: bf16 gradients go to an fp32 sum, fp32 ones add up."""
+        if self.grad_KP.dtype == torch.float32:
+            return
+        if self.grad_sum_KP is None:
+            self.grad_sum_KP = torch.zeros_like(self.grad_KP, dtype=torch.float32)
+        self.grad_sum_KP += self.grad_KP
+        self.grad_KP.zero_()
+
+    def take_gradients(self) -> Tensor:
+        """The step's gradients in fp32, (K, P); those kept so far are cleared."""
+        grad_KP = self.grad_KP.float()
+        if self.grad_sum_KP is None:
+            return grad_KP
+        total_KP = self.grad_sum_KP + grad_KP
+        self.grad_sum_KP.zero_()
+        return total_KP
 
     def refresh_compute(self) -> None:
         """Copy the master weights to the compute copy, where that is another tensor."""
@@ -122,17 +144,16 @@ class PackWeights:
     """The adapters of one batch: the bank's leaves at the batch's slots, and their LoRA scales."""
 
     leaves: Mapping[str, Tensor]
-    scale_K11: Tensor
+    scale_K11: Tensor  # float32
 
     @classmethod
     def of(cls, bank: AdapterBank, slots: Sequence[int], scale_K: Tensor) -> "PackWeights":
         """Select `slots` (ascending); no copy when that is all of them."""
         if len(slots) == bank.num_slots:
-            return cls(bank.leaves, scale_K[:, None, None].to(bank.compute_KP.dtype))
+            return cls(bank.leaves, scale_K[:, None, None])
         index = torch.tensor(slots, device=bank.compute_KP.device)
         leaves = {name: leaf.index_select(0, index) for name, leaf in bank.leaves.items()}
-        scale_K11 = scale_K.index_select(0, index)[:, None, None]
-        return cls(leaves, scale_K11.to(bank.compute_KP.dtype))
+        return cls(leaves, scale_K.index_select(0, index)[:, None, None])
 
 
 def adapted_linear(
@@ -149,7 +170,7 @@ def adapted_linear(
     a_KrD = weights.leaves.get(f"{'+'.join(group)}.A")
     if a_KrD is None:
         return outputs
-    z_KNr = torch.bmm(x_KND, a_KrD.transpose(1, 2)) * weights.scale_K11
+    z_KNr = (torch.bmm(x_KND, a_KrD.transpose(1, 2)) * weights.scale_K11).to(x_KND.dtype)
     return [
         torch.baddbmm(y_KNO, z, weights.leaves[f"{name}.B"].transpose(1, 2))
         for y_KNO, z, name in zip(outputs, z_KNr.chunk(len(group), dim=2), group, strict=True)

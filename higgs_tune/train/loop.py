@@ -188,6 +188,8 @@ class PackLoop:
         for index in range(max(len(batches) for batches in micro.values())):
             part = {slot: batches[index] for slot, batches in micro.items() if index < len(batches)}
             batch = collate(part, modes).to(self.engine.device)
+            if index:
+                self.engine.bank.keep_gradients()
             text_K, audio_KC = self.engine.forward_backward(batch, counts)
             for k, slot in enumerate(batch.slots):
                 sums[slot].append((text_K[k], audio_KC[k]))

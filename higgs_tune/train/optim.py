@@ -75,7 +75,7 @@ def adamw_step(bank: AdapterBank, rows: dict[int, RowStep], alive_K: Tensor) -> 
     correction_2 = column([1 - BETA_2**step for step in steps])
     active_K1 = column([float(s is not None) for s in settings]).bool()
 
-    grad_KP = bank.grad_KP.float()
+    grad_KP = bank.take_gradients()
     norm_K1 = torch.linalg.vector_norm(grad_KP, dim=1, keepdim=True)
     alive_K.logical_and_((torch.isfinite(norm_K1) | ~active_K1).squeeze(1))
     moves_K1 = alive_K[:, None] & active_K1

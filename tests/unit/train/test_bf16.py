@@ -1,0 +1,71 @@
+"""A base in bf16: master weights and the gradients of a step stay in fp32."""
+
+import torch
+
+from higgs_tune.data.collate import collate, count_targets
+from higgs_tune.train.engine import Engine, PackLimits
+from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
+
+CONFIG = trial(rank=3, alpha=7.0)
+EXAMPLES = [example(("transcribe", "speak")[n % 2], n, 5 + n % 7, 4 + n % 5) for n in range(32)]
+
+
+def engine_of(dtype):
+    base = tiny_base(dtype=torch.bfloat16)  # the fp32 one has the rounded weights, too
+    base.model.to(dtype)
+    engine = Engine(base, PackLimits.of([CONFIG], num_slots=1))
+    resident = engine.add("a", CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    for view in engine._views(engine.bank.master_KP, resident).values():
+        view.copy_((0.1 * torch.randn(view.shape, generator=generator)).bfloat16())
+    engine.bank.refresh_compute()
+    return engine
+
+
+def gradients(engine):
+    """The step's gradients, one micro-batch for each example."""
+    counts = {0: count_targets(EXAMPLES, NUM_CODEBOOKS)}
+    for number, one in enumerate(EXAMPLES):
+        if number:
+            engine.bank.keep_gradients()
+        engine.forward_backward(collate({0: [one]}), counts)
+    return engine.bank.take_gradients()[0]
+
+
+def test_gradients_of_many_micro_batches_point_where_fp32_points():
+    exact, ours = gradients(engine_of(torch.float32)), gradients(engine_of(torch.bfloat16))
+    assert ours.dtype == torch.float32
+    # bf16 activations cost about 1e-4 of the cosine
+    assert torch.cosine_similarity(exact, ours, dim=0) >= 0.999
+
+
+def test_micro_batches_add_up_in_fp32():
+    bank = engine_of(torch.bfloat16).bank
+    for _ in range(1000):
+        bank.grad_KP.fill_(0.001)
+        bank.keep_gradients()
+    total = bank.take_gradients()
+    torch.testing.assert_close(total, torch.full_like(total, 1.0), rtol=2e-3, atol=0)
+    assert not bank.take_gradients().any()
+
+
+def test_compute_weights_are_the_rounded_master_after_each_change():
+    engine = engine_of(torch.bfloat16)
+
+    def check():
+        assert engine.bank.compute_KP.dtype == torch.bfloat16
+        assert torch.equal(engine.bank.compute_KP, engine.bank.master_KP.bfloat16())
+
+    engine.remove("a")
+    engine.add("a", CONFIG)
+    check()
+    before = engine.bank.master_KP.clone()
+    gradients(engine)
+    engine.forward_backward(collate({0: EXAMPLES}), {0: count_targets(EXAMPLES, NUM_CODEBOOKS)})
+    engine.optim_step(["a"])
+    assert not torch.equal(before, engine.bank.master_KP)
+    check()
+    state = engine.state("a")
+    engine.remove("a")
+    engine.add("a", CONFIG, state)
+    check()
