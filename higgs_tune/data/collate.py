@@ -54,7 +54,6 @@ class PackBatch:
     audio_rows_KM: Tensor  # labelled audio slots, index into A
     audio_labels_KMC: Tensor
     cross: dict[str, CrossIndex]  # cross_attention mode → its adapters; no entry for "off"
-    num_rows_K: tuple[int, ...]  # real rows of each adapter, for throughput
 
     def to(self, device: torch.device) -> "PackBatch":
         """A copy on `device`; host-to-device copies do not wait."""
@@ -209,7 +208,6 @@ def collate(
         }
         if modes
         else {},
-        num_rows_K=tuple(len(r.ids) + len(r.codes) for r in rows),
     )
 
 

@@ -201,25 +201,31 @@ def initial_new_modules(
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}
     std = base.config.initializer_range
+    for name, shape in new_module_shapes(base, mode).items():
+        if name.endswith("layer_norm.weight"):
+            index = int(name.split(".")[2])
+            norm = base.model.layers[index].get_parameter("audio_input_layernorm.weight")
+            weights[name] = norm.detach().float().cpu().clone()
+        elif name.endswith("o_proj.weight"):
+            weights[name] = torch.zeros(shape)
+        else:
+            weights[name] = torch.empty(shape).normal_(0, std, generator=generator)
+    return weights
+
+
+def new_module_shapes(
+    base: HiggsAudioV2ForConditionalGeneration, mode: CrossAttention
+) -> dict[str, torch.Size]:
+    """Full names → shapes of the new modules' weights, in the order in which they are drawn."""
+    shapes: dict[str, torch.Size] = {}
     for index, layer in enumerate(base.model.layers):
-        attention = layer.get_submodule("self_attn")
-        prefix = f"model.layers.{index}"
         for module_name in MODULE_NAMES[mode]:
+            prefix = f"model.layers.{index}.{module_name}"
             if module_name.endswith("layer_norm"):
-                weight = (
-                    layer.get_parameter("audio_input_layernorm.weight")
-                    .detach()
-                    .float()
-                    .cpu()
-                    .clone()
-                )
-                weights[f"{prefix}.{module_name}.weight"] = weight
+                norm = layer.get_parameter("audio_input_layernorm.weight")
+                shapes[f"{prefix}.weight"] = norm.shape
                 continue
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                shape = attention.get_submodule(name).get_parameter("weight").shape
-                weights[f"{prefix}.{module_name}.{name}.weight"] = (
-                    torch.zeros(shape)
-                    if name == "o_proj"
-                    else torch.empty(shape).normal_(0, std, generator=generator)
-                )
-    return weights
+                weight = layer.get_parameter(f"self_attn.{name}.weight")
+                shapes[f"{prefix}.{name}.weight"] = weight.shape
+    return shapes

@@ -3,7 +3,6 @@
 Shape letters: K adapters, M labelled rows, V classes of a codebook or of the vocabulary, C codebooks.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,8 +47,3 @@ def codebook_nll_sum(logits_KMCV: Tensor, labels_KMC: Tensor) -> Tensor:
         reduction="none",
     )
     return nll.unflatten(0, labels_KMC.shape).sum(1)
-
-
-def mean_or_nan(total: Tensor, count: Tensor) -> Tensor:
-    """`total / count` where there is something to count; NaN, not 0, where there is not."""
-    return torch.where(count > 0, total / count, torch.full_like(total, torch.nan))

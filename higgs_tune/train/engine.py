@@ -15,7 +15,11 @@ from torch import Tensor
 from higgs_tune.config import CrossAttention, TargetPath, TrialConfig
 from higgs_tune.data.collate import PackBatch, TargetCounts
 from higgs_tune.model import targets as target_rules
-from higgs_tune.model.audio_attention import MODULE_NAMES, initial_new_modules
+from higgs_tune.model.audio_attention import (
+    MODULE_NAMES,
+    initial_new_modules,
+    new_module_shapes,
+)
 from higgs_tune.model.load import Base
 from higgs_tune.model.packed_forward import (
     Linears,
@@ -85,8 +89,8 @@ class Engine:
         ]
         for mode in sorted(limits.modes):
             entries += [
-                Entry(name, tuple(weight.shape), "audio_attention", "new")
-                for name, weight in initial_new_modules(base.model, mode, seed=0).items()
+                Entry(name, tuple(shape), "audio_attention", "new")
+                for name, shape in new_module_shapes(base.model, mode).items()
             ]
         dtype = next(base.model.parameters()).dtype
         self.bank = AdapterBank(entries, limits.num_slots, dtype, self.device)
@@ -265,9 +269,9 @@ class Engine:
         matches: dict[TargetPath, target_rules.Match] = {}
         for path in config.targets:
             if path == "audio_attention":
-                new = initial_new_modules(self.base.model, config.cross_attention, 0)
+                new = new_module_shapes(self.base.model, config.cross_attention)
                 names = {name.rsplit(".", 1)[0] for name in new}
-                total = sum(weight.numel() for weight in new.values())
+                total = sum(shape.numel() for shape in new.values())
             else:
                 linears = target_rules.linear_modules(self.base.model, path)
                 names = set(linears)
