@@ -2,9 +2,9 @@
 
     python benchmarks/step_time.py [--clips 8] [--repeats 15] [--out benchmarks/results/step_time.json]
 
-Same base, same adapter weights, same clips, same labels, AdamW on both sides; the two alternate in one
-process, and the figure is the ratio of medians. Losses are compared first: a faster step that computes
-something else would be no result.
+Same base, same clips, same labels, AdamW on both sides; both adapters start as the identity, with
+their own random A. The two alternate in one process, and the figure is the ratio of medians. Losses are
+compared first: a faster step that computes something else would be no result.
 """
 
 import argparse
@@ -89,18 +89,26 @@ def main() -> None:
 
     def our_step(examples: list[Encoded]) -> float:
         counts = count_targets(examples, num_codebooks)
-        text_K, audio_KC = engine.forward_backward(collate({0: examples}), {0: counts})
+        text_K, audio_KC = engine.forward_backward(
+            collate({0: examples}).to(engine.device), {0: counts}
+        )
         engine.optim_step(["a"])
-        audio = (audio_KC[0] / torch.from_numpy(counts.audio_C)).sum()
+        audio = (audio_KC[0].cpu() / torch.from_numpy(counts.audio_C)).sum()
         return float(text_K[0] / counts.text + audio)
 
     def stock_step(examples: list[Encoded]) -> float:
-        loss = stock(**stock_inputs(examples, num_codebooks), use_cache=False).loss
+        inputs = stock_inputs(examples, num_codebooks)
+        inputs = {name: tensor.to(engine.device) for name, tensor in inputs.items()}
+        loss = stock(**inputs, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(stock.parameters(), 0.1)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss.detach())
+
+    def synchronise() -> None:
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
 
     batches = [b for b in batches if count_targets(b, num_codebooks).text]
     batches = [b for b in batches if count_targets(b, num_codebooks).audio_C.all()]
@@ -110,8 +118,10 @@ def main() -> None:
     times: dict[str, list[float]] = {"ours": [], "stock": []}
     for examples in batches[1:]:
         for name, step in (("ours", our_step), ("stock", stock_step)):
+            synchronise()
             started = time.perf_counter()
             step(examples)
+            synchronise()
             times[name].append(time.perf_counter() - started)
     ours, theirs = (statistics.median(times[name]) for name in ("ours", "stock"))
     result = {
