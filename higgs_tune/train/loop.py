@@ -40,7 +40,7 @@ from higgs_tune.train.engine import Engine, PackLimits, Resident
 from higgs_tune.train.imbalance import preflight
 from higgs_tune.train.validation import Validator
 
-_CACHED_EXAMPLES = 100_000  # tokenised examples kept; a few KiB each
+_CACHED_ROWS = 4_000_000  # of tokenised examples kept; at most 152 bytes each with 8 codebooks
 
 
 @dataclass
@@ -79,6 +79,7 @@ class PackLoop:
         self.content_hash: str = dataset.info.content_hash
         self._base, self._dataset, self._data = base, dataset, data
         self._encoded: dict[str, Encoded] = {}
+        self._num_encoded_rows = 0
         self._text_length = cache(lambda text: len(base.vocabulary.encode_text(text)))
         self._runs: dict[str, _Run] = {}
         sets = validation_sets(dataset, data.num_val_clips, **self._length_limits())
@@ -242,8 +243,9 @@ class PackLoop:
         """Tokenise once per row and task."""
         encoded = self._encoded.get(conversation.key)
         if encoded is None:
-            if len(self._encoded) >= _CACHED_EXAMPLES:
+            if self._num_encoded_rows >= _CACHED_ROWS:
                 self._encoded.clear()
+                self._num_encoded_rows = 0
             encoded = encode_conversation(conversation, self._base.vocabulary)
             longest = self._max_rows
             if encoded.num_rows > longest:  # the orders leave such rows out by their estimate
@@ -252,6 +254,7 @@ class PackLoop:
                     "Lower data.max_frames or data.max_text_tokens."
                 )
             self._encoded[conversation.key] = encoded
+            self._num_encoded_rows += encoded.num_rows
         return encoded
 
     def _length_limits(self) -> dict[str, Any]:
