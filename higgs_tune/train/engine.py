@@ -175,7 +175,9 @@ class Engine:
             resident.step += 1
             rows[resident.slot] = RowStep(
                 learning_rate=rate,
-                new_module_learning_rate=rate * config.new_module_lr_factor,
+                new_module_learning_rate=(
+                    None if config.cross_attention == "off" else rate * config.new_module_lr_factor
+                ),
                 weight_decay=config.weight_decay,
                 clip_norm=config.clip_norm,
                 step=resident.step,

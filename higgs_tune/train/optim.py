@@ -37,7 +37,7 @@ class RowStep:
     """What one slot does in this optimizer step."""
 
     learning_rate: float
-    new_module_learning_rate: float
+    new_module_learning_rate: float | None  # None: the row has no new modules
     weight_decay: float
     clip_norm: float
     step: int  # 1-based, for the bias correction
@@ -58,39 +58,38 @@ def adamw_step(bank: AdapterBank, rows: dict[int, RowStep], alive_K: Tensor) -> 
 
     Source: Loshchilov and Hutter 2019 (AdamW); parity with torch.optim.AdamW is tested.
     """
-    device = bank.master_KP.device
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)[:, None]
-
-    settings = [rows.get(slot) for slot in range(bank.num_slots)]
-    steps = [s.step if s else 1 for s in settings]
-    clip_K1 = column([s.clip_norm if s else 1.0 for s in settings])
-    rates = {
-        "lora": column([s.learning_rate if s else 0.0 for s in settings]),
-        "new": column([s.new_module_learning_rate if s else 0.0 for s in settings]),
-    }
-    decay_K1 = column([s.weight_decay if s else 0.0 for s in settings])
-    correction_1 = column([1 - BETA_1**step for step in steps])
-    correction_2 = column([1 - BETA_2**step for step in steps])
-    active_K1 = column([float(s is not None) for s in settings]).bool()
-
     grad_KP = bank.take_gradients()
-    norm_K1 = torch.linalg.vector_norm(grad_KP, dim=1, keepdim=True)
-    alive_K.logical_and_((torch.isfinite(norm_K1) | ~active_K1).squeeze(1))
-    moves_K1 = alive_K[:, None] & active_K1
-    scale_K1 = (clip_K1 / (norm_K1 + 1e-6)).clamp(max=1.0)
-    grad_KP = torch.where(moves_K1, grad_KP * scale_K1, 0.0)
-    moves = moves_K1.float()
-    bank.exp_avg_KP.lerp_(grad_KP, (1 - BETA_1) * moves)
-    bank.exp_avg_sq_KP.lerp_(grad_KP.square_(), (1 - BETA_2) * moves)
-    for kind, rate_K1 in rates.items():
-        for columns in bank.columns(kind=kind):
-            master = bank.master_KP[:, columns]
-            denominator = (bank.exp_avg_sq_KP[:, columns] / correction_2).sqrt_().add_(EPS)
-            step_size = rate_K1 * moves
-            master.mul_(1 - step_size * decay_K1)
-            master.sub_(bank.exp_avg_KP[:, columns] / correction_1 / denominator * step_size)
+    norm_K = torch.linalg.vector_norm(grad_KP, dim=1)
+    resting = [slot for slot in range(bank.num_slots) if slot not in rows]
+    finite_K = torch.isfinite(norm_K)
+    finite_K[resting] = True
+    alive_K.logical_and_(finite_K)
+    dead_K = (~alive_K).float()
+    for slot, row in rows.items():
+        clip = ((norm_K[slot] + 1e-6) / row.clip_norm).clamp(min=1.0)
+        step = torch.full((), float(row.step), device=norm_K.device)
+        rates = {"lora": row.learning_rate, "new": row.new_module_learning_rate}
+        for kind, rate in rates.items():
+            if rate is None:
+                continue
+            for columns in bank.columns(kind=kind):
+                buffers = (bank.master_KP, grad_KP, bank.exp_avg_KP, bank.exp_avg_sq_KP)
+                # torch.optim.AdamW(fused=True) calls this; the optimizer's class would add a host
+                # sync for a row that must rest. One pass over memory instead of a dozen.
+                torch._fused_adamw_(
+                    *([buffer[slot, columns]] for buffer in buffers),
+                    [],
+                    [step],
+                    lr=rate,
+                    beta1=BETA_1,
+                    beta2=BETA_2,
+                    weight_decay=row.weight_decay,
+                    eps=EPS,
+                    amsgrad=False,
+                    maximize=False,
+                    grad_scale=clip,  # gradients are divided by it
+                    found_inf=dead_K[slot],  # 1 leaves everything as it is
+                )
     bank.refresh_compute()
     bank.grad_KP.zero_()
-    return norm_K1.squeeze(1)
+    return norm_K
