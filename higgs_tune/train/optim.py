@@ -76,7 +76,7 @@ def adamw_step(bank: AdapterBank, rows: dict[int, RowStep], alive_K: Tensor) -> 
                 buffers = (bank.master_KP, grad_KP, bank.exp_avg_KP, bank.exp_avg_sq_KP)
                 # torch.optim.AdamW(fused=True) calls this; the optimizer's class would add a host
                 # sync for a row that must rest. One pass over memory instead of a dozen.
-                torch._fused_adamw_(
+                torch.ops.aten._fused_adamw_(
                     *([buffer[slot, columns]] for buffer in buffers),
                     [],
                     [step],
