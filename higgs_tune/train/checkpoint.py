@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import HiggsAudioV2ForConditionalGeneration
 
@@ -63,7 +63,7 @@ def load_state(directory: Path) -> AdapterState:
         with safe_open(directory / _TRAINING, framework="pt") as file:
             step = int(file.metadata()["step"])
             moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own types, OSError and KeyError
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{directory}: not a readable adapter with its training state: {error}"
         ) from error
