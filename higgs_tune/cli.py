@@ -15,15 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import higgs_tune
-from higgs_tune.config import (
-    BaseSettings,
-    DataSettings,
-    SweepConfig,
-    TrialConfig,
-    load_sweep,
-    read_yaml,
-    validate,
-)
+from higgs_tune.config import BaseSettings, DataSettings, SweepConfig, TrialConfig
+from higgs_tune.config_file import load_sweep, read_yaml, validate
 from higgs_tune.data import prepare_cli
 from higgs_tune.errors import ConfigError, HiggsTuneError
 

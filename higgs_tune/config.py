@@ -4,15 +4,11 @@ The YAML, `--set a.b=c` and `best_config.yaml` use these names. `TrialConfig` is
 search space with everything that a training run needs to be repeated; `SweepConfig` is the whole.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from higgs_tune.errors import ConfigError
+from higgs_tune.errors import did_you_mean
 
 TargetPath = Literal[
     "attention", "text_mlp", "audio_mlp", "audio_attention", "text_head", "audio_head"
@@ -232,7 +228,7 @@ class SweepConfig(Settings):
         named = [("space.target_set", name) for name in self.space.target_set]
         for where, name in [*named, ("baseline.target_set", self.baseline.target_set)]:
             if name not in self.target_sets:
-                near = _nearest(name, self.target_sets)
+                near = did_you_mean(name, self.target_sets)
                 raise ValueError(
                     f"{where}: unknown target set {name!r}{near}; "
                     f"target_sets defines {sorted(self.target_sets)}"
@@ -290,109 +286,3 @@ class TrialConfig(Settings):
         if self.text_loss_weight + self.audio_loss_weight <= 0:
             raise ValueError("text_loss_weight and audio_loss_weight are both 0: nothing to learn")
         return self
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(str(name), list(known), n=1)
-    return f", did you mean {match[0]!r}?" if match else ""
-
-
-def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Field names of the settings at `location`, as far as they can be followed."""
-    for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
-            return []
-        model = field.annotation
-    return list(model.model_fields)
-
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-def validate(model: type[ModelT], raw: Mapping[str, Any], where: str) -> ModelT:
-    """Build `model` from plain data.
-
-    Raises:
-        ConfigError: every problem on a line of its own, with the setting's full name.
-    """
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            location = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
-            if problem["type"] == "extra_forbidden":
-                known = _known_keys(model, problem["loc"][:-1])
-                near = _nearest(str(problem["loc"][-1]), known)
-                lines.append(
-                    f"{location}: unknown setting{near or f'; known here: {sorted(known)}'}"
-                )
-            else:
-                found = problem.get("input")
-                shown = "" if isinstance(found, Mapping | BaseModel) else f" (found {found!r})"
-                lines.append(f"{location}: {problem['msg'].removeprefix('Value error, ')}{shown}")
-        raise ConfigError(f"{where}:\n  " + "\n  ".join(lines)) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; ConfigError names the file and, where known, the line."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file. Give an existing YAML file with --config."
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: found a {type(raw).__name__}, needed a mapping of settings.")
-    return raw
-
-
-def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `raw` with `a.b=value` assignments applied; values are YAML."""
-    result = yaml.safe_load(yaml.safe_dump(raw))
-    for text in overrides:
-        name, separator, value = text.partition("=")
-        if not separator or not name:
-            raise ConfigError(f"--set {text}: found no '='. Write --set section.name=value.")
-        node = result
-        *parents, leaf = name.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"--set {text}: {parent} is a value, not a section.")
-        try:
-            node[leaf] = _yaml_value(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text}: the value is not YAML: {error}") from None
-    return result
-
-
-def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
-    """Read, override and check a sweep's YAML.
-
-    Raises:
-        ConfigError: unreadable file, unknown key (the nearest known one is named) or value out of bounds.
-    """
-    return validate(SweepConfig, apply_overrides(read_yaml(path), overrides), str(path))
-
-
-def to_yaml(settings: BaseModel) -> str:
-    """YAML that `validate` reads back to an equal object."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

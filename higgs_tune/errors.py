@@ -4,6 +4,9 @@ Each message says where, what was found, what was needed and the next step. All 
 pickling, because they cross process borders under Ray.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class HiggsTuneError(Exception):
     """Base of every error this package raises on purpose."""
@@ -27,3 +30,9 @@ class LeakError(HiggsTuneError):
 
 class SweepError(HiggsTuneError):
     """A sweep cannot start, go on or be resumed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A half-sentence that names the known name nearest to a mistaken one, or nothing."""
+    match = difflib.get_close_matches(str(name), list(known), n=1)
+    return f", did you mean {match[0]!r}?" if match else ""

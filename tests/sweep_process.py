@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from higgs_tune.config import load_sweep
+from higgs_tune.config_file import load_sweep
 from higgs_tune.sweep.driver import run_sweep
 
 if __name__ == "__main__":

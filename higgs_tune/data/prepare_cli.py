@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from higgs_tune.config import validate
+from higgs_tune.config_file import validate
 from higgs_tune.data.options import PrepareOptions
 
 _OPTIONS = {

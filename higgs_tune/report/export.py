@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from higgs_tune import metrics as m
-from higgs_tune.config import BaseSettings, DataSettings, TrialConfig, read_yaml, validate
+from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
+from higgs_tune.config_file import read_yaml, validate
 from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.report.choose import Choice
 from higgs_tune.report.files import replace_folder, write_text

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from higgs_tune import metrics as m
-from higgs_tune.config import SweepConfig, TrialConfig, read_yaml, validate
+from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.config_file import read_yaml, validate
 from higgs_tune.errors import SweepError
 from higgs_tune.report.files import write_bytes
 

@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.config import SweepConfig, read_yaml, to_yaml, validate
+from higgs_tune.config import SweepConfig
+from higgs_tune.config_file import read_yaml, to_yaml, validate
 from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.sweep.records import read_json, write_json, write_text
 

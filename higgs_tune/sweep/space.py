@@ -11,7 +11,8 @@ from optuna.distributions import (
     FloatDistribution,
 )
 
-from higgs_tune.config import Range, SweepConfig, TrialConfig, validate
+from higgs_tune.config import Range, SweepConfig, TrialConfig
+from higgs_tune.config_file import validate
 from higgs_tune.errors import ConfigError
 
 Values = dict[str, Any]

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import HiggsAudioV2ForConditionalGeneration
 
-from higgs_tune.config import TrialConfig, validate
+from higgs_tune.config import TrialConfig
+from higgs_tune.config_file import validate
 from higgs_tune.errors import ModelError
 from higgs_tune.model.audio_attention import MODULE_NAMES, with_cross_attention
 from higgs_tune.model.targets import lora_regex

@@ -10,7 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from higgs_tune.config import BaseSettings, DataSettings, TrialConfig, validate
+from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
+from higgs_tune.config_file import validate
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.train.checkpoint import read_trial
 from higgs_tune.train.engine import PackLimits

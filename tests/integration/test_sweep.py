@@ -17,7 +17,8 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
-from higgs_tune.config import SweepConfig, TrialConfig, validate
+from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.config_file import validate
 from higgs_tune.errors import ModelError, SweepError
 from higgs_tune.metrics import STATUSES
 from higgs_tune.sweep import study as studies

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from higgs_tune.config import SweepConfig, to_yaml, validate
+from higgs_tune.config import SweepConfig
+from higgs_tune.config_file import to_yaml, validate
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.records import read_json, read_metrics
 

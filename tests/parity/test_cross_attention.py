@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from higgs_tune.config import validate
+from higgs_tune.config_file import validate
 from higgs_tune.data.collate import collate, count_targets
 from higgs_tune.model.audio_attention import with_cross_attention
 from higgs_tune.model.packed_forward import packed_nll

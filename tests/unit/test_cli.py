@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from higgs_tune import cli
-from higgs_tune.config import SweepConfig, load_sweep, to_yaml, validate
+from higgs_tune.config import SweepConfig
+from higgs_tune.config_file import load_sweep, to_yaml, validate
 
 
 def parsed(*arguments: str) -> argparse.Namespace:

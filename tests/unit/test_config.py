@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 
 from higgs_tune import errors
-from higgs_tune.config import (
-    SweepConfig,
-    TrialConfig,
-    apply_overrides,
-    load_sweep,
-    read_yaml,
-    to_yaml,
-    validate,
-)
+from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.config_file import apply_overrides, load_sweep, read_yaml, to_yaml, validate
 from higgs_tune.errors import ConfigError
 from tests.models import trial
 

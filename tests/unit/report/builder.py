@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from higgs_tune import metrics as m
-from higgs_tune.config import SweepConfig, TrialConfig, to_yaml
+from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.config_file import to_yaml
 
 TARGETS = {
     "all_linear": ("attention", "text_mlp", "audio_mlp"),

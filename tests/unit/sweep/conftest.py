@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from higgs_tune.config import SweepConfig, validate
+from higgs_tune.config import SweepConfig
+from higgs_tune.config_file import validate
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from higgs_tune.config import load_sweep
+from higgs_tune.config_file import load_sweep
 from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.sweep import folder as folders
 from higgs_tune.sweep import study as studies
