@@ -28,7 +28,8 @@ class CrossIndex:
     Indices are local to the J adapters of the mode. S sequences of theirs.
     """
 
-    adapters_J: Tensor  # positions among the K adapters
+    adapters: tuple[int, ...]  # positions among the K adapters
+    adapters_J: Tensor  # the same
     audio_from_slot_SA: Tensor  # compact audio sequences ← flat (J, A) slots
     audio_slot_from_seq_JA: Tensor  # (J, A) slots ← flat compact audio sequences
     audio_position_SA: Tensor  # original positions, for RoPE
@@ -246,6 +247,7 @@ def _cross_index(adapters: Sequence[int], rows: Sequence[_Rows]) -> CrossIndex:
     )
     as_tensor = torch.from_numpy
     return CrossIndex(
+        adapters=tuple(adapters),
         adapters_J=torch.tensor(adapters),
         audio_from_slot_SA=as_tensor(audio[0]),
         audio_slot_from_seq_JA=as_tensor(audio[1]),

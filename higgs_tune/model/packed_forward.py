@@ -7,7 +7,6 @@ the last layer's feed-forward and the heads run at labelled rows only.
 Shape letters: as in data.collate; D hidden, H heads, E head size, J adapters of a cross_attention mode.
 """
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -16,70 +15,46 @@ from torch.nn import functional as F
 from transformers import HiggsAudioV2ForConditionalGeneration
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
     HiggsAudioV2DecoderLayer,
-    HiggsAudioV2RMSNorm,
     HiggsAudioV2RotaryEmbedding,
-    apply_rotary_pos_emb,
 )
 
 from higgs_tune.config import TargetPath
 from higgs_tune.data.collate import CrossIndex, PackBatch
+from higgs_tune.model.adapter_layout import Linears
 from higgs_tune.model.losses import codebook_nll_sum, text_nll_sum
-from higgs_tune.model.packed_lora import PackWeights, adapted_linear
-
-Linears = Mapping[str, nn.Linear]
-
-
-class _Rearrange(torch.autograd.Function):
-    """Copy rows to another layout; backward copies them back by the inverse index.
-
-    Cheaper than autograd's own gather, whose backward is a scatter-add. Rows that only pad the other
-    layout get no gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_ND: Tensor,
-        to: Tensor,
-        back: Tensor,
-        real: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(back, real)
-        return rows_ND.index_select(0, to)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        back, real = ctx.saved_tensors
-        grad = grads[0].index_select(0, back)
-        return grad.masked_fill_(~real[:, None], 0), None, None, None
+from higgs_tune.model.packed_lora import PackWeights
+from higgs_tune.model.packed_ops import (
+    adapted_linear,
+    new_linear,
+    new_scale,
+    rearrange,
+    rms_norm,
+    rotate,
+    swiglu,
+)
 
 
 class _Layout:
-    """Slots ↔ sequences of one batch."""
+    """Slots ↔ sequences: of the whole batch, or of one modality of some adapters."""
 
-    def __init__(self, batch: PackBatch) -> None:
-        self.to_seq = batch.seq_from_slot_RL.flatten()
-        self.to_slot = batch.slot_from_seq_KN.flatten()
-        every_seq = torch.arange(len(self.to_seq), device=self.to_seq.device)
-        every_slot = torch.arange(len(self.to_slot), device=self.to_slot.device)
-        self.real_seq = self.to_slot[self.to_seq] == every_seq
-        self.real_slot = self.to_seq[self.to_slot] == every_slot
-        self.num_seqs, self.length = batch.seq_from_slot_RL.shape
+    def __init__(self, seq_from_slot_SL: Tensor, slot_from_seq_KN: Tensor) -> None:
+        self._to_seq = seq_from_slot_SL.flatten()
+        self._to_slot = slot_from_seq_KN.flatten()
+        every_seq = torch.arange(len(self._to_seq), device=self._to_seq.device)
+        every_slot = torch.arange(len(self._to_slot), device=self._to_slot.device)
+        self._real_seq = self._to_slot[self._to_seq] == every_seq
+        self._real_slot = self._to_seq[self._to_slot] == every_slot
+        self._seq_shape, self._slot_shape = seq_from_slot_SL.shape, slot_from_seq_KN.shape
 
     def sequences(self, x_KNX: Tensor) -> Tensor:
-        """(K, N, X) slots → (R, L, X)."""
-        rows = _Rearrange.apply(x_KNX.flatten(0, 1), self.to_seq, self.to_slot, self.real_slot)
-        return rows.unflatten(0, (self.num_seqs, self.length))
+        """(K, N, X) slots → (S, L, X)."""
+        rows = rearrange(x_KNX.flatten(0, 1), self._to_seq, self._to_slot, self._real_slot)
+        return rows.unflatten(0, self._seq_shape)
 
-    def slots(self, x_RLX: Tensor, shape: torch.Size) -> Tensor:
-        """(R, L, X) sequences → (K, N, X)."""
-        rows = _Rearrange.apply(x_RLX.flatten(0, 1), self.to_slot, self.to_seq, self.real_seq)
-        return rows.unflatten(0, shape)
-
-
-def rms_norm(x: Tensor, norm: HiggsAudioV2RMSNorm) -> Tensor:
-    """The stock RMSNorm as one kernel."""
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    def slots(self, x_SLX: Tensor) -> Tensor:
+        """(S, L, X) sequences → (K, N, X)."""
+        rows = rearrange(x_SLX.flatten(0, 1), self._to_slot, self._to_seq, self._real_seq)
+        return rows.unflatten(0, self._slot_shape)
 
 
 def _group(prefix: str, module: nn.Module, names: tuple[str, ...]) -> Linears:
@@ -120,17 +95,14 @@ def head_groups(base: HiggsAudioV2ForConditionalGeneration) -> dict[TargetPath, 
     }
 
 
-def _mlp(x: Tensor, groups: list[Linears], weights: PackWeights | None) -> Tensor:
-    gate, up = adapted_linear(x, groups[0], weights)
-    return adapted_linear(F.silu(gate) * up, groups[1], weights)[0]
+def _mlp(x_KND: Tensor, groups: list[Linears], weights: PackWeights | None) -> Tensor:
+    return adapted_linear(swiglu(adapted_linear(x_KND, groups[0], weights)), groups[1], weights)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int, rope: tuple, **mask) -> Tensor:
-    """Attention over (S, L, width) projections; rope is (cos, sin) of the queries and of the keys."""
-    q, k, v = (t.unflatten(-1, (-1, head_dim)).transpose(1, 2) for t in (q, k, v))
-    (cos_q, sin_q), (cos_k, sin_k) = rope
-    q, _ = apply_rotary_pos_emb(q, q[:, :0], cos_q, sin_q)
-    k, _ = apply_rotary_pos_emb(k, k[:, :0], cos_k, sin_k)
+def _attend(q_SLHE: Tensor, k_SLHE: Tensor, v_SLX: Tensor, **mask: Any) -> Tensor:
+    """Attention over rotated queries and keys: (S, L, H·E)."""
+    v_SLHE = v_SLX.unflatten(-1, (-1, k_SLHE.shape[-1]))
+    q, k, v = (t.transpose(1, 2) for t in (q_SLHE, k_SLHE, v_SLHE))
     if "attn_mask" in mask:  # text_to_audio: a zero key and value in front, so no softmax is empty
         k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
     out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask)
@@ -142,70 +114,59 @@ class _Rope:
 
     def __init__(self, rotary: HiggsAudioV2RotaryEmbedding, length: int, like: Tensor) -> None:
         positions = torch.arange(length, device=like.device)[None]
-        self.cos_1LE, self.sin_1LE = rotary(like, positions)
+        self._cos_1LE, self._sin_1LE = rotary(like, positions)
 
-    def whole(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        table = (self.cos_1LE, self.sin_1LE)
-        return table, table
-
-    def at(self, position_SL: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cos_1LE[0][position_SL], self.sin_1LE[0][position_SL]
-
-
-def _cross_weight(name: str, cross: CrossIndex, weights: PackWeights) -> Tensor:
-    return weights.leaves[name].index_select(0, cross.adapters_J)
+    def __call__(self, x_SLX: Tensor, position_SL: Tensor | None = None) -> Tensor:
+        """Split heads and rotate: (S, L, X) → (S, L, H, E); positions default to 0, 1, …"""
+        cos, sin = self._cos_1LE, self._sin_1LE
+        if position_SL is not None:
+            cos, sin = cos[0][position_SL], sin[0][position_SL]
+        return rotate(x_SLX.unflatten(-1, (-1, cos.shape[-1])), cos, sin)
 
 
-def _audio_self(
-    prefix: str,
-    h_JAD: Tensor,
-    x_JAD: Tensor,
-    cross: CrossIndex,
-    weights: PackWeights,
-    rope: _Rope,
-    head_dim: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Audio rows read earlier audio rows; returns the new residual and what attention reads."""
-    name = f"{prefix}.audio_attn"
-    from_slot, back = cross.audio_from_slot_SA, cross.audio_slot_from_seq_JA
-    q, k, v = (
-        torch.bmm(
-            x_JAD, _cross_weight(f"{name}.{p}_proj.weight", cross, weights).transpose(1, 2)
-        ).flatten(0, 1)[from_slot]
-        for p in "qkv"
-    )
-    position = rope.at(cross.audio_position_SA)
-    out = _attend(q, k, v, head_dim, (position, position), is_causal=True)
-    o_JDO = _cross_weight(f"{name}.o_proj.weight", cross, weights).transpose(1, 2)
-    h_JAD = h_JAD + torch.bmm(out.flatten(0, 1)[back], o_JDO)
-    gain_JD = _cross_weight(f"{prefix}.audio_post_audio_attn_layer_norm.weight", cross, weights)
-    return h_JAD, F.rms_norm(h_JAD, h_JAD.shape[-1:], eps=eps) * gain_JD[:, None]
+class _Cross:
+    """The adapters of one cross_attention mode in one batch."""
 
+    def __init__(
+        self, index: CrossIndex, weights: PackWeights, rope: _Rope, widths: list[int]
+    ) -> None:
+        self.rows_J = index.adapters_J
+        self._index, self._weights, self._rope, self._widths = index, weights, rope, widths
+        self._audio = _Layout(index.audio_from_slot_SA, index.audio_slot_from_seq_JA)
+        self._text = _Layout(index.text_from_slot_ST, index.text_slot_from_seq_JT)
 
-def _text_to_audio(
-    prefix: str,
-    h_JTD: Tensor,
-    x_JTD: Tensor,
-    x_JAD: Tensor,
-    cross: CrossIndex,
-    weights: PackWeights,
-    rope: _Rope,
-    head_dim: int,
-) -> Tensor:
-    """Text rows read earlier audio rows; returns the new residual."""
-    name = f"{prefix}.text_audio_attn"
+    def _project(self, x_JND: Tensor, name: str, projections: str) -> Tensor:
+        names = tuple(f"{name}.{p}_proj.weight" for p in projections)
+        matrices = self._weights.new_tensors(names, self._index.adapters)
+        return new_linear(x_JND, self._weights.bank.anchor, matrices)
 
-    def project(x: Tensor, p: str, from_slot: Tensor) -> Tensor:
-        weight = _cross_weight(f"{name}.{p}_proj.weight", cross, weights)
-        return torch.bmm(x, weight.transpose(1, 2)).flatten(0, 1)[from_slot]
+    def audio_self(
+        self, prefix: str, h_JAD: Tensor, x_JAD: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Audio rows read earlier audio rows; returns the new residual and what attention reads."""
+        name = f"{prefix}.audio_attn"
+        qkv = self._audio.sequences(self._project(x_JAD, name, "qkv"))
+        q, k, v = qkv.split(self._widths, 2)
+        position_SA = self._index.audio_position_SA
+        out = _attend(self._rope(q, position_SA), self._rope(k, position_SA), v, is_causal=True)
+        h_JAD = h_JAD + self._project(self._audio.slots(out), name, "o")
+        gain = f"{prefix}.audio_post_audio_attn_layer_norm.weight"
+        gains = self._weights.new_tensors((gain,), self._index.adapters)
+        plain_JAD = rms_norm(h_JAD, h_JAD.new_ones(h_JAD.shape[2]), eps)
+        return h_JAD, new_scale(plain_JAD, self._weights.bank.anchor, gains)
 
-    q = project(x_JTD, "q", cross.text_from_slot_ST)
-    k, v = (project(x_JAD, p, cross.audio_from_slot_SA) for p in "kv")
-    positions = (rope.at(cross.text_position_ST), rope.at(cross.audio_position_SA))
-    out = _attend(q, k, v, head_dim, positions, attn_mask=cross.sees_audio_ST1A[:, None])
-    o_JDO = _cross_weight(f"{name}.o_proj.weight", cross, weights).transpose(1, 2)
-    return h_JTD + torch.bmm(out.flatten(0, 1)[cross.text_slot_from_seq_JT], o_JDO)
+    def text_to_audio(self, prefix: str, h_JTD: Tensor, x_JTD: Tensor, x_JAD: Tensor) -> Tensor:
+        """Text rows read earlier audio rows; returns the new residual."""
+        name, index = f"{prefix}.text_audio_attn", self._index
+        q = self._text.sequences(self._project(x_JTD, name, "q"))
+        k, v = self._audio.sequences(self._project(x_JAD, name, "kv")).split(self._widths[1:], 2)
+        out = _attend(
+            self._rope(q, index.text_position_ST),
+            self._rope(k, index.audio_position_SA),
+            v,
+            attn_mask=index.sees_audio_ST1A[:, None],
+        )
+        return h_JTD + self._project(self._text.slots(out), name, "o")
 
 
 def packed_nll(
@@ -236,98 +197,81 @@ def packed_logits(
         Text (K, M, V) and audio (K, M, C, V), each with its own M, in the base's dtype.
     """
     model, config = base.model, base.config
-    head_dim = config.head_dim
-    assert head_dim is not None
-    num_text = batch.text_ids_KT.shape[1]
     codes = batch.audio_codes_KAC + model.embed_audio_tokens.audio_tokens_offsets
-    h_KTD = F.embedding(batch.text_ids_KT, model.embed_tokens.weight)
-    h_KAD = F.embedding(codes, model.embed_audio_tokens.embed_audio_tokens.weight).sum(2)
-    h_KND = torch.cat([h_KTD, h_KAD], dim=1)
-    layout = _Layout(batch)
-    rope = _Rope(model.rotary_emb, layout.length, h_KND)
-    cross = batch.cross if weights is not None and h_KAD.shape[1] else {}
-    text_rows_KM, audio_rows_KM = batch.text_rows_KM[..., None], batch.audio_rows_KM[..., None]
+    h_text = F.embedding(batch.text_ids_KT, model.embed_tokens.weight)
+    h_audio = F.embedding(codes, model.embed_audio_tokens.embed_audio_tokens.weight).sum(2)
+    layout = _Layout(batch.seq_from_slot_RL, batch.slot_from_seq_KN)
+    rope = _Rope(model.rotary_emb, batch.seq_from_slot_RL.shape[1], h_text)
+    head_dim, eps = config.head_dim, config.rms_norm_eps
+    assert head_dim is not None
+    num_heads, num_kv = config.num_attention_heads, config.num_key_value_heads
+    widths = [n * head_dim for n in (num_heads, num_kv, num_kv)]
+    crosses = {}
+    if weights is not None and h_audio.shape[1]:
+        crosses = {m: _Cross(index, weights, rope, widths) for m, index in batch.cross.items()}
 
-    num_layers = len(model.layers)
-    for index, layer in enumerate(decoder_layers(base)):
+    layers = decoder_layers(base)
+    for index, layer in enumerate(layers):
         groups = layer_groups(index, layer)
-        x_text = rms_norm(h_KND[:, :num_text], layer.input_layernorm)
-        x_audio = rms_norm(h_KND[:, num_text:], layer.audio_input_layernorm)
-        if cross and weights is not None:
-            h_KND, x_text, x_audio = _cross_attention(
-                index, layer, h_KND, x_text, x_audio, cross, weights, rope, head_dim
+        x_text = rms_norm(h_text, layer.input_layernorm.weight, eps)
+        x_audio = rms_norm(h_audio, layer.audio_input_layernorm.weight, eps)
+        for mode, cross in crosses.items():
+            h_text, h_audio, x_text, x_audio = _cross_attention(
+                mode, cross, f"model.layers.{index}", layer, h_text, h_audio, x_text, x_audio
             )
         x_KND = torch.cat([x_text, x_audio], dim=1)
-        q, k, v = adapted_linear(x_KND, groups["attention"][0], weights)
-        qkv = layout.sequences(torch.cat([q, k, v], dim=2)).split(
-            [t.shape[2] for t in (q, k, v)], dim=2
-        )
-        attended = _attend(*qkv, head_dim, rope.whole(), is_causal=True)
-        attended = layout.slots(attended, batch.slot_from_seq_KN.shape)
-        if index == num_layers - 1:  # nothing reads the other rows any more
-            h_KND, attended = (
-                torch.cat(
-                    [
-                        t[:, :num_text].gather(1, text_rows_KM.expand(-1, -1, t.shape[2])),
-                        t[:, num_text:].gather(1, audio_rows_KM.expand(-1, -1, t.shape[2])),
-                    ],
-                    dim=1,
-                )
-                for t in (h_KND, attended)
-            )
-            num_text = text_rows_KM.shape[1]
-        h_KND = h_KND + adapted_linear(attended, groups["attention"][1], weights)[0]
-        h_text, h_audio = h_KND[:, :num_text], h_KND[:, num_text:]
-        x_text = rms_norm(h_text, layer.post_attention_layernorm)
-        x_audio = rms_norm(h_audio, layer.audio_post_attention_layernorm)
-        h_KND = torch.cat(
-            [
-                h_text + _mlp(x_text, groups["text_mlp"], weights),
-                h_audio + _mlp(x_audio, groups["audio_mlp"], weights),
-            ],
-            dim=1,
-        )
+        qkv = layout.sequences(adapted_linear(x_KND, groups["attention"][0], weights))
+        qk, v = qkv.split([widths[0] + widths[1], widths[2]], dim=2)
+        q, k = rope(qk).split([num_heads, num_kv], dim=2)
+        attended = layout.slots(_attend(q, k, v, is_causal=True))
+        a_text, a_audio = attended.split([h_text.shape[1], h_audio.shape[1]], dim=1)
+        if index == len(layers) - 1:  # nothing reads the other rows any more
+            h_text, a_text = (_pick(t, batch.text_rows_KM) for t in (h_text, a_text))
+            h_audio, a_audio = (_pick(t, batch.audio_rows_KM) for t in (h_audio, a_audio))
+            attended = torch.cat([a_text, a_audio], dim=1)
+        update = adapted_linear(attended, groups["attention"][1], weights)
+        u_text, u_audio = update.split([h_text.shape[1], h_audio.shape[1]], dim=1)
+        h_text, h_audio = h_text + u_text, h_audio + u_audio
+        x_text = rms_norm(h_text, layer.post_attention_layernorm.weight, eps)
+        x_audio = rms_norm(h_audio, layer.audio_post_attention_layernorm.weight, eps)
+        h_text = h_text + _mlp(x_text, groups["text_mlp"], weights)
+        h_audio = h_audio + _mlp(x_audio, groups["audio_mlp"], weights)
 
-    h_KND = rms_norm(h_KND, model.norm)
+    h_text, h_audio = (rms_norm(h, model.norm.weight, eps) for h in (h_text, h_audio))
     heads = head_groups(base)
-    text_logits = adapted_linear(h_KND[:, :num_text], heads["text_head"], weights)[0]
-    audio_logits = adapted_linear(h_KND[:, num_text:], heads["audio_head"], weights)[0]
+    text_logits = adapted_linear(h_text, heads["text_head"], weights)
+    audio_logits = adapted_linear(h_audio, heads["audio_head"], weights)
     codebooks = (config.num_codebooks, config.codebook_size)
     return text_logits, audio_logits.unflatten(-1, codebooks)
 
 
+def _pick(x_KND: Tensor, rows_KM: Tensor) -> Tensor:
+    """Some of each adapter's rows: (K, M, D)."""
+    return x_KND.gather(1, rows_KM[..., None].expand(-1, -1, x_KND.shape[2]))
+
+
 def _cross_attention(
-    index: int,
+    mode: str,
+    cross: _Cross,
+    prefix: str,
     layer: HiggsAudioV2DecoderLayer,
-    h_KND: Tensor,
+    h_text: Tensor,
+    h_audio: Tensor,
     x_text: Tensor,
     x_audio: Tensor,
-    cross: Mapping[str, CrossIndex],
-    weights: PackWeights,
-    rope: _Rope,
-    head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the new modules of the adapters that have some; the others' rows pass unchanged."""
-    prefix, num_text = f"model.layers.{index}", x_text.shape[1]
-    h_text, h_audio = h_KND[:, :num_text], h_KND[:, num_text:]
-    for mode, where in cross.items():
-        rows = where.adapters_J
-        if mode == "audio_self":
-            h, x = _audio_self(
-                prefix,
-                h_audio[rows],
-                x_audio[rows],
-                where,
-                weights,
-                rope,
-                head_dim,
-                layer.audio_input_layernorm.variance_epsilon,
-            )
-            h_audio, x_audio = h_audio.index_copy(0, rows, h), x_audio.index_copy(0, rows, x)
-        else:
-            h = _text_to_audio(
-                prefix, h_text[rows], x_text[rows], x_audio[rows], where, weights, rope, head_dim
-            )
-            h_text = h_text.index_copy(0, rows, h)
-            x_text = x_text.index_copy(0, rows, rms_norm(h, layer.input_layernorm))
-    return torch.cat([h_text, h_audio], dim=1), x_text, x_audio
+    rows = cross.rows_J
+    read = x_audio.index_select(0, rows)
+    if mode == "audio_self":
+        eps = layer.audio_input_layernorm.variance_epsilon
+        h, x = cross.audio_self(prefix, h_audio.index_select(0, rows), read, eps)
+        h_audio, x_audio = h_audio.index_copy(0, rows, h), x_audio.index_copy(0, rows, x)
+    else:
+        own, asks = h_text.index_select(0, rows), x_text.index_select(0, rows)
+        h = cross.text_to_audio(prefix, own, asks, read)
+        norm = layer.input_layernorm
+        h_text = h_text.index_copy(0, rows, h)
+        x = rms_norm(h, norm.weight, norm.variance_epsilon)
+        x_text = x_text.index_copy(0, rows, x)
+    return h_text, h_audio, x_text, x_audio

@@ -1,177 +1,247 @@
 """The parameters of a pack: one flat row per adapter, seen module by module.
 
-All LoRA factors (and the new cross-attention modules) of K slots live in one (K, P) buffer; each module
-sees a leaf tensor that aliases its columns, and autograd adds gradients straight into a second (K, P)
-buffer. So clearing, clipping and stepping are a few whole-buffer operations whatever the model's depth.
-Ranks below the pack's are padded with zeros: with A and B both zero there, both gradients are zero and
-stay so. What an adapter does not target is zero for the same reason.
+The LoRA factors of K slots live in one (K, P) buffer, every slot laid out densely for its own rank, so
+that no matmul multiplies padding; slots of equal rank have equal offsets. The new cross-attention
+modules of an adapter, large and wanted by few, live in a buffer of their own while it is seated. Clearing,
+clipping and stepping are operations on a few long ranges whatever the model's depth.
 
-Shape letters: K slots (or adapters of a batch), P columns, N rows, D inputs, O outputs, r padded rank.
+Shape letters: K slots (or adapters of a batch), k adapters of a run, P columns, N rows, D inputs,
+O outputs, r rank.
 """
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-# Views of a bank are strided by design; autograd adds into them in place all the same.
-warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-
-_ALIGN = 8  # columns; keeps bf16 views on 16-byte borders
+from higgs_tune.config import TargetPath
+from higgs_tune.model.adapter_layout import (
+    Kind,
+    Layout,
+    Linears,
+    Named,
+    Storage,
+    Where,
+    lora_layout,
+)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of every slot, at fixed columns of the bank."""
+class Part:
+    """A contiguous range of one adapter's parameters."""
 
-    name: str
-    shape: tuple[int, ...]  # per slot
-    path: str  # target path it belongs to
     kind: Literal["lora", "new"]
-    offset: int = 0
-
-    @property
-    def numel(self) -> int:
-        """Columns taken, without alignment."""
-        return int(torch.Size(self.shape).numel())
+    path: TargetPath
+    storage: Storage
+    where: Where
 
 
-def group_entries(group: Mapping[str, nn.Linear], path: str, rank: int) -> list[Entry]:
-    """Entries of one input group: the A factors stacked, so that one matmul reads the input once."""
-    first = next(iter(group.values()))
-    entries = [Entry(f"{'+'.join(group)}.A", (rank * len(group), first.in_features), path, "lora")]
-    return entries + [
-        Entry(f"{name}.B", (linear.out_features, rank), path, "lora")
-        for name, linear in group.items()
-    ]
+@dataclass(eq=False)
+class Seat:
+    """What a slot holds."""
+
+    rank: int
+    scale: float
+    paths: frozenset[TargetPath]  # adapted by LoRA
+    layout: Layout
+    new_layout: Layout
+    new: Storage | None
 
 
 class AdapterBank:
-    """Master weights, gradients and Adam moments of K slots."""
+    """The parameters of up to K adapters."""
 
     def __init__(
-        self, entries: Sequence[Entry], num_slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        groups: Sequence[tuple[TargetPath, Linears]],
+        num_slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.entries: dict[str, Entry] = {}
-        offset = 0
-        for entry in entries:
-            self.entries[entry.name] = Entry(
-                entry.name, entry.shape, entry.path, entry.kind, offset
-            )
-            offset += -(-entry.numel // _ALIGN) * _ALIGN
-        shape = (num_slots, offset)
         self.num_slots = num_slots
-        self.master_KP = torch.zeros(shape, device=device)
-        self.exp_avg_KP = torch.zeros(shape, device=device)
-        self.exp_avg_sq_KP = torch.zeros(shape, device=device)
-        # compute and gradient are in the base's dtype; in fp32 compute is the master itself
-        self.compute_KP = (
-            self.master_KP
-            if dtype == torch.float32
-            else torch.zeros(shape, dtype=dtype, device=device)
-        )
-        self.grad_KP = torch.zeros(shape, dtype=dtype, device=device)
-        # fp32 sums over the micro-batches of a step, made when first needed
-        self.grad_sum_KP: Tensor | None = None
-        self.leaves: dict[str, Tensor] = {}
-        for name in self.entries:
-            leaf = self.view(self.compute_KP, name).detach().requires_grad_()
-            leaf.grad = self.view(self.grad_KP, name)
-            self.leaves[name] = leaf
+        self.device, self._dtype, self._groups = device, dtype, groups
+        self._layouts: dict[int, Layout] = {}
+        self.lora = Storage((num_slots, self._layout(max_rank).num_columns), dtype, device)
+        self.seats: dict[int, Seat] = {}
+        self._packs: dict[tuple[int, ...], PackWeights] = {}
+        # makes a frozen input's product differentiable; never gets a gradient
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
 
-    def view(self, buffer_KP: Tensor, name: str) -> Tensor:
-        """One entry's columns of a bank-shaped buffer, (K, *entry.shape), no copy."""
-        entry = self.entries[name]
-        columns = buffer_KP[:, entry.offset : entry.offset + entry.numel]
-        return columns.unflatten(1, entry.shape)
+    def seat(
+        self,
+        slot: int,
+        rank: int,
+        scale: float,
+        paths: Iterable[TargetPath],
+        new: Sequence[Named] = (),
+    ) -> None:
+        """Lay a free slot out for an adapter; all its parameters are zero."""
+        assert slot not in self.seats, slot
+        new_layout = Layout([new])
+        size = (new_layout.num_columns,)
+        storage = Storage(size, self._dtype, self.device) if new else None
+        adapted = frozenset(paths)
+        self.seats[slot] = Seat(rank, scale, adapted, self._layout(rank), new_layout, storage)
+        self._packs.clear()
 
-    def columns(self, *, path: str | None = None, kind: str | None = None) -> list[slice]:
-        """Column ranges of a path or kind, adjacent ranges merged."""
-        merged: list[slice] = []
-        for entry in self.entries.values():
-            if path not in (None, entry.path) or kind not in (None, entry.kind):
-                continue
-            start, stop = entry.offset, entry.offset + -(-entry.numel // _ALIGN) * _ALIGN
-            if merged and merged[-1].stop == start:
-                start = merged.pop().start
-            merged.append(slice(start, stop))
-        return merged
+    def clear(self, slot: int) -> None:
+        """Free a slot and zero everything it held."""
+        if self.seats.pop(slot, None) is not None:
+            for buffer in self.lora.buffers():
+                buffer[slot].zero_()
+            self._packs.clear()
 
-    def clear_slot(self, slot: int) -> None:
-        """Zero everything a slot holds."""
-        buffers = (
-            self.master_KP,
-            self.exp_avg_KP,
-            self.exp_avg_sq_KP,
-            self.compute_KP,
-            self.grad_KP,
-        )
-        for buffer in buffers:
-            buffer[slot].zero_()
-        if self.grad_sum_KP is not None:
-            self.grad_sum_KP[slot].zero_()
+    def views(self, slot: int, kind: Kind) -> dict[str, Tensor]:
+        """Full names → the adapter's tensors in one of the buffers, no copy."""
+        seat = self.seats[slot]
+        row_P: Tensor = getattr(self.lora, kind)[slot]
+        views = {
+            entry.name: row_P[entry.columns].view(entry.shape)
+            for entry in seat.layout.entries.values()
+            if entry.path in seat.paths
+        }
+        if seat.new is not None:
+            flat: Tensor = getattr(seat.new, kind)
+            for entry in seat.new_layout.entries.values():
+                views[entry.name] = flat[entry.columns].view(entry.shape)
+        return views
 
-    def keep_gradients(self) -> None:
-        """Make room for another micro-batch: bf16 gradients go to an fp32 sum, fp32 ones add up."""
-        if self.grad_KP.dtype == torch.float32:
-            return
-        if self.grad_sum_KP is None:
-            self.grad_sum_KP = torch.zeros_like(self.grad_KP, dtype=torch.float32)
-        self.grad_sum_KP += self.grad_KP
-        self.grad_KP.zero_()
+    def parts(self, slot: int) -> list[Part]:
+        """The adapter's own ranges: LoRA path by path, then the new modules."""
+        seat = self.seats[slot]
+        parts = [
+            Part("lora", path, self.lora, (slot, columns))
+            for path in sorted(seat.paths)
+            for columns in seat.layout.ranges([path])
+        ]
+        if seat.new is not None:
+            parts.append(Part("new", "audio_attention", seat.new, (slice(None),)))
+        return parts
 
-    def take_gradients(self) -> Tensor:
-        """The step's gradients in fp32, (K, P); those kept so far are cleared."""
-        grad_KP = self.grad_KP.float()
-        if self.grad_sum_KP is None:
-            return grad_KP
-        total_KP = self.grad_sum_KP + grad_KP
-        self.grad_sum_KP.zero_()
-        return total_KP
+    def storages(self) -> Iterator[Storage]:
+        """The LoRA buffers and those of the new modules."""
+        yield self.lora
+        yield from (seat.new for seat in self.seats.values() if seat.new is not None)
+
+    def keep_gradients(self, slots: Iterable[int]) -> None:
+        """Make room for another micro-batch of these adapters' steps."""
+        for slot in slots:
+            for part in self.parts(slot):
+                part.storage.keep_gradient(part.where)
+
+    def clear_gradients(self) -> None:
+        """Zero what a step has used."""
+        for slot in self.seats:
+            for part in self.parts(slot):
+                part.storage.clear_gradient(part.where)
 
     def refresh_compute(self) -> None:
         """Copy the master weights to the compute copy, where that is another tensor."""
-        if self.compute_KP is not self.master_KP:
-            self.compute_KP.copy_(self.master_KP)
+        for storage in self.storages():
+            if storage.compute is not storage.master:
+                storage.compute.copy_(storage.master)
+
+    def pack(self, slots: tuple[int, ...]) -> "PackWeights":
+        """The adapters at a batch's slots."""
+        if slots not in self._packs:
+            self._packs[slots] = PackWeights(self, slots)
+        return self._packs[slots]
+
+    def _layout(self, rank: int) -> Layout:
+        if rank not in self._layouts:
+            self._layouts[rank] = lora_layout(self._groups, rank)
+        return self._layouts[rank]
 
 
 @dataclass(frozen=True, eq=False)
-class PackWeights:
-    """The adapters of one batch: the bank's leaves at the batch's slots, and their LoRA scales."""
+class Run:
+    """Adapters whose rows share a matmul: neighbours in the bank with one rank and one scale.
 
-    leaves: Mapping[str, Tensor]
-    scale_K11: Tensor  # float32
-
-    @classmethod
-    def of(cls, bank: AdapterBank, slots: Sequence[int], scale_K: Tensor) -> "PackWeights":
-        """Select `slots` (ascending); no copy when that is all of them."""
-        if len(slots) == bank.num_slots:
-            return cls(bank.leaves, scale_K[:, None, None])
-        index = torch.tensor(slots, device=bank.compute_KP.device)
-        leaves = {name: leaf.index_select(0, index) for name, leaf in bank.leaves.items()}
-        return cls(leaves, scale_K.index_select(0, index)[:, None, None])
-
-
-def adapted_linear(
-    x_KND: Tensor, group: Mapping[str, nn.Linear], weights: PackWeights | None
-) -> list[Tensor]:
-    """Apply the linears of one input group, each adapter's rows with its own LoRA.
-
-    Returns:
-        (K, N, O) for each linear, in the group's order. Row-wise matmuls keep a NaN in its adapter.
+    A run of one has an integer for its rows and no leading dimension.
     """
-    outputs = [F.linear(x_KND, linear.weight, linear.bias) for linear in group.values()]
-    if weights is None:
-        return outputs
-    a_KrD = weights.leaves.get(f"{'+'.join(group)}.A")
-    if a_KrD is None:
-        return outputs
-    z_KNr = (torch.bmm(x_KND, a_KrD.transpose(1, 2)) * weights.scale_K11).to(x_KND.dtype)
-    return [
-        torch.baddbmm(y_KNO, z, weights.leaves[f"{name}.B"].transpose(1, 2))
-        for y_KNO, z, name in zip(outputs, z_KNr.chunk(len(group), dim=2), group, strict=True)
-    ]
+
+    rows: int | slice  # positions among the batch's adapters
+    scale: float
+    a_krD: Tensor  # factors of the group's linears, stacked
+    a_grad_krD: Tensor
+    b_kOr: list[Tensor]  # of each linear
+    b_grad_kOr: list[Tensor]
+
+
+@dataclass(eq=False)
+class PackWeights:
+    """The adapters of one batch as the forward wants them."""
+
+    bank: AdapterBank
+    slots: tuple[int, ...]
+    _runs: dict[str, list[Run]] = field(default_factory=dict)
+    _new: dict[tuple[str, ...], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def runs(self, group: Linears) -> list[Run]:
+        """The runs of an input group; adapters that do not target it are in none."""
+        first = next(iter(group))
+        if first not in self._runs:
+            self._runs[first] = [self._run(span, group) for span in self._spans(first)]
+        return self._runs[first]
+
+    def new_tensors(
+        self, names: tuple[str, ...], adapters: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each of these adapters the named new weights, stacked, and their gradient."""
+        key = (*names, *map(str, adapters))
+        if key not in self._new:
+            self._new[key] = [self._new_tensor(self.slots[j], names) for j in adapters]
+        return self._new[key]
+
+    def _new_tensor(self, slot: int, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        seat = self.bank.seats[slot]
+        assert seat.new is not None
+        entries = [seat.new_layout.entries[name] for name in names]
+        columns = slice(entries[0].columns.start, entries[-1].columns.stop)
+        shape = (-1, *entries[0].shape[1:])
+        return seat.new.compute[columns].view(shape), seat.new.grad[columns].view(shape)
+
+    def _spans(self, name: str) -> list[tuple[int, int]]:
+        """Positions [start, stop) of neighbours that may share a matmul.
+
+        On a CPU every adapter multiplies alone: a matmul of its own is as fast there, and what it
+        computes does not depend on who sits beside it, to the last bit.
+        """
+        seats = self.bank.seats
+        spans: list[tuple[int, int]] = []
+        for position, slot in enumerate(self.slots):
+            seat = seats[slot]
+            factor = seat.layout.entries.get(f"{name}.lora_A.weight")  # None: no trial adapts it
+            if factor is None or factor.path not in seat.paths:
+                continue
+            if spans and spans[-1][1] == position and self.bank.device.type != "cpu":
+                before = self.slots[position - 1]
+                like = (seats[before].rank, seats[before].scale) == (seat.rank, seat.scale)
+                if like and slot == before + 1:
+                    spans[-1] = (spans[-1][0], position + 1)
+                    continue
+            spans.append((position, position + 1))
+        return spans
+
+    def _run(self, span: tuple[int, int], group: Linears) -> Run:
+        start, stop = span
+        seat = self.bank.seats[self.slots[start]]
+        first, last = self.slots[start], self.slots[stop - 1]
+        where = first if first == last else slice(first, last + 1)
+        entries = seat.layout.entries
+        a = [entries[f"{name}.lora_A.weight"] for name in group]
+        a_columns = slice(a[0].columns.start, a[-1].columns.stop)
+        a_shape = (seat.rank * len(a), a[0].shape[1])
+        b = [entries[f"{name}.lora_B.weight"] for name in group]
+        compute, grad = self.bank.lora.compute[where], self.bank.lora.grad[where]
+        return Run(
+            rows=start if first == last else slice(start, stop),
+            scale=seat.scale,
+            a_krD=compute[..., a_columns].unflatten(-1, a_shape),
+            a_grad_krD=grad[..., a_columns].unflatten(-1, a_shape),
+            b_kOr=[compute[..., entry.columns].unflatten(-1, entry.shape) for entry in b],
+            b_grad_kOr=[grad[..., entry.columns].unflatten(-1, entry.shape) for entry in b],
+        )

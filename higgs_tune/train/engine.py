@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from higgs_tune.config import CrossAttention, TargetPath, TrialConfig
+from higgs_tune.config import TargetPath, TrialConfig
 from higgs_tune.data.collate import PackBatch, TargetCounts
 from higgs_tune.model import targets as target_rules
+from higgs_tune.model.adapter_layout import Kind, Linears, Named
 from higgs_tune.model.audio_attention import (
-    MODULE_NAMES,
     initial_new_modules,
     new_module_shapes,
 )
 from higgs_tune.model.load import Base
 from higgs_tune.model.packed_forward import (
-    Linears,
     decoder_layers,
     head_groups,
     layer_groups,
     packed_nll,
 )
-from higgs_tune.model.packed_lora import AdapterBank, Entry, PackWeights, group_entries
+from higgs_tune.model.packed_lora import AdapterBank
+from higgs_tune.train.lanes import Lanes
 from higgs_tune.train.optim import RowStep, adamw_step, learning_rate_factor
 
 
@@ -39,7 +39,6 @@ class PackLimits:
     num_slots: int
     max_rank: int
     paths: frozenset[TargetPath]  # union over all trials
-    modes: frozenset[CrossAttention] = frozenset({"off"})  # cross_attention values
 
     @classmethod
     def of(cls, configs: Sequence[TrialConfig], num_slots: int) -> "PackLimits":
@@ -48,7 +47,6 @@ class PackLimits:
             num_slots=num_slots,
             max_rank=max(config.rank for config in configs),
             paths=frozenset(path for config in configs for path in config.targets),
-            modes=frozenset(config.cross_attention for config in configs),
         )
 
 
@@ -82,19 +80,11 @@ class Engine:
         self.device = next(base.model.parameters()).device
         self.num_codebooks: int = base.model.config.num_codebooks
         self.lora_groups = _lora_groups(base, limits.paths)
-        entries = [
-            entry
-            for path, group in self.lora_groups
-            for entry in group_entries(group, path, limits.max_rank)
-        ]
-        for mode in sorted(limits.modes):
-            entries += [
-                Entry(name, tuple(shape), "audio_attention", "new")
-                for name, shape in new_module_shapes(base.model, mode).items()
-            ]
         dtype = next(base.model.parameters()).dtype
-        self.bank = AdapterBank(entries, limits.num_slots, dtype, self.device)
-        self.scale_K = torch.zeros(limits.num_slots, device=self.device)
+        self.bank = AdapterBank(
+            self.lora_groups, limits.num_slots, limits.max_rank, dtype, self.device
+        )
+        self.lanes = Lanes(self.device)
         self.alive_K = torch.ones(limits.num_slots, dtype=torch.bool, device=self.device)
         self.residents: dict[str, Resident] = {}
 
@@ -114,15 +104,22 @@ class Engine:
         if config.rank > limits.max_rank or not set(config.targets) <= limits.paths:
             raise ValueError(f"{trial_id}: rank {config.rank}, {config.targets} exceed {limits}")
         resident = Resident(trial_id, free[0], config, self._account(config))
-        self.bank.clear_slot(resident.slot)
-        self.scale_K[resident.slot] = config.alpha / config.rank
-        self.alive_K[resident.slot] = True
         weights = state.weights if state else self._initial_weights(config)
-        self._write(self.bank.master_KP, resident, weights)
-        if state:
-            self._write(self.bank.exp_avg_KP, resident, state.exp_avg)
-            self._write(self.bank.exp_avg_sq_KP, resident, state.exp_avg_sq)
-            resident.step = state.step
+        shapes = new_module_shapes(self.base.model, config.cross_attention)
+        new: list[Named] = [
+            (name, tuple(shape), "audio_attention") for name, shape in shapes.items()
+        ]
+        self.bank.seat(resident.slot, config.rank, config.alpha / config.rank, config.targets, new)
+        try:
+            self._write(resident, "master", weights)
+            if state:
+                self._write(resident, "exp_avg", state.exp_avg)
+                self._write(resident, "exp_avg_sq", state.exp_avg_sq)
+                resident.step = state.step
+        except ValueError:
+            self.bank.clear(resident.slot)
+            raise
+        self.alive_K[resident.slot] = True
         self.bank.refresh_compute()
         self.residents[trial_id] = resident
         return resident
@@ -130,8 +127,7 @@ class Engine:
     def remove(self, trial_id: str) -> None:
         """Free the adapter's slot; the others keep theirs."""
         resident = self.residents.pop(trial_id)
-        self.bank.clear_slot(resident.slot)
-        self.scale_K[resident.slot] = 0.0
+        self.bank.clear(resident.slot)
 
     def forward_backward(
         self, batch: PackBatch, counts: Mapping[int, TargetCounts]
@@ -156,7 +152,7 @@ class Engine:
             for codebook, number in enumerate(count.audio_C):
                 if number:
                     audio_KC[k, codebook] = share / int(number)
-        weights = PackWeights.of(self.bank, batch.slots, self.scale_K)
+        weights = self.bank.pack(batch.slots)
         text_sum_K, audio_sum_KC = packed_nll(self.base.model, batch, weights)
         loss = (text_sum_K * text_K.to(self.device, non_blocking=True)).sum()
         loss = loss + (audio_sum_KC * audio_KC.to(self.device, non_blocking=True)).sum()
@@ -175,9 +171,7 @@ class Engine:
             resident.step += 1
             rows[resident.slot] = RowStep(
                 learning_rate=rate,
-                new_module_learning_rate=(
-                    None if config.cross_attention == "off" else rate * config.new_module_lr_factor
-                ),
+                new_module_learning_rate=rate * config.new_module_lr_factor,
                 weight_decay=config.weight_decay,
                 clip_norm=config.clip_norm,
                 step=resident.step,
@@ -187,30 +181,25 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: PackBatch, *, bare: bool = False) -> tuple[Tensor, Tensor]:
         """Summed nats of a batch, text (K,) and audio (K, C); `bare` leaves the adapters out."""
-        weights = None if bare else PackWeights.of(self.bank, batch.slots, self.scale_K)
+        weights = None if bare else self.bank.pack(batch.slots)
         return packed_nll(self.base.model, batch, weights)
 
     def state(self, trial_id: str) -> AdapterState:
         """Copy what `add` needs to go on exactly."""
         resident = self.residents[trial_id]
-        bank = self.bank
 
-        def copy(buffer_KP: Tensor) -> dict[str, Tensor]:
-            views = self._views(buffer_KP, resident)
+        def copy(kind: Kind) -> dict[str, Tensor]:
+            views = self.bank.views(resident.slot, kind)
             return {name: view.detach().cpu().clone() for name, view in views.items()}
 
-        return AdapterState(
-            resident.step, copy(bank.master_KP), copy(bank.exp_avg_KP), copy(bank.exp_avg_sq_KP)
-        )
+        return AdapterState(resident.step, copy("master"), copy("exp_avg"), copy("exp_avg_sq"))
 
     def gradient_shares(self, trial_id: str) -> dict[str, float]:
         """Target path → share of the squared norm of the averaged gradient; waits for the device."""
         resident = self.residents[trial_id]
-        average_P = self.bank.exp_avg_KP[resident.slot]
-        squares = {
-            path: sum(float(average_P[c].square().sum()) for c in self.bank.columns(path=path))
-            for path in resident.config.targets
-        }
+        squares = dict.fromkeys(resident.config.targets, 0.0)
+        for part in self.bank.parts(resident.slot):
+            squares[part.path] += float(part.storage.exp_avg[part.where].square().sum())
         total = sum(squares.values())
         return {path: square / total for path, square in squares.items()} if total > 0 else {}
 
@@ -218,27 +207,8 @@ class Engine:
         """Slot → cross_attention of the residents."""
         return {r.slot: r.config.cross_attention for r in self.residents.values()}
 
-    def _views(self, buffer_KP: Tensor, resident: Resident) -> dict[str, Tensor]:
-        """The adapter's own part of a bank buffer: PEFT's shapes and its rank, without padding."""
-        config, padded = resident.config, self.limits.max_rank
-        views: dict[str, Tensor] = {}
-        for path, group in self.lora_groups:
-            if path not in config.targets:
-                continue
-            a_stacked = self.bank.view(buffer_KP, f"{'+'.join(group)}.A")[resident.slot]
-            for position, name in enumerate(group):
-                start = position * padded
-                views[f"{name}.lora_A.weight"] = a_stacked[start : start + config.rank]
-                b = self.bank.view(buffer_KP, f"{name}.B")[resident.slot]
-                views[f"{name}.lora_B.weight"] = b[:, : config.rank]
-        new_modules = MODULE_NAMES[config.cross_attention]
-        for entry in self.bank.entries.values():
-            if entry.kind == "new" and entry.name.split(".")[3] in new_modules:
-                views[entry.name] = self.bank.view(buffer_KP, entry.name)[resident.slot]
-        return views
-
-    def _write(self, buffer_KP: Tensor, resident: Resident, tensors: Mapping[str, Tensor]) -> None:
-        views = self._views(buffer_KP, resident)
+    def _write(self, resident: Resident, kind: Kind, tensors: Mapping[str, Tensor]) -> None:
+        views = self.bank.views(resident.slot, kind)
         if views.keys() != tensors.keys():
             odd = sorted(views.keys() ^ tensors.keys())
             raise ValueError(f"{resident.trial_id}: state does not fit its targets at {odd[:3]}")

@@ -8,7 +8,7 @@ import math
 import resource
 import time
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from higgs_tune import metrics
 from higgs_tune.config import (
     BaseSettings,
-    CrossAttention,
     DataSettings,
     SweepConfig,
     TargetPath,
@@ -184,22 +183,36 @@ class PackLoop:
             counts[slot] = count_targets(examples, self.engine.num_codebooks)
             micro[slot] = split_micro_batches(examples, config.token_budget)
             run.num_rows += sum(e.num_rows for e in examples)
-        sums: dict[int, list[tuple[Tensor, Tensor]]] = {slot: [] for slot in by_slot}
-        modes = self.engine.modes()
-        for index in range(max(len(batches) for batches in micro.values())):
-            part = {slot: batches[index] for slot, batches in micro.items() if index < len(batches)}
-            batch = collate(part, modes).to(self.engine.device)
-            if index:
-                self.engine.bank.keep_gradients()
-            text_K, audio_KC = self.engine.forward_backward(batch, counts)
-            for k, slot in enumerate(batch.slots):
-                sums[slot].append((text_K[k], audio_KC[k]))
+        rows = {
+            slot: sum(e.num_rows for part in parts for e in part) for slot, parts in micro.items()
+        }
+        tasks = [
+            partial(self._accumulate, {slot: micro[slot] for slot in lane}, counts)
+            for lane in self.engine.lanes.split(rows)
+        ]
+        sums = {slot: sums for lane in self.engine.lanes.run(tasks) for slot, sums in lane.items()}
         norm_K = self.engine.optim_step(list(active))
         for slot, run in by_slot.items():
             text = torch.stack([t for t, _ in sums[slot]]).sum()
             audio_C = torch.stack([a for _, a in sums[slot]]).sum(0)
             run.sums.append((text, audio_C, counts[slot]))
             run.norms.append(norm_K[slot])
+
+    def _accumulate(
+        self, micro: dict[int, list[list[Encoded]]], counts: dict[int, TargetCounts]
+    ) -> dict[int, list[tuple[Tensor, Tensor]]]:
+        """Add up the gradients of these slots' micro-batches; returns the summed nats of each."""
+        sums: dict[int, list[tuple[Tensor, Tensor]]] = {slot: [] for slot in micro}
+        modes = self.engine.modes()
+        for index in range(max(len(batches) for batches in micro.values())):
+            part = {slot: batches[index] for slot, batches in micro.items() if index < len(batches)}
+            batch = collate(part, modes).to(self.engine.device)
+            if index:
+                self.engine.bank.keep_gradients(part)
+            text_K, audio_KC = self.engine.forward_backward(batch, counts)
+            for k, slot in enumerate(batch.slots):
+                sums[slot].append((text_K[k], audio_KC[k]))
+        return sums
 
     def _train_metrics(self, run: _Run, interval_s: float) -> dict[str, Any]:
         """The interval's means over its targets; NaN where it had none of a modality.
@@ -275,12 +288,10 @@ def sweep_loop(config: SweepConfig, *, num_slots: int, device: str) -> PackLoop:
     names = {*config.space.target_set, config.baseline.target_set}
     paths: set[TargetPath] = {"audio_attention"}
     paths.update(path for name in names for path in config.target_sets[name])
-    modes: set[CrossAttention] = {*config.space.cross_attention, "off", "audio_self"}
     limits = PackLimits(
         num_slots=num_slots,
         max_rank=max(*config.space.rank, config.baseline.rank),
         paths=frozenset(paths),
-        modes=frozenset(modes),
     )
     base = config.base.model_copy(update={"device": device})
     return PackLoop.load(base, config.data, limits)

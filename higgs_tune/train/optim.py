@@ -1,6 +1,6 @@
 """AdamW over a bank whose every row has its own rate, step count, clip and health.
 
-Shape letters: K slots, P columns.
+Shape letters: K slots.
 """
 
 import math
@@ -37,7 +37,7 @@ class RowStep:
     """What one slot does in this optimizer step."""
 
     learning_rate: float
-    new_module_learning_rate: float | None  # None: the row has no new modules
+    new_module_learning_rate: float
     weight_decay: float
     clip_norm: float
     step: int  # 1-based, for the bias correction
@@ -58,38 +58,38 @@ def adamw_step(bank: AdapterBank, rows: dict[int, RowStep], alive_K: Tensor) -> 
 
     Source: Loshchilov and Hutter 2019 (AdamW); parity with torch.optim.AdamW is tested.
     """
-    grad_KP = bank.take_gradients()
-    norm_K = torch.linalg.vector_norm(grad_KP, dim=1)
-    resting = [slot for slot in range(bank.num_slots) if slot not in rows]
-    finite_K = torch.isfinite(norm_K)
-    finite_K[resting] = True
-    alive_K.logical_and_(finite_K)
-    dead_K = (~alive_K).float()
+    norm_K = torch.zeros(bank.num_slots, device=alive_K.device)
     for slot, row in rows.items():
-        clip = ((norm_K[slot] + 1e-6) / row.clip_norm).clamp(min=1.0)
-        step = torch.full((), float(row.step), device=norm_K.device)
-        rates = {"lora": row.learning_rate, "new": row.new_module_learning_rate}
-        for kind, rate in rates.items():
-            if rate is None:
+        parts = bank.parts(slot)
+        gradients = [part.storage.gradient(part.where) for part in parts]
+        norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
+        norm_K[slot] = norm
+        alive_K[slot] &= torch.isfinite(norm)
+        clip = ((norm + 1e-6) / row.clip_norm).clamp(min=1.0)
+        step = torch.full((), float(row.step), device=norm.device)
+        for kind, rate in (("lora", row.learning_rate), ("new", row.new_module_learning_rate)):
+            chosen = [n for n, part in enumerate(parts) if part.kind == kind]
+            if not chosen:
                 continue
-            for columns in bank.columns(kind=kind):
-                buffers = (bank.master_KP, grad_KP, bank.exp_avg_KP, bank.exp_avg_sq_KP)
-                # torch.optim.AdamW(fused=True) calls this; the optimizer's class would add a host
-                # sync for a row that must rest. One pass over memory instead of a dozen.
-                torch.ops.aten._fused_adamw_(
-                    *([buffer[slot, columns]] for buffer in buffers),
-                    [],
-                    [step],
-                    lr=rate,
-                    beta1=BETA_1,
-                    beta2=BETA_2,
-                    weight_decay=row.weight_decay,
-                    eps=EPS,
-                    amsgrad=False,
-                    maximize=False,
-                    grad_scale=clip,  # gradients are divided by it
-                    found_inf=dead_K[slot],  # 1 leaves everything as it is
-                )
+            # torch.optim.AdamW(fused=True) calls this; the optimizer's class would add a host
+            # sync for a row that must rest. One pass over memory instead of a dozen.
+            torch.ops.aten._fused_adamw_(
+                [parts[n].storage.master[parts[n].where] for n in chosen],
+                [gradients[n] for n in chosen],
+                [parts[n].storage.exp_avg[parts[n].where] for n in chosen],
+                [parts[n].storage.exp_avg_sq[parts[n].where] for n in chosen],
+                [],
+                [step] * len(chosen),
+                lr=rate,
+                beta1=BETA_1,
+                beta2=BETA_2,
+                weight_decay=row.weight_decay,
+                eps=EPS,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=clip,  # gradients are divided by it
+                found_inf=(~alive_K[slot]).float(),  # 1 leaves everything as it is
+            )
     bank.refresh_compute()
-    bank.grad_KP.zero_()
+    bank.clear_gradients()
     return norm_K

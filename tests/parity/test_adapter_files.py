@@ -26,7 +26,7 @@ def trained(tmp_path, **changes):
     engine.add("wider", wider)
     engine.add("a", config)
     generator = torch.Generator().manual_seed(0)
-    for view in engine._views(engine.bank.master_KP, engine.residents["a"]).values():
+    for view in engine.bank.views(engine.residents["a"].slot, "master").values():
         view.copy_(0.1 * torch.randn(view.shape, generator=generator))
     save_adapter(tmp_path, engine.state("a"), config, "tiny")
     return engine
@@ -87,8 +87,8 @@ def test_a_base_without_the_adapted_text_head_is_refused(tmp_path):
 
 def test_state_comes_back_bit_equal(tmp_path):
     engine = trained(tmp_path)
-    engine.bank.exp_avg_KP.normal_()
-    engine.bank.exp_avg_sq_KP.uniform_()
+    engine.bank.lora.exp_avg.normal_()
+    engine.bank.lora.exp_avg_sq.uniform_()
     engine.residents["a"].step = 17
     state = engine.state("a")
     for file in tmp_path.iterdir():

@@ -139,7 +139,7 @@ def test_packed_forward_matches_the_whole_model(mode):
     engine.add("off", other)
     engine.add("on", config)
     model = randomise(with_cross_attention(base.model, mode, seed=config.seed))
-    views = engine._views(engine.bank.master_KP, engine.residents["on"])
+    views = engine.bank.views(engine.residents["on"].slot, "master")
     parameters = dict(model.named_parameters())
     for name, view in views.items():
         if name in parameters:

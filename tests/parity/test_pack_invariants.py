@@ -51,7 +51,7 @@ def train(engine, trial_ids, steps, poison=None):
         for k, slot in enumerate(batch.slots):
             losses[slots[slot]].append(torch.cat([text_K[k : k + 1], audio_KC[k]]))
         if poison == step:
-            engine.bank.grad_KP[engine.residents["small"].slot, 3] = float("nan")
+            engine.bank.lora.grad[engine.residents["small"].slot, 3] = float("nan")
         engine.optim_step(trial_ids)
     return {t: torch.stack(values) for t, values in losses.items()}
 
@@ -94,13 +94,13 @@ def test_packed_gradients_match_single_runs(trial_id):
     for one, trial_ids in ((engine, list(TRIALS)), (single, [trial_id])):
         for t in trial_ids:  # B = 0 would hide A's gradient
             generator = torch.Generator().manual_seed(7)
-            for view in one._views(one.bank.master_KP, one.residents[t]).values():
+            for view in one.bank.views(one.residents[t].slot, "master").values():
                 view.copy_(0.1 * torch.randn(view.shape, generator=generator))
         slots = {one.residents[t].slot: t for t in trial_ids}
         examples = {slot: examples_of(t, 0) for slot, t in slots.items()}
         counts = {slot: count_targets(e, 4) for slot, e in examples.items()}
         one.forward_backward(collate(examples, one.modes()), counts)
-        gradients.append(one._views(one.bank.grad_KP, one.residents[trial_id]))
+        gradients.append(one.bank.views(one.residents[trial_id].slot, "grad"))
     total = torch.cat([g.flatten() for g in gradients[1].values()]).norm()
     for name, ours in gradients[0].items():
         error = (ours - gradients[1][name]).norm() / total
@@ -125,7 +125,8 @@ def test_nan_weights_of_one_adapter_do_not_reach_the_others(pack):
     engine = Engine(tiny_base(), LIMITS)
     for trial_id, config in TRIALS.items():
         engine.add(trial_id, config)
-    engine.bank.master_KP[engine.residents["text_to_audio"].slot].fill_(float("nan"))
+    for view in engine.bank.views(engine.residents["text_to_audio"].slot, "master").values():
+        view.fill_(float("nan"))
     losses = train(engine, list(TRIALS), range(3))
     assert torch.isnan(losses["text_to_audio"]).any()
     for trial_id in set(TRIALS) - {"text_to_audio"}:
@@ -177,7 +178,7 @@ def test_micro_batches_add_up_to_one_large_batch():
         engine.add("a", config)
         for part in parts:
             engine.forward_backward(collate({0: part}), counts)
-        gradients.append(engine.bank.grad_KP.clone())
+        gradients.append(engine.bank.lora.grad.clone())
     assert len(split_micro_batches(examples, token_budget=90)) == 2
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
@@ -192,5 +193,30 @@ def test_an_adapter_without_targets_of_a_modality_learns_from_the_other():
     )
     assert float(audio_KC.abs().sum()) == 0.0
     assert float(text_K) > 0.0
-    assert float(engine.bank.grad_KP.norm()) > 0.0
-    assert bool(torch.isfinite(engine.bank.grad_KP).all())
+    assert float(engine.bank.lora.grad.norm()) > 0.0
+    assert bool(torch.isfinite(engine.bank.lora.grad).all())
+
+
+def test_neighbours_of_one_rank_share_a_matmul_and_get_equal_gradients():
+    configs = [trial(rank=4, seed=n, targets=("attention", "text_mlp")) for n in range(3)]
+    configs[2] = trial(rank=2, seed=2, targets=("attention", "text_mlp"))
+    gradients = []
+    for merged in (False, True):
+        engine = Engine(tiny_base(), PackLimits.of(configs, num_slots=3))
+        if merged:  # the rule of a GPU
+            engine.bank.device = torch.device("cuda")
+        for n, config in enumerate(configs):
+            engine.add(str(n), config)
+            for view in engine.bank.views(n, "master").values():
+                view.normal_(0, 0.1, generator=torch.Generator().manual_seed(n))
+        examples = {n: [example("clone", n, 6, 5)] for n in range(3)}
+        counts = {n: count_targets(e, 4) for n, e in examples.items()}
+        engine.forward_backward(collate(examples), counts)
+        _, group = engine.lora_groups[0]
+        runs = engine.bank.pack((0, 1, 2)).runs(group)
+        assert [run.rows for run in runs] == ([slice(0, 2), 2] if merged else [0, 1, 2])
+        gradients.append([engine.bank.views(n, "grad") for n in range(3)])
+    for alone, together in zip(*gradients, strict=True):
+        for name, gradient in alone.items():
+            torch.testing.assert_close(together[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+        assert all(g.any() for n, g in alone.items() if ".layers.0." in n)

@@ -67,8 +67,8 @@ def test_gradients_match_stock_transformers_with_peft(targets):
     config = trial(targets=targets, rank=3, alpha=7.0, audio_loss_weight=4.0)  # 4 codebooks: a sum
     engine = Engine(base, PackLimits.of([config], num_slots=1))
     engine.add("a", config)
-    for leaf in engine.bank.leaves.values():  # B = 0 would hide A's gradient
-        leaf.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    for view in engine.bank.views(0, "master").values():  # B = 0 would hide A's gradient
+        view.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     stock = get_peft_model(
         copy.deepcopy(base.model),
         LoraConfig(r=3, lora_alpha=7.0, target_modules=lora_regex(targets)),
@@ -84,7 +84,7 @@ def test_gradients_match_stock_transformers_with_peft(targets):
             parameter.copy_(state.weights[name])
 
     engine.forward_backward(collate({0: MIXED}), {0: count_targets(MIXED, 4)})
-    ours = engine._views(engine.bank.grad_KP, engine.residents["a"])
+    ours = engine.bank.views(0, "grad")
     stock(**stock_inputs(MIXED), use_cache=False).loss.backward()
     for name, parameter in short.items():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)

@@ -16,10 +16,14 @@ def engine_of(dtype):
     engine = Engine(base, PackLimits.of([CONFIG], num_slots=1))
     resident = engine.add("a", CONFIG)
     generator = torch.Generator().manual_seed(0)
-    for view in engine._views(engine.bank.master_KP, resident).values():
+    for view in engine.bank.views(resident.slot, "master").values():
         view.copy_((0.1 * torch.randn(view.shape, generator=generator)).bfloat16())
     engine.bank.refresh_compute()
     return engine
+
+
+def total(bank):
+    return torch.cat([part.storage.gradient(part.where).flatten() for part in bank.parts(0)])
 
 
 def gradients(engine):
@@ -27,9 +31,9 @@ def gradients(engine):
     counts = {0: count_targets(EXAMPLES, NUM_CODEBOOKS)}
     for number, one in enumerate(EXAMPLES):
         if number:
-            engine.bank.keep_gradients()
+            engine.bank.keep_gradients([0])
         engine.forward_backward(collate({0: [one]}), counts)
-    return engine.bank.take_gradients()[0]
+    return total(engine.bank)
 
 
 def test_gradients_of_many_micro_batches_point_where_fp32_points():
@@ -42,28 +46,29 @@ def test_gradients_of_many_micro_batches_point_where_fp32_points():
 def test_micro_batches_add_up_in_fp32():
     bank = engine_of(torch.bfloat16).bank
     for _ in range(1000):
-        bank.grad_KP.fill_(0.001)
-        bank.keep_gradients()
-    total = bank.take_gradients()
-    torch.testing.assert_close(total, torch.full_like(total, 1.0), rtol=2e-3, atol=0)
-    assert not bank.take_gradients().any()
+        bank.lora.grad.fill_(0.001)
+        bank.keep_gradients([0])
+    added = total(bank)
+    torch.testing.assert_close(added, torch.full_like(added, 1.0), rtol=2e-3, atol=0)
+    bank.clear_gradients()
+    assert not total(bank).any()
 
 
 def test_compute_weights_are_the_rounded_master_after_each_change():
     engine = engine_of(torch.bfloat16)
 
     def check():
-        assert engine.bank.compute_KP.dtype == torch.bfloat16
-        assert torch.equal(engine.bank.compute_KP, engine.bank.master_KP.bfloat16())
+        assert engine.bank.lora.compute.dtype == torch.bfloat16
+        assert torch.equal(engine.bank.lora.compute, engine.bank.lora.master.bfloat16())
 
     engine.remove("a")
     engine.add("a", CONFIG)
     check()
-    before = engine.bank.master_KP.clone()
+    before = engine.bank.lora.master.clone()
     gradients(engine)
     engine.forward_backward(collate({0: EXAMPLES}), {0: count_targets(EXAMPLES, NUM_CODEBOOKS)})
     engine.optim_step(["a"])
-    assert not torch.equal(before, engine.bank.master_KP)
+    assert not torch.equal(before, engine.bank.lora.master)
     check()
     state = engine.state("a")
     engine.remove("a")

@@ -98,7 +98,7 @@ def test_nan_ends_a_trial_as_diverged_and_spares_the_other(dataset):
     loop.join("a", A)
     loop.join("b", B)
     slot = loop.engine.residents["a"].slot
-    loop.engine.bank.master_KP[slot, :64] = torch.nan
+    loop.engine.bank.lora.master[slot, :64] = torch.nan
     results = loop.advance()
     assert results["a"]["status"] == "diverged"
     assert "not finite" in results["a"]["reason"]
@@ -299,3 +299,22 @@ def test_single_run_cannot_resume_from_nothing(run_single):
     run, _, _ = run_single
     with pytest.raises(ConfigError, match="no adapter/ to go on from"):
         run(resume=True)
+
+
+def test_a_pack_in_two_lanes_trains_as_in_one(dataset):
+    configs = {
+        "a": trial(rank=2, num_steps=6, report_every_steps=6, batch_clips=2),
+        "b": trial(rank=4, num_steps=6, report_every_steps=6, seed=1, batch_clips=2),
+        "c": trial(rank=4, num_steps=6, report_every_steps=6, seed=2, batch_clips=1),
+    }
+    results = []
+    for count in (1, 2):
+        loop = loop_of(dataset, *configs.values(), num_slots=3)
+        loop.engine.lanes.count = count
+        for name, config in configs.items():
+            loop.join(name, config)
+        results.append(loop.advance())
+    for name in configs:
+        for metric, value in results[0][name].items():
+            if metric.startswith(("val/", "train/")):
+                assert results[1][name][metric] == pytest.approx(value, rel=1e-4, abs=1e-5), metric

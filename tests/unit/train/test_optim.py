@@ -3,16 +3,21 @@
 import pytest
 import torch
 
-from higgs_tune.model.packed_lora import AdapterBank, Entry
+from higgs_tune.model.packed_lora import AdapterBank
 from higgs_tune.train.optim import RowStep, adamw_step, learning_rate_factor
 
-ENTRIES = [Entry("a", (3, 5), "attention", "lora"), Entry("b", (4,), "audio_attention", "new")]
+LINEAR = torch.nn.Linear(5, 3, bias=False)
+GROUPS = [("attention", {"one": LINEAR})]
+NEW = [("b", (4,), "audio_attention")]
 
 
 def bank_of(num_slots):
-    bank = AdapterBank(ENTRIES, num_slots, torch.float32, torch.device("cpu"))
-    for leaf in bank.leaves.values():
-        leaf.data.normal_(generator=torch.Generator().manual_seed(0))
+    bank = AdapterBank(GROUPS, num_slots, 2, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for slot in range(num_slots):
+        bank.seat(slot, 2, 1.0, ("attention", "audio_attention"), NEW)
+        for view in bank.views(slot, "master").values():
+            view.normal_(generator=generator)
     return bank
 
 
@@ -22,46 +27,59 @@ def test_rows_match_torch_adamw_with_their_own_settings():
     rates, decays, clips = (1e-2, 3e-3), (0.0, 0.2), (0.1, 5.0)
     reference = []
     for slot in range(2):
-        lora = bank.leaves["a"][slot].detach().clone().requires_grad_()
-        new = bank.leaves["b"][slot].detach().clone().requires_grad_()
-        groups = [{"params": [lora]}, {"params": [new], "lr": 0.1 * rates[slot]}]
+        own = {name: v.clone().requires_grad_() for name, v in bank.views(slot, "master").items()}
+        lora = [own["one.lora_A.weight"], own["one.lora_B.weight"]]
+        groups = [{"params": lora}, {"params": [own["b"]], "lr": 0.1 * rates[slot]}]
         optimizer = torch.optim.AdamW(groups, lr=rates[slot], weight_decay=decays[slot])
-        reference.append((lora, new, optimizer))
+        reference.append((own, optimizer))
     generator = torch.Generator().manual_seed(1)
     for step in range(1, 8):
-        for slot, (lora, new, optimizer) in enumerate(reference):
-            lora.grad = torch.randn(3, 5, generator=generator)
-            new.grad = torch.randn(4, generator=generator)
-            bank.view(bank.grad_KP, "a")[slot].copy_(lora.grad)
-            bank.view(bank.grad_KP, "b")[slot].copy_(new.grad)
-            torch.nn.utils.clip_grad_norm_([lora, new], clips[slot])
+        for slot, (own, optimizer) in enumerate(reference):
+            for name, view in bank.views(slot, "grad").items():
+                own[name].grad = torch.randn(view.shape, generator=generator)
+                view.copy_(own[name].grad)
+            torch.nn.utils.clip_grad_norm_(own.values(), clips[slot])
             optimizer.step()
         rows = {
             slot: RowStep(rates[slot], 0.1 * rates[slot], decays[slot], clips[slot], step)
             for slot in range(2)
         }
         adamw_step(bank, rows, alive)
-    for slot, (lora, new, _) in enumerate(reference):
-        torch.testing.assert_close(bank.leaves["a"][slot], lora, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(bank.leaves["b"][slot], new, rtol=1e-5, atol=1e-6)
+    for slot, (own, _) in enumerate(reference):
+        for name, view in bank.views(slot, "master").items():
+            torch.testing.assert_close(view, own[name].detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_that_rests_or_died_keeps_weights_and_moments():
     bank = bank_of(3)
     alive = torch.ones(3, dtype=torch.bool)
     row = RowStep(1e-2, 1e-3, 0.1, 1.0, 1)
-    bank.grad_KP.normal_()
+
+    def some_gradients():
+        for slot in range(3):
+            for view in bank.views(slot, "grad").values():
+                view.normal_()
+
+    def everything():
+        kinds = ("master", "exp_avg", "exp_avg_sq")
+        return [
+            [v.clone() for kind in kinds for v in bank.views(slot, kind).values()]
+            for slot in range(3)
+        ]
+
+    some_gradients()
     adamw_step(bank, dict.fromkeys(range(3), row), alive)
-    before = [b.clone() for b in (bank.master_KP, bank.exp_avg_KP, bank.exp_avg_sq_KP)]
-    bank.grad_KP.normal_()
-    bank.grad_KP[1, 2] = float("inf")
+    before = everything()
+    some_gradients()
+    bank.views(1, "grad")["b"][2] = float("inf")
     adamw_step(bank, {0: row, 1: row}, alive)
     assert alive.tolist() == [True, False, True]
-    after = (bank.master_KP, bank.exp_avg_KP, bank.exp_avg_sq_KP)
-    for old, new in zip(before, after, strict=True):
-        assert not torch.equal(old[0], new[0])
-        assert torch.equal(old[1:], new[1:])
-    bank.grad_KP.normal_()
+    after = everything()
+    assert not any(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    for slot in (1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(before[slot], after[slot], strict=True))
+    assert not any(view.any() for slot in range(3) for view in bank.views(slot, "grad").values())
+    some_gradients()
     adamw_step(bank, {1: row}, alive)
     assert alive.tolist() == [True, False, True]
 

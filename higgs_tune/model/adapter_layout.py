@@ -1,0 +1,127 @@
+"""Where the parameters of one adapter stand in a flat row, and the buffers that hold such rows.
+
+Shape letters: K slots, P columns.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from higgs_tune.config import TargetPath
+
+Linears = Mapping[str, nn.Linear]
+"""Full names → linears that read the same input."""
+
+Kind = Literal["master", "exp_avg", "exp_avg_sq", "compute", "grad"]
+Named = tuple[str, tuple[int, ...], TargetPath]
+Where = tuple[int | slice, ...]  # an index of a storage's buffers
+
+_ALIGN = 8  # columns; keeps bf16 views on 16-byte borders
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of an adapter, at fixed columns of its row."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: TargetPath
+    offset: int
+
+    @property
+    def columns(self) -> slice:
+        """Where it stands."""
+        return slice(self.offset, self.offset + torch.Size(self.shape).numel())
+
+
+class Layout:
+    """Names → columns of one adapter's row."""
+
+    def __init__(self, blocks: Iterable[Sequence[Named]]) -> None:
+        """Lay out tensors; those of a block stand side by side without a gap."""
+        self.entries: dict[str, Entry] = {}
+        offset = 0
+        for block in blocks:
+            for name, shape, path in block:
+                entry = Entry(name, shape, path, offset)
+                self.entries[name] = entry
+                offset = entry.columns.stop
+            offset = -(-offset // _ALIGN) * _ALIGN
+        self.num_columns = offset
+
+    def ranges(self, paths: Iterable[str]) -> list[slice]:
+        """Columns of some paths, neighbouring entries merged (with the gap between them)."""
+        wanted, merged = set(paths), []
+        after = -1  # where the next entry would continue the range
+        for entry in self.entries.values():
+            if entry.path not in wanted:
+                continue
+            start, stop = entry.columns.start, entry.columns.stop
+            if start - after < _ALIGN and merged:
+                start = merged.pop().start
+            merged.append(slice(start, stop))
+            after = stop
+        return merged
+
+
+def lora_layout(groups: Sequence[tuple[TargetPath, Linears]], rank: int) -> Layout:
+    """Layout of every group's factors at a rank, path after path; PEFT's names and shapes."""
+    blocks: list[list[Named]] = []
+    for path, group in sorted(groups, key=lambda item: item[0]):
+        a: list[Named] = [
+            (f"{name}.lora_A.weight", (rank, linear.in_features), path)
+            for name, linear in group.items()
+        ]
+        b: list[Named] = [
+            (f"{name}.lora_B.weight", (linear.out_features, rank), path)
+            for name, linear in group.items()
+        ]
+        blocks += [a, *([one] for one in b)]
+    return Layout(blocks)
+
+
+class Storage:
+    """Master weights, Adam moments, gradients and the compute copy: buffers of one shape."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.master = torch.zeros(shape, device=device)
+        self.exp_avg = torch.zeros(shape, device=device)
+        self.exp_avg_sq = torch.zeros(shape, device=device)
+        # compute and gradient are in the base's dtype; in fp32 compute is the master itself
+        self.compute = (
+            self.master
+            if dtype == torch.float32
+            else torch.zeros(shape, dtype=dtype, device=device)
+        )
+        self.grad = torch.zeros(shape, dtype=dtype, device=device)
+        # fp32 sums over the micro-batches of a step, made when first needed
+        self.grad_sum: Tensor | None = None
+
+    def buffers(self) -> list[Tensor]:
+        """Every buffer, each once."""
+        every = [self.master, self.exp_avg, self.exp_avg_sq, self.grad]
+        every += [self.compute] if self.compute is not self.master else []
+        return every + ([self.grad_sum] if self.grad_sum is not None else [])
+
+    def keep_gradient(self, where: Where) -> None:
+        """Make room for another micro-batch: bf16 gradients go to an fp32 sum, fp32 ones add up."""
+        if self.grad.dtype == torch.float32:
+            return
+        if self.grad_sum is None:
+            self.grad_sum = torch.zeros_like(self.grad, dtype=torch.float32)
+        self.grad_sum[where] += self.grad[where]
+        self.grad[where].zero_()
+
+    def gradient(self, where: Where) -> Tensor:
+        """The step's gradient in fp32 at an index of the buffers."""
+        grad = self.grad[where].float()
+        return grad if self.grad_sum is None else self.grad_sum[where] + grad
+
+    def clear_gradient(self, where: Where) -> None:
+        """Zero the gradient at an index of the buffers."""
+        self.grad[where].zero_()
+        if self.grad_sum is not None:
+            self.grad_sum[where].zero_()

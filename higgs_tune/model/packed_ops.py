@@ -1,0 +1,242 @@
+"""The differentiable operations of the packed forward, with their derivatives written out.
+
+Autograd's own derivative of a strided slice, of a gather or of a decomposed norm fills and adds whole
+tensors; on small steps those cost more than the matmuls. Gradients of adapters are added straight into
+the bank's gradient buffers, so a backward is not itself differentiable.
+
+Shape letters: as in model.packed_lora; J adapters of a cross_attention mode, S sequences, L length,
+H heads, E head size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from higgs_tune.model.adapter_layout import Linears
+from higgs_tune.model.packed_lora import PackWeights, Run
+
+
+def adapted_linear(x_KND: Tensor, group: Linears, weights: PackWeights | None) -> Tensor:
+    """Apply the linears of one input group, each adapter's rows with its own LoRA.
+
+    Returns:
+        (K, N, ΣO): the outputs side by side in the group's order. Row-wise matmuls keep a NaN in its
+        adapter.
+    """
+    if weights is None:
+        outputs = [F.linear(x_KND, linear.weight, linear.bias) for linear in group.values()]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    runs = weights.runs(group)
+    return _AdaptedLinear.apply(x_KND, weights.bank.anchor, list(group.values()), runs)
+
+
+def new_linear(x_JND: Tensor, anchor: Tensor, matrices: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Multiply each adapter's rows by its own (O, D) matrix: (J, N, O)."""
+    return _NewLinear.apply(x_JND, anchor, matrices)
+
+
+def new_scale(x_JND: Tensor, anchor: Tensor, vectors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Multiply each adapter's rows elementwise by its own (D,) vector."""
+    return _NewScale.apply(x_JND, anchor, vectors)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The stock RMSNorm; on a CPU with a frozen weight, with a derivative in few passes."""
+    if x.device.type == "cpu" and not weight.requires_grad:
+        return _RmsNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def rotate(x_SLHE: Tensor, cos_SLE: Tensor, sin_SLE: Tensor) -> Tensor:
+    """Rotary positions, as transformers' apply_rotary_pos_emb with the heads second to last."""
+    return _Rotate.apply(x_SLHE, cos_SLE[:, :, None], sin_SLE[:, :, None])
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up of the two halves of the last axis."""
+    return _SwiGlu.apply(gate_up)
+
+
+def rearrange(rows_ND: Tensor, to: Tensor, back: Tensor, real: Tensor) -> Tensor:
+    """Copy rows to another layout; the derivative copies them back by the inverse index.
+
+    Args:
+        to: source row of each new row.
+        back: new row of each source row.
+        real: bool, source rows that have a new row; the others only pad and get no gradient.
+    """
+    return _Rearrange.apply(rows_ND, to, back, real)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """out += scale · a b, of matrices or of batches of them."""
+    if out.dim() == 2:
+        out.addmm_(a, b, alpha=scale)
+    else:
+        out.baddbmm_(a, b, alpha=scale)
+
+
+class _AdaptedLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_KND: Tensor, anchor: Tensor, linears: list[nn.Linear], runs: list[Run]
+    ) -> Tensor:
+        x_KND = x_KND.contiguous()
+        widths = [linear.out_features for linear in linears]
+        y_KNO = x_KND.new_empty(*x_KND.shape[:2], sum(widths))
+        for linear, out in zip(linears, y_KNO.flatten(0, 1).split(widths, 1), strict=True):
+            if linear.bias is None:
+                torch.mm(x_KND.flatten(0, 1), linear.weight.t(), out=out)
+            else:
+                torch.addmm(linear.bias, x_KND.flatten(0, 1), linear.weight.t(), out=out)
+        hidden = []
+        for run in runs:
+            z_kNr = x_KND[run.rows] @ run.a_krD.mT
+            outputs = y_KNO[run.rows].split(widths, -1)
+            for y, z, b in zip(outputs, z_kNr.chunk(len(widths), -1), run.b_kOr, strict=True):
+                _add_product(y, z, b.mT, run.scale)
+            hidden.append(z_kNr)
+        if runs:
+            ctx.save_for_backward(x_KND, *hidden)
+        ctx.linears, ctx.runs, ctx.widths = linears, runs, widths
+        return y_KNO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        dy_KNO = grads[0].contiguous()
+        linears, widths = ctx.linears, ctx.widths
+        dx_KND = None
+        if ctx.needs_input_grad[0]:
+            dx_KND = dy_KNO.new_empty(*dy_KNO.shape[:2], linears[0].in_features)
+            rows = dx_KND.flatten(0, 1)
+            for n, dy in enumerate(dy_KNO.flatten(0, 1).split(widths, 1)):
+                rows.addmm_(dy, linears[n].weight, beta=1 if n else 0)
+        x_KND, *hidden = ctx.saved_tensors or (None,)
+        for run, z_kNr in zip(ctx.runs, hidden, strict=True):
+            assert x_KND is not None
+            dy_kNO, b_kOr, num = dy_KNO[run.rows], run.b_kOr, len(widths)
+            dys, zs = dy_kNO.split(widths, -1), z_kNr.chunk(num, -1)
+            for dy, z, gradient in zip(dys, zs, run.b_grad_kOr, strict=True):
+                _add_product(gradient, dy.mT, z, run.scale)
+            parts = [dy @ b for dy, b in zip(dys, b_kOr, strict=True)]
+            dz_kNr = parts[0] if num == 1 else torch.cat(parts, -1)
+            _add_product(run.a_grad_krD, dz_kNr.mT, x_KND[run.rows], run.scale)
+            if dx_KND is not None:
+                _add_product(dx_KND[run.rows], dz_kNr, run.a_krD, run.scale)
+        return dx_KND, None, None, None
+
+
+class _NewLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_JND: Tensor, anchor: Tensor, matrices: Sequence[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        x_JND = x_JND.contiguous()
+        y_JNO = x_JND.new_empty(*x_JND.shape[:2], len(matrices[0][0]))
+        for x, (weight, _), y in zip(x_JND, matrices, y_JNO, strict=True):
+            torch.mm(x, weight.t(), out=y)
+        ctx.save_for_backward(x_JND)
+        ctx.matrices = matrices
+        return y_JNO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        (x_JND,) = ctx.saved_tensors
+        dx_JND = torch.empty_like(x_JND) if ctx.needs_input_grad[0] else None
+        for j, (weight, gradient) in enumerate(ctx.matrices):
+            dy = grads[0][j]
+            gradient.addmm_(dy.t(), x_JND[j])
+            if dx_JND is not None:
+                torch.mm(dy, weight, out=dx_JND[j])
+        return dx_JND, None, None
+
+
+class _NewScale(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_JND: Tensor, anchor: Tensor, vectors: Sequence[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        ctx.save_for_backward(x_JND)
+        ctx.vectors = vectors
+        return x_JND * torch.stack([weight for weight, _ in vectors])[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        (x_JND,) = ctx.saved_tensors
+        total_JD = (grads[0] * x_JND).sum(1)
+        for (_, gradient), total in zip(ctx.vectors, total_JD, strict=True):
+            gradient.add_(total)
+        weight_JD = torch.stack([weight for weight, _ in ctx.vectors])
+        return grads[0] * weight_JD[:, None], None, None
+
+
+class _RmsNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x.float() * inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        # y = w x i with i = (mean x² + eps)^-½: dx = i (w dy - x i² mean(w dy x))
+        x, weight, inverse = ctx.saved_tensors
+        x = x.float()
+        scaled = grads[0].float() * weight
+        shared = (scaled * x).mean(-1, keepdim=True).mul_(inverse.square()).neg_()
+        return scaled.addcmul_(x, shared).mul_(inverse).to(grads[0].dtype), None, None
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        cos, sin = ctx.saved_tensors  # both halves equal, so the transpose turns back
+        return _rotated(grads[0], cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
+
+
+class _SwiGlu(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        out = torch.empty_like(gate_up)
+        d_gate, d_up = out.chunk(2, -1)
+        torch.mul(F.silu(gate), grads[0], out=d_up)
+        d_gate.copy_(torch.ops.aten.silu_backward(grads[0] * up, gate))
+        return (out,)
+
+
+class _Rearrange(Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, to: Tensor, back: Tensor, real: Tensor) -> Tensor:
+        ctx.save_for_backward(back, real)
+        return rows_ND.index_select(0, to)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        back, real = ctx.saved_tensors
+        grad = grads[0].index_select(0, back)
+        return grad.masked_fill_(~real[:, None], 0), None, None, None

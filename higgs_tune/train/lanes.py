@@ -1,0 +1,42 @@
+"""Threads that compute parts of a pack side by side on a CPU.
+
+A step of small matmuls gains little from a second core: the cores wait for each other after every
+operation. With more than one adapter each core takes adapters of its own instead, and waits once a step.
+A GPU has one lane.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Lanes:
+    """As many threads as torch has cores, each computing on one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.count = torch.get_num_threads() if device.type == "cpu" else 1
+        self._threads: ThreadPoolExecutor | None = None
+
+    def split(self, rows: Mapping[int, int]) -> list[tuple[int, ...]]:
+        """Group slots so that the lanes have about equal numbers of rows; the heaviest goes first."""
+        lanes: list[list[int]] = [[] for _ in range(min(self.count, len(rows)))]
+        loads = [0] * len(lanes)
+        for slot in sorted(rows, key=lambda slot: (-rows[slot], slot)):
+            lightest = loads.index(min(loads))
+            lanes[lightest].append(slot)
+            loads[lightest] += rows[slot]
+        return [tuple(sorted(lane)) for lane in lanes]
+
+    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Results of all tasks in their order; a single one runs here, on every core."""
+        if len(tasks) < 2 or self.count < 2:
+            return [task() for task in tasks]
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(
+                self.count, "lane", initializer=torch.set_num_threads, initargs=(1,)
+            )
+        return [future.result() for future in [self._threads.submit(task) for task in tasks]]

@@ -1,0 +1,43 @@
+"""Lanes: parts of a pack computed side by side on a CPU."""
+
+import threading
+
+import pytest
+import torch
+
+from higgs_tune.train.lanes import Lanes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_slots_are_split_by_rows_the_heaviest_first(two_cores):
+    assert Lanes(CPU).split({0: 10, 1: 90, 2: 50, 3: 45}) == [(0, 1), (2, 3)]
+    assert Lanes(CPU).split({7: 5}) == [(7,)]
+    assert Lanes(torch.device("cuda")).split({0: 1, 1: 1, 2: 1}) == [(0, 1, 2)]
+
+
+def test_tasks_run_side_by_side_on_a_core_each_and_keep_their_order(two_cores):
+    both = threading.Barrier(2, timeout=30)  # passes only when two tasks run at the same time
+
+    def task(n):
+        both.wait()
+        return n, torch.get_num_threads()
+
+    assert Lanes(CPU).run([lambda n=n: task(n) for n in range(4)]) == [(n, 1) for n in range(4)]
+    assert torch.get_num_threads() == 2
+
+
+def test_an_error_in_a_lane_reaches_the_caller(two_cores):
+    def fail():
+        raise ValueError("from a lane")
+
+    with pytest.raises(ValueError, match="from a lane"):
+        Lanes(CPU).run([fail, lambda: None])
