@@ -23,6 +23,7 @@ from higgs_tune.train.engine import AdapterState
 
 _PREFIX = "base_model.model."
 _MARK, _TRAINING = "higgs_tune.json", "training_state.safetensors"
+_INTERVAL = "training_state.json"
 
 
 def lora_config(config: TrialConfig, base_source: str) -> LoraConfig:
@@ -75,6 +76,39 @@ def load_state(directory: Path) -> AdapterState:
     return AdapterState(
         step, part(_PREFIX, weights), part("exp_avg.", moments), part("exp_avg_sq.", moments)
     )
+
+
+def save_interval(directory: Path, interval: dict[str, Any]) -> None:
+    """Write what the steps since the last report add up to, beside the training state."""
+    (directory / _INTERVAL).write_text(json.dumps(interval) + "\n", encoding="utf-8")
+
+
+def load_interval(directory: Path) -> dict[str, Any]:
+    """Read back what `save_interval` wrote; empty for a checkpoint without it.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    path = directory / _INTERVAL
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable: {error}") from error
+
+
+def read_step(directory: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    try:
+        with safe_open(directory / _TRAINING, framework="pt") as file:
+            return int(file.metadata()["step"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{directory}: no readable training state: {error}") from error
 
 
 def read_trial(directory: Path) -> TrialConfig:

@@ -7,6 +7,7 @@ one. Shape letters: K adapters, C codebooks.
 import math
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -34,9 +35,11 @@ from higgs_tune.data.dataset import Dataset, TrainOrder, validation_sets
 from higgs_tune.data.tokens import Encoded, encode_conversation
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.model.load import Base, load_base
-from higgs_tune.train.checkpoint import load_state, save_adapter
+from higgs_tune.train.checkpoint import load_interval, load_state, save_adapter, save_interval
 from higgs_tune.train.engine import Engine, PackLimits, Resident
 from higgs_tune.train.imbalance import preflight
+from higgs_tune.train.interval import Interval
+from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.validation import Validator
 
 _CACHED_ROWS = 4_000_000  # of tokenised examples kept; at most 152 bytes each with 8 codebooks
@@ -48,22 +51,31 @@ class _Run:
 
     resident: Resident
     order: TrainOrder
-    train_time_s: float = 0.0
+    interval: Interval = field(default_factory=Interval)
     reported_done: bool = False
-    sums: list[tuple[Tensor, Tensor, TargetCounts]] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    num_rows: int = 0
 
     @property
     def done(self) -> bool:
         return self.resident.step >= self.resident.config.num_steps
+
+    @property
+    def next_report(self) -> int:
+        """The step at which it is validated next; now, if it stands there with steps to report."""
+        step, every = self.resident.step, self.resident.config.report_every_steps
+        due = step if self.interval.num_steps and step % every == 0 else step - step % every + every
+        return min(due, self.resident.config.num_steps)
 
 
 class PackLoop:
     """A base, a dataset and up to `limits.num_slots` trials that train together."""
 
     def __init__(
-        self, base: Base, dataset: Dataset, data: DataSettings, limits: PackLimits
+        self,
+        base: Base,
+        dataset: Dataset,
+        data: DataSettings,
+        limits: PackLimits,
+        world: World = ALONE,
     ) -> None:
         config = base.model.config
         codec = dataset.info.codec
@@ -76,7 +88,8 @@ class PackLoop:
             )
         self.engine = Engine(base, limits)
         self.content_hash: str = dataset.info.content_hash
-        self._base, self._dataset, self._data = base, dataset, data
+        self.base = base
+        self._dataset, self._data, self._world = dataset, data, world
         self._encoded: dict[str, Encoded] = {}
         self._num_encoded_rows = 0
         self._text_length = cache(lambda text: len(base.vocabulary.encode_text(text)))
@@ -87,7 +100,9 @@ class PackLoop:
             transcribe=[self._encode(c) for c in sets.transcribe],
             swapped=[self._encode(c) for c in sets.transcribe_swapped],
             speak=[self._encode(c) for c in sets.speak],
+            world=world,
         )
+        self._transcribe = sets.transcribe
         probes = [*sets.transcribe[:2], *sets.speak[:2]]
         self.preflight: dict[str, float | int] = preflight(
             self._single_nll, [self._encode(c) for c in probes], config.codebook_size
@@ -95,18 +110,28 @@ class PackLoop:
         self.base_metrics: dict[str, float] = self._validator.bare()
 
     @classmethod
-    def load(cls, base: BaseSettings, data: DataSettings, limits: PackLimits) -> "PackLoop":
+    def load(
+        cls, base: BaseSettings, data: DataSettings, limits: PackLimits, world: World = ALONE
+    ) -> "PackLoop":
         """Load base and dataset by their settings.
 
         Raises:
             ConfigError, DataError, ModelError, LeakError: see `load_base`, `Dataset.open`, `preflight`.
         """
-        return cls(load_base(base), Dataset.open(data.path), data, limits)
+        return cls(load_base(base), Dataset.open(data.path), data, limits, world)
 
     def join(
-        self, trial_id: str, config: TrialConfig, state_dir: Path | None = None
+        self,
+        trial_id: str,
+        config: TrialConfig,
+        state_dir: Path | None = None,
+        *,
+        batches_per_step: int = 1,
     ) -> dict[str, Any]:
         """Add a trial, fresh or from a folder that `save` wrote.
+
+        Args:
+            batches_per_step: how often each process takes `batch_clips` clips for one optimizer step.
 
         Returns:
             Its account: trainable "parameters", "modules" per target path, and the "step" it starts at.
@@ -114,12 +139,13 @@ class PackLoop:
         order = TrainOrder(
             self._dataset,
             self._data.tasks,
-            config.batch_clips,
+            config.batch_clips * batches_per_step * self._world.size,
             config.seed,
             **self._length_limits(),
         )
         resident = self.engine.add(trial_id, config, load_state(state_dir) if state_dir else None)
-        self._runs[trial_id] = _Run(resident, order)
+        interval = load_interval(state_dir) if state_dir else {}
+        self._runs[trial_id] = _Run(resident, order, Interval(**interval))
         return resident.account | {"step": resident.step, "num_skipped": order.num_skipped}
 
     def leave(self, trial_id: str) -> None:
@@ -128,39 +154,72 @@ class PackLoop:
         del self._runs[trial_id]
 
     def save(self, trial_id: str, directory: Path) -> None:
-        """Write the trial's adapter in PEFT's format and its training state into an empty folder."""
-        run = self._runs[trial_id]
-        state = self.engine.state(trial_id)
-        save_adapter(directory, state, run.resident.config, self._base.source)
+        """Write the trial's adapter in PEFT's format and its training state into an empty folder.
 
-    def advance(self) -> dict[str, dict[str, Any]]:
+        With several processes, `gather` comes first.
+        """
+        run = self._runs[trial_id]
+        run.interval.gather()
+        state = self.engine.state(trial_id)
+        save_adapter(directory, state, run.resident.config, self.base.source)
+        save_interval(directory, run.interval.state())
+
+    def gather(self, trial_id: str) -> bool:
+        """Sum what a checkpoint holds over the processes; False if its gradients were not finite."""
+        run = self._runs[trial_id]
+        run.interval.gather(self._world)
+        return bool(self.engine.alive_K[run.resident.slot])
+
+    def position(self, trial_id: str) -> tuple[int, int]:
+        """The trial's optimizer steps, and how many of them are not reported yet."""
+        run = self._runs[trial_id]
+        return run.resident.step, run.interval.num_steps
+
+    def due(self, trial_id: str) -> bool:
+        """Whether the trial's next report is at the step where it stands."""
+        run = self._runs[trial_id]
+        return run.next_report == run.resident.step
+
+    def transcribe_clips(self, count: int) -> list[Conversation]:
+        """Validation clips of the task `transcribe`, spread over all of them."""
+        step = max(1, len(self._transcribe) // count)
+        return list(self._transcribe[::step][:count])
+
+    def advance(self, stop: Callable[[], bool] | None = None) -> dict[str, dict[str, Any]]:
         """Train every unfinished resident for its next interval, then validate it.
 
         A resident that joined with its budget used up is validated once, as it is.
 
+        Args:
+            stop: called after each step; true leaves the interval where it is, to go on in a later
+                call or from a checkpoint.
+
         Returns:
-            Trial id → metrics, with "status" running, completed or diverged, and a "reason".
+            Trial id → metrics, with "status" running, completed or diverged, and a "reason". Nothing
+            when stopped.
         """
         pending = {trial_id: run for trial_id, run in self._runs.items() if not run.reported_done}
-        started = time.monotonic()
-        for offset in range(
-            max((r.resident.config.report_every_steps for r in pending.values()), default=0)
-        ):
-            active = {
-                trial_id: run
-                for trial_id, run in pending.items()
-                if not run.done and offset < run.resident.config.report_every_steps
-            }
-            if not active:
-                break
+        ends = {trial_id: run.next_report for trial_id, run in pending.items()}
+
+        def spend(since: float) -> None:
+            for run in pending.values():
+                if run.interval.num_steps:
+                    run.interval.seconds += time.monotonic() - since
+
+        while active := {t: run for t, run in pending.items() if run.resident.step < ends[t]}:
+            started = time.monotonic()
             self._train_step(active)
+            spend(started)
+            if stop is not None and stop():
+                return {}
+        started = time.monotonic()
         healthy = self.engine.alive_K.tolist()  # waits for the device
-        train_time_s = time.monotonic() - started
+        spend(started)
         results: dict[str, dict[str, Any]] = {}
         alive = [t for t, run in pending.items() if healthy[run.resident.slot]]
         validated = self._validator.validate(alive) if alive else {}
         for trial_id, run in pending.items():
-            result = self._train_metrics(run, train_time_s) | validated.get(trial_id, {})
+            result = self._train_metrics(run) | validated.get(trial_id, {})
             bad = [n for n, v in result.items() if n.startswith("val/") and not math.isfinite(v)]
             if not healthy[run.resident.slot]:
                 result |= {"status": "diverged", "reason": "a gradient was not finite"}
@@ -176,27 +235,35 @@ class PackLoop:
         """One optimizer step of each active trial, over as many micro-batches as the longest needs."""
         micro: dict[int, list[list[Encoded]]] = {}
         counts: dict[int, TargetCounts] = {}
+        num_rows: dict[int, int] = {}
         by_slot = {run.resident.slot: run for run in active.values()}
         for slot, run in by_slot.items():
             config = run.resident.config
-            examples = [self._encode(c) for c in run.order.batch(run.resident.step)]
-            counts[slot] = count_targets(examples, self.engine.num_codebooks)
-            micro[slot] = split_micro_batches(examples, config.token_budget)
-            run.num_rows += sum(e.num_rows for e in examples)
-        rows = {
-            slot: sum(e.num_rows for part in parts for e in part) for slot, parts in micro.items()
-        }
+            clips = self._world.share(run.order.batch(run.resident.step))
+            examples = [self._encode(c) for c in clips]
+            counts[slot] = self._world.sum_counts(
+                count_targets(examples, self.engine.num_codebooks)
+            )
+            micro[slot] = [
+                part
+                for first in range(0, len(examples), config.batch_clips)
+                for part in split_micro_batches(
+                    examples[first : first + config.batch_clips], config.token_budget
+                )
+            ]
+            num_rows[slot] = sum(e.num_rows for e in examples)
         tasks = [
             partial(self._accumulate, {slot: micro[slot] for slot in lane}, counts)
-            for lane in self.engine.lanes.split(rows)
+            for lane in self.engine.lanes.split(num_rows)
         ]
         sums = {slot: sums for lane in self.engine.lanes.run(tasks) for slot, sums in lane.items()}
+        self._world.sum_gradients(self.engine.bank)
         norm_K = self.engine.optim_step(list(active))
         for slot, run in by_slot.items():
             text = torch.stack([t for t, _ in sums[slot]]).sum()
             audio_C = torch.stack([a for _, a in sums[slot]]).sum(0)
-            run.sums.append((text, audio_C, counts[slot]))
-            run.norms.append(norm_K[slot])
+            sum_C = torch.cat([text[None], audio_C])
+            run.interval.add(sum_C, norm_K[slot], counts[slot], num_rows[slot])
 
     def _accumulate(
         self, micro: dict[int, list[list[Encoded]]], counts: dict[int, TargetCounts]
@@ -214,32 +281,18 @@ class PackLoop:
                 sums[slot].append((text_K[k], audio_KC[k]))
         return sums
 
-    def _train_metrics(self, run: _Run, interval_s: float) -> dict[str, Any]:
-        """The interval's means over its targets; NaN where it had none of a modality.
+    def _train_metrics(self, run: _Run) -> dict[str, Any]:
+        """The interval's figures, and the start of the next.
 
         A run that had no step to do has its step and time only.
         """
-        if not run.sums:
-            return {metrics.STEP: run.resident.step, metrics.TRAIN_TIME_S: run.train_time_s}
-        run.train_time_s += interval_s
-        text_count = sum(count.text for _, _, count in run.sums)
-        text_sum = float(torch.stack([text for text, _, _ in run.sums]).sum())
-        audio_C = torch.stack([audio for _, audio, _ in run.sums]).sum(0).cpu()
-        count_C = torch.from_numpy(sum(count.audio_C for _, _, count in run.sums))
-        result = {
-            metrics.STEP: run.resident.step,
-            metrics.TRAIN_TEXT_NLL: text_sum / text_count if text_count else math.nan,
-            metrics.TRAIN_AUDIO_NLL: float((audio_C / count_C).mean())
-            if count_C.all()
-            else math.nan,
-            metrics.GRAD_NORM: float(torch.stack(run.norms).median()),
-            metrics.TOKENS_PER_S: run.num_rows / interval_s,
-            metrics.TRAIN_TIME_S: run.train_time_s,
-            metrics.PEAK_MEMORY_MIB: self._peak_memory_mib(),
-        }
-        for path, share in self.engine.gradient_shares(run.resident.trial_id).items():
-            result[metrics.grad_share(path)] = share
-        run.sums, run.norms, run.num_rows = [], [], 0
+        run.interval.gather(self._world)
+        result: dict[str, Any] = {metrics.STEP: run.resident.step, **run.interval.metrics()}
+        if run.interval.num_steps:
+            result[metrics.PEAK_MEMORY_MIB] = self._world.highest(self._peak_memory_mib())
+            for path, share in self.engine.gradient_shares(run.resident.trial_id).items():
+                result[metrics.grad_share(path)] = share
+        run.interval = run.interval.next()
         return result
 
     def _peak_memory_mib(self) -> float:
@@ -259,7 +312,7 @@ class PackLoop:
             if self._num_encoded_rows >= _CACHED_ROWS:
                 self._encoded.clear()
                 self._num_encoded_rows = 0
-            encoded = encode_conversation(conversation, self._base.vocabulary)
+            encoded = encode_conversation(conversation, self.base.vocabulary)
             longest = self._max_rows
             if encoded.num_rows > longest:  # the orders leave such rows out by their estimate
                 raise ConfigError(
@@ -280,7 +333,7 @@ class PackLoop:
 
     @property
     def _max_rows(self) -> int:
-        return self._base.model.config.max_position_embeddings
+        return self.base.model.config.max_position_embeddings
 
 
 def sweep_loop(config: SweepConfig, *, num_slots: int, device: str) -> PackLoop:

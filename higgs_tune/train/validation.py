@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from higgs_tune import metrics
 from higgs_tune.data.collate import PackBatch, collate, count_targets, split_micro_batches
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.train.engine import Engine
+from higgs_tune.train.parallel import ALONE, World
 
 _TOKEN_BUDGET = 1024  # rows of one adapter in one forward; more leaves a CPU's caches
 _CACHED_LAYOUTS = 8  # combinations of residents whose batches are kept
@@ -30,13 +30,14 @@ class Validator:
         transcribe: Sequence[Encoded],
         swapped: Sequence[Encoded],
         speak: Sequence[Encoded],
+        world: World = ALONE,
     ) -> None:
-        self._engine = engine
-        self._sets = {"transcribe": transcribe, "swapped": swapped, "speak": speak}
+        self._engine, self._world = engine, world
+        sets = {"transcribe": transcribe, "swapped": swapped, "speak": speak}
         self._counts = {
-            name: count_targets(examples, engine.num_codebooks)
-            for name, examples in self._sets.items()
+            name: count_targets(examples, engine.num_codebooks) for name, examples in sets.items()
         }
+        self._sets = {name: world.share(examples) for name, examples in sets.items()}
         self._layouts: dict[Any, list[tuple[str, PackBatch]]] = {}
 
     def bare(self) -> dict[str, float]:
@@ -55,7 +56,10 @@ class Validator:
     def _totals(
         self, groups: Sequence[tuple[int, ...]], *, bare: bool
     ) -> list[dict[str, list[list[float]]]]:
-        """For each group of slots: set → summed nats of each slot: text, then each codebook."""
+        """For each group of slots: set → nats of each slot summed over all processes.
+
+        Text, then each codebook.
+        """
         layouts = [self._batches(slots, bare=bare) for slots in groups]
         tasks = [
             partial(self._engine.evaluate, batch, bare=bare)
@@ -64,13 +68,15 @@ class Validator:
         ]
         sums = iter(self._engine.lanes.run(tasks))
         results = []
-        for layout in layouts:
-            totals: dict[str, Tensor] = {}
+        for slots, layout in zip(groups, layouts, strict=True):
+            shape, device = (len(slots), 1 + self._engine.num_codebooks), self._engine.device
+            totals = {name: torch.zeros(shape, device=device) for name in self._sets}
             for name, _ in layout:
                 text_K, audio_KC = next(sums)
-                total = torch.cat([text_K[:, None], audio_KC], dim=1)
-                totals[name] = totals[name] + total if name in totals else total
-            results.append({name: total.cpu().tolist() for name, total in totals.items()})
+                totals[name] = totals[name] + torch.cat([text_K[:, None], audio_KC], dim=1)
+            results.append(
+                {name: self._world.sum(total.cpu()).tolist() for name, total in totals.items()}
+            )
         return results
 
     def _metrics(self, totals: dict[str, list[list[float]]], k: int) -> dict[str, float]:
