@@ -12,13 +12,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import higgs_tune
-from higgs_tune.config import BaseSettings, DataSettings, SweepConfig, TrialConfig
-from higgs_tune.config_file import load_sweep, read_yaml, validate
+from higgs_tune.config import BaseSettings, DataSettings, SweepConfig
+from higgs_tune.config_file import load_sweep, validate
 from higgs_tune.data import prepare_cli
-from higgs_tune.errors import ConfigError, HiggsTuneError
+from higgs_tune.errors import HiggsTuneError
+from higgs_tune.train import train_cli
 
 if TYPE_CHECKING:
     from higgs_tune.report.summary import Summary
@@ -47,12 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare.set_defaults(run=prepare_cli.run)
 
     train = commands.add_parser("train", help="train one configuration, such as a sweep's best")
-    train.add_argument("--config", type=Path, required=True, help="best_config.yaml of a sweep")
-    train.add_argument("--data", help="dataset folder instead of the configuration's")
-    train.add_argument("--out", type=Path, default=Path("trained"), help="default: trained")
-    train.add_argument("--resume", action="store_true", help="go on from --out's last checkpoint")
-    train.add_argument("--seed", type=int, help="another seed than the configuration's")
-    train.set_defaults(run=run_train)
+    train_cli.add_arguments(train)
+    train.set_defaults(run=train_cli.run)
 
     report = commands.add_parser("report", help="write a sweep's report again")
     report.add_argument("results", type=Path, help="results folder of a sweep")
@@ -174,58 +171,6 @@ def _pick_name(config: SweepConfig, *, resume: bool) -> str:
     }
     number = max(taken, default=0) + (0 if resume else 1)
     return config.name if number <= 1 else f"{config.name}-{number}"
-
-
-def run_train(args: argparse.Namespace) -> int:
-    """Train the configuration of a best_config.yaml."""
-    raw = read_yaml(args.config)
-    missing = [key for key in ("base", "data", "trial") if not isinstance(raw.get(key), dict)]
-    if missing:
-        raise ConfigError(
-            f"{args.config}: section {missing[0]} is missing. Give a best_config.yaml that a sweep wrote."
-        )
-    data = {key: value for key, value in raw["data"].items() if key != "content_hash"}
-    if args.data:
-        data["path"] = args.data
-    trial = raw["trial"] | ({"seed": args.seed} if args.seed is not None else {})
-    where = str(args.config)
-    settings = (
-        validate(BaseSettings, raw["base"], f"{where}, base"),
-        validate(DataSettings, data, f"{where}, data"),
-        validate(TrialConfig, trial, f"{where}, trial"),
-    )
-    from higgs_tune.data.dataset import Dataset
-    from higgs_tune.train.single import train_single
-
-    found = Dataset.open(settings[1].path).info.content_hash
-    expected = raw["data"].get("content_hash")
-    if expected and found != expected:
-        print(
-            f"note: {settings[1].path} is other data than the search's "
-            f"({found[:12]} instead of {expected[:12]}): figures will differ.",
-            file=sys.stderr,
-        )
-    result = train_single(
-        *settings, args.out, resume=args.resume, report=lambda line: _print_line(line, settings[2])
-    )
-    print(f"adapter: {args.out / 'adapter'}")
-    return 0 if result["status"] == "completed" else 1
-
-
-def _print_line(line: dict[str, Any], trial: TrialConfig) -> None:
-    if not sys.stdout.isatty():
-        print(json.dumps(line), flush=True)
-        return
-    shown = "   ".join(
-        f"{label} {line[name]:.3f}"
-        for label, name in (
-            ("text nll", "val/text/nll"),
-            ("audio nll", "val/audio/nll_per_code"),
-            ("audio gain", "val/text/audio_gain"),
-        )
-        if name in line
-    )
-    print(f"step {line['step']:>5}/{trial.num_steps}   {shown}   {line['status']}", flush=True)
 
 
 def run_report(args: argparse.Namespace) -> int:

@@ -246,6 +246,25 @@ class SweepConfig(Settings):
         return self
 
 
+class RunSettings(Settings):
+    """How `higgs-tune train` runs. All but the first leave what is trained as it is."""
+
+    # times batch_clips times the number of processes: clips of one optimizer step
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    # checkpoint after so many steps; at each validation in any case
+    save_every_steps: int | None = Field(default=None, ge=1)
+    keep_checkpoints: int = Field(default=0, ge=0)  # the newest so many stay in checkpoints/
+    # best_adapter: val/audio/nll_per_code may rise by this share of its start
+    audio_tolerance: float = Field(default=0.05, ge=0)
+    # end after so many validations without a better val/text/nll
+    early_stop_patience: int | None = Field(default=None, ge=1)
+    early_stop_min_delta: float = Field(default=0.0, ge=0)  # nats by which better is better
+    # validation clips that are written down by ear at each validation
+    num_samples: int = Field(default=4, ge=0)
+    max_sample_tokens: int = Field(default=128, ge=1)  # longest text of a sample
+    tensorboard: bool = True  # metrics for TensorBoard, too
+
+
 class TrialConfig(Settings):
     """One point of the search space, complete: with a base and a dataset it can be trained again."""
 

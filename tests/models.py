@@ -1,11 +1,15 @@
 """Small random bases and examples for tests; the classes are the real ones."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgs_tune.config import TrialConfig
+from higgs_tune.config import DataSettings, TaskMix, TrialConfig
 from higgs_tune.data.conversation import AudioPart, Conversation, TextPart, Turn
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.shards import CodecFacts, Row, write_dataset
 from higgs_tune.data.tokens import Encoded, Vocabulary, encode_conversation
 from higgs_tune.model.load import Base
 
@@ -32,6 +36,14 @@ def vocabulary() -> Vocabulary:
         num_codebooks=NUM_CODEBOOKS,
         encode_text=encode_text,
     )
+
+
+class Letters:
+    """What is needed of the tiny vocabulary's tokenizer."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Letters as they are, anything else as its id in angle brackets."""
+        return "".join(LETTERS[i - 13] if i >= 13 else f"<{i}>" for i in ids)
 
 
 def tiny_base(seed: int = 0, num_layers: int = 2, dtype: torch.dtype = torch.float32) -> Base:
@@ -65,7 +77,7 @@ def tiny_base(seed: int = 0, num_layers: int = 2, dtype: torch.dtype = torch.flo
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     model.requires_grad_(False).eval()
-    return Base(model, tokenizer=None, vocabulary=voc, source="tiny")  # type: ignore[arg-type]
+    return Base(model, tokenizer=Letters(), vocabulary=voc, source="tiny")  # type: ignore[arg-type]
 
 
 def random_codes(rng: np.random.Generator, num_frames: int) -> np.ndarray:
@@ -136,3 +148,25 @@ def stock_inputs(examples: list[Encoded]) -> dict[str, torch.Tensor]:
         "audio_labels": audio_labels,
         "audio_input_ids_mask": audio_mask,
     }
+
+
+DATA = DataSettings(tasks=TaskMix(transcribe=1, speak=1, clone=0.5), num_val_clips=4)
+CODEC = CodecFacts("tiny", 24000, 25.0, NUM_CODEBOOKS, NUM_CODES)
+
+
+def make_dataset(directory: Path, codec: CodecFacts = CODEC) -> Dataset:
+    """24 training and 8 validation clips of three speakers, of ragged lengths."""
+    rng = np.random.default_rng(0)
+    rows = [
+        Row(
+            id=f"r{n}",
+            split="train" if n < 24 else "validation",
+            kind="clip",
+            speaker=f"s{n % 3}",
+            text=random_text(rng, 3 + n % 5),
+            codes=(random_codes(rng, 4 + n % 7),),
+        )
+        for n in range(32)
+    ]
+    write_dataset(directory, rows, codec)
+    return Dataset.open(str(directory))

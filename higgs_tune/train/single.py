@@ -1,23 +1,23 @@
-"""Train one configuration: a pack of one, with a checkpoint after every interval."""
+"""Train one configuration: a pack of one, with checkpoints, on one or several processes.
 
-import json
-import math
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+What a step trains is a pure function of the settings, the seed and the step, and nothing is drawn
+while training. So a checkpoint of weights, moments, step and the interval's figures goes on exactly.
+"""
+
+import signal
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-
-from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
-from higgs_tune.config_file import validate
-from higgs_tune.errors import ConfigError, DataError
-from higgs_tune.train.checkpoint import read_trial
+from higgs_tune import metrics
+from higgs_tune.config import BaseSettings, DataSettings, RunSettings, TrialConfig
+from higgs_tune.train import run_folder as folder
 from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.parallel import ALONE, World
+from higgs_tune.train.recorder import Recorder, Watcher, early_stop_reason, is_finished
+from higgs_tune.train.run_folder import Line
+from higgs_tune.train.signals import StopRequest, stop_signals
 
-METRICS, ADAPTER, SETTINGS = "metrics.jsonl", "adapter", "config.json"
+_ID = "run"
 
 
 def train_single(
@@ -27,140 +27,108 @@ def train_single(
     out: Path,
     *,
     resume: bool,
-    report: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Train a configuration to its full budget.
-
-    `out/adapter` always holds the newest checkpoint in PEFT's format, `out/metrics.jsonl` a line per
-    interval; the first line is the untouched base.
+    watcher: Watcher,
+    run: RunSettings,
+    world: World = ALONE,
+    device: str | None = None,
+) -> Line:
+    """Train a configuration to its full budget, to an early stop, or until a signal asks to stop.
 
     Args:
-        out: new or empty folder, or with `resume` one that an earlier run left.
-        report: called with each line as it is written.
+        out: new or empty folder, or with `resume` one that an earlier run left; `run_folder` says
+            what is in it. Every process must be able to read it; the main one writes.
+        world: the processes that train together, each with this call.
+        device: of this process, where it is not `base.device`.
 
     Returns:
-        The last interval's metrics, with "status" completed or diverged.
+        The last validation's metrics, with "status" completed or diverged; or "cancelled" with the
+        number of the "signal" that asked for it.
 
     Raises:
         ConfigError: `out` is in use, or `resume` finds nothing there or a run of other settings.
         DataError: the disk is full or `out` cannot be written.
     """
-    adapter, lines = out / ADAPTER, out / METRICS
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file, needed a folder. Give another --out.")
-    old = _old(adapter)
-    if (
-        resume and not adapter.exists() and old.exists()
-    ):  # stopped between the two renames of a swap
-        with _writing(out):
-            old.rename(adapter)
-    if resume and not adapter.exists():
-        raise ConfigError(f"{out}: no {ADAPTER}/ to go on from. Leave out --resume to start.")
-    if not resume and out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out}: not empty. Give another --out, or --resume to go on there.")
-    if resume:
-        _check_same_settings(out, base, data, trial)
-    loop = PackLoop.load(base, data, PackLimits.of([trial], num_slots=1))
-    account = loop.join("run", trial, adapter if resume else None)
-    settings = {
-        "base": base.model_dump(mode="json"),
-        "data": data.model_dump(mode="json"),
-        "trial": trial.model_dump(mode="json"),
-        "account": account,
-        "preflight": loop.preflight,
-    }
-    with _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        _replace(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
-    result: dict[str, Any] = {"step": 0, **loop.base_metrics, "status": "running"}
-    if not resume:
-        with _writing(out):
-            _append(lines, result)
-        report(result)
-    while result["status"] == "running":
-        result = loop.advance()["run"]
-        with _writing(out):
-            if result["status"] != "diverged":
-                _save(loop, adapter)
-            _append(lines, result)
-        report(result)
-    return result
+    clips_per_step = world.size * run.gradient_accumulation_steps * trial.batch_clips
 
+    def open_folder() -> list[Line]:
+        if resume:
+            return folder.rewind(out, base, data, trial, clips_per_step)
+        folder.check_new(out)
+        return []
 
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Name the folder and the way on when a write fails; safetensors has an error of its own."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"{out}: cannot be written: {error}. The last complete checkpoint is kept; free space "
-            "and go on with --resume."
-        ) from error
-
-
-def _check_same_settings(
-    out: Path, base: BaseSettings, data: DataSettings, trial: TrialConfig
-) -> None:
-    """Refuse to go on with other settings; only the device may change."""
-    path = out / SETTINGS
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        raw_base, raw_data = saved["base"], saved["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: the settings of the run to go on with cannot be read: {error!r}. "
-            "Start again with another --out."
-        ) from None
-    pairs = (
-        ("base", validate(BaseSettings, raw_base, f"{path}, base"), base),
-        ("data", validate(DataSettings, raw_data, f"{path}, data"), data),
-        ("trial", read_trial(out / ADAPTER), trial),
-    )
-    differing = [
-        f"{section}.{name} was {before!r}, now {getattr(now, name)!r}"
-        for section, then, now in pairs
-        for name, before in then
-        if before != getattr(now, name) and (section, name) != ("base", "device")
-    ]
-    if differing:
-        raise ConfigError(
-            f"{out}: --resume with other settings: {'; '.join(differing)}. Give the settings of the "
-            "first start, or another --out to start anew."
+    with stop_signals() as request:
+        lines = world.on_main(open_folder)
+        if world.on_main(lambda: is_finished(out, lines, trial, run)):
+            if world.is_main:
+                watcher.report(lines[-1])
+            return lines[-1]
+        here = base.model_copy(update={"device": device or base.device})
+        loop = PackLoop.load(here, data, PackLimits.of([trial], num_slots=1), world)
+        newest = out / folder.ADAPTER
+        account = loop.join(
+            _ID,
+            trial,
+            newest if newest.exists() else None,
+            batches_per_step=run.gradient_accumulation_steps,
         )
+        settings = {
+            "base": base.model_dump(mode="json"),
+            "data": data.model_dump(mode="json"),
+            "trial": trial.model_dump(mode="json"),
+            "run": run.model_dump(mode="json"),
+            "clips_per_step": clips_per_step,
+            "account": account,
+            "preflight": loop.preflight,
+        }
+
+        def write_settings() -> None:
+            with folder.writing(out):
+                folder.write_settings(out, settings)
+
+        world.on_main(write_settings)
+        recorder = Recorder(loop, _ID, out, run, world, watcher, lines)
+        try:
+            return _train(loop, recorder, trial, run, world, watcher, request)
+        finally:
+            recorder.close()
 
 
-def _save(loop: PackLoop, adapter: Path) -> None:
-    """Write beside the old checkpoint, then swap, so that one of the two is always whole.
+def _train(
+    loop: PackLoop,
+    recorder: Recorder,
+    trial: TrialConfig,
+    run: RunSettings,
+    world: World,
+    watcher: Watcher,
+    request: StopRequest,
+) -> Line:
+    """Train until there is nothing left to do, or somebody asks to stop."""
 
-    A run that stops between the two renames leaves the old one aside; the next one puts it back.
-    """
-    fresh, old = adapter.with_name(f".{adapter.name}.new"), _old(adapter)
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir()
-    loop.save("run", fresh)
-    if adapter.exists():
-        adapter.rename(old)
-    fresh.rename(adapter)
-    shutil.rmtree(old, ignore_errors=True)
+    def after_step() -> bool:
+        step, _ = loop.position(_ID)
+        if world.is_main:
+            watcher.step(step)
+        if world.any(request.number is not None):
+            return True
+        if run.save_every_steps and step % run.save_every_steps == 0 and not loop.due(_ID):
+            recorder.save()
+        return False
 
-
-def _old(adapter: Path) -> Path:
-    return adapter.with_name(f".{adapter.name}.old")
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    """Append a line of JSON, which has no NaN: a figure without a value is null."""
-    plain = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in line.items()
+    recorder.start()
+    last = recorder.lines[-1]
+    if last[metrics.STEP] >= trial.num_steps or early_stop_reason(recorder.lines, run):
+        return last
+    while not world.any(request.number is not None):
+        results = loop.advance(after_step)
+        if results:
+            line = recorder.record(results[_ID])
+            if line["status"] != "running":
+                return line
+    recorder.save()
+    number = int(world.highest(float(request.number or 0)))
+    return {
+        metrics.STEP: loop.position(_ID)[0],
+        "status": "cancelled",
+        "reason": f"ended by {signal.Signals(number).name}",
+        "signal": number,
     }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(plain, allow_nan=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

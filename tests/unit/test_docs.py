@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from higgs_tune import metrics
-from higgs_tune.config import SweepConfig
+from higgs_tune.config import RunSettings, SweepConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -41,7 +41,8 @@ def test_settings_page_has_every_setting_with_its_default() -> None:
     shown["space.cross_attention"] = [
         "off" if v is False else v for v in shown["space.cross_attention"]
     ]
-    assert shown == {name: plain(value) for name, value in defaults(SweepConfig())}
+    settings = [*defaults(SweepConfig()), *defaults(RunSettings(), "run.")]
+    assert shown == {name: plain(value) for name, value in settings}
 
 
 def test_results_page_has_every_metric() -> None:

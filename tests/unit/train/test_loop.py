@@ -1,42 +1,15 @@
-"""The loop: intervals, divergence, resume, evaluation, and the one-configuration run."""
-
-import json
-from pathlib import Path
+"""The loop: intervals, divergence, resume, evaluation."""
 
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from higgs_tune import metrics
-from higgs_tune.config import BaseSettings, DataSettings, TaskMix
-from higgs_tune.data.dataset import Dataset
-from higgs_tune.data.shards import CodecFacts, Row, write_dataset
-from higgs_tune.errors import ConfigError, DataError
-from higgs_tune.train import checkpoint, single
+from higgs_tune.data.shards import CodecFacts
+from higgs_tune.errors import DataError
 from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
-from tests.models import NUM_CODEBOOKS, NUM_CODES, random_codes, random_text, tiny_base, trial
-
-DATA = DataSettings(tasks=TaskMix(transcribe=1, speak=1, clone=0.5), num_val_clips=4)
-CODEC = CodecFacts("tiny", 24000, 25.0, NUM_CODEBOOKS, NUM_CODES)
-
-
-def make_dataset(directory, codec=CODEC):
-    rng = np.random.default_rng(0)
-    rows = [
-        Row(
-            id=f"r{n}",
-            split="train" if n < 24 else "validation",
-            kind="clip",
-            speaker=f"s{n % 3}",
-            text=random_text(rng, 3 + n % 5),
-            codes=(random_codes(rng, 4 + n % 7),),
-        )
-        for n in range(32)
-    ]
-    write_dataset(directory, rows, codec)
-    return Dataset.open(str(directory))
+from tests.models import DATA, NUM_CODEBOOKS, NUM_CODES, make_dataset, tiny_base, trial
 
 
 @pytest.fixture(scope="module")
@@ -172,56 +145,6 @@ def test_a_row_that_the_base_cannot_hold_is_left_out(dataset):
     assert results[-1]["status"] == "completed"
 
 
-@pytest.fixture
-def run_single(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        single.PackLoop,
-        "load",
-        classmethod(lambda cls, base, data, limits: cls(tiny_base(), dataset, data, limits)),
-    )
-    lines = []
-
-    def run(*, resume=False, report=lines.append, data=DATA, config=A, out=tmp_path / "out"):
-        return single.train_single(BaseSettings(), data, config, out, resume=resume, report=report)
-
-    return run, lines, tmp_path / "out"
-
-
-def test_single_run_killed_between_intervals_goes_on_where_it_was(run_single):
-    run, lines, out = run_single
-    with pytest.raises(RuntimeError, match="killed"):
-        run(
-            report=lambda line: (
-                (_ for _ in ()).throw(RuntimeError("killed")) if line["step"] == 10 else None
-            )
-        )
-    with pytest.raises(ConfigError, match="not empty"):
-        run()
-    assert run(resume=True)["status"] == "completed"
-    assert [line["step"] for line in lines] == [15, 20]
-    written = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in written] == [0, 5, 10, 15, 20]
-    assert (out / "adapter" / "adapter_model.safetensors").is_file()
-
-
-def test_single_run_that_is_done_can_be_resumed_and_says_so(run_single):
-    run, lines, _ = run_single
-    run()
-    lines.clear()
-    assert run(resume=True)["status"] == "completed"
-    assert [line["step"] for line in lines] == [20]
-
-
-def test_single_run_goes_on_with_its_own_settings_only(run_single):
-    run, _, _ = run_single
-    run()
-    other = A.model_copy(update={"learning_rate": 0.5, "seed": 9})
-    with pytest.raises(ConfigError, match=r"trial.learning_rate was 0.01, now 0.5; trial.seed was"):
-        run(resume=True, config=other)
-    with pytest.raises(ConfigError, match=r"data.num_val_clips was 4, now 5"):
-        run(resume=True, data=DATA.model_copy(update={"num_val_clips": 5}))
-
-
 def test_a_state_of_another_shape_is_refused(dataset):
     loop = loop_of(dataset, A)
     loop.join("a", A)
@@ -230,75 +153,6 @@ def test_a_state_of_another_shape_is_refused(dataset):
     state.exp_avg[name] = torch.zeros(1)
     with pytest.raises(ValueError, match=r"state does not fit at .*lora_B"):
         loop.engine.add("again", A, state)
-
-
-def test_a_checkpoint_that_cannot_be_written_is_a_data_error(run_single, monkeypatch):
-    run, lines, _ = run_single
-
-    def full_disk(*_, **__):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(DataError, match=r"out: cannot be written: .*No space left.* --resume"):
-        run()
-    assert [line["step"] for line in lines] == [0]
-
-
-def test_a_swap_of_checkpoints_that_stops_half_way_is_mended(run_single, monkeypatch):
-    run, lines, out = run_single
-    rename = Path.rename
-
-    def failing(path, target):
-        if path.name == ".adapter.new" and (out / ".adapter.old").exists():
-            raise OSError("the machine stopped")
-        return rename(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", failing)
-        with pytest.raises(DataError, match="the machine stopped"):
-            run()
-    assert not (out / "adapter").exists()
-    assert [line["step"] for line in lines] == [0, 5]
-    assert run(resume=True)["status"] == "completed"
-    assert [line["step"] for line in lines] == [0, 5, 10, 15, 20]
-
-
-def test_a_figure_without_a_value_is_null_on_disk(run_single):
-    run, lines, out = run_single
-    run(data=DATA.model_copy(update={"tasks": TaskMix(transcribe=0)}))
-    assert np.isnan(lines[1][metrics.TRAIN_TEXT_NLL])
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    written = (out / "metrics.jsonl").read_text().splitlines()
-    parsed = [json.loads(line, parse_constant=refuse) for line in written]
-    assert parsed[1][metrics.TRAIN_TEXT_NLL] is None
-
-
-def test_an_error_outside_of_writing_keeps_its_type(run_single):
-    run, _, _ = run_single
-
-    def broken_pipe(line):
-        raise BrokenPipeError("stdout is closed")
-
-    with pytest.raises(BrokenPipeError, match="stdout is closed"):
-        run(report=broken_pipe)
-
-
-def test_an_out_that_is_a_file_is_refused(run_single):
-    run, _, out = run_single
-    out.write_text("notes")
-    for resume in (False, True):
-        with pytest.raises(ConfigError, match="out: is a file, needed a folder"):
-            run(resume=resume)
-    assert out.read_text() == "notes"
-
-
-def test_single_run_cannot_resume_from_nothing(run_single):
-    run, _, _ = run_single
-    with pytest.raises(ConfigError, match="no adapter/ to go on from"):
-        run(resume=True)
 
 
 def test_a_pack_in_two_lanes_trains_as_in_one(dataset):

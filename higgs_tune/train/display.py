@@ -1,0 +1,102 @@
+"""What a person sees of a training run: a live line in a terminal, JSON lines anywhere else."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from higgs_tune.metrics import STEP, VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
+from higgs_tune.train.samples import Sample
+
+_SHOWN = (("text nll", VAL_TEXT_NLL), ("audio nll", VAL_AUDIO_NLL), ("audio gain", VAL_AUDIO_GAIN))
+
+
+class Pace:
+    """Steps a second of this start, and how long the rest takes."""
+
+    def __init__(self, num_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._num_steps, self._clock = num_steps, clock
+        self._first: tuple[int, float] | None = None
+
+    def after(self, step: int) -> str:
+        """The pace once `step` is done; empty until two steps are."""
+        if self._first is None:
+            self._first = step, self._clock()
+        first_step, since = self._first
+        if step == first_step or self._clock() == since:
+            return ""
+        rate = (step - first_step) / (self._clock() - since)
+        return f"{rate:.2f} steps/s · {duration((self._num_steps - step) / rate)} left"
+
+
+class Display:
+    """Shows a run; used as a context, so that the terminal is left tidy."""
+
+    def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._num_steps = num_steps
+        self._pace = Pace(num_steps)
+        self._progress: Progress | None = None
+        if self._stream.isatty():
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[pace]}"),
+                console=Console(file=self._stream),
+                refresh_per_second=4,
+                transient=True,
+            )
+            self._task = self._progress.add_task("", total=num_steps, pace="")
+
+    def __enter__(self) -> "Display":
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def step(self, step: int) -> None:
+        """An optimizer step is done."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, pace=self._pace.after(step))
+
+    def line(self, line: dict[str, Any]) -> None:
+        """A validation is done."""
+        if self._progress is None:
+            print(json.dumps(line), file=self._stream, flush=True)
+            return
+        figures = "   ".join(f"{label} {line[name]:.3f}" for label, name in _SHOWN if name in line)
+        end = "" if line["status"] == "running" else f"   {line['status']} {line.get('reason', '')}"
+        width = len(str(self._num_steps))
+        text = f"step {line[STEP]:>{width}}/{self._num_steps}   {figures}{end}".rstrip()
+        self._progress.console.print(Text(text))
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """Clips were written down by ear; only a terminal shows them."""
+        if self._progress is None:
+            return
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("  target")
+        table.add_column("predicted")
+        for sample in samples:
+            cut = "" if sample.ended else " …"
+            table.add_row(Text(f"  {sample.target}"), Text(sample.predicted + cut))
+        self._progress.console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,231 @@
+"""The folder of a training run: settings, lines of figures, checkpoints. All files appear whole.
+
+config.json      the settings that it began with
+metrics.jsonl    a line per validation; the first is the untouched base
+samples.jsonl    texts that were heard at validations
+adapter/         the newest checkpoint, in PEFT's format
+best_adapter/    the one with the lowest text loss among those that kept audio
+checkpoints/     the newest few, if asked for
+tensorboard/     the figures for TensorBoard
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from higgs_tune import metrics
+from higgs_tune.config import BaseSettings, DataSettings, RunSettings, TrialConfig
+from higgs_tune.config_file import validate
+from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.train.checkpoint import load_interval, read_step
+from higgs_tune.train.samples import Sample
+
+METRICS, SAMPLES, SETTINGS = "metrics.jsonl", "samples.jsonl", "config.json"
+ADAPTER, BEST, KEPT, BOARD = "adapter", "best_adapter", "checkpoints", "tensorboard"
+Line = dict[str, Any]
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Name the folder and the way on when a write fails; safetensors has an error of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{out}: cannot be written: {error}. The last complete checkpoint is kept; free space "
+            "and go on with --resume."
+        ) from error
+
+
+def check_new(out: Path) -> None:
+    """Refuse a folder that is in use."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file, needed a folder. Give another --out.")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out}: not empty. Give another --out, or --resume to go on there.")
+
+
+def rewind(
+    out: Path,
+    base: BaseSettings,
+    data: DataSettings,
+    trial: TrialConfig,
+    clips_per_step: int,
+) -> list[Line]:
+    """Take a run's folder back to its newest checkpoint, or to its start if it has none.
+
+    Returns:
+        The lines of its figures up to there.
+
+    Raises:
+        ConfigError: there is no run here, or one of other settings.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file, needed a folder. Give another --out.")
+    adapter, old = out / ADAPTER, _old(out / ADAPTER)
+    if not adapter.exists() and old.exists():  # stopped between the two renames of a swap
+        with writing(out):
+            old.rename(adapter)
+    if not (out / SETTINGS).exists():
+        raise ConfigError(f"{out}: no {ADAPTER}/ to go on from. Leave out --resume to start.")
+    _check_same(out / SETTINGS, base, data, trial, clips_per_step)
+    # a line at the checkpoint's step is only its own if the checkpoint was made behind it
+    last = -1
+    if adapter.exists():
+        last = read_step(adapter) - bool(load_interval(adapter).get("sums"))
+    with writing(out):
+        for path in (out / SAMPLES, out / METRICS):
+            if path.exists():
+                _write_lines(path, _lines(path, last))
+    return _lines(out / METRICS)
+
+
+def _check_same(
+    path: Path, base: BaseSettings, data: DataSettings, trial: TrialConfig, clips_per_step: int
+) -> None:
+    """Refuse to go on with other settings; only the device, and how a batch is shared, may change."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        raw = [saved[section] for section in ("base", "data", "trial")]
+        clips_then = saved.get("clips_per_step", raw[2]["batch_clips"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: the settings of the run to go on with cannot be read: {error!r}. "
+            "Start again with another --out."
+        ) from None
+    pairs = (
+        ("base", validate(BaseSettings, raw[0], f"{path}, base"), base),
+        ("data", validate(DataSettings, raw[1], f"{path}, data"), data),
+        ("trial", validate(TrialConfig, raw[2], f"{path}, trial"), trial),
+    )
+    differing = [
+        f"{section}.{name} was {before!r}, now {getattr(now, name)!r}"
+        for section, then, now in pairs
+        for name, before in then
+        if before != getattr(now, name) and (section, name) != ("base", "device")
+    ]
+    if not differing and clips_then != clips_per_step:
+        differing = [
+            f"processes × run.gradient_accumulation_steps × trial.batch_clips was {clips_then}, "
+            f"now {clips_per_step}"
+        ]
+    if differing:
+        raise ConfigError(
+            f"{path.parent}: --resume with other settings: {'; '.join(differing)}. Give the "
+            "settings of the first start, or another --out to start anew."
+        )
+
+
+def save_checkpoint(out: Path, write: Callable[[Path], None]) -> None:
+    """Write beside the old checkpoint, then swap, so that one of the two is always whole.
+
+    A run that stops between the two renames leaves the old one aside; `rewind` puts it back.
+    """
+    _swap(out / ADAPTER, write)
+
+
+def keep(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
+    """Copy the checkpoint that was just validated to where the best, or the newest few, are."""
+    step = lines[-1][metrics.STEP]
+    if best_step(lines, run.audio_tolerance) == step:
+        ignore = shutil.ignore_patterns("training_state.*")
+        _swap(out / BEST, lambda fresh: _copy(out / ADAPTER, fresh, ignore))
+    if run.keep_checkpoints:
+        _swap(out / KEPT / f"step-{step:06d}", lambda fresh: _copy(out / ADAPTER, fresh))
+        kept = sorted((out / KEPT).glob("step-*"), key=lambda f: int(f.name.removeprefix("step-")))
+        for folder in kept[: -run.keep_checkpoints]:
+            shutil.rmtree(folder)
+
+
+def best_step(lines: Sequence[Line], audio_tolerance: float) -> int | None:
+    """The step with the lowest text loss whose audio loss is within the tolerance; the first of equals."""
+    limit = (1 + audio_tolerance) * lines[0][metrics.VAL_AUDIO_NLL]
+    feasible = [
+        line
+        for line in lines[1:]
+        if line["status"] != "diverged" and line[metrics.VAL_AUDIO_NLL] <= limit
+    ]
+    best = min(feasible, key=lambda line: line[metrics.VAL_TEXT_NLL], default=None)
+    return None if best is None else best[metrics.STEP]
+
+
+def append(path: Path, line: Line) -> None:
+    """Append a line of JSON, which has no NaN: a figure without a value is null."""
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Write config.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    _replace(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def write_samples(out: Path, step: int, samples: Sequence[Sample]) -> None:
+    """Write what was heard at a step behind what was heard before it."""
+    lines = [{metrics.STEP: step, **asdict(sample)} for sample in samples]
+    _write_lines(out / SAMPLES, [*_lines(out / SAMPLES, step - 1), *lines])
+
+
+def last_sampled_step(out: Path) -> int | None:
+    """The step of the newest samples."""
+    steps = [line[metrics.STEP] for line in _lines(out / SAMPLES)]
+    return max(steps, default=None)
+
+
+def _lines(path: Path, last_step: float = math.inf) -> list[Line]:
+    """The whole lines up to a step; a last one that was cut off is none."""
+    if not path.exists():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {number}: not JSON: {error}. Mend the line, or delete it."
+            ) from None
+        if line[metrics.STEP] <= last_step:
+            lines.append(line)
+    return lines
+
+
+def _write_lines(path: Path, lines: Sequence[Line]) -> None:
+    _replace(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _swap(folder: Path, write: Callable[[Path], None]) -> None:
+    fresh, old = folder.with_name(f".{folder.name}.new"), _old(folder)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    write(fresh)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path, ignore: Callable[..., Any] | None = None) -> None:
+    shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

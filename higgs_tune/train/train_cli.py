@@ -1,0 +1,106 @@
+"""The command `higgs-tune train`; imports no torch until it runs."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from higgs_tune.config import BaseSettings, DataSettings, RunSettings, Settings, TrialConfig
+from higgs_tune.config_file import apply_overrides, read_yaml, validate
+from higgs_tune.errors import ConfigError, did_you_mean
+
+SECTIONS: dict[str, type[Settings]] = {
+    "base": BaseSettings,
+    "data": DataSettings,
+    "trial": TrialConfig,
+    "run": RunSettings,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "--config", type=Path, required=True, help="best_config.yaml of a sweep, or one like it"
+    )
+    parser.add_argument("--data", help="dataset folder instead of the configuration's")
+    parser.add_argument("--out", type=Path, default=Path("trained"), help="default: trained")
+    parser.add_argument("--resume", action="store_true", help="go on from --out's last checkpoint")
+    parser.add_argument("--seed", type=int, help="another seed than the configuration's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a setting, e.g. --set run.save_every_steps=500; may be given again",
+    )
+
+
+def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
+    """Section → its checked settings, and the content hash of the data that the file names.
+
+    Raises:
+        ConfigError: a section is missing, or a setting is unknown or out of bounds.
+    """
+    raw = read_yaml(args.config)
+    missing = [key for key in ("base", "data", "trial") if not isinstance(raw.get(key), dict)]
+    if missing:
+        raise ConfigError(
+            f"{args.config}: section {missing[0]} is missing. "
+            "Give a best_config.yaml that a sweep wrote."
+        )
+    for text in args.set:
+        section = text.split("=")[0].split(".")[0]
+        if section not in SECTIONS:
+            near = did_you_mean(section, SECTIONS)
+            raise ConfigError(
+                f"--set {text}: unknown section {section!r}{near}; known here: {list(SECTIONS)}."
+            )
+    raw = apply_overrides(raw, args.set)
+    expected = raw["data"].pop("content_hash", None)
+    if args.data:
+        raw["data"]["path"] = args.data
+    if args.seed is not None:
+        raw["trial"]["seed"] = args.seed
+    return {
+        name: validate(model, raw.get(name) or {}, f"{args.config}, {name}")
+        for name, model in SECTIONS.items()
+    }, expected
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train the configuration of a best_config.yaml. Errors are `HiggsTuneError`s."""
+    settings, expected = read_settings(args)
+    from higgs_tune.data.dataset import Dataset  # torch and its company: seconds to import
+    from higgs_tune.train.display import Display
+    from higgs_tune.train.parallel import join_world, leave_world
+    from higgs_tune.train.recorder import Watcher
+    from higgs_tune.train.single import train_single
+
+    found = Dataset.open(settings["data"].path).info.content_hash
+    world, device = join_world(settings["base"].device, settings["base"].dtype)
+    if world.is_main and expected and found != expected:
+        print(
+            f"note: {settings['data'].path} is other data than the search's "
+            f"({found[:12]} instead of {expected[:12]}): figures will differ.",
+            file=sys.stderr,
+        )
+    with Display(settings["trial"].num_steps) as display:
+        result = train_single(
+            **settings,
+            out=args.out,
+            resume=args.resume,
+            watcher=Watcher(display.line, display.step, display.samples),
+            world=world,
+            device=device,
+        )
+    leave_world(world)
+    if result["status"] == "cancelled":
+        if world.is_main:
+            print(
+                f"{result['reason']} after step {result['step']}; go on with --resume",
+                file=sys.stderr,
+            )
+        return 128 + result["signal"]
+    if world.is_main:
+        print(f"adapter: {args.out / 'adapter'}")
+    return 0 if result["status"] == "completed" else 1

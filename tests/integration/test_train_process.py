@@ -1,0 +1,148 @@
+"""`higgs-tune train` in processes of its own: killed, ended, resumed, and several together."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from higgs_tune import cli, metrics
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
+CLOCKS = {metrics.TOKENS_PER_S, metrics.TRAIN_TIME_S, metrics.PEAK_MEMORY_MIB}
+SETTINGS = {
+    "base": {"path": "embedded", "device": "cpu"},
+    "data": {"path": "embedded:arabic", "num_val_clips": 4},
+    "trial": {
+        "rank": 4,
+        "alpha": 32.0,
+        "targets": ["attention", "text_mlp", "audio_mlp"],
+        "learning_rate": 1e-3,
+        "batch_clips": 2,
+        "num_steps": 60,
+        "report_every_steps": 12,
+    },
+    "run": {"num_samples": 2, "max_sample_tokens": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "best_config.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory) -> Path:
+    """The whole run, in this process."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert cli.main(["train", "--config", str(config), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def start(config, tmp_path):
+    """Starts the command in a process, behind a launcher's arguments."""
+    started = []
+
+    def run(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        command = [sys.executable, *launcher, "-m", "higgs_tune.cli", "train"]
+        process = subprocess.Popen(
+            [*command, "--config", str(config), "--out", str(tmp_path / "out"), *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def lines_of(out: Path) -> list[dict]:
+    path = out / "metrics.jsonl"
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_lines(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    while len(lines_of(out)) < count:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def assert_equal_runs(out: Path, expected: Path, tolerance: float) -> None:
+    """Weights, moments and figures of every line."""
+    for name in ("adapter_model.safetensors", "training_state.safetensors"):
+        ours, theirs = load_file(out / "adapter" / name), load_file(expected / "adapter" / name)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    assert [line["step"] for line in lines_of(out)] == [0, 12, 24, 36, 48, 60]
+    for line, other in zip(lines_of(out), lines_of(expected), strict=True):
+        assert line.keys() == other.keys()
+        for name in line.keys() - CLOCKS:
+            if isinstance(line[name], float):
+                assert line[name] == pytest.approx(other[name], rel=0, abs=tolerance), name
+            else:
+                assert line[name] == other[name], name
+
+
+def test_ended_then_killed_at_a_random_step_it_ends_as_if_nothing_happened(
+    start, uninterrupted, tmp_path
+):
+    out = tmp_path / "out"
+    save_often = ("--set", "run.save_every_steps=5")
+    process = start(*save_often)
+    wait_for_lines(out, 2, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "ended by SIGTERM after step" in output
+    assert "Traceback" not in output
+
+    process = start("--resume", *save_often)
+    wait_for_lines(out, 3, process)
+    delay = random.uniform(0, 1.5)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    print(f"killed {delay:.2f} s behind step 24's line, lines then {len(lines_of(out))}")
+
+    process = start("--resume", *save_often)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert_equal_runs(out, uninterrupted, 1e-6)
+    samples = [(out_ / "samples.jsonl").read_text() for out_ in (out, uninterrupted)]
+    assert samples[0] == samples[1]
+
+
+def test_two_processes_are_one_with_twice_the_batch(start, uninterrupted, tmp_path):
+    # with one clip each, a process often has no text target, or no audio target, of its own
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    launcher += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    launcher += ("--main_process_port", str(port))
+    process = start("--set", "trial.batch_clips=1", launcher=launcher)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert_equal_runs(tmp_path / "out", uninterrupted, 1e-5)
+    printed = [json.loads(text) for text in output.splitlines() if text.startswith("{")]
+    assert [line["step"] for line in printed] == [0, 12, 24, 36, 48, 60]

@@ -1,0 +1,52 @@
+"""What a training run shows, in a terminal and elsewhere."""
+
+import io
+import json
+
+from higgs_tune.train.display import Display, Pace, duration
+from higgs_tune.train.samples import Sample
+
+LINE = {"step": 5, "val/text/nll": 2.5, "val/audio/nll_per_code": 4.0, "status": "running"}
+SAMPLES = [
+    Sample("a:transcribe", "نعم [b]", "نعم", True),
+    Sample("b:transcribe", "no", "nono", False),
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(stream: io.StringIO) -> str:
+    with Display(20, stream) as display:
+        display.step(5)
+        display.line(LINE)
+        display.samples(SAMPLES)
+        display.line({**LINE, "step": 20, "status": "completed", "reason": "early stop: enough"})
+    return stream.getvalue()
+
+
+def test_without_a_terminal_there_are_json_lines_and_nothing_else():
+    lines = [json.loads(line) for line in shown(io.StringIO()).splitlines()]
+    assert [line["step"] for line in lines] == [5, 20]
+    assert lines[0] == LINE
+
+
+def test_a_terminal_has_figures_and_samples_as_they_are():
+    text = shown(Terminal())
+    assert "step  5/20   text nll 2.500   audio nll 4.000" in text
+    assert "completed early stop: enough" in text
+    assert "نعم [b]" in text
+    assert "nono …" in text
+
+
+def test_pace_counts_the_steps_of_this_start():
+    now = iter([0.0, 10.0, 10.0, 20.0, 20.0])
+    pace = Pace(1000, clock=lambda: next(now))
+    assert pace.after(500) == ""
+    assert pace.after(540) == "4.00 steps/s · 1 min 55 s left"
+
+
+def test_duration_is_for_people():
+    assert [duration(s) for s in (4.4, 65, 3 * 3600 + 120)] == ["4 s", "1 min 05 s", "3 h 02 min"]

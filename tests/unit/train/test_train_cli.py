@@ -1,0 +1,79 @@
+"""The arguments of `higgs-tune train`."""
+
+import argparse
+
+import pytest
+import yaml
+
+from higgs_tune.errors import ConfigError
+from higgs_tune.train import train_cli
+
+BEST = {
+    "higgs_tune": {"version": "0"},
+    "base": {"path": "embedded"},
+    "data": {"path": "embedded:arabic", "content_hash": "abc"},
+    "trial": {
+        "rank": 4,
+        "alpha": 32.0,
+        "targets": ["attention"],
+        "learning_rate": 1e-3,
+        "num_steps": 20,
+        "report_every_steps": 5,
+    },
+    "results": {"note": "better"},
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def settings(*arguments: str, content=BEST):
+        path = tmp_path / "best_config.yaml"
+        path.write_text(yaml.safe_dump(content))
+        parser = argparse.ArgumentParser()
+        train_cli.add_arguments(parser)
+        return train_cli.read_settings(parser.parse_args(["--config", str(path), *arguments]))
+
+    return settings
+
+
+def test_a_best_config_needs_no_run_section(read):
+    settings, content_hash = read()
+    assert content_hash == "abc"
+    assert settings["trial"].num_steps == 20
+    assert settings["run"].early_stop_patience is None
+    assert settings["run"].gradient_accumulation_steps == 1
+
+
+def test_any_setting_can_be_overridden(read):
+    settings, _ = read(
+        *("--set", "run.save_every_steps=7", "--set", "base.dtype=bfloat16"),
+        *("--set", "trial.learning_rate=1e-4", "--data", "elsewhere", "--seed", "9"),
+    )
+    assert settings["run"].save_every_steps == 7
+    assert settings["base"].dtype == "bfloat16"
+    assert (settings["trial"].learning_rate, settings["trial"].seed) == (1e-4, 9)
+    assert settings["data"].path == "elsewhere"
+
+
+def test_a_run_section_is_read_and_overridden(read):
+    settings, _ = read("--set", "run.num_samples=0", content=BEST | {"run": {"num_samples": 2}})
+    assert settings["run"].num_samples == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("rum.num_samples=1", r"unknown section 'rum', did you mean 'run'\?"),
+        ("run.num_sample=1", r"num_sample: unknown setting, did you mean 'num_samples'\?"),
+        ("run.early_stop_patience=0", r"early_stop_patience: .*greater than or equal to 1"),
+        ("num_samples", r"unknown section 'num_samples'"),
+    ],
+)
+def test_a_mistaken_setting_is_named(read, argument, message):
+    with pytest.raises(ConfigError, match=message):
+        read("--set", argument)
+
+
+def test_a_file_without_a_trial_is_refused(read):
+    with pytest.raises(ConfigError, match="section trial is missing"):
+        read(content={"base": {}, "data": {}})
