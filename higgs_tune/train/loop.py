@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,16 @@ from higgs_tune.data.collate import (
 )
 from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset, TrainOrder, validation_sets
-from higgs_tune.data.tokens import Encoded, encode_conversation
-from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.data.tokens import Encoded
+from higgs_tune.errors import DataError
 from higgs_tune.model.load import Base, load_base
 from higgs_tune.train.checkpoint import load_interval, load_state, save_adapter, save_interval
 from higgs_tune.train.engine import Engine, PackLimits, Resident
+from higgs_tune.train.examples import Examples
 from higgs_tune.train.imbalance import preflight
 from higgs_tune.train.interval import Interval
 from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.validation import Validator
-
-_CACHED_ROWS = 4_000_000  # of tokenised examples kept; at most 152 bytes each with 8 codebooks
 
 
 @dataclass
@@ -90,22 +89,20 @@ class PackLoop:
         self.content_hash: str = dataset.info.content_hash
         self.base = base
         self._dataset, self._data, self._world = dataset, data, world
-        self._encoded: dict[str, Encoded] = {}
-        self._num_encoded_rows = 0
-        self._text_length = cache(lambda text: len(base.vocabulary.encode_text(text)))
+        self._examples = Examples(base, data)
         self._runs: dict[str, _Run] = {}
-        sets = validation_sets(dataset, data.num_val_clips, **self._length_limits())
+        sets = validation_sets(dataset, data.num_val_clips, **self._examples.length_limits)
         self._validator = Validator(
             self.engine,
-            transcribe=[self._encode(c) for c in sets.transcribe],
-            swapped=[self._encode(c) for c in sets.transcribe_swapped],
-            speak=[self._encode(c) for c in sets.speak],
+            transcribe=[self._examples.encode(c) for c in sets.transcribe],
+            swapped=[self._examples.encode(c) for c in sets.transcribe_swapped],
+            speak=[self._examples.encode(c) for c in sets.speak],
             world=world,
         )
         self._transcribe = sets.transcribe
         probes = [*sets.transcribe[:2], *sets.speak[:2]]
         self.preflight: dict[str, float | int] = preflight(
-            self._single_nll, [self._encode(c) for c in probes], config.codebook_size
+            self._single_nll, [self._examples.encode(c) for c in probes], config.codebook_size
         ).record()
         self.base_metrics: dict[str, float] = self._validator.bare()
 
@@ -141,7 +138,7 @@ class PackLoop:
             self._data.tasks,
             config.batch_clips * batches_per_step * self._world.size,
             config.seed,
-            **self._length_limits(),
+            **self._examples.length_limits,
         )
         resident = self.engine.add(trial_id, config, load_state(state_dir) if state_dir else None)
         interval = load_interval(state_dir) if state_dir else {}
@@ -240,7 +237,7 @@ class PackLoop:
         for slot, run in by_slot.items():
             config = run.resident.config
             clips = self._world.share(run.order.batch(run.resident.step))
-            examples = [self._encode(c) for c in clips]
+            examples = [self._examples.encode(c) for c in clips]
             counts[slot] = self._world.sum_counts(
                 count_targets(examples, self.engine.num_codebooks)
             )
@@ -304,36 +301,6 @@ class PackLoop:
         batch = collate({0: [example]}).to(self.engine.device)
         text_K, audio_KC = self.engine.evaluate(batch, bare=True)
         return float(text_K[0]), float(audio_KC[0].sum())
-
-    def _encode(self, conversation: Conversation) -> Encoded:
-        """Tokenise once per row and task."""
-        encoded = self._encoded.get(conversation.key)
-        if encoded is None:
-            if self._num_encoded_rows >= _CACHED_ROWS:
-                self._encoded.clear()
-                self._num_encoded_rows = 0
-            encoded = encode_conversation(conversation, self.base.vocabulary)
-            longest = self._max_rows
-            if encoded.num_rows > longest:  # the orders leave such rows out by their estimate
-                raise ConfigError(
-                    f"{conversation.key}: {encoded.num_rows} rows, the base can hold {longest}. "
-                    "Lower data.max_frames or data.max_text_tokens."
-                )
-            self._encoded[conversation.key] = encoded
-            self._num_encoded_rows += encoded.num_rows
-        return encoded
-
-    def _length_limits(self) -> dict[str, Any]:
-        return {
-            "max_frames": self._data.max_frames,
-            "max_text": self._data.max_text_tokens,
-            "max_rows": self._max_rows,
-            "text_length": self._text_length,
-        }
-
-    @property
-    def _max_rows(self) -> int:
-        return self.base.model.config.max_position_embeddings
 
 
 def sweep_loop(config: SweepConfig, *, num_slots: int, device: str) -> PackLoop:

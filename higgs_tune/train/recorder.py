@@ -67,9 +67,10 @@ class Recorder:
         self._write(line, report=False)
         if line["status"] != "diverged":
             self.save()
-            self._world.on_main(self._keep)
         if self._world.is_main:
             self._watcher.report(line)
+        if line["status"] != "diverged":
+            self._world.on_main(self._keep)
         return line
 
     def save(self) -> None:
