@@ -5,7 +5,7 @@ through a module of their own, before the shared attention. It opens no way from
 `text_to_audio` is what that flag is often thought to do: text rows read earlier audio rows.
 
 Both start as the identity: `o_proj` is 0, and audio_self's extra norm is a copy of
-`audio_input_layernorm`. Stock checkpoints load with only the new keys missing.
+`audio_input_layernorm`.
 
 Source of audio_self: boson_multimodal, HiggsAudioDualFFNDecoderLayer.forward.
 """
@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+from transformers import (
+    Cache,
+    DynamicCache,
+    HiggsAudioV2Config,
+    HiggsAudioV2ForConditionalGeneration,
+)
+from transformers.cache_utils import DynamicLayer
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
     HiggsAudioV2DecoderLayer,
     HiggsAudioV2Model,
@@ -34,13 +40,23 @@ MODULE_NAMES: dict[str, tuple[str, ...]] = {
 """New modules of each decoder layer, as attribute names."""
 
 
-class CrossAttentionModule(nn.Module):
-    """Grouped-query attention with weights of its own, and rotary positions of the whole sequence."""
+class CrossAttentionConfig(HiggsAudioV2Config):
+    """Has a model_type of its own, because the stock classes would drop the new weights."""
 
-    def __init__(self, config: HiggsAudioV2Config) -> None:
+    model_type = "higgs_audio_v2_cross_attention"
+
+    cross_attention: str = "audio_self"
+
+
+class CrossAttentionModule(nn.Module):
+    """Grouped-query attention to audio rows, with weights and rotary positions of its own."""
+
+    def __init__(self, config: HiggsAudioV2Config, *, zero_key: bool) -> None:
+        """`zero_key` lets every row attend to nothing: a zero key with a zero value is always there."""
         super().__init__()
         assert config.head_dim is not None
         self.head_dim: int = config.head_dim
+        self.zero_key = zero_key
         width, kv_width = (
             n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
         )
@@ -49,49 +65,72 @@ class CrossAttentionModule(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x_BLD: Tensor, sees_B1LL: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attend where `sees` is true, or to nothing: a zero key with a zero value is always there."""
+    def forward(
+        self,
+        x_BLD: Tensor,
+        audio_BL: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: DynamicCache | None = None,
+        cache_index: int = 0,
+    ) -> Tensor:
+        """Attend to the audio rows so far, those in the cache included.
+
+        Without a zero key the value of a row that is not audio means nothing.
+        """
 
         def heads(linear: nn.Linear) -> Tensor:
             return linear(x_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         q, k = apply_rotary_pos_emb(heads(self.q_proj), heads(self.k_proj), cos, sin)
-        k, v = F.pad(k, (0, 0, 1, 0)), F.pad(heads(self.v_proj), (0, 0, 1, 0))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=F.pad(sees_B1LL, (1, 0), value=True), enable_gqa=True
-        )
+        k, v, audio_BS = _with_past(k, heads(self.v_proj), audio_BL, cache, cache_index)
+        num_rows, num_columns = q.shape[2], k.shape[2]
+        causal_LS = torch.ones(num_rows, num_columns, dtype=torch.bool, device=q.device)
+        causal_LS = causal_LS.tril(num_columns - num_rows)
+        sees = causal_LS & audio_BS[:, None, None, :]
+        if self.zero_key:
+            k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
+            sees = F.pad(sees, (1, 0), value=True)
+        else:  # other rows see the causal past, only so that no softmax is empty
+            sees = torch.where(audio_BL[:, None, :, None], sees, causal_LS)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-class AudioSelfAttentionModule(CrossAttentionModule):
-    """The original's `audio_attn`: as above without the zero key, since a row always sees itself."""
+def _with_past(
+    k: Tensor, v: Tensor, audio_BL: Tensor, cache: DynamicCache | None, index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and audio marks (B, S) of all rows so far.
 
-    def forward(self, x_BLD: Tensor, sees_B1LL: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attend where `sees` is true; a row that sees nothing returns a value nobody may use."""
-
-        def heads(linear: nn.Linear) -> Tensor:
-            return linear(x_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-        q, k = apply_rotary_pos_emb(heads(self.q_proj), heads(self.k_proj), cos, sin)
-        out = F.scaled_dot_product_attention(
-            q, k, heads(self.v_proj), attn_mask=sees_B1LL, enable_gqa=True
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    The marks have an entry of their own behind the keys', so that the stock cache's operations (crop,
+    reorder, move to another device) take them along.
+    """
+    if cache is None:
+        return k, v, audio_BL
+    while len(cache.layers) <= index + 1:  # a cache made from the config has the stock layers only
+        cache.layers.append(DynamicLayer())
+    marks_B1L1 = audio_BL[:, None, :, None].to(k.dtype)
+    marks, _ = cache.update(marks_B1L1, marks_B1L1, index + 1)
+    k, v = cache.update(k, v, index)
+    return k, v, marks[:, 0, :, 0] > 0
 
 
 class CrossAttentionDecoderLayer(HiggsAudioV2DecoderLayer):
     """The stock layer with one of the new modules in front of the shared attention."""
 
-    def __init__(self, config: HiggsAudioV2Config, layer_idx: int) -> None:
+    def __init__(self, config: CrossAttentionConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.cross_attention: str = config.cross_attention
+        self.cross_attention = config.cross_attention
+        # behind the stock layers' own entries
+        self.cache_index: int = config.num_hidden_layers + 2 * layer_idx
         if self.cross_attention == "audio_self":
-            self.audio_attn = AudioSelfAttentionModule(config)
+            self.audio_attn = CrossAttentionModule(config, zero_key=False)
             self.audio_post_audio_attn_layer_norm = HiggsAudioV2RMSNorm(
                 config.hidden_size, eps=config.rms_norm_eps
             )
-        elif self.cross_attention == "text_to_audio":
-            self.text_audio_attn = CrossAttentionModule(config)
+        else:
+            assert self.cross_attention == "text_to_audio", self.cross_attention
+            self.text_audio_attn = CrossAttentionModule(config, zero_key=True)
 
     def forward(
         self,
@@ -100,36 +139,40 @@ class CrossAttentionDecoderLayer(HiggsAudioV2DecoderLayer):
         attention_mask: Tensor | None = None,
         audio_token_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
-        if audio_token_mask is None or past_key_values is not None or position_embeddings is None:
+        """As the stock layer; no `audio_token_mask` means that every row is audio."""
+        assert position_embeddings is not None
+        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
             raise ModelError(
-                f"cross_attention {self.cross_attention} runs on whole sequences only; "
-                "call the model with use_cache=False and input_ids."
+                f"cross_attention {self.cross_attention} does not work with a "
+                f"{type(past_key_values).__name__}; generate with the default DynamicCache."
             )
-        audio_BL1 = audio_token_mask[..., None]
         residual = hidden_states
+        audio_BL = audio_token_mask
+        if audio_BL is None:
+            audio_BL = torch.ones(residual.shape[:2], dtype=torch.bool, device=residual.device)
+        audio_BL1 = audio_BL[..., None]
         x = torch.where(
             audio_BL1, self.audio_input_layernorm(residual), self.input_layernorm(residual)
         )
-        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        sees = causal & audio_token_mask[:, None, None, :]
+        past = (past_key_values, self.cache_index)
         if self.cross_attention == "audio_self":
-            # rows that are not audio see the causal past, only so that no softmax is empty
-            sees = torch.where(audio_token_mask[:, None, :, None], sees, causal)
-            update = self.audio_attn(x, sees, *position_embeddings)
+            update = self.audio_attn(x, audio_BL, *position_embeddings, *past)
             residual = torch.where(audio_BL1, residual + update, residual)
             x = torch.where(audio_BL1, self.audio_post_audio_attn_layer_norm(residual), x)
         else:
-            update = self.text_audio_attn(x, sees, *position_embeddings)
+            update = self.text_audio_attn(x, audio_BL, *position_embeddings, *past)
             residual = torch.where(audio_BL1, residual, residual + update)
             x = torch.where(audio_BL1, x, self.input_layernorm(residual))
         attended, _ = self.self_attn(
             hidden_states=x,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
             position_embeddings=position_embeddings,
             **kwargs,
         )
@@ -144,7 +187,9 @@ class CrossAttentionDecoderLayer(HiggsAudioV2DecoderLayer):
 class CrossAttentionModel(HiggsAudioV2Model):
     """The stock decoder with `CrossAttentionDecoderLayer`s."""
 
-    def __init__(self, config: HiggsAudioV2Config) -> None:
+    config_class = CrossAttentionConfig
+
+    def __init__(self, config: CrossAttentionConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList(
             CrossAttentionDecoderLayer(config, index) for index in range(config.num_hidden_layers)
@@ -156,10 +201,23 @@ class CrossAttentionModel(HiggsAudioV2Model):
 class CrossAttentionHiggsAudioV2ForConditionalGeneration(HiggsAudioV2ForConditionalGeneration):
     """Higgs Audio V2 with `config.cross_attention` "audio_self" or "text_to_audio"."""
 
-    def __init__(self, config: HiggsAudioV2Config, use_text_head: bool = True) -> None:
+    config_class = CrossAttentionConfig
+
+    def __init__(self, config: CrossAttentionConfig, use_text_head: bool = True) -> None:
         super().__init__(config, use_text_head=use_text_head)
         self.model = CrossAttentionModel(config)
         self.post_init()
+
+
+def cross_attention_config(stock: dict[str, Any], mode: CrossAttention) -> CrossAttentionConfig:
+    """A config with the stock one's values and the new modules of `mode`."""
+    values = {name: value for name, value in stock.items() if name != "model_type"}
+    return CrossAttentionConfig.from_dict(values | {"cross_attention": mode})
+
+
+def cross_attention_of(config: HiggsAudioV2Config) -> CrossAttention:
+    """Which new modules a model with this config has."""
+    return getattr(config, "cross_attention", "off")
 
 
 def with_cross_attention(
@@ -171,23 +229,35 @@ def with_cross_attention(
         base: a stock model with its text head; its tensors are shared, not copied.
         mode: "off" returns the base itself.
         seed: of the new modules' random weights.
+
+    Raises:
+        ModelError: the base has new modules already.
     """
     if mode == "off":
         return base
-    config = type(base.config).from_dict(base.config.to_dict())
-    config.cross_attention = mode
+    found = cross_attention_of(base.config)
+    if found != "off":
+        raise ModelError(
+            f"the base has cross_attention modules of its own ({found}), so none can be added. "
+            "Use a base without them."
+        )
+    config = cross_attention_config(base.config.to_dict(), mode)
     config._attn_implementation = base.config._attn_implementation
+    with torch.device("meta"):
+        model = CrossAttentionHiggsAudioV2ForConditionalGeneration(
+            config, use_text_head=base.text_lm_head is not None
+        )
+    # what no state dict has; a cast to bf16 would round the rotary frequencies
+    model.model.rotary_emb = base.model.rotary_emb
+    model.model.embed_audio_tokens = base.model.embed_audio_tokens
+    model.generation_config = base.generation_config
     reference = next(base.parameters())
-    model = CrossAttentionHiggsAudioV2ForConditionalGeneration(
-        config, use_text_head=base.text_lm_head is not None
-    )
-    model.to(device=reference.device, dtype=reference.dtype)  # type: ignore[call-arg]
-    missing, unexpected = model.load_state_dict(base.state_dict(), strict=False, assign=True)
-    assert not unexpected, unexpected
-    fresh = initial_new_modules(base, mode, seed)
-    assert set(missing) == set(fresh), set(missing) ^ set(fresh)
-    model.load_state_dict(fresh, strict=False)
-    return model.eval()
+    fresh = {
+        name: weight.to(device=reference.device, dtype=reference.dtype)
+        for name, weight in initial_new_modules(base, mode, seed).items()
+    }
+    model.load_state_dict(base.state_dict() | fresh, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 def initial_new_modules(
