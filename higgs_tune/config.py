@@ -42,6 +42,10 @@ class BaseSettings(Settings):
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", …
+    # of whole models, as for generation; training computes attention with torch's SDPA
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    # a checkpoint without a text head: refuse it, or start the head from the token embedding
+    text_head: Literal["checkpoint", "from_embedding"] = "checkpoint"
 
 
 class TaskMix(Settings):

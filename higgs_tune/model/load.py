@@ -1,15 +1,17 @@
 """Load a frozen base with its text head, tokenizer and control tokens, and check that they fit."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoTokenizer,
+    HiggsAudioV2Config,
     HiggsAudioV2ForConditionalGeneration,
     PreTrainedTokenizerBase,
 )
@@ -18,8 +20,19 @@ from transformers.utils import logging as hf_logging
 from higgs_tune.config import BaseSettings
 from higgs_tune.data.tokens import CONTROL_TOKENS, Vocabulary
 from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.model import boson
+from higgs_tune.model.audio_attention import (
+    CrossAttentionConfig,
+    CrossAttentionHiggsAudioV2ForConditionalGeneration,
+    cross_attention_of,
+)
+from higgs_tune.model.snapshot import check_tensors, read_object, stored_tensors
+from higgs_tune.model.template import check_template
 
 EMBEDDED_BASE = Path(__file__).parent.parent / "embedded" / "base"
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_TEXT_HEAD = "text_lm_head.weight"
+_ORIGINAL_HEADS = {f"audio_decoder_proj.{kind}_lm_head.weight" for kind in ("audio", "text")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +43,7 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     source: str  # what an adapter names as its base
+    folder: Path | None = None  # where its files are, if it came from a checkpoint
 
 
 def resolve_device(name: str) -> torch.device:
@@ -56,11 +70,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config) -> Vocabulary:
-    """Look the control tokens up by name and check them against the model's config.
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Token → id of the whole tokenizer.
 
     Raises:
-        ModelError: a control token is missing, or tokenizer and config disagree about one.
+        ModelError: a control token is missing.
     """
     known = tokenizer.get_vocab()
     missing = sorted(set(CONTROL_TOKENS.values()) - known.keys())
@@ -69,6 +83,16 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config) -> Vocabulary:
             f"tokenizer of {tokenizer.name_or_path}: control tokens {missing} are missing. "
             "Use the tokenizer that belongs to the Higgs Audio V2 checkpoint."
         )
+    return known
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: HiggsAudioV2Config) -> Vocabulary:
+    """Look the control tokens up by name and check them against the model's config.
+
+    Raises:
+        ModelError: a control token is missing, or tokenizer and config disagree about one.
+    """
+    known = control_ids(tokenizer)
     ids = {name: known[token] for name, token in CONTROL_TOKENS.items()}
     for name, expected in (
         ("audio", config.audio_token_id),
@@ -80,6 +104,11 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config) -> Vocabulary:
                 f"{CONTROL_TOKENS[name]} is {ids[name]} in the tokenizer of {tokenizer.name_or_path} "
                 f"and {expected} in the model's config. Use tokenizer and model of one checkpoint."
             )
+    if max(known.values()) >= config.vocab_size:
+        raise ModelError(
+            f"tokenizer of {tokenizer.name_or_path} has ids up to {max(known.values())}, the model's "
+            f"vocab_size is {config.vocab_size}. Use tokenizer and model of one checkpoint."
+        )
     if max(config.audio_stream_bos_id, config.audio_stream_eos_id) >= config.codebook_size:
         raise ModelError(
             f"codebook_size {config.codebook_size} cannot hold EOS ({config.audio_stream_eos_id}); "
@@ -95,69 +124,159 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config) -> Vocabulary:
 
 
 def load_base(settings: BaseSettings) -> Base:
-    """Load a native checkpoint with its text head, frozen, in eval mode.
+    """Load a checkpoint with its text head for training: frozen, in eval mode.
+
+    Raises:
+        ConfigError: a Hub id without a revision, a GPU that is not there, or an attention that
+            training does not have.
+        ModelError: not a checkpoint of this model, one without text head, or with cross-attention
+            modules of its own.
+    """
+    if settings.attention != "sdpa":
+        raise ConfigError(
+            f"base.attention: found {settings.attention}, but training has its own forward with "
+            "torch's SDPA. Leave it at sdpa; it acts where whole models run, as in generation."
+        )
+    base = load_checkpoint(settings)
+    found = cross_attention_of(base.model.config)
+    if found != "off":
+        raise ModelError(
+            f"base.path: {base.source} has {found} modules of its own. A trial adds, trains and saves "
+            "such modules beside a stock base; here they would be left out. Train on the checkpoint "
+            "without them; this one can generate and be exported."
+        )
+    return base
+
+
+def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base:
+    """Load any checkpoint of this model with its text head, frozen, in eval mode.
+
+    Reads the native format, the original `boson_multimodal` one (renamed while it is read, nothing is
+    written), and merged checkpoints with cross-attention modules. Weights go straight to the device,
+    shard by shard.
+
+    Args:
+        settings: what to load, and how.
+        keep_dtype: leave the weights in the type they are stored in, whatever `settings.dtype` says.
 
     Raises:
         ConfigError: a Hub id without a revision, or a GPU that is not there.
-        ModelError: the folder is not a checkpoint, or it has no text head.
+        ModelError: the folder is not a checkpoint of this model, or it has no text head.
     """
     device = resolve_device(settings.device)
+    source, folder = _locate(settings)
+    raw = read_object(folder / "config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config, how = _config(folder, raw, tokenizer)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"base.path: {source} cannot be loaded: {error}") from error
+    vocabulary = vocabulary_of(tokenizer, config)
+    check_template(tokenizer, vocabulary)
+    cls = HiggsAudioV2ForConditionalGeneration
+    if cross_attention_of(config) != "off":
+        cls = CrossAttentionHiggsAudioV2ForConditionalGeneration
+    has_head, stored = _check_weights(cls, config, folder, settings)
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()  # a bar in a log file is noise
+    try:
+        model: HiggsAudioV2ForConditionalGeneration = cls.from_pretrained(
+            str(folder),
+            use_text_head=has_head,
+            dtype=stored if keep_dtype else getattr(torch, settings.dtype),
+            attn_implementation=settings.attention,
+            device_map={"": device},
+            **how,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(f"base.path: {source} cannot be loaded: {error}") from error
+    # PEFT and save_pretrained would go by the original's names
+    model._weight_conversions = None  # type: ignore[assignment]
+    if not has_head:
+        embedding = model.model.embed_tokens.weight
+        head = nn.Linear(*reversed(embedding.shape), bias=False, device="meta")
+        head.weight = nn.Parameter(embedding.detach().clone())
+        model.text_lm_head = head
+    model.requires_grad_(False).eval()
+    return Base(model, tokenizer, vocabulary, source, folder)
+
+
+def _locate(settings: BaseSettings) -> tuple[str, Path]:
+    """What an adapter calls the base, and the folder that it is in."""
     source = str(EMBEDDED_BASE) if settings.path == "embedded" else settings.path
     local = Path(source).expanduser()
     if local.exists():
-        source = str(local)
-        _check_folder(local)
-    elif source.count("/") != 1 or source.startswith((".", "/", "~")):
+        if not (local / "config.json").is_file():
+            raise ModelError(f"base.path: {local} holds no config.json; give a checkpoint folder.")
+        return str(local), local
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ModelError(
             f"base.path: {source} does not exist. Give a local checkpoint folder, "
             "a Hub id (owner/name) with base.revision, or embedded."
         )
-    elif settings.revision is None:
+    if settings.revision is None:
         raise ConfigError(
             f"base.revision: not set for Hub id {source}. Its files were rewritten in place once; "
             "pin the commit that you want."
         )
-    if not sys.stderr.isatty():
-        hf_logging.disable_progress_bar()  # a bar in a log file is noise
     try:
-        loaded: Any = HiggsAudioV2ForConditionalGeneration.from_pretrained(
-            source,
-            revision=settings.revision or "main",
-            use_text_head=True,
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision or "main")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"base.path: {source} cannot be loaded: {error}") from error
-    model: HiggsAudioV2ForConditionalGeneration = loaded[0]
-    missing = sorted(loaded[1]["missing_keys"])
-    if "text_lm_head.weight" in missing:
+        folder = snapshot_download(source, revision=settings.revision, allow_patterns=_HUB_FILES)
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"base.path: {source} has no text_lm_head.weight, so there is no text loss to tune. "
-            "Use a checkpoint that was saved with use_text_head=True."
-        )
-    if missing:
-        raise ModelError(
-            f"base.path: {source} lacks {len(missing)} weights, {missing[0]} among them. "
-            "Download the checkpoint again."
-        )
-    model.requires_grad_(False).eval()
-    model.to(device=device)  # type: ignore[call-arg]
-    return Base(model, tokenizer, vocabulary_of(tokenizer, model.config), source)
+            f"base.path: {source} at {settings.revision} cannot be downloaded: {error}"
+        ) from error
+    return source, Path(folder)
 
 
-def _check_folder(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"base.path: {folder} holds no config.json; give a checkpoint folder.")
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{config}: not a JSON object: {error}") from None
-    if model_type != "higgs_audio_v2":
+def _config(
+    folder: Path, raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[HiggsAudioV2Config, dict[str, Any]]:
+    """The native config, and what `from_pretrained` has to be told beyond the folder."""
+    where = f"base.path: {folder / 'config.json'}"
+    model_type = raw.get("model_type")
+    if model_type == CrossAttentionConfig.model_type:
+        return CrossAttentionConfig.from_dict(raw), {}
+    if model_type == HiggsAudioV2Config.model_type:
+        return HiggsAudioV2Config.from_dict(raw), {}
+    if model_type != boson.MODEL_TYPE:
         raise ModelError(
-            f"{config}: model_type is {model_type!r}, needed 'higgs_audio_v2' "
-            "(the native transformers format)."
+            f"{where}: model_type is {model_type!r}, needed {HiggsAudioV2Config.model_type!r} (the native "
+            f"transformers format) or {boson.MODEL_TYPE!r} (the original one)."
         )
+    config = boson.native_config(raw, control_ids(tokenizer), where)
+    how = {
+        "config": config,
+        "generation_config": boson.native_generation(config),
+        "key_mapping": boson.NATIVE_NAMES,
+    }
+    return config, how
+
+
+def _check_weights(
+    cls: type[HiggsAudioV2ForConditionalGeneration],
+    config: HiggsAudioV2Config,
+    folder: Path,
+    settings: BaseSettings,
+) -> tuple[bool, torch.dtype]:
+    """Is there a text head, and the dtype of the weights; everything else must fit exactly."""
+    where = f"base.path: {folder}"
+    stored = stored_tensors(folder)
+    if config.model_type == HiggsAudioV2Config.model_type and stored.keys() >= _ORIGINAL_HEADS:
+        # converted checkpoints can hold the heads under their original names as well
+        native = {name: value for name, value in stored.items() if name not in _ORIGINAL_HEADS}
+        stored = native if "audio_lm_head.weight" in native else stored
+    stored = {boson.native_name(name): value for name, value in stored.items()}
+    with torch.device("meta"):
+        model = cls(config, use_text_head=True)
+    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    has_head = _TEXT_HEAD in stored
+    if not has_head and settings.text_head == "checkpoint":
+        raise ModelError(
+            f"{where} has no {_TEXT_HEAD}, so there is no text loss to tune. Use a checkpoint that was "
+            "saved with use_text_head=True, or set base.text_head to from_embedding to start the head "
+            "as a copy of the token embedding."
+        )
+    if not has_head:
+        del needed[_TEXT_HEAD]
+    check_tensors(where, stored, needed)
+    return has_head, stored["model.embed_tokens.weight"].dtype

@@ -1,0 +1,53 @@
+"""Does a checkpoint's chat template write the sequences that are trained on here?"""
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from higgs_tune.data.conversation import AudioPart, Conversation, TextPart, Turn
+from higgs_tune.data.tokens import CONTROL_TOKENS, Vocabulary, encode_conversation
+from higgs_tune.errors import ModelError
+
+_SYSTEM, _USER = "speak as told", "good day"
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
+    """Compare a short conversation in both; a tokenizer without a template says nothing against it.
+
+    The native template wants a system turn first and nothing but audio from the assistant, so that is
+    what is compared: header, turn end, control tokens around audio, and how the pieces are tokenised.
+
+    Raises:
+        ModelError: the template writes another sequence.
+    """
+    if tokenizer.chat_template is None:
+        return
+    audio = AudioPart(np.zeros((1, vocabulary.num_codebooks), dtype=np.uint16))
+    turns = (
+        Turn("system", (TextPart(_SYSTEM),)),
+        Turn("user", (TextPart(_USER),)),
+        Turn("assistant", (audio,), target=True),
+    )
+    ours = encode_conversation(Conversation("template", "speak", turns), vocabulary)
+    num_delay = vocabulary.num_codebooks - 1
+    frames = CONTROL_TOKENS["audio"] * (len(ours.codes_AC) - num_delay)
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": _SYSTEM}]},
+        {"role": "user", "content": [{"type": "text", "text": _USER}]},
+        {"role": "assistant", "content": [{"type": "audio"}]},
+    ]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (jinja2.TemplateError, ValueError) as error:
+        raise ModelError(
+            f"chat template of {tokenizer.name_or_path} does not take a text that is answered with "
+            f"audio ({error}). Use the tokenizer that belongs to the Higgs Audio V2 checkpoint."
+        ) from None
+    text = text.replace(CONTROL_TOKENS["audio"], frames + CONTROL_TOKENS["audio_delay"] * num_delay)
+    theirs = tokenizer.encode(text, add_special_tokens=False)
+    if theirs != ours.ids_L.tolist():
+        raise ModelError(
+            f"chat template of {tokenizer.name_or_path} writes {tokenizer.decode(theirs)!r} where "
+            f"training writes {tokenizer.decode(ours.ids_L.tolist())!r}: the model would be trained on "
+            "other sequences than it is used with. Use the checkpoint's own tokenizer."
+        )
