@@ -19,7 +19,7 @@ from higgs_tune.config import BaseSettings, DataSettings, SweepConfig
 from higgs_tune.config_file import load_sweep, validate
 from higgs_tune.data import prepare_cli
 from higgs_tune.errors import HiggsTuneError
-from higgs_tune.train import train_cli
+from higgs_tune.train import export_cli, train_cli
 
 if TYPE_CHECKING:
     from higgs_tune.report.summary import Summary
@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="write a sweep's report again")
     report.add_argument("results", type=Path, help="results folder of a sweep")
     report.set_defaults(run=run_report)
+
+    export = commands.add_parser("export", help="hand an adapter over, as it is or merged")
+    export_cli.add_arguments(export)
+    export.set_defaults(run=export_cli.run)
 
     check = commands.add_parser("check", help="probe base and data for leaks and misaligned labels")
     check.add_argument("--base", default="embedded", help="embedded, a folder or a Hub id")

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, HiggsAudioV2Config, LlamaConfig
 
+from higgs_tune.config import CrossAttention
 from higgs_tune.data.tokens import CONTROL_TOKENS
 from higgs_tune.errors import ModelError
-from higgs_tune.model.audio_attention import cross_attention_config, cross_attention_of
+from higgs_tune.model.audio_attention import cross_attention_config
 
 MODEL_TYPE = "higgs_audio"
 NATIVE_NAMES = {
@@ -141,25 +142,37 @@ def native_generation(config: HiggsAudioV2Config) -> GenerationConfig:
     )
 
 
+def check_modes(cross_attention: CrossAttention) -> None:
+    """Can the original code have these new modules?
+
+    Raises:
+        ModelError: it cannot.
+    """
+    if cross_attention not in ("off", "audio_self"):
+        raise ModelError(
+            f"cross_attention {cross_attention} is unknown to the original code: its format can "
+            "carry audio_self only. Export it with --format native."
+        )
+
+
 def boson_config(
-    config: HiggsAudioV2Config, ids: Mapping[str, int], dtype: torch.dtype
+    config: HiggsAudioV2Config,
+    ids: Mapping[str, int],
+    dtype: torch.dtype,
+    cross_attention: CrossAttention,
 ) -> dict[str, Any]:
     """The original's config.json of a native config.
 
     Args:
-        config: of a model without new modules, or with those of audio_self.
+        config: of the base.
         ids: token → id of its tokenizer, the control tokens among them.
         dtype: of the weights.
+        cross_attention: the new modules among the weights.
 
     Raises:
         ModelError: the original code cannot run this model.
     """
-    mode = cross_attention_of(config)
-    if mode not in ("off", "audio_self"):
-        raise ModelError(
-            f"cross_attention {mode} is unknown to the original code: its format can carry audio_self "
-            "only. Export it with --format native."
-        )
+    check_modes(cross_attention)
     size = config.codebook_size - 2
     if (config.audio_stream_bos_id, config.audio_stream_eos_id) != (size, size + 1):
         raise ModelError(
@@ -209,7 +222,7 @@ def boson_config(
         "skip_audio_tower": True,
         "torch_dtype": text["torch_dtype"],
         "use_audio_out_embed_projector": False,
-        "use_audio_out_self_attention": mode == "audio_self",
+        "use_audio_out_self_attention": cross_attention == "audio_self",
         "use_delay_pattern": True,
         "use_rq_transformer": False,
     } | optional

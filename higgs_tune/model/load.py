@@ -43,6 +43,7 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     source: str  # what an adapter names as its base
+    revision: str | None = None  # commit of a source that is a Hub id
     folder: Path | None = None  # where its files are, if it came from a checkpoint
 
 
@@ -198,7 +199,8 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
         head.weight = nn.Parameter(embedding.detach().clone())
         model.text_lm_head = head
     model.requires_grad_(False).eval()
-    return Base(model, tokenizer, vocabulary, source, folder)
+    revision = settings.revision if source != str(folder) else None
+    return Base(model, tokenizer, vocabulary, source, revision, folder)
 
 
 def _locate(settings: BaseSettings) -> tuple[str, Path]:

@@ -65,7 +65,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             raise ModelError(
                 f"{index}: names {name}, which is not there. Download the checkpoint again."
             )
-        found |= _header(folder / name)
+        found |= header(folder / name)
     absent = sorted(weight_map.keys() - found.keys())
     if absent:
         raise ModelError(
@@ -75,7 +75,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def _header(path: Path) -> dict[str, Stored]:
+def header(path: Path) -> dict[str, Stored]:
+    """Name → shape and dtype of the tensors in one safetensors file.
+
+    Raises:
+        ModelError: missing, cut off, damaged or quantised.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

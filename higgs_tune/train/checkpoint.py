@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import HiggsAudioV2ForConditionalGeneration
@@ -18,15 +18,17 @@ from higgs_tune.config import TrialConfig
 from higgs_tune.config_file import validate
 from higgs_tune.errors import ModelError
 from higgs_tune.model.audio_attention import MODULE_NAMES, with_cross_attention
+from higgs_tune.model.snapshot import header
 from higgs_tune.model.targets import lora_regex
 from higgs_tune.train.engine import AdapterState
 
 _PREFIX = "base_model.model."
-_MARK, _TRAINING = "higgs_tune.json", "training_state.safetensors"
+WEIGHTS_NAME = "adapter_model.safetensors"
+MARK_NAME, STATE_NAME = "higgs_tune.json", "training_state.safetensors"
 _INTERVAL = "training_state.json"
 
 
-def lora_config(config: TrialConfig, base_source: str) -> LoraConfig:
+def lora_config(config: TrialConfig, base_source: str, revision: str | None = None) -> LoraConfig:
     """The `peft.LoraConfig` of a trial; no task_type, which would inject `labels=`."""
     return LoraConfig(
         r=config.rank,
@@ -35,23 +37,31 @@ def lora_config(config: TrialConfig, base_source: str) -> LoraConfig:
         target_modules=lora_regex(config.targets),
         modules_to_save=list(MODULE_NAMES[config.cross_attention]) or None,
         base_model_name_or_path=base_source,
+        revision=revision,
     )
 
 
 def save_adapter(
-    directory: Path, state: AdapterState, config: TrialConfig, base_source: str
+    directory: Path,
+    state: AdapterState,
+    config: TrialConfig,
+    base_source: str,
+    revision: str | None = None,
 ) -> None:
-    """Write the adapter and its training state into an existing, empty folder."""
-    lora_config(config, base_source).save_pretrained(str(directory))
+    """Write the adapter and its training state into an existing, empty folder.
+
+    `revision` is the commit of a base that is a Hub id; whoever merges needs the same one.
+    """
+    lora_config(config, base_source, revision).save_pretrained(str(directory))
     weights = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in state.weights.items()}
-    save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt"})
     mark = {"cross_attention": config.cross_attention, "trial": config.model_dump(mode="json")}
-    (directory / _MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+    (directory / MARK_NAME).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
     moments = {f"exp_avg.{name}": tensor.contiguous() for name, tensor in state.exp_avg.items()}
     moments |= {
         f"exp_avg_sq.{name}": tensor.contiguous() for name, tensor in state.exp_avg_sq.items()
     }
-    save_file(moments, directory / _TRAINING, metadata={"step": str(state.step)})
+    save_file(moments, directory / STATE_NAME, metadata={"step": str(state.step)})
 
 
 def load_state(directory: Path) -> AdapterState:
@@ -61,8 +71,8 @@ def load_state(directory: Path) -> AdapterState:
         ModelError: a file is missing or damaged.
     """
     try:
-        weights = load_file(directory / "adapter_model.safetensors")
-        with safe_open(directory / _TRAINING, framework="pt") as file:
+        weights = load_file(directory / WEIGHTS_NAME)
+        with safe_open(directory / STATE_NAME, framework="pt") as file:
             step = int(file.metadata()["step"])
             moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -105,7 +115,7 @@ def read_step(directory: Path) -> int:
         ModelError: it is missing or damaged.
     """
     try:
-        with safe_open(directory / _TRAINING, framework="pt") as file:
+        with safe_open(directory / STATE_NAME, framework="pt") as file:
             return int(file.metadata()["step"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{directory}: no readable training state: {error}") from error
@@ -118,19 +128,19 @@ def read_trial(directory: Path) -> TrialConfig:
         ModelError: the folder is not an adapter of ours.
     """
     try:
-        mark = json.loads((directory / _MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        trial = json.loads((directory / MARK_NAME).read_text(encoding="utf-8"))["trial"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{directory}: no readable {_MARK}, so not an adapter of higgs-tune: {error}"
+            f"{directory}: no {MARK_NAME} with a trial, so not an adapter of higgs-tune: {error!r}"
         ) from None
-    return validate(TrialConfig, mark["trial"], str(directory / _MARK))
+    return validate(TrialConfig, trial, str(directory / MARK_NAME))
 
 
 def load_adapter(base: HiggsAudioV2ForConditionalGeneration, directory: Path) -> PeftModel:
     """Put a saved adapter onto a stock base with PEFT, its new modules included.
 
     Raises:
-        ModelError: not an adapter of ours, or the base's shapes differ.
+        ModelError: not an adapter of ours, the base's shapes differ, or it has such modules already.
     """
     trial = read_trial(directory)
     model = with_cross_attention(base, trial.cross_attention, trial.seed)
@@ -150,14 +160,23 @@ def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path)
     if mode != found:
         raise ModelError(
             f"{directory}: the adapter was trained with cross_attention {mode}, the base has {found}. "
-            "Its modules would be left out silently; load it with higgs_tune.load_adapter."
+            "Its modules would be left out silently; load it with higgs_tune.train.checkpoint.load_adapter."
         )
     if "text_head" in trial.targets and model.text_lm_head is None:
         raise ModelError(
             f"{directory}: the adapter targets text_head, and the base has no text_lm_head. Its part "
             "would be left out silently; load the base with use_text_head=True."
         )
+    stored = header(directory / WEIGHTS_NAME)
     try:
-        return PeftModel.from_pretrained(model, str(directory)).eval()
+        adapted = PeftModel.from_pretrained(model, str(directory)).eval()
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{directory}: does not fit this base: {error}") from error
+    needed = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    if needed != stored.keys():  # PEFT only warns, and leaves the rest as it was initialised
+        odd = min(needed ^ stored.keys())
+        raise ModelError(
+            f"{directory}: {WEIGHTS_NAME} and adapter_config.json do not belong together, by {odd} "
+            "and others. Save the adapter again."
+        )
+    return adapted

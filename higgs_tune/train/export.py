@@ -1,0 +1,174 @@
+"""Hand an adapter over: as it is, merged into a native checkpoint, or for the original code."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import save_torch_state_dict
+from peft import PeftConfig
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from transformers import HiggsAudioV2ForConditionalGeneration
+from transformers.utils import logging as hf_logging
+
+from higgs_tune.config import BaseSettings
+from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.model.boson import boson_config, boson_name, check_modes
+from higgs_tune.model.load import Base, control_ids, load_checkpoint
+from higgs_tune.model.snapshot import header
+from higgs_tune.train.checkpoint import (
+    MARK_NAME,
+    STATE_NAME,
+    WEIGHTS_NAME,
+    load_adapter,
+    read_trial,
+)
+
+MAX_SHARD = "5GB"
+# What is needed beside weights and config.json, and may be in a base's folder.
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+)
+_PROCESSOR_FILES = ("*processor_config.json",)
+
+
+def copy_adapter(adapter: Path, out: Path) -> None:
+    """Copy an adapter without what only resumed training needs.
+
+    Raises:
+        ModelError: not an adapter of ours.
+        ConfigError: `out` exists.
+    """
+    read_trial(adapter)
+    header(adapter / WEIGHTS_NAME)
+    with _new_folder(out) as folder:
+        shutil.copytree(
+            adapter, folder, ignore=shutil.ignore_patterns(STATE_NAME), dirs_exist_ok=True
+        )
+
+
+def adapter_base(
+    adapter: Path, path: str | None, revision: str | None, device: str
+) -> BaseSettings:
+    """The base that an adapter names, or another copy of it at `path`.
+
+    Raises:
+        ModelError: the adapter's config cannot be read.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{adapter}: no readable adapter_config.json: {error}") from error
+    named = path or config.base_model_name_or_path
+    assert named is not None
+    return BaseSettings(
+        path=named,
+        revision=revision or (None if path else config.revision),
+        device=device,
+        # an adapter on a base without a head was trained on one that started so
+        text_head="from_embedding",
+    )
+
+
+def export_merged(
+    adapter: Path, out: Path, settings: BaseSettings, to: Literal["native", "boson"]
+) -> Base:
+    """Write the base with the adapter merged into it, in the dtype that the base is stored in.
+
+    Args:
+        adapter: a folder that `save_adapter` wrote.
+        out: a new folder.
+        settings: the adapter's base.
+        to: "native" for transformers, "boson" for the original code.
+
+    Returns:
+        The base, whose weights are the merged ones now.
+
+    Raises:
+        ConfigError: `out` exists.
+        ModelError: not an adapter, not its base, or a model that the format cannot carry.
+    """
+    trial = read_trial(adapter)
+    if to == "boson":
+        check_modes(trial.cross_attention)
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
+    with _new_folder(out) as folder:
+        base = load_checkpoint(settings, keep_dtype=True)
+        config: dict[str, Any] = {}
+        if to == "boson":  # refuse before the work
+            ids, dtype = control_ids(base.tokenizer), base.model.dtype
+            config = boson_config(base.model.config, ids, dtype, trial.cross_attention)
+        model = merge(base.model, adapter)
+        if to == "boson":
+            _write_boson(model, config, folder)
+        else:
+            model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+        assert base.folder is not None
+        patterns = _TOKENIZER_FILES + (_PROCESSOR_FILES if to == "native" else ())
+        for source in {path for pattern in patterns for path in base.folder.glob(pattern)}:
+            shutil.copy(source, folder)
+        note = {
+            "use_text_head": True,
+            "merged": {"base": base.source, "revision": settings.revision},
+            "cross_attention": trial.cross_attention,
+            "merged_trial": trial.model_dump(mode="json"),
+        }
+        (folder / MARK_NAME).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    return base
+
+
+def merge(
+    model: HiggsAudioV2ForConditionalGeneration, adapter: Path
+) -> HiggsAudioV2ForConditionalGeneration:
+    """Merge an adapter into a base, in place; new modules become part of the model returned.
+
+    Each product is added in float32 and rounded once, to the base's dtype.
+    """
+    adapted = load_adapter(model, adapter)
+    for module in adapted.modules():
+        if isinstance(module, LoraLinear):
+            linear = module.get_base_layer()
+            assert isinstance(linear, nn.Linear)
+            weight = linear.weight.data
+            weight.copy_(weight.float() + module.get_delta_weight("default").float())
+    merged: HiggsAudioV2ForConditionalGeneration = adapted.unload()
+    return merged.to(dtype=model.dtype).requires_grad_(False).eval()  # type: ignore[call-arg]
+
+
+def _write_boson(
+    model: HiggsAudioV2ForConditionalGeneration, config: dict[str, Any], folder: Path
+) -> None:
+    weights = {boson_name(name): tensor for name, tensor in model.state_dict().items()}
+    save_torch_state_dict(weights, folder, max_shard_size=MAX_SHARD)
+    text = config["text_config"]
+    generation = {"bos_token_id": text["bos_token_id"], "eos_token_id": text["eos_token_id"]}
+    generation["pad_token_id"] = config["pad_token_id"]
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A temporary neighbour of `out` that takes its name when the block ends well."""
+    if out.exists():
+        raise ConfigError(f"--out: {out} exists. Give a folder that does not, nothing is replaced.")
+    fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        fresh.rename(out)
+    finally:
+        if fresh.exists():
+            shutil.rmtree(fresh)
