@@ -158,7 +158,7 @@ class PackLoop:
         run = self._runs[trial_id]
         run.interval.gather()
         state = self.engine.state(trial_id)
-        save_adapter(directory, state, run.resident.config, self.base.source)
+        save_adapter(directory, state, run.resident.config, self.base.source, self.base.revision)
         save_interval(directory, run.interval.state())
 
     def gather(self, trial_id: str) -> bool:

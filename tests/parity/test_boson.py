@@ -82,7 +82,7 @@ def test_the_packed_audio_self_modules_give_the_originals_losses(tmp_path):
     engine = Engine(stock, PackLimits.of([config], num_slots=1))
     engine.add("on", config)
     parameters = dict(whole.named_parameters())
-    views = engine._views(engine.bank.master_KP, engine.residents["on"])
+    views = engine.bank.views(engine.residents["on"].slot, "master")
     assert any("audio_attn" in name for name in views)
     for name, view in views.items():
         if name in parameters:

@@ -39,7 +39,7 @@ def train(base_folder: Path, adapter: Path, mode: str = "off", targets=None, **c
     engine = Engine(base, PackLimits.of([config], num_slots=1))
     engine.add("a", config)
     generator = torch.Generator().manual_seed(0)
-    for view in engine._views(engine.bank.master_KP, engine.residents["a"]).values():
+    for view in engine.bank.views(engine.residents["a"].slot, "master").values():
         view.copy_(0.1 * torch.randn(view.shape, generator=generator))
     adapter.mkdir()
     save_adapter(adapter, engine.state("a"), config, base.source)
