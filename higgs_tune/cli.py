@@ -19,6 +19,7 @@ from higgs_tune.config import BaseSettings, DataSettings, SweepConfig
 from higgs_tune.config_file import load_sweep, validate
 from higgs_tune.data import prepare_cli
 from higgs_tune.errors import HiggsTuneError
+from higgs_tune.listen import commands as listen
 from higgs_tune.train import export_cli, train_cli
 
 if TYPE_CHECKING:
@@ -50,6 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="train one configuration, such as a sweep's best")
     train_cli.add_arguments(train)
     train.set_defaults(run=train_cli.run)
+
+    generate = commands.add_parser("generate", help="speak a text with the base or an adapter")
+    listen.add_generate_arguments(generate)
+    generate.set_defaults(run=listen.run_generate)
+
+    evaluate = commands.add_parser("evaluate", help="measure and hear adapters on held-out clips")
+    listen.add_evaluate_arguments(evaluate)
+    evaluate.set_defaults(run=listen.run_evaluate)
 
     report = commands.add_parser("report", help="write a sweep's report again")
     report.add_argument("results", type=Path, help="results folder of a sweep")

@@ -10,6 +10,13 @@ STEP = "step"  # optimizer steps done
 TOKENS_PER_S = "tokens_per_s"  # rows this adapter trained per second of the pack's time
 TRAIN_TIME_S = "train_time_s"  # seconds in forward, backward and optimizer, the pack's
 GRAD_NORM = "train/grad_norm"  # median over the interval, before clipping
+# `higgs-tune evaluate`: means over the generated clips
+EOS_RATE = "speech/eos_rate"  # share that ended by EOS instead of at the length limit
+LENGTH_RATIO = "speech/length_ratio"  # generated seconds by recorded seconds
+MEL_DISTANCE = "speech/mel_distance_db"  # mel cepstral distortion to the recording, aligned
+SPEAKER_SIMILARITY = "speech/speaker_similarity"  # cosine with the reference's voice
+SPEECH_CER = "speech/cer"  # character error rate of what a recogniser hears
+TRANSCRIPTION_CER = "text/transcription_cer"  # of the model's own text from the recording
 PEAK_MEMORY_MIB = "peak_memory_mib"  # of the worker's process so far; GPU memory where there is one
 
 

@@ -11,6 +11,7 @@ from higgs_tune.report.files import write_bytes, write_text
 from higgs_tune.report.findings import Findings, find
 from higgs_tune.report.html import render_html
 from higgs_tune.report.ink import Picture
+from higgs_tune.report.listening import read_listening
 from higgs_tune.report.plots import curves_info, gain_info, scatter_info, space_info
 from higgs_tune.report.results import Results, read_results, write_table
 from higgs_tune.report.summary import Summary, summary_facts, summary_text, write_summary
@@ -34,7 +35,8 @@ def build_report(results_dir: Path) -> Summary:
         write_bytes(results_dir / "plots" / f"{name}.png", picture.png)
     best_config = None if best_config_path is None else best_config_path.read_text("utf-8")
     report_path = results_dir / "report.html"
-    write_text(report_path, render_html(results, findings, pictures, best_config))
+    listening = read_listening(results_dir)
+    write_text(report_path, render_html(results, findings, pictures, best_config, listening))
     facts, text = summary_facts(results, findings), summary_text(results, findings)
     write_summary(results, facts, text)
     return Summary(

@@ -1,10 +1,8 @@
 """Build report.html: one file, no network, light and dark, that opens with the answers."""
 
-import html
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from higgs_tune import metrics as m
@@ -20,8 +18,11 @@ from higgs_tune.report.findings import (
 )
 from higgs_tune.report.importance import levels
 from higgs_tune.report.ink import Picture
+from higgs_tune.report.listening import Listening, listening_section
 from higgs_tune.report.plots import role
 from higgs_tune.report.results import Results, Trial
+from higgs_tune.report.template import escape as _e
+from higgs_tune.report.template import fill
 
 CAPTIONS = {
     "curves": "Held-out losses by step; every trial starts at the untouched base. Audio gain is text loss "
@@ -38,10 +39,13 @@ STATUS_WORDS = {"completed": "completed", "pruned": "stopped early", "unfinished
 
 
 def render_html(
-    results: Results, findings: Findings, pictures: Mapping[str, Picture], best_config: str | None
+    results: Results,
+    findings: Findings,
+    pictures: Mapping[str, Picture],
+    best_config: str | None,
+    listening: Listening | None,
 ) -> str:
     """The whole page."""
-    template = resources.files("higgs_tune.report").joinpath("page.html").read_text("utf-8")
     parts = {
         "name": _e(results.sweep.name),
         "headline": _e(findings.headline),
@@ -49,19 +53,14 @@ def render_html(
         "cards": "".join(_card(answer) for answer in findings.answers),
         "notes": _notes(findings.notes),
         "comparison": _comparison(results, findings),
+        "listening": "" if listening is None else listening_section(listening),
         "figures": "".join(_figure(key, pictures[key]) for key in CAPTIONS if key in pictures),
         "levels": _levels(results),
         "trials": _trials_table(results, findings),
         "best_config": _best_config(best_config),
         "environment": _environment(results),
     }
-    for key, value in parts.items():
-        template = template.replace(f"<!--{key}-->", value)
-    return template
-
-
-def _e(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+    return fill("higgs_tune.report", parts)
 
 
 def _lead(results: Results, findings: Findings) -> str:

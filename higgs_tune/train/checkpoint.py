@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -119,6 +120,23 @@ def read_step(directory: Path) -> int:
             return int(file.metadata()["step"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{directory}: no readable training state: {error}") from error
+
+
+def load_weights(directory: Path, config: TrialConfig) -> AdapterState:
+    """An adapter as it ended, also one that was exported without its training state.
+
+    Its moments are zero: it can be evaluated, not trained on.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+    try:
+        saved = load_file(directory / WEIGHTS_NAME)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{directory}: not a readable adapter: {error}") from error
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    return AdapterState(config.num_steps, weights, zeros, zeros)
 
 
 def read_trial(directory: Path) -> TrialConfig:

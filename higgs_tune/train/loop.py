@@ -7,7 +7,7 @@ one. Shape letters: K adapters, C codebooks.
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -214,7 +214,7 @@ class PackLoop:
         spend(started)
         results: dict[str, dict[str, Any]] = {}
         alive = [t for t, run in pending.items() if healthy[run.resident.slot]]
-        validated = self._validator.validate(alive) if alive else {}
+        validated = self.validate(alive) if alive else {}
         for trial_id, run in pending.items():
             result = self._train_metrics(run) | validated.get(trial_id, {})
             bad = [n for n, v in result.items() if n.startswith("val/") and not math.isfinite(v)]
@@ -227,6 +227,10 @@ class PackLoop:
             run.reported_done = run.done
             results[trial_id] = result
         return results
+
+    def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Validation metrics of adapters in the engine, as they are."""
+        return self._validator.validate(trial_ids)
 
     def _train_step(self, active: dict[str, _Run]) -> None:
         """One optimizer step of each active trial, over as many micro-batches as the longest needs."""

@@ -1,0 +1,88 @@
+"""Which held-out clips are spoken, and after which reference."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from higgs_tune.config import DataSettings
+from higgs_tune.data import tasks
+from higgs_tune.data.conversation import Conversation
+from higgs_tune.data.dataset import Dataset, validation_sets
+from higgs_tune.data.references import References
+from higgs_tune.data.shards import Row
+from higgs_tune.data.swap import spread
+
+_SUFFIX = ":transcribe"
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A held-out recording, and the voice that it is to be spoken in."""
+
+    row: Row
+    reference: Row | None  # another held-out clip of its speaker, as a row of its own
+
+    @property
+    def spoken(self) -> Conversation:
+        """The conversation whose last turn is the speech."""
+        if self.reference is None:
+            return tasks.speak(self.row)
+        return tasks.clone(self.row, self.reference)
+
+
+def choose_clips(
+    dataset: Dataset,
+    data: DataSettings,
+    num_generated: int,
+    max_rows: int,
+    text_length: Callable[[str], int],
+    seed: int = 0,
+) -> list[Clip]:
+    """Some of the validation clips of the losses, spread over texts and speakers.
+
+    The reference is the clip's own where it has one, else another validation clip of its speaker
+    with another text; a clip with neither is spoken without.
+
+    Args:
+        max_rows: positions of the base; the reference, the text and as much speech as was recorded
+            fit into half of them, so that speech twice as long does.
+    """
+    limits = {"max_text": data.max_text_tokens, "text_length": text_length}
+    sets = validation_sets(
+        dataset, data.num_val_clips, max_frames=data.max_frames, max_rows=max_rows, **limits
+    )
+    place = {row_id: index for index, row_id in enumerate(dataset.ids)}
+    held_out = [place[talk.key.removesuffix(_SUFFIX)] for talk in sets.transcribe]
+    chosen = spread(
+        [dataset.texts[index] for index in held_out],
+        [dataset.speakers[index] for index in held_out],
+        num_generated,
+        seed,
+    )
+    usable = dataset.usable("validation", data.max_frames, **limits)
+    candidates = [index for index in usable if dataset.kinds[index] == "clip"]
+    num_rows = np.zeros(len(dataset.ids), dtype=np.int64)
+    for index in candidates:
+        num_rows[index] = dataset.most_rows(index, text_length)
+    references = References(
+        dataset.texts, dataset.speakers, candidates, num_rows, max_rows=max_rows / 2
+    )
+    picks = np.random.default_rng(seed).random(len(chosen))
+    clips = []
+    for place_, pick in zip(chosen, picks, strict=True):
+        index = held_out[place_]
+        row = dataset.row(index)
+        reference = None
+        if row.ref_text is not None:
+            reference = own_reference(row)
+        elif references.exist(index):
+            reference = dataset.row(references.draw(index, pick))
+        clips.append(Clip(row, reference))
+    return clips
+
+
+def own_reference(row: Row) -> Row:
+    """The reference that a row brings along, as a row of its own."""
+    assert row.ref_text is not None, row.id
+    return Row(f"{row.id}:reference", row.split, "clip", row.speaker, row.ref_text, row.codes[1:2])

@@ -1,0 +1,204 @@
+"""The commands `higgs-tune generate` and `higgs-tune evaluate`; import no torch until they run."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from higgs_tune.config import BaseSettings, DataSettings, SweepConfig
+from higgs_tune.config_file import ModelT, read_yaml, validate
+from higgs_tune.errors import ConfigError
+from higgs_tune.listen.options import EvaluateOptions, SpeechOptions
+
+_SPEECH = {
+    "seed": "of the first take; each further one has the next",
+    "temperature": "0 takes the likeliest code",
+    "top_k": "codes to draw from; 0: all",
+    "top_p": "draw from the fewest codes with this probability",
+    "max_seconds": "speech is cut off here",
+}
+_EVALUATE = {
+    "num_clips": "validation clips of the losses",
+    "num_generated": "of those, spoken and transcribed by each system",
+    "batch_clips": "clips that are spoken together",
+}
+_NONE = "none"
+
+
+def _add_options(
+    parser: argparse.ArgumentParser, model: type[SpeechOptions | EvaluateOptions], texts: dict
+) -> None:
+    for name, text in texts.items():
+        default = model.model_fields[name].default
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (default: {default})")
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", help="embedded, a folder or a Hub id (default: embedded)")
+    parser.add_argument("--revision", help="commit of a Hub id")
+    parser.add_argument("--dtype", help="float32 or bfloat16 (default: float32)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--codec", help="embedded, a folder or a Hub id (default: embedded)")
+    parser.add_argument("--codec-revision", help="commit of a Hub id")
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `higgs-tune generate`."""
+    parser.add_argument("--text", required=True, help="what is said")
+    parser.add_argument("--out", type=Path, required=True, help="WAV; a JSON file goes beside it")
+    parser.add_argument(
+        "--adapter", default=_NONE, help="adapter folder, or none for the untouched base (default)"
+    )
+    parser.add_argument("--reference", type=Path, help="recording of the voice to speak with")
+    parser.add_argument("--reference-text", help="what that recording says")
+    parser.add_argument("--num-takes", type=int, default=1, help="out-1.wav, … (default: 1)")
+    _add_models(parser)
+    _add_options(parser, SpeechOptions, _SPEECH)
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `higgs-tune evaluate`."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        help="adapter folder, beside the untouched base; may be given again; none: the base alone",
+    )
+    parser.add_argument("--data", help="dataset folder or embedded:NAME (default: embedded:arabic)")
+    parser.add_argument("--out", type=Path, help="folder for page, figures and WAVs")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="results folder of a sweep: its base, data and best adapter, linked from its report",
+    )
+    parser.add_argument("--asr", help="transformers speech recogniser, folder or Hub id")
+    parser.add_argument("--asr-revision", help="commit of a Hub id")
+    parser.add_argument("--asr-language", help="language for a recogniser of many, such as Whisper")
+    _add_models(parser)
+    _add_options(parser, EvaluateOptions, _EVALUATE)
+    _add_options(parser, SpeechOptions, _SPEECH)
+
+
+def _given(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
+    """Settings whose argument was given, from setting → argument."""
+    return {k: v for k, name in names.items() if (v := getattr(args, name)) is not None}
+
+
+def _options(args: argparse.Namespace, model: type[ModelT], names: Iterable[str]) -> ModelT:
+    return validate(model, _given(args, {name: name for name in names}), "options")
+
+
+_BASE = {"path": "base", "revision": "revision", "dtype": "dtype", "device": "device"}
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Speak a text, once or several times."""
+    options = _options(args, SpeechOptions, _SPEECH)
+    settings = validate(BaseSettings, _given(args, _BASE), "generate")
+    if (args.reference is None) != (args.reference_text is None):
+        raise ConfigError("--reference and --reference-text: give both or neither.")
+    if args.num_takes < 1:
+        raise ConfigError(f"--num-takes: found {args.num_takes}, needed at least 1.")
+    from higgs_tune.data.codec import load_codec  # torch: seconds to import
+    from higgs_tune.listen.systems import check_codec, model_of
+    from higgs_tune.listen.takes import Reference, make_take, take_paths, take_prompt
+    from higgs_tune.model.load import load_base
+
+    paths = take_paths(args.out, args.num_takes)
+    base = load_base(settings)
+    codec_name = args.codec or "embedded"
+    codec = load_codec(codec_name, base.model.device, args.codec_revision)
+    check_codec(codec, codec_name, base)
+    reference = None
+    if args.reference is not None:
+        reference = Reference(args.reference, args.reference_text)
+    prompt = take_prompt(args.text, reference, codec, base.vocabulary)
+    facts = {
+        "text": args.text,
+        "reference": reference and str(reference.path),
+        "reference_text": reference and reference.text,
+        "base": base.source,
+        "adapter": None if args.adapter == _NONE else args.adapter,
+        "codec": codec_name,
+    }
+    with model_of(base, None if args.adapter == _NONE else Path(args.adapter)) as model:
+        for number, path in enumerate(paths):
+            take = make_take(
+                model, base.vocabulary, prompt, codec, options, path,
+                seed=options.seed + number, facts=facts,
+            )  # fmt: skip
+            print(f"{path}: {take['seconds']:.2f} s, seed {take['seed']}")
+            _warn(path, take)
+    return 0
+
+
+def _warn(path: Path, take: dict[str, Any]) -> None:
+    if take["hit_length_limit"]:
+        print(
+            f"warning: {path}: no end after {take['limit_seconds']:.1f} s, cut off there. Raise "
+            "--max-seconds, or try another --seed or --temperature.",
+            file=sys.stderr,
+        )
+    if take["seconds"] == 0:
+        print(f"warning: {path}: the model ended at once, the WAV is empty.", file=sys.stderr)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Measure the base and adapters on held-out clips, and write figures and a page."""
+    speech = _options(args, SpeechOptions, _SPEECH)
+    options = _options(args, EvaluateOptions, _EVALUATE)
+    base, data, adapters, out = _subject(args, options)
+    from higgs_tune.listen.run import Asr, run_evaluation
+
+    asr = args.asr and Asr(args.asr, args.asr_revision, args.asr_language)
+    page = run_evaluation(
+        base, data, adapters, out,
+        speech=speech, options=options, asr=asr or None,
+        codec=args.codec, codec_revision=args.codec_revision,
+        progress=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    print(page)
+    if args.results is not None:
+        from higgs_tune.report.build import build_report
+
+        print(build_report(args.results).report_path)
+    return 0
+
+
+def _subject(
+    args: argparse.Namespace, options: EvaluateOptions
+) -> tuple[BaseSettings, DataSettings, list[Path], Path]:
+    """Base, data, adapters and output folder that the arguments ask for."""
+    adapters = [Path(name) for name in args.adapter if name != _NONE]
+    data: dict[str, Any] = {}
+    base: dict[str, Any] = {}
+    out = args.out
+    if args.results is not None:
+        clashing = [n for n in ("data", "base", "revision", "adapter") if getattr(args, n)]
+        if clashing:
+            raise ConfigError(f"--{clashing[0]}: the folder of --results says it; leave it out.")
+        stored = args.results / "sweep.yaml"
+        sweep = validate(SweepConfig, read_yaml(stored), str(stored))
+        best = args.results / "best_adapter"
+        if not best.is_dir():
+            raise ConfigError(
+                f"{best} is missing: the sweep has no best configuration. Give --adapter DIR and "
+                "--data instead of --results."
+            )
+        base, data = sweep.base.model_dump(), sweep.data.model_dump()
+        adapters, out = [best], out or args.results / "listen"
+    elif not args.adapter:
+        raise ConfigError("give --adapter DIR (none for the base alone), or --results DIR.")
+    if out is None:
+        raise ConfigError("--out: give a folder for the page, the figures and the WAVs.")
+    if args.data is not None:
+        data["path"] = args.data
+    if args.results is None or args.num_clips is not None:  # else as many as the sweep validated on
+        data["num_val_clips"] = options.num_clips
+    return (
+        validate(BaseSettings, base | _given(args, _BASE), "evaluate"),
+        validate(DataSettings, data, "evaluate"),
+        adapters,
+        out,
+    )

@@ -1,0 +1,39 @@
+"""Losses of the base and of adapters on the held-out clips, by the rule that training validates with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from higgs_tune.config import DataSettings
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.errors import ModelError
+from higgs_tune.model.load import Base
+from higgs_tune.train.checkpoint import load_weights, read_trial
+from higgs_tune.train.engine import PackLimits
+from higgs_tune.train.loop import PackLoop
+
+
+def validation_losses(
+    base: Base, dataset: Dataset, data: DataSettings, adapters: Sequence[Path]
+) -> list[dict[str, float]]:
+    """Validation metrics of the untouched base, then of each adapter.
+
+    Raises:
+        DataError, LeakError: see `PackLoop`.
+        ModelError: an adapter cannot be read or does not fit the base.
+    """
+    trials = [read_trial(adapter) for adapter in adapters]
+    limits = (
+        PackLimits.of(trials, num_slots=1)
+        if trials
+        else PackLimits(num_slots=1, max_rank=1, paths=frozenset({"attention"}))
+    )
+    loop = PackLoop(base, dataset, data, limits)
+    losses = [loop.base_metrics]
+    for adapter, trial in zip(adapters, trials, strict=True):
+        try:
+            loop.engine.add("adapter", trial, load_weights(adapter, trial))
+        except ValueError as error:
+            raise ModelError(f"{adapter}: does not fit the base {base.source}: {error}") from error
+        losses.append(loop.validate(["adapter"])["adapter"])
+        loop.engine.remove("adapter")
+    return losses

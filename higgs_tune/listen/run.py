@@ -1,0 +1,144 @@
+"""`higgs-tune evaluate` from settings to files: evaluate.json, clips.jsonl, evaluate.html, audio/."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from higgs_tune.config import BaseSettings, DataSettings
+from higgs_tune.data.codec import load_codec
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.files import write_json, write_json_lines
+from higgs_tune.errors import ConfigError
+from higgs_tune.listen.clips import choose_clips
+from higgs_tune.listen.evaluate import RECORDING, Bench, Judges, means, recording_rows, system_rows
+from higgs_tune.listen.losses import validation_losses
+from higgs_tune.listen.options import EvaluateOptions, SpeechOptions
+from higgs_tune.listen.page import render_page
+from higgs_tune.listen.systems import check_codec, name_systems
+from higgs_tune.listen.voices import Recogniser, VoiceJudge
+from higgs_tune.model.load import Base, load_base
+from higgs_tune.report.files import write_text
+from higgs_tune.report.listening import DATA, PAGE
+
+CLIPS = "clips.jsonl"
+
+
+@dataclass(frozen=True)
+class Asr:
+    """The recogniser that the user names."""
+
+    path: str
+    revision: str | None = None
+    language: str | None = None
+
+
+def run_evaluation(
+    base_settings: BaseSettings,
+    data: DataSettings,
+    adapters: Sequence[Path],
+    out: Path,
+    *,
+    speech: SpeechOptions,
+    options: EvaluateOptions,
+    asr: Asr | None,
+    codec: str | None,
+    codec_revision: str | None,
+    progress: Callable[[str], None],
+) -> Path:
+    """Evaluate the untouched base and each adapter; returns the page's path.
+
+    Files of the same name in `out` are replaced, the page last.
+
+    Raises:
+        ConfigError, DataError, ModelError: what cannot be read or does not fit together.
+    """
+    dataset = Dataset.open(data.path)
+    codec_name = codec or _codec_of(dataset, data.path)
+    base = load_base(base_settings)
+    judges, notes = _judges(base, codec_name, codec_revision, asr)
+    systems = name_systems(adapters)
+    progress("losses on held-out clips")
+    losses = validation_losses(base, dataset, data, adapters)
+    positions = base.model.config.max_position_embeddings
+    clips = choose_clips(
+        dataset, data, options.num_generated, positions,
+        lambda text: len(base.vocabulary.encode_text(text)),
+    )  # fmt: skip
+    progress(f"{len(clips)} recordings")
+    bench = Bench.of(clips, judges, out)
+    rows = recording_rows(bench)
+    recorded = means([row for row in rows if row["system"] == RECORDING])
+    results = []
+    for system, loss in zip(systems, losses, strict=True):
+        progress(f"{len(clips)} clips by {system.name}")
+        own = system_rows(base, system, bench, speech, options.batch_clips)
+        rows += own
+        results.append(
+            {
+                "name": system.name,
+                "adapter": system.adapter and str(system.adapter),
+                "adapter_sha256": system.fingerprint(),
+                "losses": loss,
+                "speech": means(own),
+            }
+        )
+    settings = {
+        "speech": speech.model_dump(mode="json"),
+        "evaluate": options.model_dump(mode="json") | {"num_clips": data.num_val_clips},
+        "codec": codec_name,
+        "asr": asr and vars(asr),
+    }
+    result = {
+        "base": base_settings.model_dump(mode="json"),
+        "data": {"path": data.path, "content_hash": dataset.info.content_hash},
+        "settings": settings,
+        "notes": notes + _task_notes(rows),
+        "recording": recorded,
+        "systems": results,
+    }
+    write_json_lines(out / CLIPS, rows)
+    write_json(out / DATA, result)
+    write_text(out / PAGE, render_page(result, rows))
+    return out / PAGE
+
+
+def _codec_of(dataset: Dataset, path: str) -> str:
+    if dataset.info.codec.id == "embedded":
+        return "embedded"
+    raise ConfigError(
+        f"{path}: its audio was coded with {dataset.info.codec.id}. Say where that codec is: "
+        "--codec DIR or Hub id."
+    )
+
+
+def _judges(
+    base: Base, codec_name: str, codec_revision: str | None, asr: Asr | None
+) -> tuple[Judges, list[str]]:
+    """The judges that there are, and why others are missing."""
+    device: torch.device = base.model.device
+    codec = load_codec(codec_name, device, codec_revision)
+    check_codec(codec, codec_name, base)
+    notes: list[str] = []
+    voice = recogniser = None
+    try:
+        voice = VoiceJudge(device)
+    except ConfigError as error:
+        notes.append(f"Left out: {error}")
+    if asr is None:
+        notes.append("Left out: character errors of a recogniser; name one with --asr.")
+    else:
+        recogniser = Recogniser(asr.path, device, asr.revision, asr.language)
+    return Judges(codec, voice, recogniser), notes
+
+
+def _task_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    alone = {row["clip"] for row in rows if row["system"] == RECORDING and row["task"] == "speak"}
+    if not alone:
+        return []
+    return [
+        f"{len(alone)} clips have no other recording of their speaker and were spoken without a "
+        "reference; their speaker similarity is left out."
+    ]

@@ -1,0 +1,85 @@
+"""What is listened to: a base, and adapters that are put onto it for a while."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import HiggsAudioV2ForConditionalGeneration
+
+from higgs_tune.data.codec import Codec
+from higgs_tune.errors import DataError
+from higgs_tune.model.load import Base
+from higgs_tune.report.listening import WEIGHTS
+from higgs_tune.train.checkpoint import load_adapter
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class System:
+    """The untouched base, or the base with an adapter."""
+
+    name: str
+    adapter: Path | None = None
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the adapter's weights."""
+        if self.adapter is None:
+            return None
+        with (self.adapter / WEIGHTS).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def name_systems(adapters: Sequence[Path]) -> list[System]:
+    """The base, then each adapter under the name of its folder (of the one above `adapter/`)."""
+    systems = [System(BASE)]
+    for adapter in adapters:
+        folder = adapter.resolve()
+        name = folder.parent.name if folder.name == "adapter" else folder.name
+        name = re.sub(r"[^\w.-]+", "-", name) or "adapter"
+        taken = {system.name for system in systems}
+        number = next(n for n in range(1, len(taken) + 2) if numbered(name, n) not in taken)
+        systems.append(System(numbered(name, number), adapter))
+    return systems
+
+
+def numbered(name: str, number: int) -> str:
+    """The name, with its number from the second on."""
+    return name if number == 1 else f"{name}-{number}"
+
+
+@contextmanager
+def model_of(base: Base, adapter: Path | None) -> Iterator[HiggsAudioV2ForConditionalGeneration]:
+    """The base's model with the adapter on it; afterwards the base is as it was.
+
+    Raises:
+        ModelError: see `load_adapter`.
+    """
+    if adapter is None:
+        yield base.model
+        return
+    adapted: Any = load_adapter(base.model, adapter)
+    try:
+        yield adapted.get_base_model()
+    finally:
+        adapted.unload()
+
+
+def check_codec(codec: Codec, name: str, base: Base) -> None:
+    """Refuse a codec whose codes the base does not speak.
+
+    Raises:
+        DataError: another number of codebooks or of codes.
+    """
+    found = (codec.config.num_quantizers, codec.config.codebook_size)
+    voc = base.vocabulary
+    needed = (voc.num_codebooks, min(voc.stream_bos, voc.stream_eos))
+    if found != needed:
+        raise DataError(
+            f"codec {name}: {found[0]} codebooks of {found[1]}, the base {base.source} needs "
+            f"{needed[0]} of {needed[1]}. Give the codec that belongs to the base with --codec."
+        )

@@ -1,0 +1,148 @@
+"""Takes of one text: prompt, speech, WAV and a JSON file beside each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from transformers import HiggsAudioV2ForConditionalGeneration
+
+from higgs_tune.data import tasks
+from higgs_tune.data.audio import read_clip
+from higgs_tune.data.codec import Codec, decode_clip, encode_clip
+from higgs_tune.data.files import write_atomic, write_json
+from higgs_tune.data.rows import text_problem
+from higgs_tune.data.shards import Row
+from higgs_tune.data.tokens import Vocabulary, encode_conversation
+from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.listen.generate import Prompt, Spoken, most_frames, prompt_before_audio, speak
+from higgs_tune.listen.options import SpeechOptions
+
+_MAX_TEXT_CHARS = 2000  # as `data prepare` takes by default
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A recording of the voice to speak with, and what it says."""
+
+    path: Path
+    text: str
+
+
+def take_prompt(
+    text: str, reference: Reference | None, codec: Codec, vocabulary: Vocabulary
+) -> Prompt:
+    """The prompt of the training task `speak`, or of `clone` with a reference.
+
+    Raises:
+        DataError: a text is empty, too long or holds a control token; the reference is no usable
+            recording.
+    """
+    for what, value in (("--text", text), ("--reference-text", reference and reference.text)):
+        problem = None if value is None else text_problem(value, _MAX_TEXT_CHARS)
+        if problem:
+            raise DataError(f"{what}: {problem}.")
+    unspoken_TC = np.zeros((1, vocabulary.num_codebooks), dtype=np.uint16)  # the prompt ends before
+    codes, ref_text = (unspoken_TC,), None
+    if reference is not None:
+        codes, ref_text = (unspoken_TC, _reference_codes(reference.path, codec)), reference.text
+    row = Row("--text", "validation", "clip", "", text.strip(), codes, ref_text=ref_text)
+    talk = tasks.speak(row) if reference is None else tasks.clone(row, None)
+    return prompt_before_audio(encode_conversation(talk, vocabulary))
+
+
+def _reference_codes(path: Path, codec: Codec) -> np.ndarray:
+    if not path.is_file():
+        raise DataError(f"--reference: {path} does not exist or is no file.")
+    try:
+        wave, rate_hz = read_clip(
+            path, min_seconds=0.1, max_seconds=60.0, target_rate_hz=codec.config.sample_rate
+        )
+    except DataError as error:
+        raise DataError(f"--reference {path}: {error}.") from None
+    return encode_clip(codec, wave, rate_hz)
+
+
+def take_paths(out: Path, num_takes: int) -> list[Path]:
+    """`out` itself, or out-1.wav, out-2.wav, … for several takes.
+
+    Raises:
+        ConfigError: not a .wav.
+    """
+    if out.suffix.lower() != ".wav":
+        raise ConfigError(f"--out: found {out}, needed a file name that ends in .wav.")
+    if num_takes == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{n}{out.suffix}") for n in range(1, num_takes + 1)]
+
+
+def frame_limit(
+    model: HiggsAudioV2ForConditionalGeneration,
+    prompts: list[Prompt],
+    codec: Codec,
+    max_seconds: float,
+) -> int:
+    """Frames of `max_seconds`, or fewer where the base has no positions for more."""
+    asked = max(1, round(max_seconds * codec.config.sample_rate / codec.config.hop_length))
+    config = model.config
+    return min(asked, most_frames(config.max_position_embeddings, prompts, config.num_codebooks))
+
+
+def seconds_of(codes_TC: np.ndarray, codec: Codec) -> float:
+    """Length of the speech that codes stand for."""
+    return len(codes_TC) * codec.config.hop_length / codec.config.sample_rate
+
+
+def wave_of(codes_TC: np.ndarray, codec: Codec) -> np.ndarray:
+    """The float32 wave of codes, scaled down if it would exceed full scale; empty for no codes."""
+    if not len(codes_TC):
+        return np.zeros(0, dtype=np.float32)
+    wave = decode_clip(codec, codes_TC)
+    return wave / max(1.0, float(np.abs(wave).max()))
+
+
+def write_wav(path: Path, wave: np.ndarray, rate_hz: int) -> None:
+    """Write a 16-bit WAV, whole or not at all."""
+    write_atomic(
+        path,
+        lambda temporary: soundfile.write(temporary, wave, rate_hz, format="WAV", subtype="PCM_16"),
+    )
+
+
+def make_take(
+    model: HiggsAudioV2ForConditionalGeneration,
+    vocabulary: Vocabulary,
+    prompt: Prompt,
+    codec: Codec,
+    options: SpeechOptions,
+    path: Path,
+    *,
+    seed: int,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Speak the prompt once and write `path` and the JSON beside it; returns what the JSON holds.
+
+    The same seed, prompt and model give the same WAV.
+
+    Args:
+        facts: what else the JSON shall say, such as text and adapter.
+    """
+    max_frames = frame_limit(model, [prompt], codec, options.max_seconds)
+    spoken: Spoken = speak(model, vocabulary, [prompt], options, seed=seed, max_frames=max_frames)[
+        0
+    ]
+    write_wav(path, wave_of(spoken.codes_TC, codec), codec.config.sample_rate)
+    record = {
+        "wav": path.name,
+        **facts,
+        **options.model_dump(mode="json"),
+        "seed": seed,
+        "seconds": seconds_of(spoken.codes_TC, codec),
+        "limit_seconds": max_frames * codec.config.hop_length / codec.config.sample_rate,
+        "reached_eos": spoken.reached_eos,
+        "hit_length_limit": not spoken.reached_eos,
+        "num_clipped_codes": spoken.num_clipped,
+    }
+    write_json(path.with_suffix(".json"), record)
+    return record

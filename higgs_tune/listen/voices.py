@@ -1,0 +1,90 @@
+"""Models that judge speech: Resemblyzer for the voice, any transformers recogniser for the words.
+
+Both are optional; neither is loaded unless asked for.
+"""
+
+import importlib
+from typing import Any
+
+import numpy as np
+import torch
+import torchaudio
+from transformers import pipeline
+
+from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.listen.measures import character_error_rate, plain_text
+
+_RATE_HZ = 16_000  # Resemblyzer's
+_SILENCE = 1e-4  # peak of full scale 1
+
+
+class VoiceJudge:
+    """Speaker similarity with Resemblyzer, whose weights come in its package.
+
+    Raises:
+        ConfigError: Resemblyzer is not installed, or one of its libraries does not import.
+    """
+
+    def __init__(self, device: torch.device):
+        try:
+            self._library: Any = importlib.import_module("resemblyzer")
+        except ImportError as error:
+            raise ConfigError(
+                f"speaker similarity needs Resemblyzer, which cannot be imported ({error}). Install "
+                'the extra: pip install "higgs-tune[listen]".'
+            ) from None
+        self._encoder = self._library.VoiceEncoder(str(device), verbose=False)
+
+    def similarity(self, wave: np.ndarray, reference: np.ndarray, rate_hz: int) -> float | None:
+        """Cosine of two clips' voices, 1 for the same; None if one of them has no voiced sound."""
+        first, second = self._embedding(wave, rate_hz), self._embedding(reference, rate_hz)
+        return None if first is None or second is None else float(first @ second)
+
+    def _embedding(self, wave: np.ndarray, rate_hz: int) -> np.ndarray | None:
+        """A unit vector of the voiced parts."""
+        if not len(wave) or float(np.abs(wave).max()) < _SILENCE:
+            return None
+        voiced = self._library.preprocess_wav(resample(wave, rate_hz, _RATE_HZ))
+        return self._encoder.embed_utterance(voiced) if len(voiced) else None
+
+
+class Recogniser:
+    """Any transformers speech recognition checkpoint.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+
+    def __init__(self, path: str, device: torch.device, revision: str | None, language: str | None):
+        try:
+            # the task's name is a literal type of its own in each version of transformers
+            make: Any = pipeline
+            self._pipeline: Any = make(
+                "automatic-speech-recognition", model=path, revision=revision, device=device
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(
+                f"--asr {path}: not a speech recognition checkpoint that transformers can load: "
+                f"{error}"
+            ) from error
+        self._rate_hz: int = self._pipeline.feature_extractor.sampling_rate
+        self._arguments = {"generate_kwargs": {"language": language}} if language else {}
+
+    def text_of(self, wave: np.ndarray, rate_hz: int) -> str:
+        """What is said; nothing in a clip without samples."""
+        if not len(wave):
+            return ""
+        heard = resample(wave, rate_hz, self._rate_hz)
+        result = self._pipeline({"raw": heard, "sampling_rate": self._rate_hz}, **self._arguments)
+        return result["text"]
+
+    def error_rate(self, heard: str, target: str) -> float | None:
+        """Character error rate of what was heard; None for a target without letters."""
+        plain = plain_text(target)
+        return character_error_rate(plain_text(heard), plain) if plain else None
+
+
+def resample(wave: np.ndarray, rate_hz: int, target_hz: int) -> np.ndarray:
+    """The wave at another rate."""
+    resampled = torchaudio.functional.resample(torch.from_numpy(wave), rate_hz, target_hz)
+    return resampled.numpy()

@@ -1,0 +1,88 @@
+"""What `higgs-tune evaluate --results` left in a sweep's folder, as the report shows it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from higgs_tune import metrics as m
+from higgs_tune.errors import SweepError
+from higgs_tune.report.template import escape
+
+FOLDER, DATA, PAGE = "listen", "evaluate.json", "evaluate.html"
+WEIGHTS = "adapter_model.safetensors"
+SHOWN = {
+    m.EOS_RATE: "ended by itself",
+    m.LENGTH_RATIO: "length by recorded length",
+    m.MEL_DISTANCE: "mel distance, dB",
+    m.SPEAKER_SIMILARITY: "speaker similarity",
+    m.SPEECH_CER: "character errors, recogniser",
+    m.TRANSCRIPTION_CER: "character errors, its own transcription",
+}
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Figures of generated speech, by system."""
+
+    systems: Sequence[Mapping[str, Any]]  # "name" and "speech": metric → {"mean", "num_clips"}
+    current: bool  # the adapter is the one that is the sweep's best now
+
+
+def read_listening(results_dir: Path) -> Listening | None:
+    """The evaluation in the folder, or None where nobody has made one.
+
+    Raises:
+        SweepError: its file is damaged.
+    """
+    path = results_dir / FOLDER / DATA
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        systems = [{"name": s["name"], "speech": s["speech"]} for s in content["systems"]]
+        fingerprints = {s["adapter_sha256"] for s in content["systems"]} - {None}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SweepError(
+            f"{path}: cannot be read: {error!r}. Delete {path.parent} or run "
+            f"`higgs-tune evaluate --results {results_dir}` again."
+        ) from None
+    weights = results_dir / "best_adapter" / WEIGHTS
+    best = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else None
+    return Listening(systems, current=best in fingerprints)
+
+
+def listening_section(listening: Listening) -> str:
+    """Link and figures, as HTML."""
+    stale = (
+        ""
+        if listening.current
+        else '<ul class="notes"><li>Another configuration has become the best since this was made: '
+        "run <code>higgs-tune evaluate --results</code> again.</li></ul>"
+    )
+    return (
+        f'<h2>Listen</h2>{stale}<p><a href="{FOLDER}/{PAGE}">Held-out clips: recorded, spoken by the '
+        "base and by the best adapter</a></p>"
+        f'<div class="scroll">{speech_table(listening.systems)}</div>'
+    )
+
+
+def speech_table(systems: Sequence[Mapping[str, Any]]) -> str:
+    """Mean of each metric that any system has, a column a system."""
+    head = "".join(f"<th>{escape(system['name'])}</th>" for system in systems)
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(label)}<br><small>{escape(name)}</small></th>"
+        + "".join(f"<td>{_mean(system['speech'].get(name))}</td>" for system in systems)
+        + "</tr>"
+        for name, label in SHOWN.items()
+        if any(name in system["speech"] for system in systems)
+    )
+    return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _mean(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value['mean']:.2f} <small>{value['num_clips']} clips</small>"

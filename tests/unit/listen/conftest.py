@@ -1,0 +1,47 @@
+"""A model that knows six examples by heart, and the embedded base."""
+
+import pytest
+import torch
+
+from higgs_tune.config import BaseSettings
+from higgs_tune.data.collate import collate, count_targets
+from higgs_tune.data.conversation import Conversation
+from higgs_tune.data.tokens import encode_conversation
+from higgs_tune.model.load import Base, load_base
+from higgs_tune.model.packed_forward import packed_nll
+from tests.models import conversation, tiny_base, vocabulary
+
+TALKS = [
+    conversation(task, seed, num_frames=4 + 3 * seed, num_letters=3 + 2 * seed)
+    for task in ("speak", "clone", "transcribe")
+    for seed in range(2)
+]
+
+
+@pytest.fixture(scope="session")
+def by_heart() -> tuple[Base, list[Conversation]]:
+    """A tiny base overfitted on two conversations of each task."""
+    base = tiny_base(seed=3)
+    model = base.model.requires_grad_(True)
+    examples = [encode_conversation(talk, vocabulary()) for talk in TALKS]
+    count = count_targets(examples, 4)
+    batch, count_C = collate({0: examples}), torch.from_numpy(count.audio_C)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    loss = torch.tensor(torch.inf)
+    for _ in range(600):
+        text_K, audio_KC = packed_nll(model, batch, None)
+        loss = (audio_KC[0] / count_C).mean() + text_K[0] / count.text
+        if float(loss.detach()) < 0.01:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.01
+    model.requires_grad_(False).eval()
+    return base, TALKS
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Base:
+    """The embedded base on the CPU."""
+    return load_base(BaseSettings(device="cpu"))

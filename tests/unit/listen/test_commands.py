@@ -1,0 +1,220 @@
+"""`generate` and `evaluate` from the command line, on the embedded base."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from higgs_tune import cli
+from higgs_tune.config import DataSettings
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.listen.systems import model_of, name_systems
+from higgs_tune.report import build_report
+from higgs_tune.train.checkpoint import save_adapter
+from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.loop import PackLoop
+from tests.models import trial
+from tests.unit.report.builder import realistic
+
+WAV = Path(__file__).parents[3] / "higgs_tune" / "embedded" / "wav"
+CONFIG = trial(targets=("attention", "text_mlp", "audio_mlp", "text_head", "audio_head"), rank=2)
+
+
+@pytest.fixture(scope="session")
+def state(embedded):
+    """An adapter with random factors."""
+    engine = Engine(embedded, PackLimits.of([CONFIG], num_slots=1))
+    engine.add("a", CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    for view in engine._views(engine.bank.master_KP, engine.residents["a"]).values():
+        view.copy_(0.1 * torch.randn(view.shape, generator=generator))
+    return engine.state("a")
+
+
+@pytest.fixture(scope="session")
+def adapter(state, tmp_path_factory):
+    """The same on disk, exported without its training state."""
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    folder.mkdir()
+    save_adapter(folder, state, CONFIG, "embedded")
+    (folder / "training_state.safetensors").unlink()
+    return folder
+
+
+def generate(out: Path, *more: str) -> int:
+    arguments = ["--device", "cpu", "--max-seconds", "1", "--out", str(out), *more]
+    return cli.main(["generate", "--text", "هَلْ تُحِبُّ العَسَلَ", *arguments])
+
+
+def test_the_same_seed_gives_the_same_wav_and_takes_count_seeds_on(tmp_path, adapter, capsys):
+    assert generate(tmp_path / "a.wav", "--adapter", str(adapter), "--num-takes", "3") == 0
+    assert generate(tmp_path / "b.wav", "--adapter", str(adapter), "--seed", "1") == 0
+    takes = [(tmp_path / f"a-{n}.wav").read_bytes() for n in (1, 2, 3)]
+    assert len(set(takes)) == 3
+    assert (tmp_path / "b.wav").read_bytes() == takes[1]
+    record = json.loads((tmp_path / "b.json").read_text())
+    wave, rate = soundfile.read(tmp_path / "b.wav")
+    assert (record["seed"], record["adapter"], rate) == (1, str(adapter), 24_000)
+    assert record["seconds"] == pytest.approx(len(wave) / rate)
+    assert record["seconds"] <= record["limit_seconds"] == 1.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a-1.json", "a-1.wav", "a-2.json", "a-2.wav", "a-3.json", "a-3.wav", "b.json", "b.wav",
+    ]  # fmt: skip
+
+
+def test_speech_cut_off_at_the_limit_is_said_in_the_json_and_on_stderr(tmp_path, capsys):
+    arguments = ("--temperature", "0", "--max-seconds")
+    generate(tmp_path / "long.wav", *arguments, "20")
+    whole = json.loads((tmp_path / "long.json").read_text())
+    assert (whole["reached_eos"], whole["hit_length_limit"]) == (True, False)
+    assert "warning" not in capsys.readouterr().err
+    generate(tmp_path / "short.wav", *arguments, "0.2")
+    cut = json.loads((tmp_path / "short.json").read_text())
+    assert (cut["reached_eos"], cut["hit_length_limit"], cut["seconds"]) == (False, True, 0.2)
+    assert "no end after 0.2 s, cut off there" in capsys.readouterr().err
+    first, second = (soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("long", "short"))
+    assert len(second) == 4800 < len(first)
+
+
+def test_a_reference_changes_what_is_said(tmp_path):
+    voice = ("--reference", str(WAV / "arabic-1.wav"), "--reference-text", "مَرْحَبًا")
+    generate(tmp_path / "a.wav", "--temperature", "0")
+    assert generate(tmp_path / "b.wav", "--temperature", "0", *voice) == 0
+    assert (tmp_path / "a.wav").read_bytes() != (tmp_path / "b.wav").read_bytes()
+    assert json.loads((tmp_path / "b.json").read_text())["reference_text"] == "مَرْحَبًا"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--reference", "x.wav"), "--reference and --reference-text: give both or neither"),
+        (("--reference", "x.wav", "--reference-text", "a"), "--reference: x.wav does not exist"),
+        (("--num-takes", "0"), "--num-takes: found 0"),
+        (("--temperature", "-1"), "temperature: Input should be greater than or equal to 0"),
+        (("--out", "x.mp3"), "needed a file name that ends in .wav"),
+        (("--text", " "), "--text: text is empty"),
+        (("--text", "a<|eot_id|>"), "holds the control token <|eot_id|>"),
+        (("--adapter", "nowhere"), "no readable higgs_tune.json"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path, capsys, arguments, message):
+    assert generate(tmp_path / "x.wav", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_base_is_as_it_was_once_an_adapter_is_off(embedded, adapter):
+    ids = torch.arange(20, 40)[None]
+    with torch.inference_mode():
+        before = embedded.model(input_ids=ids).logits
+        for _ in range(2):
+            with model_of(embedded, adapter) as model:
+                assert not torch.allclose(model(input_ids=ids).logits, before, atol=1e-2)
+            assert torch.equal(embedded.model(input_ids=ids).logits, before)
+
+
+def test_systems_are_named_by_their_folders():
+    names = [s.name for s in name_systems([Path("a/best"), Path("b c/adapter"), Path("x/best")])]
+    assert names == ["base", "best", "b-c", "best-2"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, adapter):
+    """A small evaluation of base and adapter; read only."""
+    out = tmp_path_factory.mktemp("listening")
+    small = ("--num-clips", "8", "--num-generated", "3", "--max-seconds", "2", "--device", "cpu")
+    arguments = ["--adapter", str(adapter), "--data", "embedded:arabic", "--out", str(out)]
+    assert cli.main(["evaluate", *arguments, *small]) == 0
+    rows = [json.loads(line) for line in (out / "clips.jsonl").read_text().splitlines()]
+    return out, json.loads((out / "evaluate.json").read_text()), rows
+
+
+def test_losses_are_those_that_training_validates_with(evaluated, embedded, state):
+    _, result, _ = evaluated
+    loop = PackLoop(
+        embedded,
+        Dataset.open("embedded:arabic"),
+        DataSettings(num_val_clips=8),
+        PackLimits.of([CONFIG], num_slots=1),
+    )
+    base, trained = (system["losses"] for system in result["systems"])
+    assert base == pytest.approx(loop.base_metrics, rel=1e-5)
+    loop.engine.add("a", CONFIG, state)
+    assert trained == pytest.approx(loop.validate(["a"])["a"], rel=1e-5)
+    assert trained["val/text/nll"] != pytest.approx(base["val/text/nll"], rel=1e-2)
+
+
+def test_every_clip_has_a_row_and_files_for_recording_reference_and_each_system(evaluated):
+    out, _, rows = evaluated
+    assert len(rows) == 3 * 4
+    assert {row["system"] for row in rows} == {"recording", "reference", "base", rows[-1]["system"]}
+    for row in rows:
+        wave, rate = soundfile.read(out / row["wav"])
+        assert len(wave) / rate == pytest.approx(row["seconds"])
+        assert (out / row["picture"]).read_bytes().startswith(b"\x89PNG")
+        assert (row["task"], row["reference"] is None) == ("clone", False)
+        assert row["reference"] != row["clip"]
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_means_are_over_the_clips_that_have_the_metric(evaluated):
+    _, result, rows = evaluated
+    recorded = {row["clip"]: row["seconds"] for row in rows if row["system"] == "recording"}
+    for system in result["systems"]:
+        own = [row for row in rows if row["system"] == system["name"]]
+        ratios = [row["seconds"] / recorded[row["clip"]] for row in own]
+        assert system["speech"]["speech/length_ratio"] == {
+            "mean": pytest.approx(np.mean(ratios)),
+            "num_clips": 3,
+        }
+        assert system["speech"]["speech/eos_rate"]["mean"] == pytest.approx(
+            np.mean([row["reached_eos"] for row in own])
+        )
+        assert "speech/cer" not in system["speech"]
+    assert any("--asr" in note for note in result["notes"])
+
+
+def test_the_page_plays_every_clip_and_shows_its_texts(evaluated):
+    out, _, rows = evaluated
+    page = (out / "evaluate.html").read_text(encoding="utf-8")
+    linked = re.findall(r'src="([^"]+)"', page)
+    assert sorted(linked) == sorted([r["wav"] for r in rows] + [r["picture"] for r in rows])
+    assert all(row["text"] in page for row in rows)
+    assert "http" not in page and "<!--" not in page
+
+
+def test_a_sweeps_best_adapter_is_evaluated_and_linked_from_its_report(tmp_path, adapter):
+    folder = tmp_path / "quick"
+    realistic(folder)
+    for best in folder.glob("trials/*/adapter"):
+        for file in best.iterdir():
+            file.unlink()
+        for file in adapter.iterdir():
+            (best / file.name).write_bytes(file.read_bytes())
+    build_report(folder)
+    assert "evaluate.html" not in (folder / "report.html").read_text()
+    small = ("--num-clips", "8", "--num-generated", "1", "--max-seconds", "1", "--device", "cpu")
+    assert cli.main(["evaluate", "--results", str(folder), *small]) == 0
+    report = (folder / "report.html").read_text()
+    assert '<a href="listen/evaluate.html">' in report
+    assert "Another configuration has become the best" not in report
+    assert (folder / "listen" / "evaluate.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give --adapter DIR (none for the base alone), or --results DIR"),
+        (("--adapter", "none"), "--out: give a folder"),
+        (("--results", "nowhere", "--data", "x"), "--data: the folder of --results says it"),
+        (("--results", "nowhere"), "nowhere/sweep.yaml: no such file"),
+        (("--adapter", "none", "--out", "o", "--num-clips", "1"), "num_clips: Input should be"),
+    ],
+)
+def test_an_evaluation_of_nothing_is_one_clear_error(capsys, arguments, message):
+    assert cli.main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
