@@ -12,6 +12,7 @@ from higgs_tune.data.dataset import Dataset, validation_sets
 from higgs_tune.data.references import References
 from higgs_tune.data.shards import Row
 from higgs_tune.data.swap import spread
+from higgs_tune.listen.options import EvaluateOptions
 
 _SUFFIX = ":transcribe"
 
@@ -34,7 +35,7 @@ class Clip:
 def choose_clips(
     dataset: Dataset,
     data: DataSettings,
-    num_generated: int,
+    options: EvaluateOptions,
     max_rows: int,
     text_length: Callable[[str], int],
     seed: int = 0,
@@ -42,7 +43,7 @@ def choose_clips(
     """Some of the validation clips of the losses, spread over texts and speakers.
 
     The reference is the clip's own where it has one, else another validation clip of its speaker
-    with another text; a clip with neither is spoken without.
+    with another text; a clip with neither, or with `options.task` speak, is spoken without.
 
     Args:
         max_rows: positions of the base; the reference, the text and as much speech as was recorded
@@ -54,12 +55,15 @@ def choose_clips(
     )
     place = {row_id: index for index, row_id in enumerate(dataset.ids)}
     held_out = [place[talk.key.removesuffix(_SUFFIX)] for talk in sets.transcribe]
-    chosen = spread(
+    numbers = spread(
         [dataset.texts[index] for index in held_out],
         [dataset.speakers[index] for index in held_out],
-        num_generated,
+        max(2, options.num_generated),  # it needs two texts for less than one half each
         seed,
-    )
+    )[: options.num_generated]
+    chosen = [held_out[number] for number in numbers]
+    if options.task == "speak":
+        return [Clip(dataset.row(index), None) for index in chosen]
     usable = dataset.usable("validation", data.max_frames, **limits)
     candidates = [index for index in usable if dataset.kinds[index] == "clip"]
     num_rows = np.zeros(len(dataset.ids), dtype=np.int64)
@@ -69,17 +73,17 @@ def choose_clips(
         dataset.texts, dataset.speakers, candidates, num_rows, max_rows=max_rows / 2
     )
     picks = np.random.default_rng(seed).random(len(chosen))
-    clips = []
-    for place_, pick in zip(chosen, picks, strict=True):
-        index = held_out[place_]
-        row = dataset.row(index)
-        reference = None
-        if row.ref_text is not None:
-            reference = own_reference(row)
-        elif references.exist(index):
-            reference = dataset.row(references.draw(index, pick))
-        clips.append(Clip(row, reference))
-    return clips
+    return [
+        Clip(dataset.row(index), _reference(dataset, index, references, pick))
+        for index, pick in zip(chosen, picks, strict=True)
+    ]
+
+
+def _reference(dataset: Dataset, index: int, references: References, pick: float) -> Row | None:
+    row = dataset.row(index)
+    if row.ref_text is not None:
+        return own_reference(row)
+    return dataset.row(references.draw(index, pick)) if references.exist(index) else None
 
 
 def own_reference(row: Row) -> Row:

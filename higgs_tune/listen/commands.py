@@ -22,6 +22,7 @@ _EVALUATE = {
     "num_clips": "validation clips of the losses",
     "num_generated": "of those, spoken and transcribed by each system",
     "batch_clips": "clips that are spoken together",
+    "task": "clone: in the voice of another clip of the speaker; speak: without a reference",
 }
 _NONE = "none"
 
@@ -149,13 +150,19 @@ def run_evaluate(args: argparse.Namespace) -> int:
     speech = _options(args, SpeechOptions, _SPEECH)
     options = _options(args, EvaluateOptions, _EVALUATE)
     base, data, adapters, out = _subject(args, options)
+    notes = []
+    if args.results is not None and options.task == "clone" and data.tasks.clone == 0:
+        notes.append(
+            "The sweep trained no cloning (data.tasks.clone is 0), so that speech after a reference is "
+            "new to the adapter. --task speak evaluates speech without one."
+        )
     from higgs_tune.listen.run import Asr, run_evaluation
 
     asr = args.asr and Asr(args.asr, args.asr_revision, args.asr_language)
     page = run_evaluation(
         base, data, adapters, out,
         speech=speech, options=options, asr=asr or None,
-        codec=args.codec, codec_revision=args.codec_revision,
+        codec=args.codec, codec_revision=args.codec_revision, notes=notes,
         progress=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     print(page)

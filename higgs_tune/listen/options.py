@@ -1,6 +1,6 @@
 """Settings of `higgs-tune generate` and `higgs-tune evaluate`; imports no torch."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -38,3 +38,4 @@ class EvaluateOptions(Settings):
     num_clips: int = Field(default=48, ge=2)  # validation clips of the losses
     num_generated: int = Field(default=8, ge=1)  # of those, spoken and transcribed by each system
     batch_clips: int = Field(default=8, ge=1)  # spoken together
+    task: Literal["clone", "speak"] = "clone"  # with a reference of the same voice, or without

@@ -46,11 +46,15 @@ def run_evaluation(
     asr: Asr | None,
     codec: str | None,
     codec_revision: str | None,
+    notes: Sequence[str],
     progress: Callable[[str], None],
 ) -> Path:
     """Evaluate the untouched base and each adapter; returns the page's path.
 
     Files of the same name in `out` are replaced, the page last.
+
+    Args:
+        notes: what the page says on top, before what this finds.
 
     Raises:
         ConfigError, DataError, ModelError: what cannot be read or does not fit together.
@@ -58,15 +62,14 @@ def run_evaluation(
     dataset = Dataset.open(data.path)
     codec_name = codec or _codec_of(dataset, data.path)
     base = load_base(base_settings)
-    judges, notes = _judges(base, codec_name, codec_revision, asr)
+    judges, missing = _judges(base, codec_name, codec_revision, asr)
     systems = name_systems(adapters)
     progress("losses on held-out clips")
     losses = validation_losses(base, dataset, data, adapters)
     positions = base.model.config.max_position_embeddings
     clips = choose_clips(
-        dataset, data, options.num_generated, positions,
-        lambda text: len(base.vocabulary.encode_text(text)),
-    )  # fmt: skip
+        dataset, data, options, positions, lambda text: len(base.vocabulary.encode_text(text))
+    )
     progress(f"{len(clips)} recordings")
     bench = Bench.of(clips, judges, out)
     rows = recording_rows(bench)
@@ -95,7 +98,7 @@ def run_evaluation(
         "base": base_settings.model_dump(mode="json"),
         "data": {"path": data.path, "content_hash": dataset.info.content_hash},
         "settings": settings,
-        "notes": notes + _task_notes(rows),
+        "notes": [*notes, *missing, *(_task_notes(rows) if options.task == "clone" else ())],
         "recording": recorded,
         "systems": results,
     }

@@ -1,0 +1,79 @@
+"""Which held-out clips are spoken, in whose voice."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from higgs_tune.config import DataSettings
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.shards import CodecFacts, Row, write_dataset
+from higgs_tune.listen.clips import Clip, choose_clips
+from higgs_tune.listen.options import EvaluateOptions
+
+CODEC = CodecFacts("fake", 24000, 25.0, num_codebooks=2, codebook_size=256)
+
+
+def row(number: int, split: str, speaker: str, text: str, ref_text: str | None = None) -> Row:
+    codes = tuple(
+        np.full((5 + k, 2), number, np.uint16) for k in range(1 if ref_text is None else 2)
+    )
+    return Row(f"r{number}", split, "clip", speaker, text, codes, ref_text=ref_text)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """Held out: two clips of anna's, one of ben's, whose other clips train, one with its own reference."""
+    rows = [
+        row(0, "validation", "anna", "one"),
+        row(1, "validation", "anna", "two"),
+        row(2, "validation", "ben", "three"),
+        row(3, "validation", "anna", "four", ref_text="mine"),
+        row(4, "train", "ben", "five"),
+        row(5, "train", "anna", "six"),
+    ]
+    write_dataset(tmp_path, rows, CODEC, rows_per_shard=8)
+    return Dataset.open(str(tmp_path))
+
+
+def chosen(dataset: Dataset, max_rows: int = 1000, **options) -> dict[str, Clip]:
+    clips = choose_clips(dataset, DataSettings(), EvaluateOptions(**options), max_rows, len)
+    return {clip.row.id: clip for clip in clips}
+
+
+def test_a_reference_is_another_held_out_clip_of_the_voice_with_another_text(dataset) -> None:
+    clips = chosen(dataset)
+    assert clips.keys() == {"r0", "r1", "r2", "r3"}
+    for number in (0, 1):
+        reference = clips[f"r{number}"].reference
+        assert reference is not None and reference.speaker == "anna"
+        assert reference.split == "validation" and reference.id != f"r{number}"
+        assert clips[f"r{number}"].spoken.task == "clone"
+
+
+def test_a_row_with_a_reference_of_its_own_keeps_it(dataset) -> None:
+    clip = chosen(dataset)["r3"]
+    assert clip.reference is not None
+    assert (clip.reference.text, len(clip.reference.codes[0])) == ("mine", 6)
+    prompt = clip.spoken.turns
+    np.testing.assert_array_equal(prompt[1].parts[0].codes_TC, clip.reference.codes[0])
+
+
+def test_a_voice_with_one_held_out_clip_speaks_without_a_reference(dataset) -> None:
+    clip = chosen(dataset)["r2"]
+    assert (clip.reference, clip.spoken.task) == (None, "speak")
+
+
+def test_a_reference_that_leaves_no_room_for_the_speech_is_not_taken(dataset) -> None:
+    rows = dataset.most_rows(0, len) + dataset.most_rows(1, len)
+    assert chosen(dataset, max_rows=2 * rows)["r0"].reference is not None
+    assert chosen(dataset, max_rows=2 * rows - 8)["r0"].reference is None
+
+
+def test_without_cloning_nothing_has_a_reference(dataset) -> None:
+    assert all(clip.reference is None for clip in chosen(dataset, task="speak").values())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_as_many_clips_as_asked_for(dataset, count: int) -> None:
+    assert len(chosen(dataset, num_generated=count)) == count
