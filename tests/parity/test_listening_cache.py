@@ -14,7 +14,7 @@ from higgs_tune.train.engine import Engine, PackLimits
 from tests.models import NUM_CODES, conversation, tiny_base, trial, vocabulary
 
 GREEDY = SpeechOptions(temperature=0)
-MODES = ["off"]
+MODES = ["off", "audio_self", "text_to_audio"]
 
 
 @pytest.fixture(params=MODES)
