@@ -26,7 +26,7 @@ def adapted(request, tmp_path):
     engine = Engine(base, PackLimits.of([config], num_slots=1))
     engine.add("a", config)
     generator = torch.Generator().manual_seed(0)
-    for view in engine._views(engine.bank.master_KP, engine.residents["a"]).values():
+    for view in engine.bank.views(engine.residents["a"].slot, "master").values():
         view.copy_(0.2 * torch.randn(view.shape, generator=generator))
     save_adapter(tmp_path, engine.state("a"), config, "tiny")
     with model_of(base, tmp_path) as model:

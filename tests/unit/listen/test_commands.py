@@ -30,7 +30,7 @@ def state(embedded):
     engine = Engine(embedded, PackLimits.of([CONFIG], num_slots=1))
     engine.add("a", CONFIG)
     generator = torch.Generator().manual_seed(0)
-    for view in engine._views(engine.bank.master_KP, engine.residents["a"]).values():
+    for view in engine.bank.views(engine.residents["a"].slot, "master").values():
         view.copy_(0.1 * torch.randn(view.shape, generator=generator))
     return engine.state("a")
 
@@ -98,7 +98,7 @@ def test_a_reference_changes_what_is_said(tmp_path):
         (("--out", "x.mp3"), "needed a file name that ends in .wav"),
         (("--text", " "), "--text: text is empty"),
         (("--text", "a<|eot_id|>"), "holds the control token <|eot_id|>"),
-        (("--adapter", "nowhere"), "no readable higgs_tune.json"),
+        (("--adapter", "nowhere"), "no higgs_tune.json with a trial"),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, capsys, arguments, message):
