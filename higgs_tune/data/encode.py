@@ -2,28 +2,27 @@
 
 A shard is a contiguous range of the manifest. It is done when its Parquet file and its record stand
 side by side; the record holds a fingerprint of the rows and of the audio files, so that a run that is
-started again does what is missing or has changed, and nothing else. `dataset.json` is written last:
-without it the folder is no dataset.
+started again does what is missing or has changed, and nothing else. Codes come from this process or
+from a Ray Data pool, always in the order of the manifest; only this process writes. `dataset.json` is
+written last: without it the folder is no dataset.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from higgs_tune.data.audio import locate, read_clip
-from higgs_tune.data.codec import Codec, encode_clip, load_codec
+from higgs_tune.data.audio import locate
+from higgs_tune.data.clips import ClipRules, Codes, Names, Outcome, code_here
+from higgs_tune.data.codec import Codec, codec_device, load_codec, weights_digest
 from higgs_tune.data.files import write_json, write_json_lines
 from higgs_tune.data.manifest import Manifest, read_manifest
 from higgs_tune.data.options import PrepareOptions
-from higgs_tune.data.progress import progress
+from higgs_tune.data.progress import Advance, progress
 from higgs_tune.data.rows import ManifestRow, Rejection
 from higgs_tune.data.shards import (
     INFO_NAME,
@@ -41,11 +40,8 @@ from higgs_tune.errors import DataError
 JOB_NAME = "prepare.json"
 REJECTED_NAME = "rejected.jsonl"
 _NUM_SHOWN = 3  # rejections quoted in an error
-_CACHED_CLIPS = 64  # a reference recording often serves many rows
 
 logger = logging.getLogger(__name__)
-
-ClipCodes = Callable[[str], np.ndarray]
 
 
 def prepare(
@@ -54,29 +50,36 @@ def prepare(
     *,
     codec: str = "embedded",
     codec_revision: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
+    num_workers: int = 1,
     data_root: Path | None = None,
     options: PrepareOptions | None = None,
 ) -> DatasetInfo:
     """Encode what `manifest` lists into the dataset folder `out`, or go on where a run stopped.
 
+    Equal manifests, recordings, codecs and options give equal bytes, whatever `num_workers`.
+
     Args:
         codec: "embedded", a folder, or a Hub id with `codec_revision`.
+        device: "auto", "cpu", "cuda", or "cuda:N" with one worker.
+        num_workers: 1 codes in this process; more are the actors of a Ray Data pool.
         data_root: audio outside it is rejected; the manifest's folder by default.
 
     Raises:
         DataError: unreadable manifest, more rejected rows than `max_rejected` (all of them are then in
             rejected.jsonl), `out` belongs to other data, or it cannot be written. Finished shards stay.
         ModelError: the codec cannot be loaded.
+        ConfigError: no such device, or more workers than there is room for.
     """
     options = options or PrepareOptions()
     if data_root is not None and not data_root.is_dir():
         raise DataError(f"{data_root}: no such folder. --data-root is where the recordings are.")
     root = (data_root or manifest.parent).resolve()
-    found = read_manifest(manifest, root, options.max_text_chars, options.clips_from_chat)
-    model = load_codec(codec, device, codec_revision)
+    # With more workers this process codes nothing, and its device says nothing of theirs.
+    model = load_codec(codec, codec_device(device) if num_workers == 1 else "cpu", codec_revision)
     facts = codec_facts(model, codec)
-    _claim(out, _job(found, facts, model, options))
+    found = read_manifest(manifest, root, options.max_text_chars, options.clips_from_chat)
+    _claim(out, _job(found, facts, options))
     rejected = list(found.rejected)
     _check_rejected(manifest, out, rejected, [], found.num_total, options)
     rows, left_out, split_rule = assign_splits(found.rows, options.val_fraction, options.seed)
@@ -84,19 +87,19 @@ def prepare(
         logger.warning(
             "%s: %d texts are in both splits, as its split column says", manifest, num_shared
         )
+    rules = ClipRules(root, options.min_seconds, options.max_seconds)
 
-    def clip_codes(name: str) -> np.ndarray:
-        wave, rate_hz = read_clip(
-            locate(root, name),
-            min_seconds=options.min_seconds,
-            max_seconds=options.max_seconds,
-            target_rate_hz=facts.sample_rate_hz,
-        )
-        return encode_clip(model, wave, rate_hz)
+    def code(names: Sequence[Names]) -> Generator[Outcome, None, None]:
+        if num_workers == 1:
+            return code_here(model, rules, names)
+        # pandas and Ray: seconds to import
+        from higgs_tune.data.encode_ray import CodecSource, code_on_cluster
 
-    rejected += _encode_shards(
-        rows, out, root, facts, lru_cache(maxsize=_CACHED_CLIPS)(clip_codes), options.rows_per_shard
-    )
+        assert facts.weights_sha256 is not None
+        source = CodecSource(codec, codec_revision, facts.weights_sha256, facts.num_codebooks)
+        return code_on_cluster(source, rules, names, num_workers=num_workers, device=device)
+
+    rejected += _encode_shards(rows, out, root, facts, code, options.rows_per_shard)
     _check_rejected(manifest, out, rejected, left_out, found.num_total, options)
     info = finish_dataset(
         out, facts, num_rejected=len(rejected) + len(left_out), split_rule=split_rule
@@ -116,11 +119,12 @@ def codec_facts(codec: Codec, name: str) -> CodecFacts:
         frame_rate_hz=float(config.sample_rate / config.hop_length),
         num_codebooks=config.num_quantizers,
         codebook_size=config.codebook_size,
+        revision=getattr(config, "_commit_hash", None),  # of a Hub id
+        weights_sha256=weights_digest(codec),
     )
 
 
-def encode_row(row: ManifestRow, clip_codes: ClipCodes) -> Row:
-    """A dataset row; DataError says why its audio cannot be used."""
+def _row(row: ManifestRow, codes: Codes) -> Row:
     assert row.split in ("train", "validation"), row.split
     return Row(
         id=row.id,
@@ -128,7 +132,7 @@ def encode_row(row: ManifestRow, clip_codes: ClipCodes) -> Row:
         kind=row.kind,
         speaker=row.speaker,
         text=row.text,
-        codes=tuple(clip_codes(name) for name in row.audio),
+        codes=codes,
         language=row.language,
         ref_text=row.ref_text,
         turns=row.turns,
@@ -141,44 +145,61 @@ def _encode_shards(
     out: Path,
     root: Path,
     facts: CodecFacts,
-    clip_codes: ClipCodes,
+    code: Callable[[Sequence[Names]], Generator[Outcome, None, None]],
     rows_per_shard: int,
 ) -> list[Rejection]:
     """Write the shards that are missing or stale; return the rejections of all."""
     parts = [rows[start : start + rows_per_shard] for start in range(0, len(rows), rows_per_shard)]
-    records = [_read_record(out, index, part, root) for index, part in enumerate(parts)]
+    # Before the audio is read: a file that changes meanwhile makes the record stale.
+    fingerprints = [_fingerprint(part, root) for part in parts]
+    records = [_read_record(out, index, print_) for index, print_ in enumerate(fingerprints)]
     to_do = [index for index, record in enumerate(records) if record is None]
     if to_do:
         (out / INFO_NAME).unlink(missing_ok=True)
-    num_rows = sum(len(parts[index]) for index in to_do)
-    title = f"encode ({len(rows) - num_rows} of {len(rows)} rows were done before)"
-    with progress(title if num_rows < len(rows) else "encode", num_rows) as advance:
-        for index in to_do:
-            # Before the audio is read: a file that changes meanwhile makes the record stale.
-            fingerprint = _fingerprint(parts[index], root)
-            encoded: list[Row] = []
-            rejected: list[Rejection] = []
-            for row in parts[index]:
-                try:
-                    encoded.append(encode_row(row, clip_codes))
-                except DataError as problem:
-                    rejected.append(Rejection(row.number, row.id, row.audio[0], str(problem)))
-                advance(1)
-            write_shard(shard_path(out, index), encoded, facts)
-            records[index] = [asdict(rejection) for rejection in rejected]
-            write_json(
-                _record_path(out, index), {"fingerprint": fingerprint, "rejected": records[index]}
-            )
+        names = [row.audio for index in to_do for row in parts[index]]
+        title = f"encode ({len(rows) - len(names)} of {len(rows)} rows were done before)"
+        with (
+            progress(title if len(names) < len(rows) else "encode", len(names)) as advance,
+            closing(code(names)) as outcomes,
+        ):
+            for index in to_do:
+                rejected = _write_part(
+                    shard_path(out, index), parts[index], outcomes, facts, advance
+                )
+                records[index] = [asdict(rejection) for rejection in rejected]
+                write_json(
+                    _record_path(out, index),
+                    {"fingerprint": fingerprints[index], "rejected": records[index]},
+                )
     return [Rejection(**fields) for record in records for fields in record or []]
+
+
+def _write_part(
+    path: Path,
+    part: Sequence[ManifestRow],
+    outcomes: Iterator[Outcome],
+    facts: CodecFacts,
+    advance: Advance,
+) -> list[Rejection]:
+    """Take the part's outcomes, write its shard, return its rejections."""
+    encoded: list[Row] = []
+    rejected: list[Rejection] = []
+    for row in part:
+        found = next(outcomes)
+        if isinstance(found, str):
+            rejected.append(Rejection(row.number, row.id, row.audio[0], found))
+        else:
+            encoded.append(_row(row, found))
+        advance(1)
+    write_shard(path, encoded, facts)
+    return rejected
 
 
 def _record_path(out: Path, index: int) -> Path:
     return shard_path(out, index).with_suffix(".json")
 
 
-def _read_record(
-    out: Path, index: int, part: Sequence[ManifestRow], root: Path
-) -> list[dict[str, Any]] | None:
+def _read_record(out: Path, index: int, fingerprint: str) -> list[dict[str, Any]] | None:
     """The rejections of a finished shard; None if it has to be encoded."""
     path = _record_path(out, index)
     if not (path.is_file() and shard_path(out, index).is_file()):
@@ -187,7 +208,7 @@ def _read_record(
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}). Delete it and run again.") from None
-    return record["rejected"] if record["fingerprint"] == _fingerprint(part, root) else None
+    return record["rejected"] if record["fingerprint"] == fingerprint else None
 
 
 def _fingerprint(part: Sequence[ManifestRow], root: Path) -> str:
@@ -205,22 +226,16 @@ def _fingerprint(part: Sequence[ManifestRow], root: Path) -> str:
     return digest.hexdigest()
 
 
-def _job(
-    manifest: Manifest, facts: CodecFacts, codec: Codec, options: PrepareOptions
-) -> dict[str, Any]:
+def _job(manifest: Manifest, facts: CodecFacts, options: PrepareOptions) -> dict[str, Any]:
     """What decides the content of the dataset, audio files apart."""
     content = hashlib.sha256()
     for row in manifest.rows:
         content.update(row.canonical().encode() + b"\0")
     for rejection in manifest.rejected:
         content.update(json.dumps(asdict(rejection), sort_keys=True).encode() + b"\0")
-    weights = hashlib.sha256()
-    for name, tensor in sorted(codec.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous().flatten()
-        weights.update(name.encode() + plain.view(torch.uint8).numpy().tobytes())
     return {
         **options.model_dump(mode="json", exclude={"max_rejected"}),
-        "codec": asdict(facts) | {"weights_sha256": weights.hexdigest()},
+        "codec": asdict(facts),
         "manifest rows": content.hexdigest(),
     }
 

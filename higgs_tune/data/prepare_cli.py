@@ -17,6 +17,13 @@ _OPTIONS = {
 }
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("manifest", type=Path, help=".jsonl, .json, .csv, .tsv or .parquet")
@@ -28,7 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--codec", default="embedded", help='"embedded", a folder or a Hub id (default: embedded)'
     )
     parser.add_argument("--codec-revision", help="commit of a Hub id")
-    parser.add_argument("--device", default="cpu", help="where the codec runs (default: cpu)")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N: where the codec runs"
+    )
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=1,
+        help="processes with a codec each; 1 codes in this one, more start (or join) Ray and share "
+        "the GPUs, or else take a CPU each (default: 1)",
+    )
     parser.add_argument(
         "--clips-from-chat",
         action="store_true",
@@ -54,11 +70,14 @@ def run(args: argparse.Namespace) -> int:
         codec=args.codec,
         codec_revision=args.codec_revision,
         device=args.device,
+        num_workers=args.workers,
         data_root=args.data_root,
         options=options,
     )
     counts = ", ".join(f"{count} {split}" for split, count in info.splits.items())
     print(f"{args.out}: {info.num_rows} rows ({counts}), {info.hours:.2f} h of audio")
+    revision = f", revision {info.codec.revision}" if info.codec.revision else ""
+    print(f"codec {info.codec.id}{revision}, weights {(info.codec.weights_sha256 or '')[:12]}")
     print(f"split: {info.split_rule}")
     if info.num_rejected:
         print(f"{info.num_rejected} rows are not in it, see {args.out / REJECTED_NAME}")

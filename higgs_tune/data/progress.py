@@ -41,17 +41,19 @@ def progress(title: str, total: int) -> Iterator[Advance]:
 
 
 def _lines(title: str, total: int) -> Advance:
-    started = last = time.monotonic()
-    done = 0
+    started = last = 0.0
+    done = first = 0
 
     def advance(count: int) -> None:
-        nonlocal done, last
+        nonlocal done, first, last, started
         done += count
         now = time.monotonic()
+        if not first and done < total:  # what came before it, such as loading, does not come again
+            first, started, last = done, now, now
         if now - last < _LINE_EVERY_S and done < total:
             return
         last = now
-        left = (now - started) / done * (total - done)
+        left = (now - started) / max(1, done - first) * (total - done)
         print(f"{title}: {done}/{total}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
     return advance

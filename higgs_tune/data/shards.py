@@ -77,6 +77,8 @@ class CodecFacts:
     frame_rate_hz: float
     num_codebooks: int
     codebook_size: int  # codes only; BOS and EOS are not counted
+    revision: str | None = None  # commit of a Hub id
+    weights_sha256: str | None = None  # None in datasets made before it was recorded
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from higgs_tune.cluster import join_cluster
 from higgs_tune.config import SweepConfig
 from higgs_tune.metrics import VAL_AUDIO_NLL
 from higgs_tune.sweep import runtime, space, study
@@ -183,7 +184,7 @@ def _run(
     try:
         log = runtime.tune_log(results / "tune.log")
         # Ray replaces the handler of SIGTERM when it starts, so they are set once more after that.
-        with signals(control), log, runtime.cluster() as cluster, signals(control):
+        with signals(control), log, join_cluster(runtime.ENVIRONMENT) as cluster, signals(control):
             if control.stopping:
                 return _outcome(results, found, control, started)
             display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")

@@ -1,17 +1,15 @@
-"""Ray: joins or starts a cluster, quietly, and starts the worker actors."""
+"""What a sweep asks of Ray: its environment, Tune's log and the worker actors."""
 
 import logging
-import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
-import higgs_tune
+from higgs_tune import cluster
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import ConfigError
 from higgs_tune.sweep.seats import Roster
@@ -19,13 +17,9 @@ from higgs_tune.sweep.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",  # half-on tokens break `ray start`; the dashboard is on loopback
+ENVIRONMENT = cluster.ENVIRONMENT | {
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer console of Tune prints even at verbose=0
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # Threads that wait for each other must let go of a busy core: beside one busy process,
-    # OpenMP's default made a 0.13 s step 0.47 s in the median and 4.9 s at worst, this 0.17 and 0.83 s.
-    "GOMP_SPINCOUNT": "10000",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # control.signals handles it
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a diverged trial has no metric to rank
@@ -48,60 +42,6 @@ def tune_log(path: Path) -> Iterator[None]:
         tune.propagate = propagate
         tune.removeHandler(handler)
         handler.close()
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where the sweep runs."""
-
-    dashboard: str | None
-    is_own: bool  # started by this process, so nothing will ever be added to it
-
-
-@contextmanager
-def cluster() -> Iterator[Cluster]:
-    """Join the cluster of RAY_ADDRESS or of this host's head, or else start a local one."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if ray.is_initialized():
-        yield Cluster(None, is_own=False)
-        return
-    address = os.environ.get("RAY_ADDRESS") or _head_address() or "local"
-    try:
-        context = _connect(address)
-    except ConnectionError:
-        raise ConfigError(
-            f"No Ray cluster answers at {address}. Start it, or set RAY_ADDRESS=local to run on "
-            "this machine alone."
-        ) from None
-    try:
-        yield Cluster(context.dashboard_url or None, is_own=address == "local")
-    finally:
-        ray.shutdown()
-
-
-def _head_address() -> str | None:
-    """Where `ray start` put a cluster on this host.
-
-    Not Ray's own "auto": that also joins the private cluster of any other process it can find.
-    """
-    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-    return noted.read_text().strip() if noted.exists() else None
-
-
-def _connect(address: str) -> Any:
-    # Local processes must import this package even from a checkout that is not installed.
-    package_root = str(Path(higgs_tune.__file__).parents[1])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    local = {"include_dashboard": True, "dashboard_host": "127.0.0.1"} if address == "local" else {}
-    return ray.init(
-        address=address,
-        namespace=f"higgs-tune-{uuid.uuid4().hex[:8]}",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        **local,
-    )
 
 
 class Workers:

@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from higgs_tune.config import TaskMix
-from higgs_tune.data import encode, files, prepare_cli
+from higgs_tune.data import clips, encode, files, prepare_cli
 from higgs_tune.data.codec import MelRvqCodec, MelRvqCodecConfig, encode_clip, load_codec
 from higgs_tune.data.dataset import Dataset, TrainOrder
 from higgs_tune.data.options import PrepareOptions
@@ -205,7 +205,7 @@ def test_a_recording_that_was_mended_is_encoded_on_the_next_run(tmp_path: Path, 
 def spy(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
     """Record the clips that are encoded; interrupt in the midst of one."""
     seen: list[int] = []
-    real = encode.encode_clip
+    real = clips.encode_clip
 
     def watched(codec: Any, wave: np.ndarray, rate_hz: int) -> np.ndarray:
         if len(seen) == stop_after:
@@ -213,7 +213,7 @@ def spy(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[
         seen.append(len(wave))
         return real(codec, wave, rate_hz)
 
-    monkeypatch.setattr(encode, "encode_clip", watched)
+    monkeypatch.setattr(clips, "encode_clip", watched)
     return seen
 
 

@@ -19,14 +19,6 @@ def test_workers_that_this_machine_cannot_hold_are_refused(make_config, monkeypa
         runtime.Workers(make_config(tune=tune), is_own_cluster=True, loop_path="unused")
 
 
-def test_only_a_cluster_that_was_started_for_sharing_is_joined(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    assert runtime._head_address() is None
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")
-    assert runtime._head_address() == "10.0.0.1:6379"
-
-
 def test_what_tune_logs_goes_to_a_file(tmp_path):
     logger = logging.getLogger("ray.tune.something")
     with runtime.tune_log(tmp_path / "tune.log"):

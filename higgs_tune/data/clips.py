@@ -1,0 +1,79 @@
+"""Recordings to codes: what one process needs to code clips, in this process or in an actor.
+
+Shape letters: T frames, C codebooks.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from higgs_tune.data.audio import locate, read_clip
+from higgs_tune.data.codec import Codec, encode_clip
+from higgs_tune.errors import DataError
+
+_CACHED_CLIPS = 64  # a reference recording often serves many rows
+
+Names = tuple[str, ...]  # the recordings of one row, as the manifest gives them
+Codes = tuple[np.ndarray, ...]  # (T, C) of each of them
+Outcome = Codes | str  # the codes of a row, or why its audio cannot be used
+
+
+@dataclass(frozen=True)
+class ClipRules:
+    """Which recordings are taken."""
+
+    root: Path  # resolved
+    min_seconds: float
+    max_seconds: float
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread: a sum cut up for more threads can round to another code.
+
+    So the codes of a clip do not depend on how many workers or cores there are.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def clip_coder(codec: Codec, rules: ClipRules) -> Callable[[Names], Outcome]:
+    """A function from a row's recordings to their codes; it remembers the clips it saw last."""
+
+    @lru_cache(maxsize=_CACHED_CLIPS)
+    def codes(name: str) -> np.ndarray:
+        wave, rate_hz = read_clip(
+            locate(rules.root, name),
+            min_seconds=rules.min_seconds,
+            max_seconds=rules.max_seconds,
+            target_rate_hz=codec.config.sample_rate,
+        )
+        return encode_clip(codec, wave, rate_hz)
+
+    def outcome(names: Names) -> Outcome:
+        try:
+            return tuple(codes(name) for name in names)
+        except DataError as problem:
+            return str(problem)
+
+    return outcome
+
+
+def code_here(
+    codec: Codec, rules: ClipRules, rows: Sequence[Names]
+) -> Generator[Outcome, None, None]:
+    """Code row by row in this process."""
+    coder = clip_coder(codec, rules)
+    for names in rows:
+        with one_thread():
+            found = coder(names)
+        yield found

@@ -1,0 +1,172 @@
+"""Coding on several processes or GPUs with Ray Data; the only module below the search that uses Ray.
+
+Light rows (the names of recordings) stream through a pool of actors that hold a codec each; codes come
+back in the rows' order. What is in memory at a time does not grow with the number of rows: a clip per
+actor, and the codes of the blocks under way.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+
+from higgs_tune.cluster import ENVIRONMENT, Cluster, join_cluster
+from higgs_tune.data.clips import ClipRules, Names, Outcome, clip_coder
+from higgs_tune.data.codec import load_codec, weights_digest
+from higgs_tune.errors import ConfigError, ModelError
+
+_MAX_BLOCK_ROWS = 32  # coded by one actor in one go: what is done again when the actor dies
+_BLOCKS_PER_WORKER = 8  # at least, so that the actors end at about the same time
+_MAX_RETRIES = 3  # of a block whose actor died
+_ENVIRONMENT = ENVIRONMENT | {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else Ray's core prints a warning about each of its own pools
+}
+
+_RESULT = pa.schema(
+    [
+        pa.field("index", pa.int64()),
+        pa.field("problem", pa.string()),
+        pa.field("num_frames", pa.list_(pa.int64())),
+        pa.field("codes", pa.binary()),
+        pa.field("fatal", pa.string()),  # Ray keeps no exception's cause
+    ]
+)
+
+
+@dataclass(frozen=True)
+class CodecSource:
+    """The codec that every actor loads for itself."""
+
+    path: str
+    revision: str | None
+    weights_sha256: str
+    num_codebooks: int
+
+
+class _Coder:
+    """Actor: codes blocks of rows."""
+
+    def __init__(self, source: CodecSource, rules: ClipRules, device: str) -> None:
+        self._source, self._rules, self._device = source, rules, device
+        self._code: Callable[[Names], Outcome] | None = None
+
+    def _load(self) -> Callable[[Names], Outcome]:
+        """The codec; in __init__ its error would be one that Ray tries again and then hides."""
+        torch.set_num_threads(1)  # as in one process, see clips.one_thread
+        source = self._source
+        codec = load_codec(source.path, self._device, source.revision)
+        if weights_digest(codec) != source.weights_sha256:
+            raise ModelError(
+                f"codec {source.path}: has other weights on {ray.util.get_node_ip_address()} than on "
+                "the machine that started the command. Give all machines the same folder."
+            )
+        return clip_coder(codec, self._rules)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        try:
+            code = self._code = self._code or self._load()
+        except ModelError as error:
+            return pa.Table.from_pylist([{"index": -1, "fatal": str(error)}], schema=_RESULT)
+        columns: dict[str, list[Any]] = {name: [] for name in _RESULT.names}
+        for row in block.to_pylist():
+            found = code(tuple(row["names"]))
+            is_problem = isinstance(found, str)
+            columns["index"].append(row["index"])
+            columns["fatal"].append(None)
+            columns["problem"].append(found if is_problem else None)
+            columns["num_frames"].append([] if is_problem else [len(c) for c in found])
+            columns["codes"].append(b"" if is_problem else b"".join(c.tobytes() for c in found))
+        return pa.table(columns, schema=_RESULT)
+
+
+def code_on_cluster(
+    source: CodecSource, rules: ClipRules, rows: Sequence[Names], *, num_workers: int, device: str
+) -> Generator[Outcome, None, None]:
+    """Code `rows` on `num_workers` actors; outcomes come in the rows' order.
+
+    A dead actor is replaced and its block coded again, `_MAX_RETRIES` times. Close the iterator to
+    end Ray if it was started here.
+
+    Args:
+        device: "auto" takes the cluster's GPUs if it has some; workers share them evenly.
+
+    Raises:
+        ConfigError: more workers than this machine has CPUs, or a GPU is asked for and there is none.
+        ModelError: an actor's codec is another one.
+    """
+    with join_cluster(_ENVIRONMENT) as cluster:
+        num_gpus = _gpu_share(cluster, num_workers, device)
+        _be_quiet()
+        size = max(1, min(_MAX_BLOCK_ROWS, len(rows) // (num_workers * _BLOCKS_PER_WORKER)))
+        items = [{"index": n, "names": list(names)} for n, names in enumerate(rows)]
+        data = ray.data.from_items(items, override_num_blocks=-(-len(rows) // size))
+        data.context.execution_options.preserve_order = True
+        data = data.map_batches(
+            _Coder,
+            fn_constructor_args=(source, rules, "cuda" if num_gpus else "cpu"),
+            batch_size=size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=num_workers),
+            max_task_retries=_MAX_RETRIES,
+            num_gpus=num_gpus or None,
+            num_cpus=None if num_gpus else 1,
+        )
+        expected = 0
+        blocks: Iterable[Any] = data.iter_batches(batch_size=None, batch_format="pyarrow")
+        for block in blocks:
+            for row in block.to_pylist():
+                if row["fatal"]:
+                    raise ModelError(row["fatal"])
+                assert row["index"] == expected, (row["index"], expected)
+                expected += 1
+                yield _outcome(row, source.num_codebooks)
+        assert expected == len(rows), (expected, len(rows))
+
+
+def _outcome(row: dict[str, Any], num_codebooks: int) -> Outcome:
+    if row["problem"] is not None:
+        return row["problem"]
+    flat = np.frombuffer(row["codes"], dtype=np.uint16).reshape(-1, num_codebooks)
+    return tuple(np.split(flat, np.cumsum(row["num_frames"])[:-1]))
+
+
+def _gpu_share(cluster: Cluster, num_workers: int, device: str) -> float:
+    """GPUs of each worker, 0 for the CPU."""
+    total = ray.cluster_resources()
+    num_gpus, num_cpus = total.get("GPU", 0), total.get("CPU", 0)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"--device {device}: with --workers {num_workers} the GPUs are shared out, "
+            "so it is auto, cpu or cuda. CUDA_VISIBLE_DEVICES says which ones."
+        )
+    if device == "cuda" and not num_gpus:
+        raise ConfigError("--device cuda: Ray finds no GPU. Use auto or cpu.")
+    if device != "cpu" and num_gpus:
+        if num_workers <= num_gpus:
+            return 1.0
+        return 1 / -(-num_workers // int(num_gpus))
+    if cluster.is_own and num_workers > num_cpus:
+        raise ConfigError(
+            f"--workers {num_workers}: this machine has {num_cpus:g} CPUs, and a worker keeps one "
+            "busy. Lower it."
+        )
+    return 0.0
+
+
+def _be_quiet() -> None:
+    """Our own progress says what a person needs."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # max_task_retries has no other place yet
+    warnings.filterwarnings(
+        "ignore", "`ray_remote_args` is deprecated", category=DeprecationWarning
+    )
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)

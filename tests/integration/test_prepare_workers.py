@@ -1,0 +1,243 @@
+"""`data prepare` on a Ray Data pool: the same bytes as in one process, whatever dies on the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import soundfile
+
+from higgs_tune.cluster import ENVIRONMENT
+from higgs_tune.data import encode_ray
+from higgs_tune.data.clips import ClipRules, code_here
+from higgs_tune.data.codec import load_codec, weights_digest
+from higgs_tune.data.encode import prepare
+from higgs_tune.data.encode_ray import CodecSource, code_on_cluster
+from higgs_tune.data.options import PrepareOptions
+from higgs_tune.errors import ModelError
+from tests.codecs import save_tiny_higgs_codec
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
+RATE_HZ = 24_000
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=temp_dir,
+        )
+        yield
+        ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_higgs_codec(tmp_path_factory.mktemp("codec"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 recordings of 1 to 8 s, every fifth row with a reference, one that cannot be used."""
+    root = tmp_path_factory.mktemp("root")
+    rng = np.random.default_rng(0)
+    lines = []
+    for n in range(60):
+        wave = rng.normal(0, 0.1, int(rng.uniform(1, 8) * RATE_HZ)).astype(np.float32)
+        soundfile.write(root / f"{n}.wav", wave, RATE_HZ)
+        row = {"id": f"c{n}", "path": f"{n}.wav", "text": f"text {n}", "speaker": "s"}
+        if n % 5 == 0:
+            row |= {"ref_audio": "3.wav", "ref_text": "text 3"}
+        lines.append(row)
+    (root / "17.wav").write_bytes(b"damaged")
+    (root / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root / "m.jsonl"
+
+
+def run(manifest: Path, out: Path, codec: Path, num_workers: int) -> Any:
+    options = PrepareOptions(rows_per_shard=7)
+    return prepare(manifest, out, codec=str(codec), num_workers=num_workers, options=options)
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(manifest: Path, codec_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of it without a break."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    info = run(manifest, out, codec_folder, num_workers=1)
+    assert (info.num_rows, info.num_rejected) == (59, 1)
+    return out
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_any_number_of_actors_gives_the_bytes_of_one_process(
+    local_ray, manifest, codec_folder, whole, tmp_path, monkeypatch, num_workers
+):
+    if num_workers == 1:  # a pool of one, which `prepare` itself does without
+
+        def on_one_actor(codec, rules, rows):
+            digest = weights_digest(codec)
+            source = CodecSource(str(codec_folder), None, digest, codec.config.num_quantizers)
+            return code_on_cluster(source, rules, rows, num_workers=1, device="cpu")
+
+        monkeypatch.setattr("higgs_tune.data.encode.code_here", on_one_actor)
+    run(manifest, tmp_path / "out", codec_folder, num_workers)
+    assert content(tmp_path / "out") == content(whole)
+
+
+def actors(pid: int | None = None) -> list[psutil.Process]:
+    """The processes that code, of this process's Ray or of another's."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if "MapWorker" in "".join(child.cmdline())]
+
+
+def test_clips_of_an_actor_that_dies_are_coded_again(local_ray, manifest, codec_folder):
+    codec = load_codec(str(codec_folder))
+    rules = ClipRules(manifest.parent, 0.1, 30)
+    names = [(f"{n}.wav",) for n in range(60)]
+    source = CodecSource(str(codec_folder), None, weights_digest(codec), 8)
+    outcomes = code_on_cluster(source, rules, names, num_workers=2, device="cpu")
+    found = [next(outcomes) for _ in range(2)]
+    victims = actors()
+    assert len(victims) == 2
+    victims[0].kill()
+    found += list(outcomes)
+    assert len(found) == 60
+    for one, other in zip(found, code_here(codec, rules, names), strict=True):
+        np.testing.assert_equal(one, other)
+
+
+def test_an_actor_with_another_codec_is_refused(local_ray, manifest, codec_folder):
+    source = CodecSource(str(codec_folder), None, "0" * 64, 8)
+    outcomes = code_on_cluster(
+        source, ClipRules(manifest.parent, 0.1, 30), [("0.wav",)], num_workers=1, device="cpu"
+    )
+    with pytest.raises(ModelError, match="has other weights on"):
+        next(outcomes)
+
+
+@pytest.fixture
+def start(manifest: Path, codec_folder: Path, tmp_path: Path):
+    """Starts the command in a process with a Ray of its own."""
+    temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": "local",
+        "RAY_TMPDIR": temp_dir,
+        "PYTHONPATH": str(ROOT),
+    }
+    words = [str(manifest), "--out", str(tmp_path / "out"), "--codec", str(codec_folder)]
+    words += ["--workers", "2", "--rows-per-shard", "7"]
+    started = []
+
+    def start() -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "higgs_tune.cli", "data", "prepare", *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_run_that_is_interrupted_and_then_killed_goes_on(start, whole, tmp_path):
+    shards = tmp_path / "out" / "shards"
+    done: dict[Path, int] = {}
+    for number, how in ((1, signal.SIGINT), (4, signal.SIGKILL)):
+        process = start()
+        record = shards / f"part-{number:05d}.json"
+        wait_until(lambda p=process, r=record: r.exists() or p.poll() is not None)
+        workers = actors(process.pid)
+        assert len(workers) == 2
+        process.send_signal(how)
+        printed = process.communicate(timeout=60)[0]
+        if how == signal.SIGINT:
+            assert process.returncode == 130, printed
+            assert printed.splitlines()[-1] == "interrupted"
+            assert "Traceback" not in printed
+            assert "Warning" not in printed
+        wait_until(lambda w=workers: not any(is_alive(worker) for worker in w))
+        before = done
+        done = {path: path.stat().st_mtime_ns for path in shards.glob("*.json")}
+        assert number < len(done) < 9, "it was not in the midst"
+        assert before.items() <= done.items(), "what was done is not done again"
+    process = start()
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
+    assert "of 60 rows were done before" in printed
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert content(tmp_path / "out") == content(whole)
+
+
+def test_more_workers_than_cpus_are_refused(monkeypatch):
+    monkeypatch.setattr(encode_ray.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    own = encode_ray.Cluster(None, is_own=True)
+    with pytest.raises(encode_ray.ConfigError, match=r"--workers 3: this machine has 2 CPUs"):
+        encode_ray._gpu_share(own, 3, "auto")
+    with pytest.raises(encode_ray.ConfigError, match="--device cuda: Ray finds no GPU"):
+        encode_ray._gpu_share(own, 2, "cuda")
+    with pytest.raises(encode_ray.ConfigError, match="CUDA_VISIBLE_DEVICES says which"):
+        encode_ray._gpu_share(own, 2, "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_gpus", "device", "share"),
+    [
+        (2, 0, "auto", 0),
+        (2, 4, "auto", 1),
+        (4, 2, "auto", 0.5),
+        (3, 2, "cuda", 0.5),
+        (9, 2, "cpu", 0),
+    ],
+)
+def test_workers_share_the_gpus_evenly(monkeypatch, num_workers, num_gpus, device, share):
+    resources = {"CPU": 16.0} | ({"GPU": num_gpus} if num_gpus else {})
+    monkeypatch.setattr(encode_ray.ray, "cluster_resources", lambda: resources)
+    assert encode_ray._gpu_share(encode_ray.Cluster(None, True), num_workers, device) == share
