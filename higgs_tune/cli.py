@@ -20,7 +20,7 @@ from higgs_tune.config_file import load_sweep, validate
 from higgs_tune.data import prepare_cli
 from higgs_tune.errors import HiggsTuneError
 from higgs_tune.listen import commands as listen
-from higgs_tune.train import export_cli, train_cli
+from higgs_tune.train import export_cli, fit_cli, train_cli
 
 if TYPE_CHECKING:
     from higgs_tune.report.summary import Summary
@@ -59,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="measure and hear adapters on held-out clips")
     listen.add_evaluate_arguments(evaluate)
     evaluate.set_defaults(run=listen.run_evaluate)
+
+    fit = commands.add_parser("fit", help="predict the memory of a sweep; loads no weights")
+    fit_cli.add_arguments(fit)
+    fit.set_defaults(run=fit_cli.run)
 
     report = commands.add_parser("report", help="write a sweep's report again")
     report.add_argument("results", type=Path, help="results folder of a sweep")

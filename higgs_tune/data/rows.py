@@ -32,7 +32,7 @@ REF_TEXT = ("ref_text", "ref_transcript")
 REF_TEXT_FILE = ("ref_transcript_file", "ref_text_file")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class ManifestRow:
     """One example as its manifest gives it; the fields are those of `shards.Row`, audio as paths."""
 

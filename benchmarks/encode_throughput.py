@@ -1,0 +1,181 @@
+"""Hours of audio coded per hour by `higgs-tune data prepare`: 1 against 2 workers.
+
+    python benchmarks/encode_throughput.py [--codec embedded|tiny-higgs|FOLDER] [--clips 120] [--repeats 3]
+                                           [--out benchmarks/results/encode_throughput.json]
+
+The same clips each time, the two settings in turn, medians and their ratio; the datasets are compared
+first. "tiny-higgs" is HiggsAudioV2TokenizerModel with few, random weights: the real code path, not the
+real cost. `steady` leaves out what comes before the first coded clip (Ray and imports: seconds once), and
+counts what a long run does. `peak_rss_mib` is the largest sum of this process and all below it; processes
+share pages, so it counts some twice.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import soundfile
+import torch
+from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
+
+from higgs_tune.data import encode
+from higgs_tune.data.options import PrepareOptions
+
+RATE_HZ = 24_000
+
+
+def tiny_higgs(folder: Path) -> str:
+    """Save a random codec of the real class."""
+    ratios = [8, 5, 4, 2, 3]
+    config = HiggsAudioV2TokenizerConfig(
+        target_bandwidths=(0.5, 1, 1.5, 2),
+        acoustic_model_config={
+            "model_type": "dac",
+            "encoder_hidden_size": 16,
+            "downsampling_ratios": ratios,
+            "decoder_hidden_size": 64,
+            "upsampling_ratios": ratios,
+            "hidden_size": 64,
+        },
+        semantic_model_config={
+            "model_type": "hubert",
+            "hidden_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 192,
+            "conv_dim": [96] * 7,
+        },
+    )
+    codec = HiggsAudioV2TokenizerModel(config)
+    for quantizer in codec.quantizer.quantizers:  # they start at zero
+        quantizer.codebook.embed.normal_()
+    codec.save_pretrained(folder)
+    return str(folder)
+
+
+def write_clips(folder: Path, count: int) -> tuple[Path, float]:
+    """Noise clips of 5 to 15 s and their manifest; returns their hours, too."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    seconds = rng.uniform(5, 15, count)
+    lines = []
+    for n, length in enumerate(seconds):
+        wave = rng.normal(0, 0.1, int(length * RATE_HZ)).astype(np.float32)
+        soundfile.write(folder / f"{n}.wav", wave, RATE_HZ)
+        lines.append(json.dumps({"path": f"{n}.wav", "text": f"text {n}"}))
+    manifest = folder / "m.jsonl"
+    manifest.write_text("\n".join(lines) + "\n")
+    return manifest, float(seconds.sum()) / 3600
+
+
+class PeakRss:
+    """The largest resident size of this process and its children, sampled."""
+
+    def __enter__(self) -> "PeakRss":
+        self.mib = 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while not self._done.wait(0.5):
+            total = 0
+            for process in [own, *own.children(recursive=True)]:
+                try:
+                    total += process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            self.mib = max(self.mib, total / 2**20)
+
+
+def timed(run: Callable[[], encode.DatasetInfo]) -> tuple[float, float, str]:
+    """Seconds in all, seconds after the first clip, and the content hash."""
+    first: list[float] = []
+    make_row = encode._row
+
+    def stamped(row: encode.ManifestRow, codes: encode.Codes) -> encode.Row:
+        first.append(time.perf_counter())
+        return make_row(row, codes)
+
+    encode._row = stamped
+    try:
+        started = time.perf_counter()
+        info = run()
+        ended = time.perf_counter()
+    finally:
+        encode._row = make_row
+    return ended - started, ended - first[0], info.content_hash
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--codec", default="embedded")
+    parser.add_argument("--clips", type=int, default=120)
+    parser.add_argument("--workers", type=int, nargs=2, default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    os.environ.setdefault("RAY_ADDRESS", "local")
+    found: dict[int, list[tuple[float, float, str]]] = {n: [] for n in args.workers}
+    peaks = dict.fromkeys(args.workers, 0.0)
+    with tempfile.TemporaryDirectory(prefix="ht") as name:
+        folder = Path(name)
+        codec = tiny_higgs(folder / "codec") if args.codec == "tiny-higgs" else args.codec
+        manifest, hours = write_clips(folder / "root", args.clips)
+        for repeat in range(args.repeats):
+            for workers in args.workers:
+                out = folder / f"out-{workers}-{repeat}"
+                with PeakRss() as rss:
+                    found[workers].append(
+                        timed(
+                            lambda out=out, workers=workers: encode.prepare(
+                                manifest,
+                                out,
+                                codec=codec,
+                                device=args.device,
+                                num_workers=workers,
+                                options=PrepareOptions(rows_per_shard=16),
+                            )
+                        )
+                    )
+                peaks[workers] = max(peaks[workers], rss.mib)
+    hashes = {content for runs in found.values() for _, _, content in runs}
+    assert len(hashes) == 1, "workers give different datasets"
+    one, two = args.workers
+    result = {"codec": args.codec, "hours_of_audio": round(hours, 4)}
+    for name, index in (("whole", 0), ("steady", 1)):
+        rate = {n: hours * 3600 / statistics.median(r[index] for r in found[n]) for n in found}
+        result |= {f"{name}_hours_per_hour_{n}": round(rate[n], 1) for n in rate}
+        result[f"{name}_ratio"] = round(rate[two] / rate[one], 2)
+    result |= {f"peak_rss_mib_{n}": round(peak) for n, peak in peaks.items()}
+    result |= {
+        "repeats": args.repeats,
+        "cpus": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps(result, indent=1))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

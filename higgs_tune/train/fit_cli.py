@@ -1,0 +1,144 @@
+"""The command `higgs-tune fit`: will a sweep's trials fit on a GPU? Loads no weights."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from higgs_tune.config import BaseSettings, SweepConfig
+from higgs_tune.config_file import load_sweep
+from higgs_tune.errors import ConfigError, ModelError
+
+PUBLISHED_BASE = "bosonai/higgs-audio-v2-generation-3B-base"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--config", type=Path, required=True, help="YAML of a sweep")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting"
+    )
+    parser.add_argument(
+        "--base-config", type=Path, help="config.json of the base (default: the sweep's base)"
+    )
+    parser.add_argument("--gpu-gib", type=float, default=80.0, help="memory of a GPU (default: 80)")
+    parser.add_argument(
+        "--clip-rows",
+        type=int,
+        default=400,
+        help="text and audio rows of one clip (default: 400, about 13 s of audio with its text)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the memory of one slot and of the sweep's, and how many slots fit."""
+    config = load_sweep(args.config, args.set)
+    if args.clip_rows < 8 or args.gpu_gib <= 0:
+        raise ConfigError("--clip-rows must be at least 8 and --gpu-gib above 0.")
+    found = fit(config, args.base_config, args.gpu_gib, args.clip_rows)
+    print(json.dumps(found, indent=1) if args.json else _table(found, args.gpu_gib))
+    return 0
+
+
+def fit(
+    config: SweepConfig, base_config: Path | None, gpu_gib: float, clip_rows: int
+) -> dict[str, Any]:
+    """Predicted bytes with one slot and with the sweep's slots, and the slots that fit."""
+    import torch  # seconds
+
+    from higgs_tune.train.loop import sweep_limits
+    from higgs_tune.train.memory import GIB, RESERVE, Memory, StepShape, predict, slots_that_fit
+
+    shape = _base_config(config.base, base_config)
+    step = StepShape.of(max(config.space.batch_clips), clip_rows, config.train.token_budget)
+    numbers = sorted({1, 2, config.tune.slots_per_worker})
+
+    def worst(num_slots: int) -> Memory:
+        found = []
+        for mode in config.space.cross_attention:
+            # the second baseline runs beside the others in every sweep
+            modes = ["audio_self" if mode == "off" else mode] + [mode] * (num_slots - 1)
+            limits = sweep_limits(config, num_slots)
+            found.append(predict(shape, config.base.dtype, limits, modes, step))
+        return max(found, key=lambda memory: memory.total)
+
+    by_slots = {n: worst(n) for n in numbers}
+    return {
+        "dtype": config.base.dtype,
+        "rows_per_adapter": step.num_rows,
+        "micro_batches": step.num_micro_batches,
+        "slots": {
+            str(n): asdict(by_slots[n]) | {"total": by_slots[n].total}
+            for n in sorted({1, config.tune.slots_per_worker})
+        },
+        "gpu_gib": gpu_gib,
+        "reserve": RESERVE,
+        "slots_that_fit": slots_that_fit(by_slots[1], by_slots[2], int(gpu_gib * GIB)),
+        "slots_per_worker": config.tune.slots_per_worker,
+        "torch": torch.__version__,
+    }
+
+
+def _base_config(base: BaseSettings, path: Path | None) -> Any:
+    """The configuration of the base, from a file or a Hub; its weights are not touched.
+
+    Raises:
+        ConfigError: a Hub id without a revision.
+        ModelError: no such file, or not the configuration of a Higgs Audio V2.
+    """
+    from transformers import HiggsAudioV2Config
+
+    from higgs_tune.model.load import EMBEDDED_BASE
+
+    if path is None:
+        folder = EMBEDDED_BASE if base.path == "embedded" else Path(base.path).expanduser()
+        if not folder.is_dir():
+            return _hub_config(base)
+        path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model_type = raw.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path}: cannot be read as a model's config.json ({error}).") from None
+    if model_type != "higgs_audio_v2":
+        raise ModelError(f"{path}: model_type is {model_type!r}, needed 'higgs_audio_v2'.")
+    return HiggsAudioV2Config.from_dict(raw)
+
+
+def _hub_config(base: BaseSettings) -> Any:
+    from transformers import HiggsAudioV2Config
+
+    if (
+        base.path == PUBLISHED_BASE
+    ):  # its sizes are the class's defaults, but for the two stream ids
+        return HiggsAudioV2Config(codebook_size=1026)
+    if base.path.count("/") != 1 or base.path.startswith((".", "/", "~")):
+        raise ModelError(f"base.path: {base.path} does not exist. Give a folder or a Hub id.")
+    if base.revision is None:
+        raise ConfigError(
+            f"base.revision: not set for Hub id {base.path}. Pin a commit, or give --base-config."
+        )
+    try:
+        return HiggsAudioV2Config.from_pretrained(base.path, revision=base.revision)
+    except OSError as error:
+        raise ModelError(f"base.path: no config.json of {base.path}: {error}") from None
+
+
+def _table(found: dict[str, Any], gpu_gib: float) -> str:
+    columns = list(found["slots"])
+    heads = [f"{n} slot{'s' if n != '1' else ''}" for n in columns]
+    lines = ["GiB".ljust(14) + "".join(head.rjust(10) for head in heads)]
+    for part in found["slots"]["1"]:
+        values = (found["slots"][n][part] / (1 << 30) for n in columns)
+        lines.append(part.ljust(14) + "".join(f"{value:10.2f}" for value in values))
+    batches = found["micro_batches"]
+    often = f", {batches} times a step" if batches > 1 else ""
+    lines.append(f"{found['rows_per_adapter']} rows of each adapter in one forward{often}")
+    fitting, wanted = found["slots_that_fit"], found["slots_per_worker"]
+    lines.append(f"{gpu_gib:g} GiB hold {fitting} slots, {found['reserve']:.0%} kept free")
+    if wanted > fitting:
+        advice = "Lower it, train.token_budget, or what the target sets and cross_attention add."
+        lines.append(f"tune.slots_per_worker is {wanted}: too many. {advice}")
+    return "\n".join(lines)

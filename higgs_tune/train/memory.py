@@ -1,0 +1,250 @@
+"""Peak memory of training, before anything is loaded.
+
+Nothing is estimated by a formula of its own: the engine itself runs one optimizer step on fake tensors
+(shapes and dtypes without data, whatever the model's size), and every storage that the step makes and
+frees is counted. So bank layout, forward and optimizer are those of the code, and change with it.
+
+What a layer keeps per row: the inputs of both norms, q, k, v in both layouts and rotated, the attended
+rows in both layouts, gate, up, their activation and product, and the low-rank products. At full size in
+bfloat16 (rank 16 on all linears) that is 122 kB per row and layer. The heads keep, per labelled row, the
+logits in the base's dtype, in float32, and their log-softmax: 10 bytes per class in bfloat16.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+from transformers.initialization import no_init_weights
+
+from higgs_tune.config import CrossAttention, TrialConfig
+from higgs_tune.data.collate import PackBatch, collate, count_targets
+from higgs_tune.data.tokens import IGNORE, Encoded
+from higgs_tune.model.load import Base
+from higgs_tune.train.engine import Engine, PackLimits
+
+GIB = 1 << 30
+# CUDA context, cuBLAS workspaces, and blocks that the caching allocator cannot reuse.
+RESERVE = 0.05
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The rows of one adapter in one forward."""
+
+    num_clips: int
+    text_rows: int  # of a clip
+    audio_rows: int
+    text_targets: int
+    num_micro_batches: int = 1  # forwards of one optimizer step
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one forward."""
+        return self.num_clips * (self.text_rows + self.audio_rows)
+
+    @classmethod
+    def of(
+        cls, clips: int, clip_rows: int, token_budget: int, *, text_share: float = 0.2
+    ) -> "StepShape":
+        """Clips of equal length under a token budget; half of a clip's text rows are targets."""
+        per_forward = max(1, min(clips, token_budget // clip_rows))
+        text_rows = max(2, round(text_share * clip_rows))
+        return cls(
+            num_clips=per_forward,
+            text_rows=text_rows,
+            audio_rows=max(1, clip_rows - text_rows),
+            text_targets=max(1, text_rows // 2),
+            num_micro_batches=-(-clips // per_forward),
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of each part at the peak of a step."""
+
+    base: int  # frozen weights
+    adapters: int  # bank: master, moments, gradients, compute copy
+    activations: int  # what the layers keep for backward
+    heads: int  # logits at labelled rows and what the losses keep
+    transient: int  # what comes and goes on top: gradients of activations, or the optimizer's own
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(asdict(self).values())
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all storages that ops make while they are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.at_heads: int | None = None  # alive when the first head runs
+        self.at_backward: int | None = None
+        self.heads: set[int] = set()
+        self._sizes: dict[int, int] = {}
+
+    def watch_heads(self, weights: Sequence[Tensor]) -> None:
+        """Note what is alive when one of these weights is first used, and when backward starts."""
+        self.heads = {_key(weight) for weight in weights}
+        self.at_heads = self.at_backward = None
+        self.peak = self.now
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    def _count(self, tensor: Tensor) -> None:
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Run an op, counting what it makes."""
+        if func is torch.ops.aten._fused_adamw_.default:  # in place, and has no fake kernel
+            return None
+        if self.heads and self.at_heads is None:
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            if any(_key(tensor) in self.heads for tensor in tensors):
+                self.at_heads = self.now
+        if self.at_heads is not None and self.at_backward is None and "backward" in func.name():
+            self.at_backward = self.now
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return out
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def predict(
+    config: HiggsAudioV2Config,
+    dtype: str,
+    limits: PackLimits,
+    modes: Sequence[CrossAttention],
+    step: StepShape,
+) -> Memory:
+    """Memory of an engine with all its slots taken, at the peak of one optimizer step.
+
+    Args:
+        config: of the base; nothing else of it is read.
+        dtype: "bfloat16" or "float32".
+        limits: as the sweep's; every adapter has the largest rank and all paths.
+        modes: cross_attention of each slot.
+    """
+    live = _Live()
+    with FakeTensorMode(allow_non_fake_inputs=True), live:
+        model = _empty_model(config, getattr(torch, dtype))
+        in_base = live.now
+        # an engine asks its base for the model alone
+        engine = Engine(Base(model, None, None, "fake"), limits)  # type: ignore[arg-type]
+        trial_ids = fill_slots(engine, modes)
+        in_adapters = before = live.now
+        assert model.text_lm_head is not None
+        live.watch_heads([model.text_lm_head.weight, model.audio_lm_head.weight])
+        run_step(engine, trial_ids, step)
+        assert live.at_heads is not None and live.at_backward is not None
+        # sums over micro-batches are the bank's: they stay
+        sums = [storage.grad_sum for storage in engine.bank.storages()]
+        before += sum(part.untyped_storage().nbytes() for part in sums if part is not None)
+        # as they are in the first forward, which has no such sums yet
+        heads = live.at_backward - live.at_heads
+        activations = live.at_heads - in_adapters
+        return Memory(
+            base=in_base,
+            adapters=before - in_base,
+            activations=activations,
+            heads=heads,
+            transient=live.peak - before - activations - heads,
+        )
+
+
+def _empty_model(
+    config: HiggsAudioV2Config, dtype: torch.dtype
+) -> HiggsAudioV2ForConditionalGeneration:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights():
+            model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    finally:
+        torch.set_default_dtype(before)
+    return model.requires_grad_(False).eval()
+
+
+def fill_slots(engine: Engine, modes: Sequence[CrossAttention]) -> list[str]:
+    """Give every slot an adapter as large as the limits allow, with its cross_attention mode."""
+    limits, names = engine.limits, []
+    for slot, mode in enumerate(modes):
+        paths = limits.paths - {"audio_attention"}
+        if mode != "off":
+            paths |= {"audio_attention"}
+        trial = TrialConfig(
+            rank=limits.max_rank,
+            alpha=32.0,
+            targets=tuple(sorted(paths)),
+            cross_attention=mode,
+            learning_rate=1e-4,
+            num_steps=2,
+            report_every_steps=1,
+        )
+        names.append(f"fit-{slot}")
+        engine.add(names[-1], trial)
+    assert len(names) == limits.num_slots
+    return names
+
+
+def run_step(engine: Engine, trial_ids: Sequence[str], step: StepShape) -> None:
+    """One optimizer step of these adapters on rows of the given shape."""
+    examples = [_example(step, engine.num_codebooks)] * step.num_clips
+    slots = [engine.residents[name].slot for name in trial_ids]
+    counts = dict.fromkeys(slots, count_targets(examples, engine.num_codebooks))
+    batch: PackBatch = collate(dict.fromkeys(slots, examples), engine.modes())
+    for index in range(min(2, step.num_micro_batches)):  # a third one is like the second
+        if index:
+            engine.bank.keep_gradients(slots)
+        engine.forward_backward(batch.to(engine.device), counts)
+    engine.optim_step(trial_ids)
+
+
+def _example(step: StepShape, num_codebooks: int) -> Encoded:
+    """A clip whose text stands in front of its audio; ids are those of nothing in particular."""
+    num_rows = step.text_rows + step.audio_rows
+    text_labels = np.full(num_rows, IGNORE)
+    text_labels[: step.text_targets] = 1
+    codes = np.zeros((step.audio_rows, num_codebooks), dtype=np.int64)
+    return Encoded(
+        key="fit",
+        ids_L=np.ones(num_rows, dtype=np.int64),
+        audio_rows_A=np.arange(step.text_rows, num_rows),
+        codes_AC=codes,
+        text_labels_L=text_labels,
+        audio_labels_AC=codes,
+    )
+
+
+def slots_that_fit(one: Memory, two: Memory, gpu_bytes: int) -> int:
+    """How many adapters a device holds, from the predictions for one and for two slots.
+
+    All but the base grows by the same bytes with every slot.
+    """
+    each = two.total - one.total
+    room = gpu_bytes * (1 - RESERVE) - one.total
+    return 0 if room < 0 else 1 + int(room // each)

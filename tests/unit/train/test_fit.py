@@ -1,0 +1,95 @@
+"""`higgs-tune fit`, and the sweep of the real model that it is for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from higgs_tune import cli
+from higgs_tune.config_file import load_sweep
+from higgs_tune.train.fit_cli import fit
+from higgs_tune.train.memory import GIB
+
+SWEEPS = Path(__file__).parents[3] / "sweeps"
+REAL = SWEEPS / "higgs_v2.yaml"
+
+
+def test_the_real_sweep_is_valid_and_stops_no_trial_in_its_warm_up() -> None:
+    from higgs_tune.sweep.scheduler import grace_steps
+
+    config = load_sweep(REAL)
+    train = config.train
+    assert grace_steps(config.tune.scheduler, train) == 300
+    assert 300 >= train.num_steps / 3 > train.warmup_fraction * train.num_steps
+    assert set(config.space.cross_attention) == {"off", "audio_self", "text_to_audio"}
+    assert max(config.space.batch_clips) <= 16
+    assert config.base.dtype == "bfloat16"
+
+
+def test_every_sweep_that_ships_is_in_the_wheel() -> None:
+    project = (SWEEPS.parent / "pyproject.toml").read_text()
+    for path in SWEEPS.glob("*.yaml"):
+        assert f'"sweeps/{path.name}" = "higgs_tune/sweeps/{path.name}"' in project
+
+
+def test_the_real_sweep_asks_for_a_revision_before_anything_is_downloaded(capsys) -> None:
+    from higgs_tune.errors import ConfigError
+    from higgs_tune.model.load import load_base
+
+    with pytest.raises(
+        ConfigError, match=r"base\.revision: not set for Hub id bosonai/higgs-audio"
+    ):
+        load_base(load_sweep(REAL).base.model_copy(update={"device": "cpu"}))
+
+
+def test_the_command_prints_parts_that_add_up(capsys) -> None:
+    words = ["fit", "--config", str(SWEEPS / "quick.yaml"), "--gpu-gib", "24"]
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["slots"].keys() == {"1", "4"}
+    for parts in found["slots"].values():
+        total = parts.pop("total")
+        assert total == sum(parts.values())
+        assert all(value >= 0 for value in parts.values())
+    assert found["slots"]["4"]["base"] == found["slots"]["1"]["base"]
+    assert found["slots"]["4"]["adapters"] == pytest.approx(4 * found["slots"]["1"]["adapters"])
+    assert found["slots_that_fit"] > 4
+    assert cli.main([*words, "--gpu-gib", "0.2"]) == 0
+    table = capsys.readouterr().out
+    assert "total" in table and "tune.slots_per_worker is 4: too many" in table
+
+
+def test_what_is_said_to_fit_does_and_one_more_does_not() -> None:
+    config = load_sweep(SWEEPS / "quick.yaml")
+    slots = fit(config, None, 2.0, 400)["slots_that_fit"]
+    totals = [
+        fit(load_sweep(SWEEPS / "quick.yaml", [f"tune.slots_per_worker={n}"]), None, 2.0, 400)[
+            "slots"
+        ][str(n)]["total"]
+        for n in (slots, slots + 1)
+    ]
+    assert totals[0] <= 2.0 * 0.95 * GIB < totals[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "base.path=someone/other"], "base.revision: not set for Hub id someone/other"),
+        (["--set", "base.path=./nowhere"], "base.path: ./nowhere does not exist"),
+        (
+            ["--base-config", "nowhere.json"],
+            "nowhere.json: cannot be read as a model's config.json",
+        ),
+        (["--clip-rows", "1"], "--clip-rows must be at least 8"),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_clear_line(words, message, capsys) -> None:
+    assert cli.main(["fit", "--config", str(SWEEPS / "quick.yaml"), *words]) == cli.BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_of_another_model_is_refused(tmp_path, capsys) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    words = ["fit", "--config", str(REAL), "--set", f"base.path={tmp_path}"]
+    assert cli.main(words) == cli.BAD_INPUT
+    assert "model_type is 'llama'" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""The predicted memory against what torch's own allocator did in a real step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+from higgs_tune.config import ALL_LINEAR
+from higgs_tune.model.load import Base
+from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.memory import (
+    Memory,
+    StepShape,
+    fill_slots,
+    predict,
+    run_step,
+    slots_that_fit,
+)
+
+FULL_SIZE = HiggsAudioV2Config(codebook_size=1026)
+
+
+def small_config(num_layers: int = 3, vocab_size: int = 500) -> HiggsAudioV2Config:
+    return HiggsAudioV2Config(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_codebooks=4,
+        codebook_size=66,
+        audio_stream_bos_id=64,
+        audio_stream_eos_id=65,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        audio_token_id=3,
+        audio_bos_token_id=4,
+        audio_delay_token_id=5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+
+
+def measured_peak(run) -> int:
+    """Bytes above the start that the CPU allocator had out at the worst moment of `run()`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        run()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert peak > 0
+    return peak
+
+
+CASES = {
+    "one": ({}, {}),
+    "rank 64": ({"max_rank": 64}, {}),
+    "attention only": ({"paths": frozenset({"attention"})}, {}),
+    "with heads": ({"paths": frozenset({*ALL_LINEAR, "text_head", "audio_head"})}, {}),
+    "pack of 3": ({"num_slots": 3}, {}),
+    "long clips": ({}, {"num_clips": 2, "text_rows": 100, "audio_rows": 500}),
+    "many targets": ({}, {"text_rows": 100, "text_targets": 90}),
+    "accumulated": ({"num_slots": 2}, {"num_micro_batches": 3}),
+    "audio self": (
+        {
+            "paths": frozenset({*ALL_LINEAR, "audio_attention"}),
+            "num_slots": 2,
+        },
+        {},
+    ),
+}
+
+
+CROSS = {"audio self": ["audio_self", "off"]}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_prediction_is_within_a_tenth_of_the_allocators_peak(case: str, dtype: str) -> None:
+    config = small_config()
+    limits = PackLimits(
+        **({"num_slots": 1, "max_rank": 16, "paths": frozenset(ALL_LINEAR)} | CASES[case][0])
+    )
+    step = replace(
+        StepShape(num_clips=4, text_rows=40, audio_rows=160, text_targets=20), **CASES[case][1]
+    )
+    modes = CROSS.get(case, ["off"] * limits.num_slots)
+    predicted = predict(config, dtype, limits, modes, step)
+    model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    model = model.to(getattr(torch, dtype)).requires_grad_(False).eval()
+    base = Base(model, None, None, "small")  # type: ignore[arg-type]
+
+    def run() -> None:
+        engine = Engine(base, limits)
+        run_step(engine, fill_slots(engine, modes), step)
+
+    run()  # what the first call in a process makes once
+    peak = measured_peak(run)
+    assert predicted.total - predicted.base == pytest.approx(peak, rel=0.1)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert predicted.base == pytest.approx(weights, rel=0.001)
+
+
+def test_full_size_has_the_published_number_of_parameters_and_of_adapter_columns() -> None:
+    limits = PackLimits(num_slots=1, max_rank=16, paths=frozenset(ALL_LINEAR))
+    found = predict(FULL_SIZE, "bfloat16", limits, ["off"], StepShape.of(8, 400, 4096))
+    assert found.base == pytest.approx(2 * 5.7713e9, rel=1e-3)
+    # per unit of rank 2.466 M columns: master and two moments in fp32, compute and gradient in bf16
+    assert found.adapters == pytest.approx(16 * 2.4658e6 * 16, rel=1e-3)
+    assert found.total < 24 * (1 << 30)
+
+
+def test_slots_that_fit_counts_the_base_once() -> None:
+    one, two = (Memory(10, 2 * k, 3 * k, 0, 0) for k in (1, 2))
+    found = [slots_that_fit(one, two, room) for room in (15, 16, 21, 22, 100)]
+    assert found == [0, 1, 1, 2, 17]
