@@ -6,8 +6,8 @@
 The same clips each time, the two settings in turn, medians and their ratio; the datasets are compared
 first. "tiny-higgs" is HiggsAudioV2TokenizerModel with few, random weights: the real code path, not the
 real cost. `steady` leaves out what comes before the first coded clip (Ray and imports: seconds once), and
-counts what a long run does. `peak_rss_mib` is the largest sum of this process and all below it; processes
-share pages, so it counts some twice.
+counts what a long run does; a few clips of more workers are done by then, so use many clips.
+`peak_rss_mib` is the largest sum of this process and all below it; shared pages count more than once.
 """
 
 import argparse

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.config import BaseSettings, SweepConfig
+from higgs_tune.config import BaseSettings, CrossAttention, SweepConfig
 from higgs_tune.config_file import load_sweep
 from higgs_tune.errors import ConfigError, ModelError
 
@@ -59,7 +59,9 @@ def fit(
         found = []
         for mode in config.space.cross_attention:
             # the second baseline runs beside the others in every sweep
-            modes = ["audio_self" if mode == "off" else mode] + [mode] * (num_slots - 1)
+            modes: list[CrossAttention] = [mode] * num_slots
+            if mode == "off":
+                modes[0] = "audio_self"
             limits = sweep_limits(config, num_slots)
             found.append(predict(shape, config.base.dtype, limits, modes, step))
         return max(found, key=lambda memory: memory.total)

@@ -4,10 +4,8 @@ Nothing is estimated by a formula of its own: the engine itself runs one optimiz
 (shapes and dtypes without data, whatever the model's size), and every storage that the step makes and
 frees is counted. So bank layout, forward and optimizer are those of the code, and change with it.
 
-What a layer keeps per row: the inputs of both norms, q, k, v in both layouts and rotated, the attended
-rows in both layouts, gate, up, their activation and product, and the low-rank products. At full size in
-bfloat16 (rank 16 on all linears) that is 122 kB per row and layer. The heads keep, per labelled row, the
-logits in the base's dtype, in float32, and their log-softmax: 10 bytes per class in bfloat16.
+At full size in bfloat16 (rank 16 on all linears) that is 106 kB of activations per row and layer, and per
+labelled row the logits in the base's dtype, in float32, and what the loss keeps of them.
 """
 
 import weakref
@@ -24,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 from transformers.initialization import no_init_weights
 
-from higgs_tune.config import CrossAttention, TrialConfig
+from higgs_tune.config import CrossAttention, TargetPath, TrialConfig
 from higgs_tune.data.collate import PackBatch, collate, count_targets
 from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.model.load import Base
@@ -193,9 +191,8 @@ def fill_slots(engine: Engine, modes: Sequence[CrossAttention]) -> list[str]:
     """Give every slot an adapter as large as the limits allow, with its cross_attention mode."""
     limits, names = engine.limits, []
     for slot, mode in enumerate(modes):
-        paths = limits.paths - {"audio_attention"}
-        if mode != "off":
-            paths |= {"audio_attention"}
+        new: set[TargetPath] = set() if mode == "off" else {"audio_attention"}
+        paths = (limits.paths - {"audio_attention"}) | new
         trial = TrialConfig(
             rank=limits.max_rank,
             alpha=32.0,
