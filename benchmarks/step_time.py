@@ -21,7 +21,8 @@ from peft import LoraConfig, get_peft_model
 
 from higgs_tune.config import ALL_LINEAR, BaseSettings, TaskMix, TrialConfig
 from higgs_tune.data.collate import collate, count_targets
-from higgs_tune.data.dataset import Dataset, TrainOrder
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tokens import Encoded, encode_conversation
 from higgs_tune.model.load import load_base
 from higgs_tune.model.targets import lora_regex

@@ -8,7 +8,8 @@ import numpy as np
 from higgs_tune.config import DataSettings
 from higgs_tune.data import tasks
 from higgs_tune.data.conversation import Conversation
-from higgs_tune.data.dataset import Dataset, validation_sets
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.held_out import validation_sets
 from higgs_tune.data.references import References
 from higgs_tune.data.shards import Row
 from higgs_tune.data.swap import spread

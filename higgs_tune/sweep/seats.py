@@ -12,7 +12,7 @@ from higgs_tune.errors import SweepError
 
 Files = dict[str, bytes]  # a checkpoint folder: relative path → content
 Result = dict[str, Any]
-DEFAULT_LOOP = "higgs_tune.train.loop:sweep_loop"
+DEFAULT_LOOP = "higgs_tune.train.sweep_pack:sweep_loop"
 CHECKPOINT_INFO = "checkpoint.json"  # beside the adapter: {"trial_id", "step"}
 
 

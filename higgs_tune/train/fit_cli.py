@@ -48,8 +48,8 @@ def fit(
     """Predicted bytes with one slot and with the sweep's slots, and the slots that fit."""
     import torch  # seconds
 
-    from higgs_tune.train.loop import sweep_limits
     from higgs_tune.train.memory import GIB, RESERVE, Memory, StepShape, predict, slots_that_fit
+    from higgs_tune.train.sweep_pack import sweep_limits
 
     shape = _base_config(config.base, base_config)
     step = StepShape.of(max(config.space.batch_clips), clip_rows, config.train.token_budget)

@@ -20,8 +20,6 @@ from higgs_tune import metrics
 from higgs_tune.config import (
     BaseSettings,
     DataSettings,
-    SweepConfig,
-    TargetPath,
     TrialConfig,
 )
 from higgs_tune.data.collate import (
@@ -31,7 +29,9 @@ from higgs_tune.data.collate import (
     split_micro_batches,
 )
 from higgs_tune.data.conversation import Conversation
-from higgs_tune.data.dataset import Dataset, TrainOrder, validation_sets
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.held_out import validation_sets
+from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.errors import DataError
 from higgs_tune.model.load import Base, load_base
@@ -305,22 +305,3 @@ class PackLoop:
         batch = collate({0: [example]}).to(self.engine.device)
         text_K, audio_KC = self.engine.evaluate(batch, bare=True)
         return float(text_K[0]), float(audio_KC[0].sum())
-
-
-def sweep_limits(config: SweepConfig, num_slots: int) -> PackLimits:
-    """Limits that hold every trial of a sweep, the two baselines included."""
-    names = {*config.space.target_set, config.baseline.target_set}
-    paths: set[TargetPath] = {"audio_attention"}
-    paths.update(path for name in names for path in config.target_sets[name])
-    return PackLimits(
-        num_slots=num_slots,
-        max_rank=max(*config.space.rank, config.baseline.rank),
-        paths=frozenset(paths),
-    )
-
-
-def sweep_loop(config: SweepConfig, *, num_slots: int, device: str) -> PackLoop:
-    """A loop whose slots can hold every trial of a sweep, the two baselines included."""
-    limits = sweep_limits(config, num_slots)
-    base = config.base.model_copy(update={"device": device})
-    return PackLoop.load(base, config.data, limits)

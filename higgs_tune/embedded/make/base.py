@@ -24,7 +24,9 @@ from higgs_tune.config import TaskMix
 from higgs_tune.data.codec import load_codec
 from higgs_tune.data.collate import collate, count_targets
 from higgs_tune.data.conversation import Conversation
-from higgs_tune.data.dataset import Dataset, TrainOrder, validation_sets
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.held_out import validation_sets
+from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tokens import Encoded, Vocabulary, encode_conversation
 from higgs_tune.model.load import CONTROL_TOKENS, vocabulary_of
 from higgs_tune.model.losses import codebook_nll_sum

@@ -10,7 +10,9 @@ import pytest
 from higgs_tune.config import TaskMix
 from higgs_tune.data import tasks
 from higgs_tune.data.conversation import AudioPart, Conversation, TextPart
-from higgs_tune.data.dataset import Dataset, TrainOrder, validation_sets
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.held_out import validation_sets
+from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.shards import CodecFacts, Row, list_shards, write_dataset
 from higgs_tune.data.swap import derange
 from higgs_tune.data.tokens import Vocabulary, encode_conversation

@@ -16,8 +16,9 @@ import torch
 from higgs_tune.config import TaskMix
 from higgs_tune.data import clips, encode, files, prepare_cli
 from higgs_tune.data.codec import MelRvqCodec, MelRvqCodecConfig, encode_clip, load_codec
-from higgs_tune.data.dataset import Dataset, TrainOrder
+from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.options import PrepareOptions
+from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.shards import DatasetInfo, list_shards
 from higgs_tune.errors import ConfigError, DataError
 

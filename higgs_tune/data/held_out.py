@@ -1,0 +1,81 @@
+"""The fixed validation conversations of a dataset."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from higgs_tune.data import tasks
+from higgs_tune.data.conversation import Conversation
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.swap import derange, spread
+from higgs_tune.errors import DataError
+
+
+@dataclass(frozen=True)
+class ValidationSets:
+    """Fixed validation conversations. `transcribe_swapped[i]` has the text of `transcribe[i]`
+    after the audio of a clip with another text."""
+
+    transcribe: tuple[Conversation, ...]
+    transcribe_swapped: tuple[Conversation, ...]
+    speak: tuple[Conversation, ...]
+
+
+def validation_sets(
+    dataset: Dataset,
+    num_val_clips: int,
+    seed: int = 0,
+    *,
+    max_frames: int | None = None,
+    max_text: int | None = None,
+    max_rows: int | None = None,
+    text_length: tasks.TextLength = len,
+) -> ValidationSets:
+    """Draw the validation clips, spread evenly over texts and speakers, the same for every trial.
+
+    Raises:
+        DataError: the validation split has no two usable clips with different texts.
+    """
+    usable = dataset.usable("validation", max_frames, max_text, text_length)
+    clips = [index for index in usable if dataset.kinds[index] == "clip"]
+    if max_rows is not None:
+        clips = _fitting_in_pairs(dataset, clips, max_rows, text_length)
+    places = spread(
+        [dataset.texts[index] for index in clips],
+        [dataset.speakers[index] for index in clips],
+        num_val_clips,
+        seed,
+    )
+    chosen = sorted(clips[place] for place in places)
+    if len(chosen) < 2:
+        raise DataError(
+            f"{dataset.directory}: the validation split has {len(clips)} usable clips with "
+            f"{len({dataset.texts[index] for index in clips})} different texts, needed at least 2 "
+            "of each (chat rows do not validate). Prepare the dataset with a larger --val-fraction "
+            "or --clips-from-chat, or raise data.max_frames."
+        )
+    others = derange(
+        [dataset.texts[index] for index in chosen],
+        [dataset.num_frames[index][0] for index in chosen],
+    )
+    rows = [dataset.row(index) for index in chosen]
+    return ValidationSets(
+        transcribe=tuple(tasks.transcribe(row) for row in rows),
+        transcribe_swapped=tuple(
+            tasks.transcribe(row, audio_of=rows[other])
+            for row, other in zip(rows, others, strict=True)
+        ),
+        speak=tuple(tasks.speak(row) for row in rows),
+    )
+
+
+def _fitting_in_pairs(
+    dataset: Dataset, clips: list[int], max_rows: int, text_length: tasks.TextLength
+) -> list[int]:
+    """The clips without the longest ones, so that each one's audio fits with each other's text."""
+    num_rows = np.array([dataset.most_rows(index, text_length) for index in clips], dtype=np.int64)
+    texts = np.array([text_length(dataset.texts[index]) for index in clips], dtype=np.int64)
+    order = np.argsort(num_rows, kind="stable")
+    longest = np.maximum.accumulate((num_rows - texts)[order])
+    longest += np.maximum.accumulate(texts[order])
+    return sorted(clips[place] for place in order[longest <= max_rows])

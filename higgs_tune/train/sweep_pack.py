@@ -1,0 +1,24 @@
+"""The pack of a sweep's worker: slots that can hold every trial of the sweep."""
+
+from higgs_tune.config import SweepConfig, TargetPath
+from higgs_tune.train.engine import PackLimits
+from higgs_tune.train.loop import PackLoop
+
+
+def sweep_limits(config: SweepConfig, num_slots: int) -> PackLimits:
+    """Limits that hold every trial of a sweep, the two baselines included."""
+    names = {*config.space.target_set, config.baseline.target_set}
+    paths: set[TargetPath] = {"audio_attention"}
+    paths.update(path for name in names for path in config.target_sets[name])
+    return PackLimits(
+        num_slots=num_slots,
+        max_rank=max(*config.space.rank, config.baseline.rank),
+        paths=frozenset(paths),
+    )
+
+
+def sweep_loop(config: SweepConfig, *, num_slots: int, device: str) -> PackLoop:
+    """A loop whose slots can hold every trial of a sweep, the two baselines included."""
+    limits = sweep_limits(config, num_slots)
+    base = config.base.model_copy(update={"device": device})
+    return PackLoop.load(base, config.data, limits)
