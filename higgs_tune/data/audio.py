@@ -1,6 +1,7 @@
 """Recordings as mono waves, or the reason why one cannot be used."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ _SILENCE = 1e-4  # peak of full scale 1: -80 dB
 _MAX_PEAK = 16.0  # float files above it were never scaled to ±1
 # torchaudio's resampling kernel has about this many numbers per pair of rates without common factor.
 _MAX_KERNEL = 50_000_000
+# What libsndfile notes about a chunk of samples that ends before its header says.
+_CUT_CHUNK = re.compile(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
+_STREAM_BYTES = 0x7FFF0000  # sizes from here on are written before a recording's length is known
+_MAX_MISSING_S = 0.1  # less is no word; some encoders count a frame too many
 
 
 def locate(root: Path, name: str) -> Path:
@@ -48,18 +53,24 @@ def read_clip(
     Channels are averaged. The length is checked before samples are read.
 
     Raises:
-        DataError: not audio, too short or long, silent, not finite, or at a rate that cannot be
-            resampled to `target_rate_hz`.
+        DataError: not audio, cut off, too short or long, silent, not finite, or at a rate that
+            cannot be resampled to `target_rate_hz`.
     """
     try:
         with soundfile.SoundFile(path) as file:
             rate_hz = file.samplerate
+            stated_s = _stated_frames(file) / rate_hz
             _check_length(file.frames / rate_hz, min_seconds, max_seconds)
             wave = file.read(dtype="float32", always_2d=True).mean(axis=1)
     except (soundfile.LibsndfileError, OSError) as error:
         detail = str(error).split(": ", 1)[-1] if path.stat().st_size else "the file is empty"
         raise DataError(f"audio cannot be read: {detail}") from None
-    _check_length(len(wave) / rate_hz, min_seconds, max_seconds)
+    found_s = len(wave) / rate_hz
+    if stated_s - found_s > _MAX_MISSING_S:
+        raise DataError(
+            f"audio is cut off: {found_s:.2f} s of the {stated_s:.2f} s its header states"
+        )
+    _check_length(found_s, min_seconds, max_seconds)
     bad = int(np.count_nonzero(~np.isfinite(wave)))
     if bad:
         raise DataError(f"audio has {bad} samples that are NaN or infinite")
@@ -75,6 +86,17 @@ def read_clip(
             "resample it to a usual rate first"
         )
     return wave, rate_hz
+
+
+def _stated_frames(file: soundfile.SoundFile) -> float:
+    """The frames that the header promises; libsndfile counts those of the bytes that are there."""
+    cut = _CUT_CHUNK.search(file.extra_info)
+    if cut is None:
+        return file.frames
+    stated_bytes, found_bytes = map(int, cut.groups())
+    if stated_bytes >= _STREAM_BYTES or found_bytes <= 0:
+        return file.frames
+    return file.frames * stated_bytes / found_bytes
 
 
 def _check_length(seconds: float, min_seconds: float, max_seconds: float) -> None:

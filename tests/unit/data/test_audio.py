@@ -71,6 +71,31 @@ def test_files_that_are_no_audio(tmp_path: Path, content: bytes, message: str):
         read(tmp_path / "a.wav")
 
 
+@pytest.mark.parametrize("ending", ["wav", "aiff", "mp3"])
+def test_a_recording_that_was_cut_off_is_refused(tmp_path: Path, ending: str):
+    path = tmp_path / f"a.{ending}"
+    soundfile.write(path, tone(3), 24000)
+    assert len(read(path)[0]) == 72000
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"cut off: 1\.[345]\d s of the 3\.00 s its header states"):
+        read(path)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+def test_a_stream_that_states_no_length_is_read(tmp_path: Path, size: int):
+    path = store(tmp_path / "a.wav", tone(1), subtype="PCM_16")
+    content = path.read_bytes()
+    assert content[36:40] == b"data"
+    path.write_bytes(content[:40] + size.to_bytes(4, "little") + content[44:])
+    assert len(read(path)[0]) == 24000
+
+
+def test_a_few_missing_samples_are_no_reason(tmp_path: Path):
+    path = store(tmp_path / "a.wav", tone(1), subtype="PCM_16")
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert len(read(path)[0]) == 23500
+
+
 def test_a_rate_without_common_factor_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="22051 Hz, which shares no factor with 24000 Hz"):
         read(store(tmp_path / "a.wav", tone(0.5, 22051), 22051))
