@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import ConfigError, did_you_mean
@@ -35,20 +36,39 @@ def validate(model: type[ModelT], raw: Mapping[str, Any], where: str) -> ModelT:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            location = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
-            if problem["type"] == "extra_forbidden":
-                known = _known_keys(model, problem["loc"][:-1])
-                near = did_you_mean(str(problem["loc"][-1]), known)
-                lines.append(
-                    f"{location}: unknown setting{near or f'; known here: {sorted(known)}'}"
-                )
-            else:
-                found = problem.get("input")
-                shown = "" if isinstance(found, Mapping | BaseModel) else f" (found {found!r})"
-                lines.append(f"{location}: {problem['msg'].removeprefix('Value error, ')}{shown}")
+        lines = [_line(model, problem) for problem in _distinct(error.errors())]
         raise ConfigError(f"{where}:\n  " + "\n  ".join(lines)) from None
+
+
+def _distinct(problems: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Without those that only follow from another one: a list is too short without its wrong items."""
+    return [
+        problem
+        for problem in problems
+        if problem["type"] != "too_short"
+        or not any(
+            other is not problem and other["loc"][: len(problem["loc"])] == problem["loc"]
+            for other in problems
+        )
+    ]
+
+
+def _line(model: type[BaseModel], problem: ErrorDetails) -> str:
+    """One problem: the setting's full name, what was needed, what was found."""
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model, problem["loc"][:-1])
+        near = did_you_mean(str(problem["loc"][-1]), known)
+        return f"{location}: unknown setting{near or f'; known here: {sorted(known)}'}"
+    needed = problem["msg"].removeprefix("Value error, ")
+    found = problem["input"]
+    if problem["type"] == "tuple_type":
+        needed = "Input should be a list" + ("" if isinstance(found, Mapping) else f": [{found}]")
+    elif problem["type"] in ("model_type", "dict_type"):
+        known = _known_keys(model, problem["loc"])
+        needed = "Input should be a section" + (f" with {', '.join(known)}" if known else "")
+    shown = "" if isinstance(found, Mapping | BaseModel) else f" (found {found!r})"
+    return f"{location}: {needed}{shown}" if location else f"{needed}{shown}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -104,7 +124,9 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
     Raises:
         ConfigError: unreadable file, unknown key (the nearest known one is named) or value out of bounds.
     """
-    return validate(SweepConfig, apply_overrides(read_yaml(path), overrides), str(path))
+    overrides = list(overrides)
+    raw = apply_overrides(read_yaml(path), overrides)
+    return validate(SweepConfig, raw, " --set ".join([str(path), *overrides]))
 
 
 def to_yaml(settings: BaseModel) -> str:

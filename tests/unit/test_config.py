@@ -56,6 +56,36 @@ def test_each_mistake_is_one_error_that_names_its_setting(tmp_path, text, messag
         loaded(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "space.rank=[0]",
+            "space.rank.0: Input should be greater than or equal to 1 (found 0)",
+        ),
+        ("space.rank=8", "space.rank: Input should be a list: [8] (found 8)"),
+        (
+            "space.rank=[]",
+            "space.rank: Tuple should have at least 1 item after validation, not 0 (found [])",
+        ),
+        (
+            "space.learning_rate=-1",
+            "space.learning_rate: Input should be a section with low, high, log (found -1)",
+        ),
+        ("target_sets=[a]", "target_sets: Input should be a section (found ['a'])"),
+        (
+            "space.target_set=[wide]",
+            "space.target_set: unknown target set 'wide'; "
+            "target_sets defines ['all_linear', 'attention']",
+        ),
+    ],
+)
+def test_a_mistake_is_told_once_in_a_users_words_with_its_override(tmp_path, override, message):
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, "{}", [override])
+    assert str(caught.value) == f"{tmp_path / 'sweep.yaml'} --set {override}:\n  {message}"
+
+
 def test_all_problems_are_listed_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"(?s)space\.rank\.0.*tune\.seed"):
         loaded(tmp_path, "{space: {rank: [0]}, tune: {seed: -1}}")
