@@ -93,7 +93,14 @@ def is_free(folder: Path) -> bool:
     """Whether a new sweep may have this folder: no other ran or runs here, or none got a result."""
     if not folder.exists():
         return True
-    if not (folder / "sweep.yaml").exists() or _has_begun(folder):
+    if not folder.is_dir():
+        return False
+    if (folder / "sweep.yaml").exists():
+        if _has_begun(folder):
+            return False
+    elif [path.name for path in folder.iterdir()] != [
+        LOCK
+    ]:  # alone: a start that a full disk ended
         return False
     if not (folder / LOCK).exists():
         return True

@@ -28,11 +28,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -124,7 +127,11 @@ class TrialFiles:
         draft, former = target.with_suffix(".tmp"), target.with_suffix(".old")
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
-        shutil.copytree(source, draft, copy_function=_link_or_copy)
+        try:
+            shutil.copytree(source, draft, copy_function=_link_or_copy)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         if target.exists():
             target.rename(former)
         draft.rename(target)

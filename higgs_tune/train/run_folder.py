@@ -210,7 +210,11 @@ def _swap(folder: Path, write: Callable[[Path], None]) -> None:
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
-    write(fresh)
+    try:
+        write(fresh)
+    except BaseException:
+        shutil.rmtree(fresh)  # a full disk needs its space
+        raise
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
@@ -227,5 +231,8 @@ def _old(folder: Path) -> Path:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -126,5 +127,11 @@ def test_a_full_disk_is_found_before_the_sweep_starts(make_config, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(folders.os, "fsync", full)
+    config = make_config()
+    folder = Path(config.results_dir, config.name)
     with pytest.raises(SweepError, match="No space left on device"):
-        opened(make_config())
+        opened(config)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert folders.is_free(folder)
+    monkeypatch.undo()
+    assert opened(config) == folder

@@ -1,9 +1,10 @@
+import errno
 import json
 import math
 
 import pytest
 
-from higgs_tune.sweep import space
+from higgs_tune.sweep import records, space
 from higgs_tune.sweep.records import TrialFiles, metrics_of, read_metrics
 from higgs_tune.sweep.seats import CHECKPOINT_INFO
 from higgs_tune.sweep.study import TrialRecord
@@ -106,3 +107,31 @@ def test_a_number_that_is_not_finite_becomes_null_and_no_other_number():
         "val/text/nll": None,
         "x": None,
     }
+
+
+def test_a_full_disk_leaves_the_former_file_and_no_draft(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "status.json"
+    records.write_text(path, "former")
+    monkeypatch.setattr(records.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        records.write_text(path, "later")
+    assert path.read_text() == "former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_former_one(tmp_path, monkeypatch):
+    files = TrialFiles(tmp_path)
+    files.checkpoint("t000", checkpoint(tmp_path / "c1", 25))
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(records, "_link_or_copy", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.checkpoint("t000", checkpoint(tmp_path / "c2", 50))
+    folder = tmp_path / "trials" / "t000"
+    assert files.checkpoint_of("t000") == (folder / "adapter", 25)
+    assert [path.name for path in folder.iterdir()] == ["adapter"]

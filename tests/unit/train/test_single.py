@@ -101,7 +101,7 @@ def test_single_run_goes_on_with_its_own_settings_only(run_single):
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_data_error(run_single, monkeypatch):
-    run, lines, _ = run_single
+    run, lines, out = run_single
 
     def full_disk(*_, **__):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -110,6 +110,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_data_error(run_single, monkeyp
     with pytest.raises(DataError, match=r"out: cannot be written: .*No space left.* --resume"):
         run()
     assert [line["step"] for line in lines] == [0]
+    assert not list(out.glob(".*")), "a draft takes space that the next start needs"
 
 
 def test_a_swap_of_checkpoints_that_stops_half_way_is_mended(run_single, monkeypatch):
