@@ -18,7 +18,7 @@ import higgs_tune
 from higgs_tune.config import BaseSettings, DataSettings, SweepConfig
 from higgs_tune.config_file import load_sweep, validate
 from higgs_tune.data import prepare_cli
-from higgs_tune.errors import HiggsTuneError
+from higgs_tune.errors import HiggsTuneError, reason_of
 from higgs_tune.listen import commands as listen
 from higgs_tune.train import export_cli, fit_cli, train_cli
 
@@ -96,7 +96,7 @@ def guarded(args: argparse.Namespace) -> int:
         return 141
     except OSError as error:
         print(
-            f"error: {error}. What a sweep found is kept in its results folder; "
+            f"error: {reason_of(error)}. What a sweep found is kept in its results folder; "
             "`higgs-tune report DIR` writes the report again.",
             file=sys.stderr,
         )

@@ -5,6 +5,7 @@ pickling, because they cross process borders under Ray.
 """
 
 import difflib
+import shutil
 from collections.abc import Iterable
 
 
@@ -36,3 +37,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A half-sentence that names the known name nearest to a mistaken one, or nothing."""
     match = difflib.get_close_matches(str(name), list(known), n=1)
     return f", did you mean {match[0]!r}?" if match else ""
+
+
+def reason_of(error: OSError) -> str:
+    """Why a file operation failed, in a few words; of a folder's many copies, the first that did."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        return error.args[0][0][2]  # (source, target, reason) of each
+    return str(error)

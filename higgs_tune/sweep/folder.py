@@ -14,7 +14,7 @@ from typing import Any
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.config_file import read_yaml, to_yaml, validate
-from higgs_tune.errors import ConfigError, SweepError
+from higgs_tune.errors import ConfigError, SweepError, reason_of
 from higgs_tune.sweep.records import read_json, write_json, write_text
 
 LOCK = ".lock"  # held by the process that runs the sweep; the system frees it when that ends
@@ -132,7 +132,7 @@ def _clear(folder: Path) -> None:
 def disk_error(folder: Path, error: OSError) -> SweepError:
     """What to tell a person whose results folder cannot be written."""
     return SweepError(
-        f"{folder}: cannot be written ({error.strerror or error}). What was recorded is kept. "
+        f"{folder}: cannot be written ({error.strerror or reason_of(error)}). What was recorded is kept. "
         "Free space, mend the permissions or choose another results_dir; then start again, with "
         "--resume if the sweep had begun."
     )

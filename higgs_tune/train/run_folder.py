@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from higgs_tune import metrics
 from higgs_tune.config import BaseSettings, DataSettings, RunSettings, TrialConfig
 from higgs_tune.config_file import validate
-from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.errors import ConfigError, DataError, reason_of
 from higgs_tune.train.checkpoint import load_interval, read_step
 from higgs_tune.train.samples import Sample
 
@@ -38,8 +38,9 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        reason = reason_of(error) if isinstance(error, OSError) else error
         raise DataError(
-            f"{out}: cannot be written: {error}. The last complete checkpoint is kept; free space "
+            f"{out}: cannot be written: {reason}. The last complete checkpoint is kept; free space "
             "and go on with --resume."
         ) from error
 

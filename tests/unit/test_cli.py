@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,3 +120,24 @@ def test_a_full_disk_is_one_line_that_says_what_is_kept(monkeypatch, capsys):
     assert "No space left on device: 'report.html'" in error
     assert "`higgs-tune report DIR`" in error
     assert error.count("\n") == 1
+
+
+def test_a_folder_whose_copy_does_not_fit_is_one_line_with_the_first_reason(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "adapter").mkdir()
+    for name in ("a.json", "b.safetensors"):
+        (tmp_path / "adapter" / name).touch()
+
+    def full(source, target, **_):
+        raise OSError(errno.ENOSPC, "No space left on device", source)
+
+    def copy(_):
+        shutil.copytree(tmp_path / "adapter", tmp_path / "best_adapter", copy_function=full)
+
+    monkeypatch.setattr("higgs_tune.report.build.build_report", copy)
+    assert cli.main(["report", "results/s"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: [Errno 28] No space left on device: ")
+    assert error.count("No space left") == 1
+    assert "[(" not in error
