@@ -126,7 +126,7 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
     """
     overrides = list(overrides)
     raw = apply_overrides(read_yaml(path), overrides)
-    return validate(SweepConfig, raw, " --set ".join([str(path), *overrides]))
+    return validate(SweepConfig, raw, f"{path} with --set" if overrides else str(path))
 
 
 def to_yaml(settings: BaseModel) -> str:

@@ -83,7 +83,7 @@ def test_each_mistake_is_one_error_that_names_its_setting(tmp_path, text, messag
 def test_a_mistake_is_told_once_in_a_users_words_with_its_override(tmp_path, override, message):
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, "{}", [override])
-    assert str(caught.value) == f"{tmp_path / 'sweep.yaml'} --set {override}:\n  {message}"
+    assert str(caught.value) == f"{tmp_path / 'sweep.yaml'} with --set:\n  {message}"
 
 
 def test_all_problems_are_listed_at_once(tmp_path):
