@@ -258,6 +258,9 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}). {advice}") from None
     changed = sorted(name for name in job if before.get(name) != job[name])
+    if changed and not list_shards(out):  # nothing is encoded yet, so nothing could be mixed up
+        write_json(path, job)
+        changed = []
     if changed:
         raise DataError(
             f"{out}: was prepared from something else: {', '.join(changed)} changed since. {advice}"

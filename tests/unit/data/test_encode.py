@@ -184,6 +184,13 @@ def test_too_many_rejected_rows_leave_shards_but_no_dataset(tmp_path: Path, run,
     assert run(rows, max_rejected=1).num_rows == 7
 
 
+def test_a_mended_manifest_is_prepared_where_nothing_was_encoded_yet(tmp_path: Path, run):
+    rows = make_root(tmp_path / "root", 6)
+    with pytest.raises(DataError, match="1 of 6 rows are rejected"):
+        run([rows[0] | {"text": ""}, *rows[1:]], max_rejected=0)
+    assert run(rows, max_rejected=0).num_rows == 6
+
+
 def test_a_dataset_of_rejected_rows_only_is_refused(tmp_path: Path, run):
     (tmp_path / "root").mkdir()
     rows = [{"path": f"{n}.wav", "text": f"text {n}"} for n in range(5)]
