@@ -20,6 +20,13 @@ from torch import Tensor
 from higgs_tune.data.tokens import IGNORE, Encoded
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`; the host does not wait for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # from pageable memory the driver may wait for the stream
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class CrossIndex:
     """Where the adapters of one cross_attention mode find their text and audio rows.
@@ -63,7 +70,7 @@ class PackBatch:
 
         def moved(item: Any) -> Any:
             tensors = {
-                field.name: value.pin_memory().to(device, non_blocking=True)
+                field.name: to_device(value, device)
                 for field in fields(item)
                 if isinstance(value := getattr(item, field.name), Tensor)
             }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from higgs_tune.config import TargetPath, TrialConfig
-from higgs_tune.data.collate import PackBatch, TargetCounts
+from higgs_tune.data.collate import PackBatch, TargetCounts, to_device
 from higgs_tune.model import targets as target_rules
 from higgs_tune.model.adapter_layout import Kind, Linears, Named
 from higgs_tune.model.audio_attention import (
@@ -142,20 +142,19 @@ class Engine:
             Summed nats, detached: text (K,), audio (K, C). Reading them waits for the device.
         """
         by_slot = {resident.slot: resident.config for resident in self.residents.values()}
-        text_K = torch.zeros(len(batch.slots))
-        audio_KC = torch.zeros(len(batch.slots), self.num_codebooks)
+        share_KC = torch.zeros(len(batch.slots), 1 + self.num_codebooks)  # text, then codebooks
         for k, slot in enumerate(batch.slots):
             config, count = by_slot[slot], counts[slot]
             if count.text:
-                text_K[k] = config.text_loss_weight / count.text
+                share_KC[k, 0] = config.text_loss_weight / count.text
             share = config.audio_loss_weight / self.num_codebooks
             for codebook, number in enumerate(count.audio_C):
                 if number:
-                    audio_KC[k, codebook] = share / int(number)
+                    share_KC[k, 1 + codebook] = share / int(number)
+        share_KC = to_device(share_KC, self.device)
         weights = self.bank.pack(batch.slots)
         text_sum_K, audio_sum_KC = packed_nll(self.base.model, batch, weights)
-        loss = (text_sum_K * text_K.to(self.device, non_blocking=True)).sum()
-        loss = loss + (audio_sum_KC * audio_KC.to(self.device, non_blocking=True)).sum()
+        loss = (text_sum_K * share_KC[:, 0]).sum() + (audio_sum_KC * share_KC[:, 1:]).sum()
         loss.backward()
         return text_sum_K.detach(), audio_sum_KC.detach()
 

@@ -1,0 +1,127 @@
+"""A training step never makes the host wait for the device.
+
+On a CPU nothing waits, so two stand-ins: a mode that sees the operations which would, and the meta device,
+whose tensors have no values to read and which takes the way of a GPU wherever a CPU has one of its own.
+"""
+
+import pytest
+import torch
+from host_syncs import HostReads
+
+from higgs_tune.data.collate import collate, count_targets
+from higgs_tune.model import packed_forward
+from higgs_tune.train.engine import Engine, PackLimits
+from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
+
+TRIALS = [
+    trial(seed=1),
+    trial(seed=2),  # with the first in one run
+    trial(
+        seed=3,
+        rank=2,
+        targets=("attention", "text_head", "audio_head", "audio_attention"),
+        cross_attention="audio_self",
+    ),
+    trial(seed=4, targets=("audio_mlp", "audio_attention"), cross_attention="text_to_audio"),
+]
+NAMES = [f"t{n}" for n in range(len(TRIALS))]
+
+
+def engine_on(device, dtype=torch.float32):
+    limits = PackLimits.of(TRIALS, num_slots=len(TRIALS))
+    on_host = Engine(tiny_base(dtype=dtype), limits)
+    for name, config in zip(NAMES, TRIALS, strict=True):
+        on_host.add(name, config)
+    if device == "cpu":
+        return on_host
+    base = tiny_base(dtype=dtype)
+    base.model.to(device)
+    engine = Engine(base, limits)
+    for name, config in zip(NAMES, TRIALS, strict=True):
+        engine.add(name, config, on_host.state(name))
+    return engine
+
+
+def step(engine):
+    """Two micro-batches and the optimizer, as the loop does them."""
+    tasks = ("transcribe", "speak", "clone")
+    micro = [
+        {slot: [example(t, 9 * n + slot) for t in tasks] for slot in range(len(TRIALS))}
+        for n in range(2)
+    ]
+    counts = {
+        slot: count_targets(micro[0][slot] + micro[1][slot], NUM_CODEBOOKS) for slot in micro[0]
+    }
+    for number, part in enumerate(micro):
+        if number:
+            engine.bank.keep_gradients(part)
+        batch = collate(part, engine.modes()).to(engine.device)
+        engine.forward_backward(batch, counts)
+    return engine.optim_step(NAMES)
+
+
+READS = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.sum() > 0),
+    "mask": lambda x: x[x > 0],
+    "write by a mask": lambda x: x.detach().clone().index_put_((x > 0,), torch.zeros(())),
+    "nonzero": lambda x: x.nonzero(),
+    "masked_select": lambda x: x.masked_select(x > 0),
+}
+
+
+@pytest.fixture(params=["forward", "backward"])
+def inject(request, monkeypatch):
+    """Make the step read values in a layer's forward, or in its backward."""
+    plain = packed_forward.swiglu
+
+    def put(read):
+        def swiglu(x):
+            if request.param == "forward":
+                read(x)
+            else:
+                x.register_hook(lambda gradient: [read(gradient), None][1])
+            return plain(x)
+
+        monkeypatch.setattr(packed_forward, "swiglu", swiglu)
+
+    return put
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_has_no_operation_that_depends_on_values(dtype):
+    engine = engine_on("cpu", dtype)
+    with HostReads() as reads:
+        norm_K = step(engine)
+    assert reads.found == {}
+    assert (norm_K > 0).all()
+
+
+@pytest.mark.parametrize("name", READS)
+def test_the_mode_sees_every_way_to_wait(name, inject):
+    engine = engine_on("cpu")
+    inject(READS[name])
+    with HostReads() as reads:
+        step(engine)
+    assert reads.found.total() >= len(engine.base.model.model.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_runs_where_no_value_can_be_read(dtype):
+    engine = engine_on("meta", dtype)
+    spans = engine.bank.pack((0, 1, 2, 3)).runs(
+        {"model.layers.0.self_attn.o_proj": engine.base.model.model.layers[0].self_attn.o_proj}
+    )
+    assert [run.rows for run in spans] == [slice(0, 2), 2]  # not the CPU's way, one by one
+    with HostReads() as reads:
+        assert step(engine).shape == (len(TRIALS),)
+    assert reads.found == {}
+
+
+@pytest.mark.parametrize("name", ["item", "bool", "mask", "nonzero", "tolist", "cpu"])
+def test_reading_a_value_fails_on_the_meta_device(name, inject):
+    unseen = {"tolist": lambda x: x.sum().tolist(), "cpu": torch.Tensor.cpu}  # by the mode
+    engine = engine_on("meta")
+    inject((READS | unseen)[name])
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
+        step(engine)
