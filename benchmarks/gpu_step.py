@@ -1,0 +1,294 @@
+"""Time and memory of a full-size optimizer step: ours against stock transformers + PEFT.
+
+    python benchmarks/gpu_step.py                                              # 8 clips of 400 tokens
+    python benchmarks/gpu_step.py --adapters 1,2,4,8,16 --clips 1 --tokens 600 # packing
+    python benchmarks/gpu_step.py --preset small                               # seconds on a CPU
+
+The base has the real configuration and random weights, made on the device; nothing is downloaded. Both
+sides train all-linear LoRA on the same frozen tensors, examples and labels, from the same start, with
+AdamW. Their losses are compared first. Then, for each number of adapters, our step and a stock step (one
+adapter) alternate. A side that runs out of memory is noted as out_of_memory; the other's figures stay.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from host_syncs import count_host_syncs
+from random_base import PRESETS, random_base, random_clips, step_flops
+from sides import Step, our_step, stock_step, synchronise
+
+from higgs_tune.data.tokens import Encoded
+from higgs_tune.model.load import Base, resolve_device
+
+# An H100 SXM does 989 TFLOP/s in dense bf16 on paper, and about 79 % of them in large matmuls.
+H100_FLOPS = 783e12
+NUM_CHECKED = 3  # first steps whose losses are compared, and warm-up
+NUM_BATCHES = 4
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}  # of a loss, relative
+
+Batch = Sequence[Sequence[Encoded]]  # adapter → examples
+
+
+@dataclass
+class Side:
+    """One way of training; without a step it has run out of memory."""
+
+    adapters: int
+    device: torch.device
+    step: Step | None = None
+    losses: list[list[float]] = field(default_factory=list)  # of the checked steps, per adapter
+    host_syncs: int | None = None
+    peak_bytes: int | None = None  # as if the other side were not there
+    times: list[float] = field(default_factory=list)
+
+    @classmethod
+    def made(
+        cls,
+        build: Callable[[], Step],
+        adapters: int,
+        batches: Sequence[Batch],
+        device: torch.device,
+        base_bytes: int,
+    ) -> "Side":
+        """Build a side and do its first steps."""
+        side = cls(adapters, device)
+        cuda = device.type == "cuda"
+        others = torch.cuda.memory_allocated(device) - base_bytes if cuda else 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        side.attempt(lambda: side.start(build(), batches))
+        if cuda:
+            side.peak_bytes = torch.cuda.max_memory_allocated(device) - others
+        return side
+
+    def attempt(self, act: Callable[[], None]) -> None:
+        """Do something; if memory runs out, let go of the step and all that it holds."""
+        try:
+            act()
+        except torch.OutOfMemoryError:
+            self.step = None
+        if self.step is None:
+            free_memory()
+
+    def start(self, step: Step, batches: Sequence[Batch]) -> None:
+        """The checked steps, then one whose host syncs are counted."""
+        for batch in batches[:NUM_CHECKED]:
+            self.losses.append([float(loss) for loss in step(batch[: self.adapters])])
+        self.host_syncs = count_host_syncs(lambda: step(batches[0][: self.adapters]), self.device)
+        self.step = step
+
+    def timed(self, batch: Batch) -> None:
+        """One step between two waits for the device."""
+        if (step := self.step) is None:
+            return
+        synchronise(self.device)
+        started = time.perf_counter()
+        step(batch[: self.adapters])
+        synchronise(self.device)
+        self.times.append(time.perf_counter() - started)
+
+    def figures(self, tokens: int) -> dict[str, Any]:
+        """What was measured; `tokens` are one adapter's in a step."""
+        if self.step is None:
+            return {"status": "out_of_memory"}
+        seconds = statistics.median(self.times)
+        return {
+            "status": "ok",
+            "ms": round(1000 * seconds, 3),
+            "tokens_per_s": round(self.adapters * tokens / seconds, 1),
+            "peak_gib": None if self.peak_bytes is None else round(self.peak_bytes / 2**30, 3),
+            "host_syncs": self.host_syncs,
+            "losses": self.losses,
+            "every_ms": [round(1000 * t, 3) for t in self.times],
+        }
+
+
+def free_memory() -> None:
+    """Give what nothing refers to any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matmul here: the median of ten."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(13):
+        synchronise(device)
+        started = time.perf_counter()
+        torch.mm(a, b)
+        synchronise(device)
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(times[3:])
+
+
+def check_losses(ours: Side, stock: Side, dtype: torch.dtype) -> int:
+    """Stop unless the first adapter's losses are the stock ones; returns how many were compared."""
+    pairs = list(zip(ours.losses, stock.losses, strict=False))  # out of memory, a side has fewer
+    for step, ((mine, *_), (theirs,)) in enumerate(pairs):
+        if not abs(mine - theirs) <= TOLERANCE[dtype] * abs(theirs):
+            raise SystemExit(f"step {step}: our loss is {mine}, the stock one {theirs}")
+    return len(pairs)
+
+
+def compare(base: Base, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure each number of adapters; yields its record. Ends with the first that does not fit."""
+    parameter = next(base.model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    tensors = [*base.model.parameters(), *base.model.buffers()]
+    base_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    batches = [
+        [
+            random_clips(base, args.clips, args.tokens, args.text_share, (adapter, number))
+            for adapter in range(max(args.adapters))
+        ]
+        for number in range(NUM_BATCHES)
+    ]
+    flops = step_flops(base.model.config, args.rank, batches[0][0])
+    here = matmul_flops(device, dtype)
+    stock: Side | None = None
+    alone: float | None = None
+    for adapters in args.adapters:
+        make = partial(our_step, base, args.rank, adapters)
+        ours = Side.made(make, adapters, batches, device, base_bytes)
+        if stock is None:
+            make = partial(stock_step, base, args.rank)
+            stock = Side.made(make, 1, batches, device, base_bytes)
+        compared = check_losses(ours, stock, dtype)
+        ours.times, stock.times = [], []
+        for number in range(args.repeats):
+            for side in (ours, stock):
+                side.attempt(partial(side.timed, batches[number % NUM_BATCHES]))
+        tokens = args.clips * args.tokens
+        record = {
+            "adapters": adapters,
+            "losses_compared": compared,
+            "tflop": round(adapters * flops / 1e12, 4),
+            "floor_h100_ms": round(1000 * adapters * flops / H100_FLOPS, 4),
+            "floor_here_ms": round(1000 * adapters * flops / here, 4),
+            "matmul_here_tflops": round(here / 1e12, 3),
+            "ours": ours.figures(tokens),
+            "stock": stock.figures(tokens),
+        }
+        ms = record["ours"].get("ms")
+        if ms and adapters == 1:
+            alone = ms
+        yield record | shares(record, alone)
+        if ours.step is None:
+            return
+        ours.step = None  # its memory is the next pack's
+        free_memory()
+
+
+def shares(record: dict[str, Any], alone_ms: float | None) -> dict[str, float | None]:
+    """Ratios of a record: to both floors, to as many stock steps, to as many packs of one."""
+    ours, stock, adapters = record["ours"].get("ms"), record["stock"].get("ms"), record["adapters"]
+
+    def ratio(above: float | None, below: float | None) -> float | None:
+        return round(above / below, 4) if above and below else None
+
+    return {
+        "share_of_floor_h100": ratio(record["floor_h100_ms"], ours),
+        "share_of_floor_here": ratio(record["floor_here_ms"], ours),
+        "stock_share_of_floor_here": ratio(record["floor_here_ms"] / adapters, stock),
+        "ratio_to_stock": ratio(stock and adapters * stock, ours),
+        "ratio_to_alone": ratio(alone_ms and adapters * alone_ms, ours),
+    }
+
+
+def row(record: dict[str, Any]) -> str:
+    """One line of the table."""
+    cells: list[Any] = [record["adapters"]]
+    for side in (record["ours"], record["stock"]):
+        if side["status"] == "ok":
+            cells += [side["ms"], side["tokens_per_s"], side["peak_gib"], side["host_syncs"]]
+        else:
+            cells += ["out of memory", None, None, None]
+    cells += [record[name] for name in ("tflop", "floor_h100_ms", "floor_here_ms")]
+    cells += [record[name] for name in ("share_of_floor_h100", "share_of_floor_here")]
+    cells += [record[name] for name in ("ratio_to_stock", "ratio_to_alone")]
+    return " | ".join("–" if cell is None else str(cell) for cell in cells)
+
+
+COLUMNS = (
+    "adapters | ours: ms | tokens/s | GiB | syncs | stock, one adapter: ms | tokens/s | GiB | syncs | "
+    "TFLOP | floor H100 ms | floor here ms | share H100 | share here | ours/stock | ours/alone"
+)
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write to another name first, so that no half file is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partly = path.with_name(f".{path.name}.{os.getpid()}")
+    partly.write_text(json.dumps(result, indent=1) + "\n")
+    partly.replace(path)
+
+
+def adapter_counts(text: str) -> list[int]:
+    """Ascending numbers from "1,2,4"."""
+    counts = sorted({int(part) for part in text.split(",")})
+    if counts[0] < 1:
+        raise ValueError(text)
+    return counts
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--adapters", type=adapter_counts, default=[1], help="such as 1,2,4,8")
+    parser.add_argument("--clips", type=int, default=8, help="of each adapter's step")
+    parser.add_argument("--tokens", type=int, default=400, help="rows of a clip, text and audio")
+    parser.add_argument("--text-share", type=float, default=0.15, help="of a clip's rows")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="JSON, written after each number of adapters")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    args = arguments()
+    device = resolve_device(args.device)
+    started = time.perf_counter()
+    base = random_base(PRESETS[args.preset], device, getattr(torch, args.dtype))
+    synchronise(device)
+    cuda = device.type == "cuda"
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device")}
+    result: dict[str, Any] = settings | {
+        "parameters": sum(p.numel() for p in base.model.parameters()),
+        "base_s": round(time.perf_counter() - started, 2),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "packs": [],
+    }
+    print(f"{args.preset} base of {result['parameters'] / 1e9:.3f} B parameters in {args.dtype} on")
+    print(f"{result['device']}; {args.clips} × {args.tokens} tokens a step and adapter\n{COLUMNS}")
+    for record in compare(base, args):
+        result["packs"].append(record)
+        print(row(record), flush=True)
+        if args.out:
+            write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The two ways of training that the benchmarks compare, on the same base and the same labels."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from higgs_tune.config import ALL_LINEAR, TrialConfig
+from higgs_tune.data.collate import collate, count_targets, to_device
+from higgs_tune.data.tokens import Encoded
+from higgs_tune.model.load import Base
+from higgs_tune.model.targets import linear_modules, lora_regex
+from higgs_tune.train.engine import AdapterState, Engine, PackLimits
+
+Step = Callable[[Sequence[Sequence[Encoded]]], Tensor]
+"""Trains every adapter for a step on its examples; returns the losses, (K,), unread."""
+
+
+def trial_of(rank: int, num_codebooks: int) -> TrialConfig:
+    """All-linear LoRA whose loss is the stock one: the text mean and a sum of the codebooks' means."""
+    return TrialConfig(
+        rank=rank,
+        alpha=32,
+        targets=ALL_LINEAR,
+        learning_rate=1e-4,
+        num_steps=1_000_000,  # the rate stays where it starts, as the stock side's does
+        report_every_steps=100,
+        warmup_fraction=0,
+        audio_loss_weight=float(num_codebooks),
+    )
+
+
+def start_of(base: Base, rank: int) -> dict[str, Tensor]:
+    """Name → an adapter's first weights: A as PEFT draws it, B small but not 0, so that it counts."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for path in ALL_LINEAR:
+        for name, linear in linear_modules(base.model, path).items():
+            bound = linear.in_features**-0.5
+            a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+            b = torch.empty(linear.out_features, rank).normal_(0, 0.02, generator=generator)
+            weights |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    return weights
+
+
+def our_step(base: Base, rank: int, num_adapters: int) -> Step:
+    """A pack of adapters, and its step as training does it."""
+    num_codebooks = base.model.config.num_codebooks
+    trial = trial_of(rank, num_codebooks)
+    engine = Engine(base, PackLimits.of([trial], num_slots=num_adapters))
+    names = [f"adapter {n}" for n in range(num_adapters)]
+    weights = start_of(base, rank)
+    zeros = {name: torch.zeros(()).expand(weight.shape) for name, weight in weights.items()}
+    for name in names:
+        engine.add(name, trial, AdapterState(0, weights, zeros, zeros))
+
+    def step(examples: Sequence[Sequence[Encoded]]) -> Tensor:
+        counts = {slot: count_targets(own, num_codebooks) for slot, own in enumerate(examples)}
+        batch = collate(dict(enumerate(examples)), engine.modes()).to(engine.device)
+        text_K, audio_KC = engine.forward_backward(batch, counts)
+        engine.optim_step(names)
+        text = torch.tensor([counts[slot].text for slot in batch.slots])
+        audio = torch.from_numpy(np.stack([counts[slot].audio_C for slot in batch.slots]))
+        return text_K / to_device(text, engine.device) + (
+            audio_KC / to_device(audio, engine.device)
+        ).sum(1)
+
+    return step
+
+
+def stock_step(base: Base, rank: int) -> Step:
+    """transformers and PEFT as people run them, around the same frozen tensors: one adapter.
+
+    On a base in bf16 that is PEFT's default, adapters in fp32, under autocast. The adapter starts as
+    ours do.
+    """
+    shared = {id(tensor): tensor for tensor in base.model.parameters()}
+    config = LoraConfig(r=rank, lora_alpha=32, target_modules=lora_regex(ALL_LINEAR))
+    model = get_peft_model(copy.deepcopy(base.model, shared), config).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start = start_of(base, rank)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            plain = name.removeprefix("base_model.model.").replace(".default.", ".")
+            parameter.copy_(start[plain])
+    device = next(base.model.parameters()).device
+    half = next(base.model.parameters()).dtype == torch.bfloat16
+    parameters = list(trained.values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+
+    def step(examples: Sequence[Sequence[Encoded]]) -> Tensor:
+        inputs = stock_inputs(examples[0], base.model.config.num_codebooks)
+        inputs = {name: to_device(tensor, device) for name, tensor in inputs.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()[None]
+
+    return step
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def stock_inputs(examples: Sequence[Encoded], num_codebooks: int) -> dict[str, Tensor]:
+    """Right-padded arguments of the stock forward with labels at their own inputs, as it wants them."""
+    longest = max(e.num_rows for e in examples)
+    most = max(1, *(len(e.codes_AC) for e in examples))
+    ids = np.zeros((len(examples), longest), dtype=np.int64)
+    labels = np.full_like(ids, -100)
+    codes = np.zeros((len(examples), most, num_codebooks), dtype=np.int64)
+    audio_labels = np.full_like(codes, -100)
+    mask = np.zeros((len(examples), most), dtype=bool)
+    for n, e in enumerate(examples):
+        ids[n, : e.num_rows] = e.ids_L
+        labels[n, 1 : e.num_rows] = e.text_labels_L[:-1]
+        codes[n, : len(e.codes_AC)] = e.codes_AC
+        audio_labels[n, 1 : len(e.codes_AC)] = e.audio_labels_AC[:-1]
+        mask[n, : len(e.codes_AC)] = True
+    arrays = {
+        "input_ids": ids,
+        "labels": labels,
+        "audio_input_ids": codes,
+        "audio_labels": audio_labels,
+        "audio_input_ids_mask": mask,
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

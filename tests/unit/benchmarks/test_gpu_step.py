@@ -1,0 +1,153 @@
+"""The full-size benchmark at small size, and its model of what a step must compute."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_step
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from random_base import (
+    PRESETS,
+    attention_flops,
+    head_flops,
+    linear_flops,
+    random_base,
+    random_clip,
+    random_clips,
+    step_flops,
+)
+from sides import our_step, stock_inputs
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import HiggsAudioV2ForConditionalGeneration
+
+from higgs_tune.config import ALL_LINEAR
+from higgs_tune.data.tokens import IGNORE
+from higgs_tune.model.targets import lora_regex
+
+CPU = torch.device("cpu")
+SMALL = PRESETS["small"]
+
+
+def small_base():
+    return random_base(SMALL, CPU, torch.float32)
+
+
+def test_flops_are_those_that_torch_counts_in_the_stock_step():
+    base = small_base()
+    clips = random_clips(base, 4, 60, 0.2, [0])
+    base.model.set_attn_implementation("eager")  # plain matmuls; of the whole square
+    stock = get_peft_model(base.model, LoraConfig(r=4, target_modules=lora_regex(ALL_LINEAR)))
+    with FlopCounterMode(display=False) as counter:
+        stock(**stock_inputs(clips, SMALL.num_codebooks), use_cache=False).loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    counted = {name.__name__: flops for name, flops in counts.items()}
+    assert counted.pop("bmm") == 2 * attention_flops(SMALL, [60] * 4)
+    assert counted == {"mm": linear_flops(SMALL, 4, 240) + head_flops(SMALL, 240, 240)}
+
+
+def test_full_size_is_the_known_amount():
+    base = random_base(PRESETS["full"], torch.device("meta"), torch.bfloat16)
+    assert sum(p.numel() for p in base.model.parameters()) == pytest.approx(5.77e9, rel=1e-3)
+    clips = random_clips(base, 8, 400, 0.15, [0])
+    # counted by hand from the layers' sizes: 37.6 TFLOP, about 48 ms of an H100
+    assert step_flops(base.model.config, 16, clips) == pytest.approx(37.6e12, rel=0.01)
+    assert step_flops(base.model.config, 16, clips) / gpu_step.H100_FLOPS == pytest.approx(
+        0.048, rel=0.01
+    )
+
+
+def test_the_full_size_step_runs_on_the_meta_device():
+    base = random_base(PRESETS["full"], torch.device("meta"), torch.bfloat16)
+    step = our_step(base, 16, 2)
+    assert step([random_clips(base, 8, 400, 0.15, [k]) for k in range(2)]).shape == (2,)
+
+
+def test_a_random_base_has_the_buffers_of_a_plainly_made_one():
+    plain = HiggsAudioV2ForConditionalGeneration(SMALL, use_text_head=True)
+    made = random_base(SMALL, CPU, torch.bfloat16).model
+    buffers = dict(made.named_buffers())
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(buffers.pop(name), buffer, rtol=0, atol=0)
+    assert not buffers
+    assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
+    assert made.text_lm_head.weight.float().std() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("task", ["transcribe", "speak", "chat"])
+def test_random_clips_have_the_length_and_the_targets_of_their_task(task):
+    clip = random_clip(small_base(), task, 100, 0.2, np.random.default_rng(0))
+    assert clip.num_rows == 100
+    learnt = ((clip.text_labels_L != IGNORE).sum(), (clip.audio_labels_AC != IGNORE).sum())
+    assert (learnt[0] >= 20) == (task != "speak")
+    assert (learnt[1] > 0) == (task != "transcribe")
+    with pytest.raises(SystemExit, match="no room"):
+        random_clip(small_base(), task, 20, 0.2, np.random.default_rng(0))
+
+
+def records(monkeypatch, *arguments):
+    """Run in this process; returns the packs."""
+    monkeypatch.setattr(sys, "argv", ["gpu_step.py", "--device=cpu", *arguments])
+    args = gpu_step.arguments()
+    return list(gpu_step.compare(small_base(), args))
+
+
+SHORT = ("--preset=small", "--clips=2", "--tokens=60", "--repeats=2")
+
+
+def test_stock_out_of_memory_keeps_our_figures(monkeypatch):
+    def too_big(base, rank):
+        def step(examples):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return step
+
+    monkeypatch.setattr(gpu_step, "stock_step", too_big)
+    record, second = records(monkeypatch, *SHORT, "--adapters=1,2")
+    assert record["stock"] == second["stock"] == {"status": "out_of_memory"}
+    assert record["ours"]["ms"] > 0 and second["ratio_to_alone"] > 0
+    assert record["ratio_to_stock"] is None and record["losses_compared"] == 0
+    assert gpu_step.row(record).count("out of memory") == 1
+
+
+def test_the_first_pack_that_does_not_fit_is_the_last(monkeypatch):
+    def limited(base, rank, adapters):
+        if adapters > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return our_step(base, rank, adapters)
+
+    monkeypatch.setattr(gpu_step, "our_step", limited)
+    one, two = records(monkeypatch, *SHORT, "--adapters=1,2,4")
+    assert one["ours"]["status"] == "ok" and one["ratio_to_stock"] > 0
+    assert two["ours"] == {"status": "out_of_memory"} and two["stock"]["ms"] > 0
+
+
+def test_other_losses_than_the_stock_ones_end_the_benchmark(monkeypatch):
+    def other(base, rank, adapters):
+        step = our_step(base, rank, adapters)
+        return lambda examples: step(examples) * 1.001
+
+    monkeypatch.setattr(gpu_step, "our_step", other)
+    with pytest.raises(SystemExit, match="our loss"):
+        records(monkeypatch, *SHORT)
+
+
+@pytest.mark.slow
+def test_the_script_runs_end_to_end_on_a_cpu(tmp_path):
+    script = Path(__file__).parents[3] / "benchmarks" / "gpu_step.py"
+    out = tmp_path / "made" / "figures.json"
+    command = [sys.executable, str(script), *SHORT, "--device=cpu", "--adapters=2,1", "--clips=1"]
+    done = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True, check=True)
+    result = json.loads(out.read_text())
+    assert [pack["adapters"] for pack in result["packs"]] == [1, 2]
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert len(done.stdout.splitlines()) == 5
+    for pack in result["packs"]:
+        assert pack["losses_compared"] == gpu_step.NUM_CHECKED
+        assert pack["ours"]["host_syncs"] == 0 < pack["stock"]["host_syncs"]
+        assert len(pack["ours"]["every_ms"]) == len(pack["stock"]["every_ms"]) == 2
+        assert pack["ratio_to_stock"] > 0 and pack["ours"]["tokens_per_s"] > 0
+        assert 0 < pack["share_of_floor_here"] < 1
