@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from host_syncs import count_host_syncs
 from random_base import PRESETS, random_base, random_clips, step_flops
-from sides import Step, our_step, stock_step, synchronise
+from sides import Step, our_step, predicted_bytes, stock_step, synchronise
 
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.model.load import Base, resolve_device
@@ -163,6 +163,7 @@ def compare(base: Base, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     stock: Side | None = None
     alone: float | None = None
     for adapters in args.adapters:
+        predicted = predicted_bytes(base, args.rank, adapters, batches[0][0])
         make = partial(our_step, base, args.rank, adapters)
         ours = Side.made(make, adapters, batches, device, base_bytes)
         if stock is None:
@@ -181,6 +182,7 @@ def compare(base: Base, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "floor_h100_ms": round(1000 * adapters * flops / H100_FLOPS, 4),
             "floor_here_ms": round(1000 * adapters * flops / here, 4),
             "matmul_here_tflops": round(here / 1e12, 3),
+            "predicted_gib": round(predicted / 2**30, 4),
             "ours": ours.figures(tokens),
             "stock": stock.figures(tokens),
         }
@@ -218,7 +220,7 @@ def row(record: dict[str, Any]) -> str:
             cells += [side["ms"], side["tokens_per_s"], side["peak_gib"], side["host_syncs"]]
         else:
             cells += ["out of memory", None, None, None]
-    cells += [record[name] for name in ("tflop", "floor_h100_ms", "floor_here_ms")]
+    cells += [record[name] for name in ("predicted_gib", "tflop", "floor_h100_ms", "floor_here_ms")]
     cells += [record[name] for name in ("share_of_floor_h100", "share_of_floor_here")]
     cells += [record[name] for name in ("ratio_to_stock", "ratio_to_alone")]
     return " | ".join("–" if cell is None else str(cell) for cell in cells)
@@ -226,7 +228,7 @@ def row(record: dict[str, Any]) -> str:
 
 COLUMNS = (
     "adapters | ours: ms | tokens/s | GiB | syncs | stock, one adapter: ms | tokens/s | GiB | syncs | "
-    "TFLOP | floor H100 ms | floor here ms | share H100 | share here | ours/stock | ours/alone"
+    "predicted GiB | TFLOP | H100 ms | here ms | share H100 | share here | stock/ours | alone/ours"
 )
 
 
@@ -261,7 +263,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, help="JSON, written after each number of adapters")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.clips, args.tokens, args.rank, args.repeats) < 1:
+        parser.error("--clips, --tokens, --rank and --repeats must be at least 1")
+    return args
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def random_base(config: HiggsAudioV2Config, device: torch.device, dtype: torch.d
     """A frozen base with its text head, filled on the device: nothing of its size is on the host."""
     with torch.device("meta"):
         model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
-        model.to(dtype=dtype)
+        model.to(dtype)  # type: ignore[arg-type]
     model.to_empty(device=device)
     # buffers are in no state dict: those of the constructor are lost with the meta device
     model.model.rotary_emb = HiggsAudioV2RotaryEmbedding(config).to(device)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from higgs_tune.config import ALL_LINEAR, TrialConfig
 from higgs_tune.data.collate import collate, count_targets, to_device
-from higgs_tune.data.tokens import Encoded
+from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.model.load import Base
 from higgs_tune.model.targets import linear_modules, lora_regex
 from higgs_tune.train.engine import AdapterState, Engine, PackLimits
+from higgs_tune.train.memory import StepShape, predict
 
 Step = Callable[[Sequence[Sequence[Encoded]]], Tensor]
 """Trains every adapter for a step on its examples; returns the losses, (K,), unread."""
@@ -31,6 +32,22 @@ def trial_of(rank: int, num_codebooks: int) -> TrialConfig:
         warmup_fraction=0,
         audio_loss_weight=float(num_codebooks),
     )
+
+
+def predicted_bytes(base: Base, rank: int, adapters: int, examples: Sequence[Encoded]) -> int:
+    """Peak memory of our step as `higgs-tune fit` predicts it, each adapter on such examples."""
+    config, count = base.model.config, len(examples)
+    text_targets = sum(int((e.text_labels_L != IGNORE).sum()) for e in examples)
+    audio_rows = sum(len(e.codes_AC) for e in examples)
+    shape = StepShape(
+        num_clips=count,
+        text_rows=round((sum(e.num_rows for e in examples) - audio_rows) / count),
+        audio_rows=round(audio_rows / count),
+        text_targets=round(text_targets / count),
+    )
+    limits = PackLimits.of([trial_of(rank, config.num_codebooks)], num_slots=adapters)
+    dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
+    return predict(config, dtype, limits, ["off"] * adapters, shape).total
 
 
 def start_of(base: Base, rank: int) -> dict[str, Tensor]:
