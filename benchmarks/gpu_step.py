@@ -75,11 +75,13 @@ class Side:
 
     def attempt(self, act: Callable[[], None]) -> None:
         """Do something; if memory runs out, let go of the step and all that it holds."""
+        failed = False
         try:
             act()
         except torch.OutOfMemoryError:
+            failed = True  # the traceback holds tensors until this block ends
+        if failed:
             self.step = None
-        if self.step is None:
             free_memory()
 
     def start(self, step: Step, batches: Sequence[Batch]) -> None:
@@ -90,9 +92,10 @@ class Side:
         self.step = step
 
     def timed(self, batch: Batch) -> None:
-        """One step between two waits for the device."""
+        """One step between two waits for the device, after one that warms this side's memory."""
         if (step := self.step) is None:
             return
+        step(batch[: self.adapters])
         synchronise(self.device)
         started = time.perf_counter()
         step(batch[: self.adapters])
@@ -167,8 +170,7 @@ def compare(base: Base, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         make = partial(our_step, base, args.rank, adapters)
         ours = Side.made(make, adapters, batches, device, base_bytes)
         if stock is None:
-            make = partial(stock_step, base, args.rank)
-            stock = Side.made(make, 1, batches, device, base_bytes)
+            stock = Side.made(partial(stock_step, base, args.rank), 1, batches, device, base_bytes)
         compared = check_losses(ours, stock, dtype)
         ours.times, stock.times = [], []
         for number in range(args.repeats):
@@ -187,8 +189,7 @@ def compare(base: Base, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "stock": stock.figures(tokens),
         }
         ms = record["ours"].get("ms")
-        if ms and adapters == 1:
-            alone = ms
+        alone = ms if adapters == 1 else alone
         yield record | shares(record, alone)
         if ours.step is None:
             return

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from higgs_tune.config import ALL_LINEAR, TrialConfig
+from higgs_tune.config import ALL_LINEAR, CrossAttention, TrialConfig
 from higgs_tune.data.collate import collate, count_targets, to_device
 from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.model.load import Base
@@ -47,7 +47,8 @@ def predicted_bytes(base: Base, rank: int, adapters: int, examples: Sequence[Enc
     )
     limits = PackLimits.of([trial_of(rank, config.num_codebooks)], num_slots=adapters)
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
-    return predict(config, dtype, limits, ["off"] * adapters, shape).total
+    modes: list[CrossAttention] = ["off"] * adapters
+    return predict(config, dtype, limits, modes, shape).total
 
 
 def start_of(base: Base, rank: int) -> dict[str, Tensor]:

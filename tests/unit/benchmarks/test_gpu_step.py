@@ -120,6 +120,21 @@ def test_stock_out_of_memory_keeps_our_figures(monkeypatch):
     assert gpu_step.row(record).count("out of memory") == 1
 
 
+def test_memory_is_given_back_once_when_it_runs_out(monkeypatch):
+    freed = []
+    monkeypatch.setattr(gpu_step, "free_memory", lambda: freed.append(None))
+    side = gpu_step.Side(1, CPU, lambda batch: batch)
+
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    side.attempt(run_out)
+    assert side.step is None and len(freed) == 1
+    for _ in range(3):  # would empty the allocator's cache before the other side's timed steps
+        side.attempt(lambda: side.timed([[]]))
+    assert len(freed) == 1 and not side.times
+
+
 def test_the_first_pack_that_does_not_fit_is_the_last(monkeypatch):
     def limited(base, rank, adapters):
         if adapters > 1:
