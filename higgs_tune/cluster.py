@@ -16,9 +16,6 @@ from higgs_tune.errors import ConfigError
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # half-on tokens break `ray start`; the dashboard is on loopback
-    # Threads that wait for each other must let go of a busy core: beside one busy process,
-    # OpenMP's default made a 0.13 s step 0.47 s in the median and 4.9 s at worst, this 0.17 and 0.83 s.
-    "GOMP_SPINCOUNT": "10000",
 }
 
 
