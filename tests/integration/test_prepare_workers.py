@@ -177,7 +177,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it took too long"
-        time.sleep(0.02)
+        time.sleep(0.005)
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -194,9 +194,11 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on(start, whole, tmp_pat
         process = start()
         record = shards / f"part-{number:05d}.json"
         wait_until(lambda p=process, r=record: r.exists() or p.poll() is not None)
+        process.send_signal(signal.SIGSTOP)  # it would end while its actors are looked up
         workers = actors(process.pid)
         assert len(workers) == 2
         process.send_signal(how)
+        process.send_signal(signal.SIGCONT)
         printed = process.communicate(timeout=60)[0]
         if how == signal.SIGINT:
             assert process.returncode == 130, printed
