@@ -22,13 +22,12 @@ from transformers import HiggsAudioV2TokenizerModel
 from transformers.utils import logging as hf_logging
 
 from higgs_tune.data.mel_codec import MelRvqCodec, MelRvqCodecConfig
-from higgs_tune.errors import ConfigError, DataError, ModelError
+from higgs_tune.errors import DataError, ModelError
 
 __all__ = [
     "Codec",
     "MelRvqCodec",
     "MelRvqCodecConfig",
-    "codec_device",
     "decode_clip",
     "embedded_codec_path",
     "encode_clip",
@@ -44,27 +43,6 @@ Codec = MelRvqCodec | HiggsAudioV2TokenizerModel
 def embedded_codec_path() -> Path:
     """Folder of the codec that ships with the package."""
     return Path(str(resources.files("higgs_tune").joinpath("embedded", "codec")))
-
-
-def codec_device(name: str) -> torch.device:
-    """Turn "auto" into the GPU if there is one.
-
-    Raises:
-        ConfigError: no device has this name, or it is a GPU that is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(
-            f"--device {name}: names no device. Use auto, cpu, cuda or cuda:N."
-        ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here. Use auto or cpu."
-        )
-    return device
 
 
 def load_codec(path: str, device: str | torch.device = "cpu", revision: str | None = None) -> Codec:

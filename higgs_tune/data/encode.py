@@ -18,7 +18,7 @@ from typing import Any
 
 from higgs_tune.data.audio import locate
 from higgs_tune.data.clips import ClipRules, Codes, Names, Outcome, code_here
-from higgs_tune.data.codec import Codec, codec_device, load_codec, weights_digest
+from higgs_tune.data.codec import Codec, load_codec, weights_digest
 from higgs_tune.data.files import write_json, write_json_lines
 from higgs_tune.data.manifest import Manifest, read_manifest
 from higgs_tune.data.options import PrepareOptions
@@ -35,6 +35,7 @@ from higgs_tune.data.shards import (
     write_shard,
 )
 from higgs_tune.data.splits import GIVEN, assign_splits, shared_texts
+from higgs_tune.device import resolve_device
 from higgs_tune.errors import DataError
 
 JOB_NAME = "prepare.json"
@@ -76,7 +77,9 @@ def prepare(
         raise DataError(f"{data_root}: no such folder. --data-root is where the recordings are.")
     root = (data_root or manifest.parent).resolve()
     # With more workers this process codes nothing, and its device says nothing of theirs.
-    model = load_codec(codec, codec_device(device) if num_workers == 1 else "cpu", codec_revision)
+    model = load_codec(
+        codec, resolve_device(device, "--device") if num_workers == 1 else "cpu", codec_revision
+    )
     facts = codec_facts(model, codec)
     found = read_manifest(manifest, root, options.max_text_chars, options.clips_from_chat)
     _claim(out, _job(found, facts, options))

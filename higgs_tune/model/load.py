@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from higgs_tune.config import BaseSettings
 from higgs_tune.data.tokens import CONTROL_TOKENS, Vocabulary
+from higgs_tune.device import resolve_device
 from higgs_tune.errors import ConfigError, ModelError
 from higgs_tune.model import boson
 from higgs_tune.model.audio_attention import (
@@ -45,30 +46,6 @@ class Base:
     source: str  # what an adapter names as its base
     revision: str | None = None  # commit of a source that is a Hub id
     folder: Path | None = None  # where its files are, if it came from a checkpoint
-
-
-def resolve_device(name: str) -> torch.device:
-    """Turn "auto" into the GPU if there is one.
-
-    Raises:
-        ConfigError: no device has this name, or a CUDA device is named and is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(
-            f"base.device: found {name!r}, which names no device. Use auto, cpu, cuda or cuda:N."
-        ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"base.device: found {name!r}, but torch sees no GPU. Use auto or cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"base.device: found {name!r}, but torch sees {torch.cuda.device_count()} GPUs, "
-            "counted from 0."
-        )
-    return device
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -164,7 +141,7 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
         ConfigError: a Hub id without a revision, or a GPU that is not there.
         ModelError: the folder is not a checkpoint of this model, or it has no text head.
     """
-    device = resolve_device(settings.device)
+    device = resolve_device(settings.device, "base.device")
     source, folder = _locate(settings)
     raw = read_object(folder / "config.json")
     try:

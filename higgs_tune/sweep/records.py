@@ -129,7 +129,7 @@ class TrialFiles:
         shutil.rmtree(former, ignore_errors=True)
         try:
             shutil.copytree(source, draft, copy_function=_link_or_copy)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too, must leave no draft; a full disk needs its space
             shutil.rmtree(draft, ignore_errors=True)
             raise
         if target.exists():

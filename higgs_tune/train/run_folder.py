@@ -213,8 +213,8 @@ def _swap(folder: Path, write: Callable[[Path], None]) -> None:
     fresh.mkdir(parents=True)
     try:
         write(fresh)
-    except BaseException:
-        shutil.rmtree(fresh)  # a full disk needs its space
+    except BaseException:  # Ctrl-C, too, must leave no draft; a full disk needs its space
+        shutil.rmtree(fresh)
         raise
     if folder.exists():
         folder.rename(old)

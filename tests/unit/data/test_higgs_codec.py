@@ -11,13 +11,12 @@ from transformers import HiggsAudioV2TokenizerModel
 
 from higgs_tune.data.codec import (
     Codec,
-    codec_device,
     decode_clip,
     encode_clip,
     load_codec,
     weights_digest,
 )
-from higgs_tune.errors import ConfigError, DataError, ModelError
+from higgs_tune.errors import DataError, ModelError
 from tests.codecs import RATIOS, save_tiny_higgs_codec
 
 RATE_HZ = 24_000
@@ -131,12 +130,6 @@ def test_codes_that_the_config_does_not_promise_are_refused(folder: Path, monkey
     monkeypatch.setattr(HiggsAudioV2TokenizerModel, "encode", fewer)
     with pytest.raises(ModelError, match=r"gives 4 codebooks × 25 frames, .* says 8 × 25"):
         load_codec(str(folder))
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_there_is_named(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"--device {name}: .*Use auto"):
-        codec_device(name)
 
 
 def test_hop_is_the_product_of_the_ratios(codec: Codec) -> None:

@@ -11,7 +11,7 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from higgs_tune.config import BaseSettings
 from higgs_tune.errors import ConfigError, ModelError
 from higgs_tune.model.audio_attention import with_cross_attention
-from higgs_tune.model.load import load_base, load_checkpoint, resolve_device
+from higgs_tune.model.load import load_base, load_checkpoint
 from tests.checkpoints import boson_config, boson_names, tokenizer, write_boson, write_native
 from tests.models import NUM_CODES, example, stock_inputs, tiny_base
 
@@ -304,9 +304,3 @@ def test_the_originals_config_of_the_fixture_has_the_released_fields():
     fields = boson_config(2, audio_self=False)
     assert {"text_config", "audio_num_codebooks", "use_audio_out_self_attention"} <= fields.keys()
     assert fields["text_config"]["rope_scaling"]["rope_type"] == "llama3"
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
-def test_a_device_that_does_not_exist_is_a_config_error(name: str):
-    with pytest.raises(ConfigError, match=r"base\.device: found .* names no device"):
-        resolve_device(name)

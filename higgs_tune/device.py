@@ -1,0 +1,32 @@
+"""The device that a setting names."""
+
+import torch
+
+from higgs_tune.errors import ConfigError
+
+
+def resolve_device(name: str, setting: str) -> torch.device:
+    """Turn "auto" into the GPU if there is one.
+
+    Args:
+        setting: what the user calls it, for the error.
+
+    Raises:
+        ConfigError: no device has this name, or it is a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            f"{setting}: found {name!r}, which names no device. Use auto, cpu, cuda or cuda:N."
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{setting}: found {name!r}, but torch sees no GPU. Use auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{setting}: found {name!r}, but torch sees {torch.cuda.device_count()} GPUs, "
+            "counted from 0."
+        )
+    return device
