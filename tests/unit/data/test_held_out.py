@@ -1,0 +1,84 @@
+"""The validation sets."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.held_out import validation_sets
+from higgs_tune.data.swap import derange
+from higgs_tune.errors import DataError
+from tests.unit.data.rows import audio, clip, encoded_rows, make, row_of, text
+
+
+def test_validation_fits_the_base_with_swapped_audio_too(tmp_path: Path):
+    rows = [clip(n, "validation", num_frames=10 + n, text="x" * (60 - n)) for n in range(40)]
+    dataset = make(tmp_path, [*rows, clip(99)])
+    sets = validation_sets(dataset, 40, max_rows=105)
+    assert len(sets.transcribe) == 14, "clips of 10 to 23 frames, texts of 60 to 47 letters"
+    for conversation in (*sets.transcribe, *sets.transcribe_swapped, *sets.speak):
+        assert encoded_rows(conversation) <= 105
+    with pytest.raises(DataError, match="has 0 usable clips"):
+        validation_sets(dataset, 40, max_rows=30)
+
+
+def test_validation_swaps_are_a_permutation_with_other_texts_near_in_length(tmp_path: Path):
+    rows = [
+        clip(n, "validation", speaker=f"s{n % 4}", text=f"sentence {n // 4}") for n in range(200)
+    ]
+    rows += [clip(n) for n in range(200, 210)]
+    dataset = make(tmp_path, rows)
+    sets = validation_sets(dataset, 48)
+    assert len(sets.transcribe) == len(sets.transcribe_swapped) == len(sets.speak) == 48
+    by_codes = {row.codes[0].tobytes(): row for row in rows}
+    distances = []
+    for own, swapped in zip(sets.transcribe, sets.transcribe_swapped, strict=True):
+        assert text(own, 1) == text(swapped, 1) == by_codes[audio(own, 0).tobytes()].text
+        assert by_codes[audio(swapped, 0).tobytes()].text != text(own, 1)
+        distances.append(abs(len(audio(own, 0)) - len(audio(swapped, 0))))
+    own, swapped = (
+        sorted(audio(c, 0).tobytes() for c in part)
+        for part in (sets.transcribe, sets.transcribe_swapped)
+    )
+    assert own == swapped
+    assert np.mean(distances) < 3, "48 clips of 5 to 59 frames lie about 1 apart"
+    again = validation_sets(Dataset.open(str(tmp_path)), 48)
+    assert [c.key for c in again.transcribe_swapped] == [c.key for c in sets.transcribe_swapped]
+
+
+def test_validation_is_spread_over_texts_and_speakers(tmp_path: Path):
+    rows = [
+        clip(n, "validation", speaker=f"s{n // 40}", text=f"sentence {n % 40}") for n in range(160)
+    ]
+    sets = validation_sets(make(tmp_path, rows), 20)
+    numbers = [int(row_of(c)[1:]) for c in sets.transcribe]
+    assert len({n % 40 for n in numbers}) == 20
+    assert Counter(n // 40 for n in numbers) == {0: 5, 1: 5, 2: 5, 3: 5}
+
+
+def test_validation_keeps_no_text_above_half(tmp_path: Path):
+    rows = [clip(n, "validation", text="same") for n in range(9)] + [clip(9, "validation")]
+    sets = validation_sets(make(tmp_path, rows), 10)
+    assert sorted(text(c, 1) for c in sets.transcribe) == ["same", "text 9"]
+
+
+@pytest.mark.parametrize("texts", [["a"], ["a", "a"], []])
+def test_validation_without_two_texts_is_an_error(tmp_path: Path, texts: list[str]):
+    rows = [clip(n, "validation", text=t) for n, t in enumerate(texts)] + [clip(9)]
+    dataset = make(tmp_path, rows)
+    with pytest.raises(DataError, match=f"{len(texts)} usable clips with {len(set(texts))} diff"):
+        validation_sets(dataset, 10)
+
+
+def test_derangement_holds_for_any_texts_without_a_majority():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        size = int(rng.integers(2, 25))
+        texts = [f"t{n}" for n in rng.integers(0, 6, size)]
+        if 2 * max(Counter(texts).values()) > size:
+            continue
+        result = derange(texts, rng.integers(1, 50, size).tolist())
+        assert sorted(result) == list(range(size))
+        assert all(texts[i] != texts[j] for i, j in enumerate(result))

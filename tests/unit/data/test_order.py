@@ -1,0 +1,159 @@
+"""The order of training."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from higgs_tune.config import TaskMix
+from higgs_tune.data import tasks
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.order import TrainOrder
+from higgs_tune.errors import DataError
+from tests.unit.data.rows import audio, chat, clip, encoded_rows, make, row_of, text
+
+
+@pytest.mark.parametrize("num_rows, batch_clips", [(37, 8), (5, 8), (64, 8), (100, 7), (3, 1)])
+def test_each_epoch_visits_every_row_once(tmp_path: Path, num_rows: int, batch_clips: int):
+    order = TrainOrder(
+        make(tmp_path, [clip(n) for n in range(num_rows)]), TaskMix(), batch_clips, 3
+    )
+    num_epochs = 4
+    batches = [order.batch(step) for step in range(num_epochs * num_rows // batch_clips + 1)]
+    assert {len(batch) for batch in batches} == {batch_clips}
+    stream = [row_of(conversation) for batch in batches for conversation in batch]
+    epochs = [stream[e * num_rows : (e + 1) * num_rows] for e in range(num_epochs)]
+    for epoch in epochs:
+        assert Counter(epoch) == Counter(f"r{n}" for n in range(num_rows))
+    if num_rows > 5:
+        assert epochs[0] != epochs[1]
+
+
+def test_a_batch_depends_on_nothing_but_seed_and_step(tmp_path: Path):
+    mix = TaskMix(transcribe=1, speak=1, clone=1)
+    rows = [clip(n, speaker=f"s{n % 3}") for n in range(40)]
+    order = TrainOrder(make(tmp_path, rows), mix, 6, seed=5)
+    forward = [[c.key for c in order.batch(step)] for step in range(30)]
+    resumed = TrainOrder(Dataset.open(str(tmp_path)), mix, 6, seed=5)
+    assert [[c.key for c in resumed.batch(step)] for step in reversed(range(30))] == forward[::-1]
+    other = TrainOrder(Dataset.open(str(tmp_path)), mix, 6, seed=6)
+    assert [c.key for c in other.batch(0)] != forward[0]
+
+
+def test_clips_of_similar_length_share_a_batch(tmp_path: Path):
+    rows = [clip(n, num_frames=1 + n, text="same") for n in range(512)]
+    order = TrainOrder(make(tmp_path, rows), TaskMix(speak=0), 8, seed=0)
+    spreads = [np.ptp([len(audio(c, 0)) for c in order.batch(step)]) for step in range(64)]
+    assert np.median(spreads) < 64, "a random batch of 8 spans about 400 of 512 lengths"
+    firsts = [len(audio(order.batch(step)[0], 0)) for step in range(64)]
+    assert np.abs(np.corrcoef(firsts, range(64))[0, 1]) < 0.5, "batches come in random order"
+
+
+def test_tasks_follow_the_weights_and_change_between_epochs(tmp_path: Path):
+    rows = [clip(n, speaker=f"s{n % 4}") for n in range(400)]
+    order = TrainOrder(make(tmp_path, rows), TaskMix(transcribe=2, speak=1, clone=1), 10, seed=1)
+    stream = [c for step in range(80) for c in order.batch(step)]
+    counts = Counter(c.task for c in stream)
+    assert counts["transcribe"] / 800 == pytest.approx(0.5, abs=0.06)
+    assert counts["speak"] / 800 == pytest.approx(0.25, abs=0.06)
+    assert counts["clone"] / 800 == pytest.approx(0.25, abs=0.06)
+    first = {row_of(c): c.task for c in stream[:400]}
+    second = {row_of(c): c.task for c in stream[400:]}
+    assert first != second
+
+
+def test_clone_refers_to_another_text_of_the_same_speaker_and_split(tmp_path: Path):
+    rows = [clip(n, speaker=f"s{n % 3}", text=f"t{n % 7}") for n in range(60)]
+    rows += [clip(n, split="validation", speaker="s0") for n in range(60, 80)]
+    by_codes = {row.codes[0].tobytes(): row for row in rows}
+    order = TrainOrder(make(tmp_path, rows), TaskMix(transcribe=0, speak=0, clone=1), 6, seed=0)
+    for step in range(20):
+        for conversation in order.batch(step):
+            reference = by_codes[audio(conversation, 1).tobytes()]
+            target = by_codes[audio(conversation, 3).tobytes()]
+            assert reference.speaker == target.speaker
+            assert reference.split == "train"
+            assert reference.text == text(conversation, 0) != target.text == text(conversation, 2)
+            assert [turn.target for turn in conversation.turns] == [False, False, False, True]
+
+
+def test_clone_prefers_the_reference_of_the_row(tmp_path: Path):
+    order = TrainOrder(
+        make(tmp_path, [clip(0, ref_text="its own")]), TaskMix(transcribe=0, speak=0, clone=1), 1, 0
+    )
+    (conversation,) = order.batch(0)
+    assert text(conversation, 0) == "its own"
+    assert len(audio(conversation, 1)) == 7
+
+
+def test_a_speaker_with_one_text_or_no_name_is_not_cloned(tmp_path: Path):
+    rows = [clip(0, speaker="one"), clip(1, speaker="one", text="text 0")]
+    rows += [clip(n, speaker="") for n in range(2, 6)] + [clip(n, speaker="two") for n in (6, 7)]
+    dataset = make(tmp_path, rows)
+    order = TrainOrder(dataset, TaskMix(transcribe=0, speak=1, clone=99), 8, seed=0)
+    cloned = {row_of(c) for s in range(20) for c in order.batch(s) if c.task == "clone"}
+    assert cloned == {"r6", "r7"}
+    assert TrainOrder(dataset, TaskMix(transcribe=0, speak=0, clone=1), 1, 0).num_skipped == 6
+
+
+def test_chat_rows_keep_their_turns(tmp_path: Path):
+    order = TrainOrder(make(tmp_path, [chat(0)]), TaskMix(), 1, seed=0)
+    (conversation,) = order.batch(0)
+    assert conversation.task == "chat"
+    assert [turn.target for turn in conversation.turns] == [False, False, False, True]
+    assert [len(audio(conversation, 1)), len(audio(conversation, 2))] == [3, 4]
+
+
+def test_rows_over_the_limits_are_skipped_and_counted(tmp_path: Path):
+    rows = [clip(n, num_frames=10) for n in range(6)] + [clip(6, num_frames=11)]
+    rows += [clip(7, num_frames=10, text="x" * 50)]
+    dataset = make(tmp_path, rows)
+    order = TrainOrder(dataset, TaskMix(), 2, 0, max_frames=10, max_text=20)
+    assert (order.num_rows, order.num_skipped) == (6, 2)
+    words = TrainOrder(dataset, TaskMix(), 2, 0, max_text=1, text_length=lambda t: len(t.split()))
+    assert words.num_rows == 1
+    with pytest.raises(
+        DataError, match=r"all 8 rows of the train split are skipped .*max_frames 3"
+    ):
+        TrainOrder(dataset, TaskMix(), 2, 0, max_frames=3)
+
+
+def test_the_estimate_of_rows_is_never_below_the_encoded_ones(tmp_path: Path):
+    rows = [clip(n) for n in range(5)] + [clip(5, ref_text="a reference"), chat(0)]
+    dataset = make(tmp_path, rows)
+    for index, kind in enumerate(dataset.kinds):
+        row, most = dataset.row(index), dataset.most_rows(index, len)
+        if kind == "chat":
+            assert encoded_rows(tasks.chat(row)) <= most
+            continue
+        assert encoded_rows(tasks.transcribe(row)) <= most
+        assert most - encoded_rows(tasks.speak(row)) <= 6
+        for other in range(5):
+            both = most + dataset.most_rows(other, len)
+            if row.ref_text is not None:
+                both = most + dataset.most_reference_rows(index, len)
+            assert encoded_rows(tasks.clone(row, dataset.row(other))) <= both
+
+
+def test_what_the_base_cannot_hold_is_skipped_before_training(tmp_path: Path):
+    rows = [clip(n, speaker="a", num_frames=10) for n in range(6)]
+    rows += [clip(6, speaker="a", num_frames=60), clip(7, speaker="a", num_frames=200)]
+    rows += [clip(8, speaker="b", num_frames=40, ref_text="r" * 20), chat(0)]
+    dataset = make(tmp_path, rows)
+    order = TrainOrder(dataset, TaskMix(speak=0, clone=9), 5, seed=0, max_rows=100)
+    assert (order.num_rows, order.num_skipped) == (9, 1)
+    drawn = [c for step in range(40) for c in order.batch(step)]
+    assert max(map(encoded_rows, drawn)) <= 100
+    cloned = {row_of(c) for c in drawn if c.task == "clone"}
+    assert cloned == {f"r{n}" for n in range(6)}
+    alone = TrainOrder(dataset, TaskMix(transcribe=0, speak=0, clone=1), 5, seed=0, max_rows=100)
+    assert alone.num_skipped == 3
+
+
+def test_a_roomy_limit_of_rows_changes_no_batch(tmp_path: Path):
+    mix = TaskMix(transcribe=1, speak=1, clone=1)
+    dataset = make(tmp_path, [clip(n, speaker=f"s{n % 3}") for n in range(40)])
+    free, limited = (TrainOrder(dataset, mix, 6, seed=5, max_rows=n) for n in (None, 2048))
+    for step in range(30):
+        assert [c.key for c in free.batch(step)] == [c.key for c in limited.batch(step)]
