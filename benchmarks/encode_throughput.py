@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -29,6 +30,7 @@ from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_tune.data import encode
 from higgs_tune.data.options import PrepareOptions
+from higgs_tune.files import write_json
 
 RATE_HZ = 24_000
 
@@ -56,8 +58,9 @@ def tiny_higgs(folder: Path) -> str:
         },
     )
     codec = HiggsAudioV2TokenizerModel(config)
-    for quantizer in codec.quantizer.quantizers:  # they start at zero
-        quantizer.codebook.embed.normal_()
+    for name, buffer in codec.named_buffers():
+        if name.endswith("codebook.embed"):  # they start at zero
+            buffer.normal_()
     codec.save_pretrained(folder)
     return str(folder)
 
@@ -103,8 +106,16 @@ class PeakRss:
             self.mib = max(self.mib, total / 2**20)
 
 
-def timed(run: Callable[[], encode.DatasetInfo]) -> tuple[float, float, str]:
-    """Seconds in all, seconds after the first clip, and the content hash."""
+class Timed(NamedTuple):
+    """One preparation: seconds in all, seconds after the first clip, and what came out."""
+
+    whole_s: float
+    steady_s: float
+    content_hash: str
+
+
+def timed(run: Callable[[], encode.DatasetInfo]) -> Timed:
+    """Run and measure."""
     first: list[float] = []
     make_row = encode._row
 
@@ -119,7 +130,7 @@ def timed(run: Callable[[], encode.DatasetInfo]) -> tuple[float, float, str]:
         ended = time.perf_counter()
     finally:
         encode._row = make_row
-    return ended - started, ended - first[0], info.content_hash
+    return Timed(ended - started, ended - first[0], info.content_hash)
 
 
 def main() -> None:
@@ -133,7 +144,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     os.environ.setdefault("RAY_ADDRESS", "local")
-    found: dict[int, list[tuple[float, float, str]]] = {n: [] for n in args.workers}
+    found: dict[int, list[Timed]] = {n: [] for n in args.workers}
     peaks = dict.fromkeys(args.workers, 0.0)
     with tempfile.TemporaryDirectory(prefix="ht") as name:
         folder = Path(name)
@@ -156,12 +167,15 @@ def main() -> None:
                         )
                     )
                 peaks[workers] = max(peaks[workers], rss.mib)
-    hashes = {content for runs in found.values() for _, _, content in runs}
+    hashes = {run.content_hash for runs in found.values() for run in runs}
     assert len(hashes) == 1, "workers give different datasets"
     one, two = args.workers
     result = {"codec": args.codec, "hours_of_audio": round(hours, 4)}
-    for name, index in (("whole", 0), ("steady", 1)):
-        rate = {n: hours * 3600 / statistics.median(r[index] for r in found[n]) for n in found}
+    for name in ("whole", "steady"):
+        rate = {
+            n: hours * 3600 / statistics.median(getattr(run, f"{name}_s") for run in found[n])
+            for n in found
+        }
         result |= {f"{name}_hours_per_hour_{n}": round(rate[n], 1) for n in rate}
         result[f"{name}_ratio"] = round(rate[two] / rate[one], 2)
     result |= {f"peak_rss_mib_{n}": round(peak) for n, peak in peaks.items()}
@@ -173,8 +187,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

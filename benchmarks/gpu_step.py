@@ -12,8 +12,6 @@ adapter) alternate. A side that runs out of memory is noted as out_of_memory; th
 
 import argparse
 import gc
-import json
-import os
 import platform
 import statistics
 import time
@@ -30,7 +28,9 @@ from random_base import PRESETS, random_base, random_clips, step_flops
 from sides import Step, our_step, predicted_bytes, stock_step, synchronise
 
 from higgs_tune.data.tokens import Encoded
-from higgs_tune.model.load import Base, resolve_device
+from higgs_tune.device import resolve_device
+from higgs_tune.files import write_json
+from higgs_tune.model.load import Base
 
 # An H100 SXM does 989 TFLOP/s in dense bf16 on paper, and about 79 % of them in large matmuls.
 H100_FLOPS = 783e12
@@ -233,14 +233,6 @@ COLUMNS = (
 )
 
 
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write to another name first, so that no half file is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partly = path.with_name(f".{path.name}.{os.getpid()}")
-    partly.write_text(json.dumps(result, indent=1) + "\n")
-    partly.replace(path)
-
-
 def adapter_counts(text: str) -> list[int]:
     """Ascending numbers from "1,2,4"."""
     counts = sorted({int(part) for part in text.split(",")})
@@ -273,7 +265,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print a table, write JSON."""
     args = arguments()
-    device = resolve_device(args.device)
+    device = resolve_device(args.device, "--device")
     started = time.perf_counter()
     base = random_base(PRESETS[args.preset], device, getattr(torch, args.dtype))
     synchronise(device)

@@ -22,6 +22,7 @@ from higgs_tune.data.collate import count_targets
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tokens import encode_conversation
+from higgs_tune.files import write_json
 from higgs_tune.model.load import load_base
 
 
@@ -69,8 +70,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -1,53 +1,42 @@
-"""Files that appear whole or not at all."""
+"""The files of a dataset; one that cannot be written is a DataError that says how to go on."""
 
 import errno
-import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from higgs_tune import files
 from higgs_tune.errors import DataError
 
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path`, then rename it into place.
 
     Raises:
-        DataError: the disk is full or the folder cannot be written; the temporary file is removed,
-            and what stood at `path` before is untouched.
+        DataError: the disk is full or the folder cannot be written; what stood there is untouched.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        files.replace_file(path, write)
     except OSError as error:
         raise _disk_error(path, error) from error
-    finally:
-        # After a success there is nothing left under this name.
-        if path.parent.is_dir() and os.access(path.parent, os.W_OK):
-            temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-    write_atomic(path, lambda temporary: _write_text(temporary, text))
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON, with the errors of `write_file`."""
+    try:
+        files.write_json(path, content)
+    except OSError as error:
+        raise _disk_error(path, error) from error
 
 
-def write_json_lines(path: Path, values: list[dict[str, Any]]) -> None:
-    """Write one JSON object a line, atomically."""
-    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    write_atomic(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, with the errors of `write_file`."""
+    try:
+        files.write_json_lines(path, lines)
+    except OSError as error:
+        raise _disk_error(path, error) from error
 
 
 def _disk_error(path: Path, error: OSError) -> DataError:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from higgs_tune.data.files import write_atomic, write_json
+from higgs_tune.data.files import write_file, write_json
 from higgs_tune.errors import DataError
 
 FORMAT = 1
@@ -110,7 +110,7 @@ def write_shard(path: Path, rows: Sequence[Row], codec: CodecFacts) -> None:
     def write(temporary: Path) -> None:
         pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP)
 
-    write_atomic(path, write)
+    write_file(path, write)
 
 
 def _assert_storable(row: Row, codec: CodecFacts) -> None:

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from higgs_tune.data.files import write_atomic
+from higgs_tune.data.files import write_file
 from higgs_tune.listen.measures import log_mel
 from higgs_tune.report.ink import STYLE
 
@@ -50,7 +50,7 @@ def draw_spectrogram(path: Path, wave: np.ndarray, rate_hz: int, least_seconds: 
         axes.tick_params(labelsize=7)
         axes.set_xlabel("s", fontsize=7, labelpad=1)
         axes.set_ylabel("Hz", fontsize=7, labelpad=1)
-        write_atomic(path, lambda temporary: _save(figure, temporary))
+        write_file(path, lambda temporary: _save(figure, temporary))
 
 
 def _hz(value: int) -> str:

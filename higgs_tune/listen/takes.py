@@ -11,7 +11,7 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from higgs_tune.data import tasks
 from higgs_tune.data.audio import read_clip
 from higgs_tune.data.codec import Codec, decode_clip, encode_clip
-from higgs_tune.data.files import write_atomic, write_json
+from higgs_tune.data.files import write_file, write_json
 from higgs_tune.data.rows import text_problem
 from higgs_tune.data.shards import Row
 from higgs_tune.data.tokens import Vocabulary, encode_conversation
@@ -104,7 +104,7 @@ def wave_of(codes_TC: np.ndarray, codec: Codec) -> np.ndarray:
 
 def write_wav(path: Path, wave: np.ndarray, rate_hz: int) -> None:
     """Write a 16-bit WAV, whole or not at all."""
-    write_atomic(
+    write_file(
         path,
         lambda temporary: soundfile.write(temporary, wave, rate_hz, format="WAV", subtype="PCM_16"),
     )

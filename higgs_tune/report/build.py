@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from higgs_tune.files import write_bytes, write_text
 from higgs_tune.report.choose import Choice
 from higgs_tune.report.draw import draw_curves, draw_gain, draw_importance
 from higgs_tune.report.draw_planes import draw_scatter, draw_space
 from higgs_tune.report.export import export_best
-from higgs_tune.report.files import write_bytes, write_text
 from higgs_tune.report.findings import Findings, find
 from higgs_tune.report.html import render_html
 from higgs_tune.report.ink import Picture

@@ -11,8 +11,9 @@ from higgs_tune import metrics as m
 from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
 from higgs_tune.config_file import read_yaml, validate
 from higgs_tune.errors import ConfigError, SweepError
+from higgs_tune.files import write_text
 from higgs_tune.report.choose import Choice
-from higgs_tune.report.files import replace_folder, write_text
+from higgs_tune.report.files import copy_folder
 from higgs_tune.report.findings import Findings
 from higgs_tune.report.results import Results, Trial
 
@@ -31,7 +32,7 @@ def export_best(results: Results, findings: Findings) -> Path | None:
     choice = findings.choice
     source = None if choice is None else choice.adapter_run.directory / "adapter"
     if source is not None and source.is_dir():
-        replace_folder(source, target, leave_out=RESUME_FILES)
+        copy_folder(source, target, leave_out=RESUME_FILES)
     elif target.exists():
         shutil.rmtree(target)  # another configuration's
     if choice is None:

@@ -1,27 +1,11 @@
-"""Write files so that a reader sees either the old or the whole new one."""
+"""A copy of a folder that two processes may make at once: a sweep and `higgs-tune report`."""
 
 import os
 import shutil
 from pathlib import Path
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, content: str) -> None:
-    """Replace `path` by UTF-8 text in one step."""
-    write_bytes(path, content.encode("utf-8"))
-
-
-def replace_folder(source: Path, target: Path, *, leave_out: tuple[str, ...]) -> None:
+def copy_folder(source: Path, target: Path, *, leave_out: tuple[str, ...]) -> None:
     """Make `target` a copy of the folder `source`; an older `target` goes only after the copy is whole.
 
     Args:

@@ -19,7 +19,7 @@ from higgs_tune import metrics as m
 from higgs_tune.config import SweepConfig, TrialConfig
 from higgs_tune.config_file import read_yaml, validate
 from higgs_tune.errors import SweepError
-from higgs_tune.report.files import write_bytes
+from higgs_tune.files import write_bytes
 
 Origin = Literal["baseline", "baseline_fixed", "search", "confirm"]
 UNFINISHED = "unfinished"  # no status.json: it runs, or its process died

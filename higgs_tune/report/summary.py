@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from higgs_tune import metrics as m
+from higgs_tune.files import write_text
 from higgs_tune.report.choose import Stat
-from higgs_tune.report.files import write_text
 from higgs_tune.report.findings import (
     Findings,
     Outcome,

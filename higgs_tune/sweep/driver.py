@@ -22,6 +22,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from higgs_tune.cluster import join_cluster
 from higgs_tune.config import SweepConfig
+from higgs_tune.files import write_json
 from higgs_tune.metrics import VAL_AUDIO_NLL
 from higgs_tune.sweep import runtime, space, study
 from higgs_tune.sweep.callback import SweepCallback
@@ -29,7 +30,7 @@ from higgs_tune.sweep.confirm import ConfirmSource, confirm_records
 from higgs_tune.sweep.control import EXIT_CODES, Control, ControlStopper, signals
 from higgs_tune.sweep.folder import disk_error, disk_fault, open_folder
 from higgs_tune.sweep.live import Display
-from higgs_tune.sweep.records import TrialFiles, write_json
+from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.scheduler import make_scheduler, replay
 from higgs_tune.sweep.searcher import StudySearcher
 from higgs_tune.sweep.seats import DEFAULT_LOOP

@@ -15,7 +15,8 @@ from typing import Any
 from higgs_tune.config import SweepConfig
 from higgs_tune.config_file import read_yaml, to_yaml, validate
 from higgs_tune.errors import ConfigError, SweepError, reason_of
-from higgs_tune.sweep.records import read_json, write_json, write_text
+from higgs_tune.files import write_json, write_text
+from higgs_tune.sweep.records import read_json
 
 LOCK = ".lock"  # held by the process that runs the sweep; the system frees it when that ends
 # What a sweep that ended before its first result leaves; a new one of that name starts without.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from higgs_tune.files import former, replace_folder, write_json, write_text
 from higgs_tune.metrics import STATUSES, STEP
 from higgs_tune.sweep.seats import CHECKPOINT_INFO
 from higgs_tune.sweep.study import TrialRecord
@@ -22,25 +23,6 @@ NOT_METRICS = frozenset(
         "time_since_restore", "iterations_since_restore", "should_checkpoint", "experiment_tag",
     }
 )  # fmt: skip
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file as a whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -124,23 +106,17 @@ class TrialFiles:
     def checkpoint(self, trial_id: str, source: Path) -> None:
         """Make a checkpoint folder of Tune's the trial's adapter; files are linked, not copied."""
         target = self.folder(trial_id) / ADAPTER
-        draft, former = target.with_suffix(".tmp"), target.with_suffix(".old")
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(former, ignore_errors=True)
-        try:
-            shutil.copytree(source, draft, copy_function=_link_or_copy)
-        except BaseException:  # Ctrl-C, too, must leave no draft; a full disk needs its space
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-        if target.exists():
-            target.rename(former)
-        draft.rename(target)
-        shutil.rmtree(former, ignore_errors=True)
+        replace_folder(
+            target,
+            lambda draft: shutil.copytree(
+                source, draft, copy_function=_link_or_copy, dirs_exist_ok=True
+            ),
+        )
 
     def checkpoint_of(self, trial_id: str) -> tuple[Path, int] | None:
         """A trial's last checkpoint and its step."""
         target = self.folder(trial_id) / ADAPTER
-        for folder in (target, target.with_suffix(".old")):
+        for folder in (target, former(target)):
             info = read_json(folder / CHECKPOINT_INFO)
             if info is not None:
                 return folder, info["step"]

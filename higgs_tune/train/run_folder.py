@@ -24,6 +24,7 @@ from higgs_tune import metrics
 from higgs_tune.config import BaseSettings, DataSettings, RunSettings, TrialConfig
 from higgs_tune.config_file import validate
 from higgs_tune.errors import ConfigError, DataError, reason_of
+from higgs_tune.files import former, replace_folder, write_json, write_json_lines
 from higgs_tune.train.checkpoint import load_interval, read_step
 from higgs_tune.train.samples import Sample
 
@@ -70,7 +71,7 @@ def rewind(
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file, needed a folder. Give another --out.")
-    adapter, old = out / ADAPTER, _old(out / ADAPTER)
+    adapter, old = out / ADAPTER, former(out / ADAPTER)
     if not adapter.exists() and old.exists():  # stopped between the two renames of a swap
         with writing(out):
             old.rename(adapter)
@@ -84,7 +85,7 @@ def rewind(
     with writing(out):
         for path in (out / SAMPLES, out / METRICS):
             if path.exists():
-                _write_lines(path, _lines(path, last))
+                write_json_lines(path, _lines(path, last))
     return _lines(out / METRICS)
 
 
@@ -129,7 +130,7 @@ def save_checkpoint(out: Path, write: Callable[[Path], None]) -> None:
 
     A run that stops between the two renames leaves the old one aside; `rewind` puts it back.
     """
-    _swap(out / ADAPTER, write)
+    replace_folder(out / ADAPTER, write)
 
 
 def keep(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
@@ -137,9 +138,9 @@ def keep(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
     step = lines[-1][metrics.STEP]
     if best_step(lines, run.audio_tolerance) == step:
         ignore = shutil.ignore_patterns("training_state.*")
-        _swap(out / BEST, lambda fresh: _copy(out / ADAPTER, fresh, ignore))
+        replace_folder(out / BEST, lambda fresh: _copy(out / ADAPTER, fresh, ignore))
     if run.keep_checkpoints:
-        _swap(out / KEPT / f"step-{step:06d}", lambda fresh: _copy(out / ADAPTER, fresh))
+        replace_folder(out / KEPT / f"step-{step:06d}", lambda fresh: _copy(out / ADAPTER, fresh))
         kept = sorted((out / KEPT).glob("step-*"), key=lambda f: int(f.name.removeprefix("step-")))
         for folder in kept[: -run.keep_checkpoints]:
             shutil.rmtree(folder)
@@ -170,13 +171,13 @@ def append(path: Path, line: Line) -> None:
 def write_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write config.json."""
     out.mkdir(parents=True, exist_ok=True)
-    _replace(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    write_json(out / SETTINGS, settings)
 
 
 def write_samples(out: Path, step: int, samples: Sequence[Sample]) -> None:
     """Write what was heard at a step behind what was heard before it."""
     lines = [{metrics.STEP: step, **asdict(sample)} for sample in samples]
-    _write_lines(out / SAMPLES, [*_lines(out / SAMPLES, step - 1), *lines])
+    write_json_lines(out / SAMPLES, [*_lines(out / SAMPLES, step - 1), *lines])
 
 
 def last_sampled_step(out: Path) -> int | None:
@@ -202,38 +203,5 @@ def _lines(path: Path, last_step: float = math.inf) -> list[Line]:
     return lines
 
 
-def _write_lines(path: Path, lines: Sequence[Line]) -> None:
-    _replace(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _swap(folder: Path, write: Callable[[Path], None]) -> None:
-    fresh, old = folder.with_name(f".{folder.name}.new"), _old(folder)
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        write(fresh)
-    except BaseException:  # Ctrl-C, too, must leave no draft; a full disk needs its space
-        shutil.rmtree(fresh)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _copy(source: Path, target: Path, ignore: Callable[..., Any] | None = None) -> None:
     shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -283,7 +283,7 @@ def test_a_full_disk_is_named_and_finished_shards_stay(tmp_path: Path, run, monk
                 temporary.write_bytes(b"half")
                 raise OSError(code, os.strerror(code))
 
-            files.write_atomic(path, fill)
+            files.write_file(path, fill)
         real(path, *args)
 
     with monkeypatch.context() as patch:

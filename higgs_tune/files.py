@@ -1,0 +1,70 @@
+"""Files and folders that appear whole or not at all: written under another name, then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary neighbour of `path`, then rename it into place.
+
+    Raises:
+        OSError: as writing raised it; the temporary file is removed, what stood there is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(draft)
+        with draft.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file's content."""
+    replace_file(path, lambda draft: draft.write_bytes(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content by UTF-8 text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON; NaN is an error, because JSON has none."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill an empty neighbour of `folder`, then swap the two. One writer at a time.
+
+    Between the two renames only `former(folder)` is whole: readers look there, too.
+    """
+    draft = folder.with_name(f".{folder.name}.new")
+    for leftover in (draft, former(folder)):
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        write(draft)
+    except BaseException:  # Ctrl-C, too, must leave no draft; a full disk needs its space
+        shutil.rmtree(draft)
+        raise
+    if folder.exists():
+        folder.rename(former(folder))
+    draft.rename(folder)
+    shutil.rmtree(former(folder), ignore_errors=True)
+
+
+def former(folder: Path) -> Path:
+    """Where `replace_folder` puts the old folder while it brings the new one."""
+    return folder.with_name(f".{folder.name}.old")

@@ -1,0 +1,63 @@
+"""A file or folder appears whole or not at all, whatever stops the writer."""
+
+import errno
+
+import pytest
+
+from higgs_tune import files
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_former_file_and_no_draft(tmp_path, monkeypatch):
+    path = tmp_path / "status.json"
+    files.write_text(path, "former")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_text(path, "later")
+    assert path.read_text() == "former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="nan"):
+        files.write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
+def test_a_folder_that_cannot_be_filled_leaves_the_former_one(tmp_path, error):
+    folder = tmp_path / "adapter"
+    files.replace_folder(folder, lambda draft: (draft / "a").write_text("former"))
+
+    def half(draft):
+        (draft / "a").write_text("later")
+        raise error
+
+    with pytest.raises(type(error)):
+        files.replace_folder(folder, half)
+    assert (folder / "a").read_text() == "former"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_the_former_folder_is_kept_aside_until_the_new_one_is_there(tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    files.replace_folder(folder, lambda draft: (draft / "a").write_text("former"))
+    rename = files.Path.rename
+
+    def failing(path, target):
+        if path.suffix == ".new":
+            raise OSError("the machine stopped")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Path, "rename", failing)
+        with pytest.raises(OSError, match="the machine stopped"):
+            files.replace_folder(folder, lambda draft: (draft / "a").write_text("later"))
+    assert not folder.exists()
+    assert (files.former(folder) / "a").read_text() == "former"
+    files.replace_folder(folder, lambda draft: (draft / "a").write_text("later"))
+    assert (folder / "a").read_text() == "later"
+    assert list(tmp_path.iterdir()) == [folder]
