@@ -1,24 +1,18 @@
 """`data prepare` on a Ray Data pool: the same bytes as in one process, whatever dies on the way."""
 
 import json
-import os
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import ray
 import soundfile
 
-from higgs_tune.cluster import ENVIRONMENT
 from higgs_tune.data import encode_ray
 from higgs_tune.data.clips import ClipRules, code_here
 from higgs_tune.data.codec import load_codec, weights_digest
@@ -27,29 +21,10 @@ from higgs_tune.data.encode_ray import CodecSource, code_on_cluster
 from higgs_tune.data.options import PrepareOptions
 from higgs_tune.errors import ModelError
 from tests.codecs import save_tiny_higgs_codec
+from tests.integration.conftest import Start
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).parents[2]
 RATE_HZ = 24_000
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", str(ROOT))
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            _temp_dir=temp_dir,
-        )
-        yield
-        ray.shutdown()
-    shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -141,36 +116,11 @@ def test_an_actor_with_another_codec_is_refused(local_ray, manifest, codec_folde
 
 
 @pytest.fixture
-def start(manifest: Path, codec_folder: Path, tmp_path: Path):
-    """Starts the command in a process with a Ray of its own."""
-    temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
-    environment = {
-        **os.environ,
-        "RAY_ADDRESS": "local",
-        "RAY_TMPDIR": temp_dir,
-        "PYTHONPATH": str(ROOT),
-    }
-    words = [str(manifest), "--out", str(tmp_path / "out"), "--codec", str(codec_folder)]
-    words += ["--workers", "2", "--rows-per-shard", "7"]
-    started = []
-
-    def start() -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "higgs_tune.cli", "data", "prepare", *words],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    shutil.rmtree(temp_dir, ignore_errors=True)
+def start(manifest: Path, codec_folder: Path, tmp_path: Path, start_process: Start) -> Start:
+    """Starts the command."""
+    words = ["data", "prepare", str(manifest), "--out", str(tmp_path / "out")]
+    words += ["--codec", str(codec_folder), "--workers", "2", "--rows-per-shard", "7"]
+    return lambda: start_process(sys.executable, "-m", "higgs_tune.cli", *words)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:

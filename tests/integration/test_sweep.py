@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import optuna
 import pytest
-import ray
 from optuna.trial import TrialState
 
 from higgs_tune.config import SweepConfig, TrialConfig
@@ -24,31 +22,9 @@ from higgs_tune.metrics import STATUSES
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.driver import SweepOutcome, run_sweep
 from higgs_tune.sweep.records import TrialFiles, read_json, read_metrics
-from higgs_tune.sweep.runtime import ENVIRONMENT
 from tests.sweep_fakes import curve
 
-pytestmark = pytest.mark.integration
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("FAKE_ROUND_S", "0.03")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            _temp_dir=temp_dir,
-        )
-        yield
-        ray.shutdown()
-    shutil.rmtree(temp_dir, ignore_errors=True)
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 
 def run(folder: Path, *, resume: bool = False, **sections: Any) -> SweepOutcome:

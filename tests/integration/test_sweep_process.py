@@ -1,11 +1,8 @@
 """Sweeps in a process of their own that are interrupted, killed and resumed."""
 
-import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +15,14 @@ from higgs_tune.config import SweepConfig
 from higgs_tune.config_file import to_yaml, validate
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.records import read_json, read_metrics
+from tests.integration.conftest import Start
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def sweep(tmp_path: Path):
-    """Starts the sweep of tmp_path in a process with a Ray of its own."""
+def sweep(tmp_path: Path, start_process: Start) -> Start:
+    """Starts the sweep of tmp_path."""
     config = validate(
         SweepConfig,
         {
@@ -37,34 +34,8 @@ def sweep(tmp_path: Path):
         "test",
     )
     (tmp_path / "sweep.yaml").write_text(to_yaml(config))
-    temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
-    environment = {
-        **os.environ,
-        "RAY_ADDRESS": "local",
-        "RAY_TMPDIR": temp_dir,
-        "PYTHONPATH": str(ROOT),
-        "FAKE_ROUND_S": "0.3",
-    }
-    started = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.sweep_process", str(tmp_path / "sweep.yaml"), *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    shutil.rmtree(temp_dir, ignore_errors=True)
+    command = [sys.executable, "-m", "tests.sweep_process", str(tmp_path / "sweep.yaml")]
+    return lambda *options: start_process(*command, *options, FAKE_ROUND_S="0.3")
 
 
 def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:

@@ -1,7 +1,6 @@
 """`higgs-tune train` in processes of its own: killed, ended, resumed, and several together."""
 
 import json
-import os
 import random
 import signal
 import socket
@@ -15,11 +14,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from higgs_tune import cli, metrics
+from higgs_tune import cli
+from tests.integration.conftest import Start
+from tests.runs import CLOCKS
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).parents[2]
-CLOCKS = {metrics.TOKENS_PER_S, metrics.TRAIN_TIME_S, metrics.PEAK_MEMORY_MIB}
 SETTINGS = {
     "base": {"path": "embedded", "device": "cpu"},
     "data": {"path": "embedded:arabic", "num_val_clips": 4},
@@ -52,29 +51,16 @@ def uninterrupted(config, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start(config, tmp_path):
-    """Starts the command in a process, behind a launcher's arguments."""
-    started = []
+def start(config: Path, tmp_path: Path, start_process: Start) -> Start:
+    """Starts the command, behind a launcher's arguments."""
 
     def run(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         command = [sys.executable, *launcher, "-m", "higgs_tune.cli", "train"]
-        process = subprocess.Popen(
-            [*command, "--config", str(config), "--out", str(tmp_path / "out"), *arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
+        return start_process(
+            *command, "--config", str(config), "--out", str(tmp_path / "out"), *arguments
         )
-        started.append(process)
-        return process
 
-    yield run
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    return run
 
 
 def lines_of(out: Path) -> list[dict]:

@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 import signal
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,55 +10,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tensorboardX.proto.event_pb2 import Event
 
 from higgs_tune import metrics
-from higgs_tune.config import BaseSettings, RunSettings, TaskMix
+from higgs_tune.config import TaskMix
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.train import checkpoint, single
-from higgs_tune.train.recorder import Watcher, early_stop_reason
-from higgs_tune.train.run_folder import best_step
-from tests.models import DATA, make_dataset, tiny_base, trial
-
-A = trial(seed=1)
-CLOCKS = {metrics.TOKENS_PER_S, metrics.TRAIN_TIME_S, metrics.PEAK_MEMORY_MIB}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture
-def run_single(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        single.PackLoop,
-        "load",
-        classmethod(lambda cls, _, data, *rest: cls(tiny_base(), dataset, data, *rest)),
-    )
-    lines = []
-
-    def start(
-        *,
-        resume=False,
-        report=lines.append,
-        on_step=lambda step: None,
-        data=DATA,
-        trial=A,
-        out=tmp_path / "out",
-        **settings,
-    ):
-        return single.train_single(
-            BaseSettings(),
-            data,
-            trial,
-            out,
-            resume=resume,
-            watcher=Watcher(report, on_step),
-            run=RunSettings(**{"num_samples": 0, "tensorboard": False} | settings),
-        )
-
-    return start, lines, tmp_path / "out"
+from tests.models import DATA
+from tests.runs import TRIAL, assert_same_run, read_lines
 
 
 def test_single_run_killed_between_intervals_goes_on_where_it_was(run_single):
@@ -93,7 +49,7 @@ def test_single_run_that_is_done_can_be_resumed_and_says_so(run_single):
 def test_single_run_goes_on_with_its_own_settings_only(run_single):
     run, _, _ = run_single
     run()
-    other = A.model_copy(update={"learning_rate": 0.5, "seed": 9})
+    other = TRIAL.model_copy(update={"learning_rate": 0.5, "seed": 9})
     with pytest.raises(ConfigError, match=r"trial.learning_rate was 0.01, now 0.5; trial.seed was"):
         run(resume=True, trial=other)
     with pytest.raises(ConfigError, match=r"data.num_val_clips was 4, now 5"):
@@ -168,30 +124,6 @@ def test_single_run_cannot_resume_from_nothing(run_single):
     run, _, _ = run_single
     with pytest.raises(ConfigError, match="no adapter/ to go on from"):
         run(resume=True)
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def assert_same_run(out: Path, expected: Path) -> None:
-    """Equal weights and moments, bit by bit, and equal figures but for the clock's."""
-    for name in ("adapter_model.safetensors", "training_state.safetensors"):
-        ours, theirs = load_file(out / "adapter" / name), load_file(expected / "adapter" / name)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    ours, theirs = (
-        [{n: v for n, v in line.items() if n not in CLOCKS} for line in read_lines(path)]
-        for path in (out / "metrics.jsonl", expected / "metrics.jsonl")
-    )
-    assert ours == theirs
-
-
-@pytest.fixture
-def uninterrupted(run_single, tmp_path):
-    run, lines, _ = run_single
-    run(out=tmp_path / "whole")
-    lines.clear()
-    return tmp_path / "whole"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -272,8 +204,8 @@ def test_a_line_without_its_checkpoint_is_written_again_once(
 
 def test_accumulated_batches_are_one_large_batch(run_single, tmp_path):
     run, _, _ = run_single
-    run(trial=A.model_copy(update={"batch_clips": 6}), out=tmp_path / "large")
-    run(trial=A, gradient_accumulation_steps=2, out=tmp_path / "two")
+    run(trial=TRIAL.model_copy(update={"batch_clips": 6}), out=tmp_path / "large")
+    run(trial=TRIAL, gradient_accumulation_steps=2, out=tmp_path / "two")
     large, two = (
         load_file(tmp_path / n / "adapter/adapter_model.safetensors") for n in ("large", "two")
     )
@@ -291,122 +223,3 @@ def test_another_number_of_clips_a_step_is_another_run(run_single):
     run()
     with pytest.raises(ConfigError, match=r"gradient_accumulation_steps .* was 3, now 6"):
         run(resume=True, gradient_accumulation_steps=2)
-
-
-def history(*texts, audio=None):
-    """Lines of validations 10 steps apart, the untouched base's first."""
-    audio = audio or [5.0] * len(texts)
-    return [
-        {
-            metrics.STEP: 10 * n,
-            metrics.VAL_TEXT_NLL: text,
-            metrics.VAL_AUDIO_NLL: audio[n],
-            "status": "running",
-        }
-        for n, text in enumerate(texts)
-    ]
-
-
-def test_early_stop_waits_for_its_patience():
-    settings = RunSettings(early_stop_patience=2, early_stop_min_delta=0.1)
-    assert early_stop_reason(history(8, 3), settings) is None
-    assert early_stop_reason(history(8, 3, 2.95), settings) is None
-    assert early_stop_reason(history(8, 3, 2.95, 2.8), settings) is None
-    reason = early_stop_reason(history(8, 3, 2.95, 2.91), settings)
-    assert reason is not None
-    assert "was 3.0000 at step 10 and not better in 2 validations" in reason
-    assert early_stop_reason(history(8, 3, 4, 5), RunSettings()) is None
-
-
-def test_a_run_without_progress_ends_early_and_goes_on_with_more_patience(
-    run_single, uninterrupted
-):
-    run, _, out = run_single
-    strict = {"early_stop_patience": 1, "early_stop_min_delta": 100.0}
-    result = run(**strict)
-    assert (result["status"], result["step"]) == ("completed", 10)
-    assert result["reason"].startswith("early stop: val/text/nll was")
-    assert run(resume=True, **strict)["step"] == 10
-    assert len(read_lines(out / "metrics.jsonl")) == 3
-    assert run(resume=True)["step"] == 20
-    ours, theirs = (
-        load_file(folder / "adapter/adapter_model.safetensors") for folder in (out, uninterrupted)
-    )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-
-
-def test_the_best_has_the_lowest_text_loss_of_those_that_kept_audio():
-    assert best_step(history(8, 3, 2, 3), 0.05) == 20
-    assert best_step(history(8, 3, 2, 3, audio=[5.0, 5.1, 5.3, 5.2]), 0.05) == 10
-    assert best_step(history(8, 3, audio=[5.0, 6.0]), 0.05) is None
-    diverged = history(8, 3, 2)
-    diverged[-1] = {metrics.STEP: 20, "status": "diverged"}
-    assert best_step(diverged, 0.05) == 10
-
-
-def test_best_adapter_is_the_checkpoint_of_the_best_step(run_single):
-    run, _, out = run_single
-    run(keep_checkpoints=4, audio_tolerance=10.0)
-    step = best_step(read_lines(out / "metrics.jsonl"), 10.0)
-    best, then = (
-        load_file(folder / "adapter_model.safetensors")
-        for folder in (out / "best_adapter", out / "checkpoints" / f"step-{step:06d}")
-    )
-    torch.testing.assert_close(best, then, rtol=0, atol=0)
-    assert not list((out / "best_adapter").glob("training_state*"))
-
-
-def test_the_newest_checkpoints_are_kept_and_lead_back(run_single, uninterrupted):
-    run, _, out = run_single
-    run(keep_checkpoints=2)
-    kept = sorted(folder.name for folder in (out / "checkpoints").iterdir())
-    assert kept == ["step-000015", "step-000020"]
-    shutil.rmtree(out / "adapter")
-    (out / "checkpoints" / "step-000015").rename(out / "adapter")
-    assert run(resume=True)["status"] == "completed"
-    assert_same_run(out, uninterrupted)
-
-
-def events(directory: Path) -> dict[str, dict[int, float]]:
-    """Tag → step → value of the event files, as TensorBoard reads them."""
-    found: dict[str, dict[int, float]] = {}
-    for path in sorted(directory.iterdir()):
-        content = path.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            event = Event.FromString(content[12 : 12 + length])
-            content = content[16 + length :]
-            for value in event.summary.value:
-                found.setdefault(value.tag, {})[event.step] = value.simple_value
-    return found
-
-
-def test_tensorboard_has_every_figure_of_every_line(run_single):
-    run, lines, out = run_single
-    run(tensorboard=True)
-    found = events(out / "tensorboard")
-    for line in lines:
-        for name, value in line.items():
-            if isinstance(value, float):
-                assert found[name][line["step"]] == pytest.approx(value, rel=1e-6), name
-
-
-def test_samples_of_every_validation_are_written_once(run_single):
-    run, _, out = run_single
-    settings = {"num_samples": 3, "max_sample_tokens": 5, "tensorboard": True}
-    run(
-        **settings,
-        on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 12 else None,
-    )
-    run(**settings, resume=True)
-    samples = read_lines(out / "samples.jsonl")
-    assert [s["step"] for s in samples] == [5] * 3 + [10] * 3 + [15] * 3 + [20] * 3
-    assert len({s["key"] for s in samples}) == 3
-    assert all(s["target"] for s in samples)
-    assert set(events(out / "tensorboard")["samples/text_summary"]) == {5, 10, 15, 20}
-
-
-def test_samples_change_nothing_of_the_training(run_single, uninterrupted):
-    run, _, out = run_single
-    run(num_samples=2, max_sample_tokens=4)
-    assert_same_run(out, uninterrupted)

@@ -1,0 +1,65 @@
+"""A Ray in this process, and commands in processes with a Ray of their own."""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from higgs_tune.cluster import ENVIRONMENT
+
+ROOT = Path(__file__).parents[2]
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("FAKE_ROUND_S", "0.03")  # of tests.sweep_fakes
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=temp_dir,
+        )
+        yield
+        ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture
+def start_process() -> Iterator[Start]:
+    """Starts commands; kills what still runs, and all below it, when the test ends."""
+    temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
+    ours = {"RAY_ADDRESS": "local", "RAY_TMPDIR": temp_dir, "PYTHONPATH": str(ROOT)}
+    started = []
+
+    def start(*command: str, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **ours, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    shutil.rmtree(temp_dir, ignore_errors=True)

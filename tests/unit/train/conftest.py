@@ -1,0 +1,54 @@
+"""A run of `higgs-tune train` on a tiny base, in this process."""
+
+import pytest
+
+from higgs_tune.config import BaseSettings, RunSettings
+from higgs_tune.train import single
+from higgs_tune.train.recorder import Watcher
+from tests.models import DATA, make_dataset, tiny_base
+from tests.runs import TRIAL
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture
+def run_single(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        single.PackLoop,
+        "load",
+        classmethod(lambda cls, _, data, *rest: cls(tiny_base(), dataset, data, *rest)),
+    )
+    lines = []
+
+    def start(
+        *,
+        resume=False,
+        report=lines.append,
+        on_step=lambda step: None,
+        data=DATA,
+        trial=TRIAL,
+        out=tmp_path / "out",
+        **settings,
+    ):
+        return single.train_single(
+            BaseSettings(),
+            data,
+            trial,
+            out,
+            resume=resume,
+            watcher=Watcher(report, on_step),
+            run=RunSettings(**{"num_samples": 0, "tensorboard": False} | settings),
+        )
+
+    return start, lines, tmp_path / "out"
+
+
+@pytest.fixture
+def uninterrupted(run_single, tmp_path):
+    run, lines, _ = run_single
+    run(out=tmp_path / "whole")
+    lines.clear()
+    return tmp_path / "whole"

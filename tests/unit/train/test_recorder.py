@@ -1,0 +1,137 @@
+"""What a run keeps: its best, its checkpoints, its samples; when it stops early."""
+
+import os
+import shutil
+import signal
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
+
+from higgs_tune import metrics
+from higgs_tune.config import RunSettings
+from higgs_tune.train.recorder import early_stop_reason
+from higgs_tune.train.run_folder import best_step
+from tests.runs import assert_same_run, read_lines
+
+
+def history(*texts, audio=None):
+    """Lines of validations 10 steps apart, the untouched base's first."""
+    audio = audio or [5.0] * len(texts)
+    return [
+        {
+            metrics.STEP: 10 * n,
+            metrics.VAL_TEXT_NLL: text,
+            metrics.VAL_AUDIO_NLL: audio[n],
+            "status": "running",
+        }
+        for n, text in enumerate(texts)
+    ]
+
+
+def test_early_stop_waits_for_its_patience():
+    settings = RunSettings(early_stop_patience=2, early_stop_min_delta=0.1)
+    assert early_stop_reason(history(8, 3), settings) is None
+    assert early_stop_reason(history(8, 3, 2.95), settings) is None
+    assert early_stop_reason(history(8, 3, 2.95, 2.8), settings) is None
+    reason = early_stop_reason(history(8, 3, 2.95, 2.91), settings)
+    assert reason is not None
+    assert "was 3.0000 at step 10 and not better in 2 validations" in reason
+    assert early_stop_reason(history(8, 3, 4, 5), RunSettings()) is None
+
+
+def test_a_run_without_progress_ends_early_and_goes_on_with_more_patience(
+    run_single, uninterrupted
+):
+    run, _, out = run_single
+    strict = {"early_stop_patience": 1, "early_stop_min_delta": 100.0}
+    result = run(**strict)
+    assert (result["status"], result["step"]) == ("completed", 10)
+    assert result["reason"].startswith("early stop: val/text/nll was")
+    assert run(resume=True, **strict)["step"] == 10
+    assert len(read_lines(out / "metrics.jsonl")) == 3
+    assert run(resume=True)["step"] == 20
+    ours, theirs = (
+        load_file(folder / "adapter/adapter_model.safetensors") for folder in (out, uninterrupted)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_best_has_the_lowest_text_loss_of_those_that_kept_audio():
+    assert best_step(history(8, 3, 2, 3), 0.05) == 20
+    assert best_step(history(8, 3, 2, 3, audio=[5.0, 5.1, 5.3, 5.2]), 0.05) == 10
+    assert best_step(history(8, 3, audio=[5.0, 6.0]), 0.05) is None
+    diverged = history(8, 3, 2)
+    diverged[-1] = {metrics.STEP: 20, "status": "diverged"}
+    assert best_step(diverged, 0.05) == 10
+
+
+def test_best_adapter_is_the_checkpoint_of_the_best_step(run_single):
+    run, _, out = run_single
+    run(keep_checkpoints=4, audio_tolerance=10.0)
+    step = best_step(read_lines(out / "metrics.jsonl"), 10.0)
+    best, then = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (out / "best_adapter", out / "checkpoints" / f"step-{step:06d}")
+    )
+    torch.testing.assert_close(best, then, rtol=0, atol=0)
+    assert not list((out / "best_adapter").glob("training_state*"))
+
+
+def test_the_newest_checkpoints_are_kept_and_lead_back(run_single, uninterrupted):
+    run, _, out = run_single
+    run(keep_checkpoints=2)
+    kept = sorted(folder.name for folder in (out / "checkpoints").iterdir())
+    assert kept == ["step-000015", "step-000020"]
+    shutil.rmtree(out / "adapter")
+    (out / "checkpoints" / "step-000015").rename(out / "adapter")
+    assert run(resume=True)["status"] == "completed"
+    assert_same_run(out, uninterrupted)
+
+
+def events(directory: Path) -> dict[str, dict[int, float]]:
+    """Tag → step → value of the event files, as TensorBoard reads them."""
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted(directory.iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
+
+
+def test_tensorboard_has_every_figure_of_every_line(run_single):
+    run, lines, out = run_single
+    run(tensorboard=True)
+    found = events(out / "tensorboard")
+    for line in lines:
+        for name, value in line.items():
+            if isinstance(value, float):
+                assert found[name][line["step"]] == pytest.approx(value, rel=1e-6), name
+
+
+def test_samples_of_every_validation_are_written_once(run_single):
+    run, _, out = run_single
+    settings = {"num_samples": 3, "max_sample_tokens": 5, "tensorboard": True}
+    run(
+        **settings,
+        on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 12 else None,
+    )
+    run(**settings, resume=True)
+    samples = read_lines(out / "samples.jsonl")
+    assert [s["step"] for s in samples] == [5] * 3 + [10] * 3 + [15] * 3 + [20] * 3
+    assert len({s["key"] for s in samples}) == 3
+    assert all(s["target"] for s in samples)
+    assert set(events(out / "tensorboard")["samples/text_summary"]) == {5, 10, 15, 20}
+
+
+def test_samples_change_nothing_of_the_training(run_single, uninterrupted):
+    run, _, out = run_single
+    run(num_samples=2, max_sample_tokens=4)
+    assert_same_run(out, uninterrupted)
