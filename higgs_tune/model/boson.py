@@ -131,15 +131,16 @@ def _check_options(raw: Mapping[str, Any], num_layers: int, where: str) -> None:
             )
 
 
-def native_generation(config: HiggsAudioV2Config) -> GenerationConfig:
-    """How the original generates by default, for the native `generate`."""
-    return GenerationConfig(
+def loading(config: HiggsAudioV2Config) -> dict[str, Any]:
+    """What `from_pretrained` has to be told beyond the folder of an original checkpoint."""
+    generation = GenerationConfig(  # as the original generates by default
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
         ras_win_len=7,
         ras_win_max_num_repeat=2,
     )
+    return {"config": config, "generation_config": generation, "key_mapping": NATIVE_NAMES}
 
 
 def check_modes(cross_attention: CrossAttention) -> None:

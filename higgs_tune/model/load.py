@@ -3,7 +3,6 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from higgs_tune.base_source import local_folder
 from higgs_tune.config import BaseSettings
 from higgs_tune.data.tokens import CONTROL_TOKENS, Vocabulary
 from higgs_tune.device import resolve_device
@@ -30,9 +30,9 @@ from higgs_tune.model.audio_attention import (
 from higgs_tune.model.snapshot import check_tensors, read_object, stored_tensors
 from higgs_tune.model.template import check_template
 
-EMBEDDED_BASE = Path(__file__).parent.parent / "embedded" / "base"
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _TEXT_HEAD = "text_lm_head.weight"
+_MODEL_TYPES = {cls.model_type: cls for cls in (HiggsAudioV2Config, CrossAttentionConfig)}
 _ORIGINAL_HEADS = {f"audio_decoder_proj.{kind}_lm_head.weight" for kind in ("audio", "text")}
 
 
@@ -143,12 +143,8 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
     """
     device = resolve_device(settings.device, "base.device")
     source, folder = _locate(settings)
-    raw = read_object(folder / "config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        config, how = _config(folder, raw, tokenizer)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"base.path: {source} cannot be loaded: {error}") from error
+    config, tokenizer = read_config(folder)
+    is_original = read_object(folder / "config.json")["model_type"] == boson.MODEL_TYPE
     vocabulary = vocabulary_of(tokenizer, config)
     check_template(tokenizer, vocabulary)
     cls = HiggsAudioV2ForConditionalGeneration
@@ -164,7 +160,7 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
             dtype=stored if keep_dtype else getattr(torch, settings.dtype),
             attn_implementation=settings.attention,
             device_map={"": device},
-            **how,
+            **(boson.loading(config) if is_original else {}),
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"base.path: {source} cannot be loaded: {error}") from error
@@ -182,22 +178,10 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
 
 def _locate(settings: BaseSettings) -> tuple[str, Path]:
     """What an adapter calls the base, and the folder that it is in."""
-    source = str(EMBEDDED_BASE) if settings.path == "embedded" else settings.path
-    local = Path(source).expanduser()
-    if local.exists():
-        if not (local / "config.json").is_file():
-            raise ModelError(f"base.path: {local} holds no config.json; give a checkpoint folder.")
+    local = local_folder(settings)
+    if local is not None:
         return str(local), local
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ModelError(
-            f"base.path: {source} does not exist. Give a local checkpoint folder, "
-            "a Hub id (owner/name) with base.revision, or embedded."
-        )
-    if settings.revision is None:
-        raise ConfigError(
-            f"base.revision: not set for Hub id {source}. Its files were rewritten in place once; "
-            "pin the commit that you want."
-        )
+    source = settings.path
     try:
         folder = snapshot_download(source, revision=settings.revision, allow_patterns=_HUB_FILES)
     except (OSError, ValueError) as error:
@@ -207,28 +191,27 @@ def _locate(settings: BaseSettings) -> tuple[str, Path]:
     return source, Path(folder)
 
 
-def _config(
-    folder: Path, raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> tuple[HiggsAudioV2Config, dict[str, Any]]:
-    """The native config, and what `from_pretrained` has to be told beyond the folder."""
+def read_config(folder: Path) -> tuple[HiggsAudioV2Config, PreTrainedTokenizerBase]:
+    """The native configuration of a checkpoint in any format, and its tokenizer; no weights.
+
+    Raises:
+        ModelError: not the configuration of this model, or not its tokenizer.
+    """
     where = f"base.path: {folder / 'config.json'}"
+    raw = read_object(folder / "config.json")
     model_type = raw.get("model_type")
-    if model_type == CrossAttentionConfig.model_type:
-        return CrossAttentionConfig.from_dict(raw), {}
-    if model_type == HiggsAudioV2Config.model_type:
-        return HiggsAudioV2Config.from_dict(raw), {}
-    if model_type != boson.MODEL_TYPE:
+    if model_type not in {*_MODEL_TYPES, boson.MODEL_TYPE}:
         raise ModelError(
             f"{where}: model_type is {model_type!r}, needed {HiggsAudioV2Config.model_type!r} (the native "
             f"transformers format) or {boson.MODEL_TYPE!r} (the original one)."
         )
-    config = boson.native_config(raw, control_ids(tokenizer), where)
-    how = {
-        "config": config,
-        "generation_config": boson.native_generation(config),
-        "key_mapping": boson.NATIVE_NAMES,
-    }
-    return config, how
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if model_type == boson.MODEL_TYPE:
+            return boson.native_config(raw, control_ids(tokenizer), where), tokenizer
+        return _MODEL_TYPES[model_type].from_dict(raw), tokenizer
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"base.path: {folder} cannot be loaded: {error}") from error
 
 
 def _check_weights(

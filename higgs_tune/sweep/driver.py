@@ -20,6 +20,7 @@ from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from higgs_tune.base_source import check_pinned
 from higgs_tune.cluster import join_cluster
 from higgs_tune.config import SweepConfig
 from higgs_tune.files import write_json
@@ -166,6 +167,7 @@ def run_sweep(
         HiggsTuneError: the base or the data cannot be used.
     """
     started = time.monotonic()
+    check_pinned(config.base)
     space.check(config)
     if config.tune.storage is not None and not resume:
         study.refuse_taken(config.name, config.tune.storage)

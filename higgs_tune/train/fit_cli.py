@@ -4,11 +4,15 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from higgs_tune.base_source import local_folder
 from higgs_tune.config import BaseSettings, CrossAttention, SweepConfig
 from higgs_tune.config_file import load_sweep
 from higgs_tune.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import HiggsAudioV2Config
 
 PUBLISHED_BASE = "bosonai/higgs-audio-v2-generation-3B-base"
 
@@ -83,8 +87,8 @@ def fit(
     }
 
 
-def _base_config(base: BaseSettings, path: Path | None) -> Any:
-    """The configuration of the base, from a file or a Hub; its weights are not touched.
+def _base_config(base: BaseSettings, path: Path | None) -> "HiggsAudioV2Config":
+    """The configuration of the base, from a file, a folder or a Hub; its weights are not touched.
 
     Raises:
         ConfigError: a Hub id without a revision.
@@ -92,36 +96,24 @@ def _base_config(base: BaseSettings, path: Path | None) -> Any:
     """
     from transformers import HiggsAudioV2Config
 
-    from higgs_tune.model.load import EMBEDDED_BASE
+    from higgs_tune.model.load import read_config
+    from higgs_tune.model.snapshot import read_object
 
-    if path is None:
-        folder = EMBEDDED_BASE if base.path == "embedded" else Path(base.path).expanduser()
-        if not folder.is_dir():
-            return _hub_config(base)
-        path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        model_type = raw.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}: cannot be read as a model's config.json ({error}).") from None
-    if model_type != "higgs_audio_v2":
-        raise ModelError(f"{path}: model_type is {model_type!r}, needed 'higgs_audio_v2'.")
-    return HiggsAudioV2Config.from_dict(raw)
-
-
-def _hub_config(base: BaseSettings) -> Any:
-    from transformers import HiggsAudioV2Config
-
-    if (
-        base.path == PUBLISHED_BASE
-    ):  # its sizes are the class's defaults, but for the two stream ids
+    if path is not None:
+        raw = read_object(path)
+        if raw.get("model_type") != HiggsAudioV2Config.model_type:
+            raise ModelError(
+                f"{path}: model_type is {raw.get('model_type')!r}, needed "
+                f"{HiggsAudioV2Config.model_type!r}."
+            )
+        return HiggsAudioV2Config.from_dict(raw)
+    if base.path == PUBLISHED_BASE and not Path(base.path).exists():
+        # its sizes are the class's defaults, but for the two stream ids
         return HiggsAudioV2Config(codebook_size=1026)
-    if base.path.count("/") != 1 or base.path.startswith((".", "/", "~")):
-        raise ModelError(f"base.path: {base.path} does not exist. Give a folder or a Hub id.")
-    if base.revision is None:
-        raise ConfigError(
-            f"base.revision: not set for Hub id {base.path}. Pin a commit, or give --base-config."
-        )
+    folder = local_folder(base)
+    if folder is not None:
+        return read_config(folder)[0]
+    assert base.revision is not None  # local_folder refuses a Hub id without one
     try:
         return HiggsAudioV2Config.from_pretrained(base.path, revision=base.revision)
     except OSError as error:

@@ -141,3 +141,16 @@ def test_a_folder_whose_copy_does_not_fit_is_one_line_with_the_first_reason(
     assert error.startswith("error: [Errno 28] No space left on device: ")
     assert error.count("No space left") == 1
     assert "[(" not in error
+
+
+def test_a_hub_id_without_a_revision_is_refused_before_anything_starts(
+    tmp_path, capsys, monkeypatch
+):
+    def started(*_):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("higgs_tune.sweep.driver.join_cluster", started)
+    place = ("--set", f"results_dir={tmp_path}", "--set", "base.path=someone/model")
+    assert cli.main(["sweep", *place]) == cli.BAD_INPUT
+    assert "base.revision: not set for Hub id someone/model" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from higgs_tune import cli
+from higgs_tune.config import BaseSettings
 from higgs_tune.config_file import load_sweep
+from higgs_tune.model.load import load_base
 from higgs_tune.train.fit_cli import fit
 from higgs_tune.train.memory import GIB
+from tests.checkpoints import write_boson
 
 SWEEPS = Path(__file__).parents[3] / "sweeps"
 REAL = SWEEPS / "higgs_v2.yaml"
@@ -78,7 +81,7 @@ def test_what_is_said_to_fit_does_and_one_more_does_not() -> None:
         (["--set", "base.path=./nowhere"], "base.path: ./nowhere does not exist"),
         (
             ["--base-config", "nowhere.json"],
-            "nowhere.json: cannot be read as a model's config.json",
+            "nowhere.json: not a readable JSON file",
         ),
         (["--clip-rows", "1"], "--clip-rows must be at least 8"),
     ],
@@ -93,3 +96,11 @@ def test_a_config_of_another_model_is_refused(tmp_path, capsys) -> None:
     words = ["fit", "--config", str(REAL), "--set", f"base.path={tmp_path}"]
     assert cli.main(words) == cli.BAD_INPUT
     assert "model_type is 'llama'" in capsys.readouterr().err
+
+
+def test_a_folder_in_the_original_format_is_predicted_like_its_native_twin(tmp_path) -> None:
+    write_boson(tmp_path / "boson", audio_self=False)
+    native = load_base(BaseSettings(path=str(tmp_path / "boson"), device="cpu")).model.config
+    (tmp_path / "config.json").write_text(native.to_json_string())
+    config = load_sweep(SWEEPS / "quick.yaml", [f"base.path={tmp_path / 'boson'}"])
+    assert fit(config, None, 2.0, 100) == fit(config, tmp_path / "config.json", 2.0, 100)
