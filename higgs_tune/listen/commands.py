@@ -102,9 +102,10 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.num_takes < 1:
         raise ConfigError(f"--num-takes: found {args.num_takes}, needed at least 1.")
     from higgs_tune.data.codec import load_codec  # torch: seconds to import
-    from higgs_tune.listen.systems import check_codec, model_of
+    from higgs_tune.listen.systems import check_codec
     from higgs_tune.listen.takes import Reference, make_take, take_paths, take_prompt
     from higgs_tune.model.load import load_base
+    from higgs_tune.train.checkpoint import adapted
 
     paths = take_paths(args.out, args.num_takes)
     base = load_base(settings)
@@ -123,7 +124,7 @@ def run_generate(args: argparse.Namespace) -> int:
         "adapter": None if args.adapter == _NONE else args.adapter,
         "codec": codec_name,
     }
-    with model_of(base, None if args.adapter == _NONE else Path(args.adapter)) as model:
+    with adapted(base.model, None if args.adapter == _NONE else Path(args.adapter)) as model:
         for number, path in enumerate(paths):
             take = make_take(
                 model, base.vocabulary, prompt, codec, options, path,

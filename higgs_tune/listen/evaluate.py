@@ -18,19 +18,18 @@ from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.listen.clips import Clip
 from higgs_tune.listen.generate import (
     Spoken,
-    Written,
     prompt_before_audio,
-    prompt_before_text,
     speak,
-    write_text,
 )
 from higgs_tune.listen.measures import character_error_rate, mel_distance
 from higgs_tune.listen.options import SpeechOptions
 from higgs_tune.listen.picture import draw_spectrogram
-from higgs_tune.listen.systems import System, model_of
+from higgs_tune.listen.systems import System
 from higgs_tune.listen.takes import frame_limit, seconds_of, wave_of, write_wav
 from higgs_tune.listen.voices import Recogniser, VoiceJudge
 from higgs_tune.model.load import Base
+from higgs_tune.model.writing import Written, prompt_before_text, write_text
+from higgs_tune.train.checkpoint import adapted
 
 RECORDING, REFERENCE = "recording", "reference"
 AUDIO_FOLDER = "audio"
@@ -127,7 +126,7 @@ def system_rows(
     base: Base, system: System, bench: Bench, speech: SpeechOptions, batch_clips: int
 ) -> list[dict[str, Any]]:
     """What one system says and writes, judged."""
-    with model_of(base, system.adapter) as model:
+    with adapted(base.model, system.adapter) as model:
         said = list(_speech(base, model, bench, speech, batch_clips))
         written = [_transcription(base, model, clip) for clip in bench.clips]
     rows = []

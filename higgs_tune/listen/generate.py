@@ -1,8 +1,7 @@
-"""Speech and text from a prompt: the stock model's `generate`, and greedy text from its text head.
+"""Speech from a prompt, by the stock model's `generate`.
 
-A prompt is the training sequence of the same task, cut off where the model takes over, so there is
-no second format. Shape letters: B prompts of a batch, L rows of the longest one, A audio rows of the
-longest reference, T frames, C codebooks.
+Shape letters: B prompts of a batch, L rows of the longest one, A audio rows of the longest reference,
+T frames, C codebooks.
 """
 
 from collections.abc import Sequence
@@ -16,15 +15,7 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from higgs_tune.data.tokens import IGNORE, Encoded, Vocabulary, undelay_codes
 from higgs_tune.errors import DataError
 from higgs_tune.listen.options import SpeechOptions
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """What the model is given: ids, and the delayed codes of the audio among them."""
-
-    key: str
-    ids_L: np.ndarray
-    codes_AC: np.ndarray
+from higgs_tune.model.writing import Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,27 +27,12 @@ class Spoken:
     num_clipped: int  # BOS codes amid speech, set to the last code as the stock processor does
 
 
-@dataclass(frozen=True)
-class Written:
-    """A generated text."""
-
-    ids: tuple[int, ...]
-    reached_end: bool
-
-
 def prompt_before_audio(encoded: Encoded) -> Prompt:
     """Everything up to the target's `<|audio_out_bos|>`."""
     first = int(np.flatnonzero((encoded.audio_labels_AC != IGNORE).any(axis=1))[0])
     return Prompt(
         encoded.key, encoded.ids_L[: encoded.audio_rows_A[first]], encoded.codes_AC[:first]
     )
-
-
-def prompt_before_text(encoded: Encoded) -> Prompt:
-    """Everything up to the target's first text token."""
-    stop = int(np.flatnonzero(encoded.text_labels_L != IGNORE)[0]) + 1
-    num_audio = int((encoded.audio_rows_A < stop).sum())
-    return Prompt(encoded.key, encoded.ids_L[:stop], encoded.codes_AC[:num_audio])
 
 
 def most_frames(num_positions: int, prompts: Sequence[Prompt], num_codebooks: int) -> int:
@@ -147,37 +123,3 @@ def _spoken(rows_AC: np.ndarray, voc: Vocabulary, max_frames: int) -> Spoken:
         reached_eos=bool((rows_AC == voc.stream_eos).all(axis=1).any()),
         num_clipped=int((codes_TC > last).sum()),
     )
-
-
-@torch.inference_mode()
-def write_text(
-    model: HiggsAudioV2ForConditionalGeneration,
-    vocabulary: Vocabulary,
-    prompt: Prompt,
-    max_tokens: int,
-) -> Written:
-    """The likeliest text after a prompt, token by token, up to `<|eot_id|>` or `max_tokens`.
-
-    No control token other than that one is ever written. Stock `generate` writes no text at all.
-    """
-    head: Any = model.text_lm_head
-    end, device = vocabulary.end_of_turn, model.device
-    never = torch.tensor(sorted(vocabulary.control_ids.keys() - {end}), device=device)
-    fed = torch.from_numpy(prompt.ids_L)[None].to(device)
-    audio: dict[str, Any] = {}
-    if len(prompt.codes_AC):
-        codes = torch.from_numpy(prompt.codes_AC)[None].to(device)
-        mask = torch.ones(codes.shape[:2], dtype=torch.bool, device=device)
-        audio = {"audio_input_ids": codes, "audio_input_ids_mask": mask}
-    cache: Any = None
-    written: list[int] = []
-    while len(written) < max_tokens:
-        output = model.model(input_ids=fed, past_key_values=cache, use_cache=True, **audio)
-        logits = head(output.last_hidden_state[0, -1]).float()
-        logits[never] = -torch.inf
-        token = int(logits.argmax())
-        if token == end:
-            return Written(tuple(written), reached_end=True)
-        written.append(token)
-        cache, fed, audio = output.past_key_values, torch.tensor([[token]], device=device), {}
-    return Written(tuple(written), reached_end=False)

@@ -2,19 +2,14 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.data.codec import Codec
 from higgs_tune.errors import DataError
 from higgs_tune.model.load import Base
 from higgs_tune.report.listening import WEIGHTS
-from higgs_tune.train.checkpoint import load_adapter
 
 BASE = "base"
 
@@ -50,23 +45,6 @@ def name_systems(adapters: Sequence[Path]) -> list[System]:
 def numbered(name: str, number: int) -> str:
     """The name, with its number from the second on."""
     return name if number == 1 else f"{name}-{number}"
-
-
-@contextmanager
-def model_of(base: Base, adapter: Path | None) -> Iterator[HiggsAudioV2ForConditionalGeneration]:
-    """The base's model with the adapter on it; afterwards the base is as it was.
-
-    Raises:
-        ModelError: see `load_adapter`.
-    """
-    if adapter is None:
-        yield base.model
-        return
-    adapted: Any = load_adapter(base.model, adapter)
-    try:
-        yield adapted.get_base_model()
-    finally:
-        adapted.unload()
 
 
 def check_codec(codec: Codec, name: str, base: Base) -> None:

@@ -6,6 +6,9 @@ without them is refused here.
 """
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +168,27 @@ def load_adapter(base: HiggsAudioV2ForConditionalGeneration, directory: Path) ->
     return attach_adapter(model, directory)
 
 
+@contextmanager
+def adapted(
+    base: HiggsAudioV2ForConditionalGeneration, directory: Path | None
+) -> Iterator[HiggsAudioV2ForConditionalGeneration]:
+    """A base with an adapter on it for a while, or as it is; afterwards it is as it was.
+
+    Raises:
+        ModelError: see `load_adapter`.
+    """
+    if directory is None:
+        yield base
+        return
+    with warnings.catch_warnings():  # PEFT 0.21 reads a property that transformers 5.23 renamed
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        wrapped: Any = load_adapter(base, directory)
+    try:
+        yield wrapped.get_base_model()
+    finally:
+        wrapped.unload()  # the base's own linears, which the adapter had wrapped
+
+
 def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path) -> PeftModel:
     """Load an adapter onto a model that already has the modules it needs.
 
@@ -187,14 +211,14 @@ def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path)
         )
     stored = header(directory / WEIGHTS_NAME)
     try:
-        adapted = PeftModel.from_pretrained(model, str(directory)).eval()
+        wrapped = PeftModel.from_pretrained(model, str(directory)).eval()
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{directory}: does not fit this base: {error}") from error
-    needed = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
     if needed != stored.keys():  # PEFT only warns, and leaves the rest as it was initialised
         odd = min(needed ^ stored.keys())
         raise ModelError(
             f"{directory}: {WEIGHTS_NAME} and adapter_config.json do not belong together, by {odd} "
             "and others. Save the adapter again."
         )
-    return adapted
+    return wrapped

@@ -6,10 +6,10 @@ import torch
 
 from higgs_tune.config import ALL_LINEAR
 from higgs_tune.data.tokens import encode_conversation, undelay_codes
-from higgs_tune.listen.generate import prompt_before_audio, prompt_before_text, speak, write_text
+from higgs_tune.listen.generate import prompt_before_audio, speak
 from higgs_tune.listen.options import SpeechOptions
-from higgs_tune.listen.systems import model_of
-from higgs_tune.train.checkpoint import save_adapter
+from higgs_tune.model.writing import prompt_before_text, write_text
+from higgs_tune.train import checkpoint
 from higgs_tune.train.engine import Engine, PackLimits
 from tests.models import NUM_CODES, conversation, tiny_base, trial, vocabulary
 
@@ -28,8 +28,8 @@ def adapted(request, tmp_path):
     generator = torch.Generator().manual_seed(0)
     for view in engine.bank.views(engine.residents["a"].slot, "master").values():
         view.copy_(0.2 * torch.randn(view.shape, generator=generator))
-    save_adapter(tmp_path, engine.state("a"), config, "tiny")
-    with model_of(base, tmp_path) as model:
+    checkpoint.save_adapter(tmp_path, engine.state("a"), config, "tiny")
+    with checkpoint.adapted(base.model, tmp_path) as model:
         yield model
 
 

@@ -12,9 +12,9 @@ import torch
 from higgs_tune import cli
 from higgs_tune.config import DataSettings
 from higgs_tune.data.dataset import Dataset
-from higgs_tune.listen.systems import model_of, name_systems
+from higgs_tune.listen.systems import name_systems
 from higgs_tune.report import build_report
-from higgs_tune.train.checkpoint import save_adapter
+from higgs_tune.train.checkpoint import adapted, save_adapter
 from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.loop import PackLoop
 from tests.models import trial
@@ -112,7 +112,7 @@ def test_the_base_is_as_it_was_once_an_adapter_is_off(embedded, adapter):
     with torch.inference_mode():
         before = embedded.model(input_ids=ids).logits
         for _ in range(2):
-            with model_of(embedded, adapter) as model:
+            with adapted(embedded.model, adapter) as model:
                 assert not torch.allclose(model(input_ids=ids).logits, before, atol=1e-2)
             assert torch.equal(embedded.model(input_ids=ids).logits, before)
 

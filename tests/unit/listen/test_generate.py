@@ -10,14 +10,12 @@ from higgs_tune.data.conversation import AudioPart, Turn
 from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.errors import DataError
 from higgs_tune.listen.generate import (
-    Prompt,
     _spoken,
     prompt_before_audio,
-    prompt_before_text,
     speak,
-    write_text,
 )
 from higgs_tune.listen.options import SpeechOptions
+from higgs_tune.model.writing import Prompt, prompt_before_text, write_text
 from tests.models import NUM_CODEBOOKS, NUM_CODES, conversation, tiny_base, vocabulary
 
 GREEDY = SpeechOptions(temperature=0)

@@ -1,13 +1,15 @@
-"""Text that is heard: greedy, the same as whole forwards give, and nothing is left behind."""
+"""Text that is heard at a validation; nothing of it is left behind."""
 
 import pytest
 import torch
 
 from higgs_tune.data.collate import collate
+from higgs_tune.data.tokens import encode_conversation
+from higgs_tune.model.writing import prompt_before_text, write_text
 from higgs_tune.train.checkpoint import load_adapter, save_adapter
 from higgs_tune.train.engine import Engine, PackLimits
-from higgs_tune.train.samples import greedy_text, sample_predictions
-from tests.models import conversation, example, stock_inputs, tiny_base, trial
+from higgs_tune.train.samples import sample_predictions
+from tests.models import conversation, example, tiny_base, trial
 
 MODES = [
     trial(),
@@ -29,52 +31,19 @@ def saved_adapter(base, config, directory):
     return directory
 
 
-def reference(model, clip, num_tokens, end):
-    """Greedy text by whole forwards of the sequence, without a cache."""
-    inputs = stock_inputs([clip])
-    length = int((clip.text_labels_L != -100).nonzero()[0][0]) + 1
-    ids, text = inputs["input_ids"][:, :length], []
-    while len(text) < num_tokens and (not text or text[-1] != end):
-        hidden = model.model(
-            input_ids=ids,
-            audio_input_ids=inputs["audio_input_ids"],
-            audio_input_ids_mask=inputs["audio_input_ids_mask"],
-            use_cache=False,
-        ).last_hidden_state
-        logits = model.text_lm_head(hidden)[0, -1]
-        order = logits.argsort(descending=True).tolist()
-        placeholders = (model.config.audio_token_id, model.config.audio_delay_token_id)
-        text.append(next(token for token in order if token not in placeholders))
-        ids = torch.cat([ids, torch.tensor([text[-1:]])], dim=1)
-    return text
-
-
-@pytest.mark.parametrize("config", MODES, ids=lambda config: config.cross_attention)
-@torch.no_grad()
-def test_text_is_what_whole_forwards_of_the_adapted_model_say(tmp_path, config):
+def test_samples_say_what_the_adapted_model_writes(tmp_path):
     base = tiny_base()
-    end = base.vocabulary.end_of_turn
-    model = load_adapter(base.model, saved_adapter(base, config, tmp_path / "a")).get_base_model()
-    texts = []
-    for seed in range(6):
-        clip = example("transcribe", seed, num_frames=4 + seed)
-        texts.append(greedy_text(model, clip, 9, end))
-        assert texts[-1] == reference(model, clip, 9, end)
-    assert len({tuple(text) for text in texts}) > 1  # it depends on the audio
-
-
-def test_text_ends_with_its_end_or_at_the_longest_length(tmp_path):
-    base = tiny_base()
-    clips = [conversation("transcribe", seed) for seed in range(3)]
+    clips = [conversation("transcribe", seed, num_frames=4 + seed) for seed in range(4)]
     folder = saved_adapter(base, trial(), tmp_path / "a")
-    cut = sample_predictions(base, folder, clips, 2)
-    assert not any(sample.ended for sample in cut)
-    assert [sample.target for sample in cut] == [clip.turns[-1].parts[0].text for clip in clips]
+    samples = sample_predictions(base, folder, clips, 9)
+    assert [sample.target for sample in samples] == [c.turns[-1].parts[0].text for c in clips]
+    assert len({sample.predicted for sample in samples}) > 1  # it depends on the audio
     model = load_adapter(tiny_base().model, folder).get_base_model()
-    text = greedy_text(model, example("transcribe", 0), 8, -1)
-    assert len(text) == 8
-    end = text[3]
-    assert greedy_text(model, example("transcribe", 0), 8, end) == text[: text.index(end) + 1]
+    for clip, sample in zip(clips, samples, strict=True):
+        prompt = prompt_before_text(encode_conversation(clip, base.vocabulary))
+        written = write_text(model, base.vocabulary, prompt, 9)
+        assert sample.predicted == base.tokenizer.decode(list(written.ids))
+        assert sample.ended == written.reached_end
 
 
 @pytest.mark.parametrize("config", MODES, ids=lambda config: config.cross_attention)
