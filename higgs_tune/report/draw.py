@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from higgs_tune.report.findings import GAIN_CLEAR, setting_name, signed
+from higgs_tune.report.findings import GAIN_CLEAR
 from higgs_tune.report.importance import ImportanceInfo
 from higgs_tune.report.ink import (
     BEST,
@@ -23,6 +23,7 @@ from higgs_tune.report.ink import (
     render,
 )
 from higgs_tune.report.plots import CurvesInfo, GainBar, Line
+from higgs_tune.report.wording import setting_name, signed
 
 
 def draw_curves(panels: Sequence[CurvesInfo]) -> Picture:

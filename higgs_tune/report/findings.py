@@ -6,60 +6,25 @@ that, and a text loss that fell without an audio gain is not called listening.
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 from higgs_tune import metrics as m
-from higgs_tune.config import TrialConfig
 from higgs_tune.report.choose import Choice, Stat, choose
 from higgs_tune.report.importance import MIN_TRIALS, ImportanceInfo, importance_info, levels
 from higgs_tune.report.results import UNFINISHED, Results, Trial
+from higgs_tune.report.verdict import Outcome, found, headline, outcome_of
+from higgs_tune.report.wording import (
+    Answer,
+    Tone,
+    final_mean,
+    nats,
+    rise_percent,
+    setting_name,
+    signed,
+)
 
 # Nats per text token. Below the first, text does not use audio; from the second on it clearly does.
 GAIN_NONE = 0.05
 GAIN_CLEAR = 0.3
-
-Outcome = Literal[
-    "better", "within_noise", "worse", "unconfirmed", "baseline_best", "no_feasible", "no_trials"
-]
-Tone = Literal["good", "fair", "poor", "plain"]
-
-OUTCOME_TONE: dict[Outcome, Tone] = {
-    "better": "good",
-    "within_noise": "fair",
-    "worse": "fair",
-    "unconfirmed": "fair",
-    "baseline_best": "fair",
-    "no_feasible": "poor",
-    "no_trials": "poor",
-}
-_VERDICTS: dict[Outcome, str] = {
-    "better": "Better than by hand",
-    "within_noise": "No better than by hand",
-    "worse": "Keeps audio, text less well",
-    "unconfirmed": "Not confirmed",
-    "baseline_best": "Trial 0 stays best",
-    "no_feasible": "Nothing to choose",
-    "no_trials": "Nothing yet",
-}
-SETTING_NAMES = {
-    "learning_rate": "learning rate",
-    "target_set": "target set",
-    "new_module_lr_factor": "new-module rate factor",
-    "text_loss_weight": "text loss weight",
-    "audio_loss_weight": "audio loss weight",
-    "batch_clips": "clips per step",
-}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One question that a reader brings, its figure and a sentence or two."""
-
-    key: str
-    question: str
-    figure: str
-    sentence: str
-    tone: Tone
 
 
 @dataclass(frozen=True)
@@ -78,8 +43,8 @@ def find(results: Results) -> Findings:
     """Draw the conclusions from a sweep's results."""
     choice = choose(results)
     importance = importance_info(results)
-    outcome = _outcome(results, choice)
-    answers = [_found(results, choice, outcome)]
+    outcome = outcome_of(results, choice)
+    answers = [found(results, choice, outcome)]
     if choice is not None and results.base is not None:
         answers += [
             _text(results.base, choice),
@@ -90,7 +55,7 @@ def find(results: Results) -> Findings:
         answers.append(_mattered(results, importance))
     return Findings(
         outcome=outcome,
-        headline=_headline(results, choice, outcome),
+        headline=headline(results, choice, outcome),
         answers=tuple(answers),
         notes=tuple(_notes(results, choice)),
         choice=choice,
@@ -98,123 +63,8 @@ def find(results: Results) -> Findings:
     )
 
 
-def describe(config: TrialConfig) -> str:
-    """A configuration in one line."""
-    return (
-        f"rank {config.rank}, learning rate {config.learning_rate:.1e}, "
-        f"cross_attention {config.cross_attention}, targets {' + '.join(config.targets)}"
-    )
-
-
-def nats(value: float) -> str:
-    """A loss with the digits that mean something."""
-    return f"{value:.2f}".replace("-", "−")
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """A difference with its sign; a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def setting_name(setting: str) -> str:
-    """A setting's name in a sentence."""
-    return SETTING_NAMES.get(setting, setting)
-
-
-def _outcome(results: Results, choice: Choice | None) -> Outcome:
-    if choice is None:
-        return "no_feasible" if any(trial.history for trial in results.trials) else "no_trials"
-    if choice.trial.origin == "baseline":
-        return "baseline_best"
-    if choice.difference is None or choice.difference.interval is None:
-        return "unconfirmed"
-    low, high = choice.difference.interval
-    if high < 0:
-        return "better"
-    return "worse" if low > 0 else "within_noise"
-
-
-def _headline(results: Results, choice: Choice | None, outcome: Outcome) -> str:
-    if outcome == "no_trials":
-        return "No trial has reported a result yet"
-    if choice is None or results.base is None:
-        if not any(trial.full_budget for trial in results.search):
-            return "No trial has run its full budget"
-        return "No configuration kept audio within its limit over a full run"
-    start, end = results.base[m.VAL_TEXT_NLL], _mean(choice, m.VAL_TEXT_NLL)
-    verb = "fell" if end < start else "rose"
-    return f"Text loss {verb} from {nats(start)} to {nats(end)} nats per token"
-
-
-def _found(results: Results, choice: Choice | None, outcome: Outcome) -> Answer:
-    question = "What was found?"
-    tone = OUTCOME_TONE[outcome]
-    if choice is None:
-        why = _why_nothing(results, outcome)
-        return Answer("found", question, _VERDICTS[outcome], why, tone)
-    return Answer("found", question, _VERDICTS[outcome], _certainty(results, choice, outcome), tone)
-
-
-def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:
-    runs = f"{len(choice.runs)} fresh seeds" if len(choice.runs) > 1 else "one run"
-    if outcome == "baseline_best":
-        return f"Trial 0, the configuration set by hand, was not beaten ({runs})."
-    difference = choice.difference
-    if difference is None:
-        return (
-            "Trial 0 did not run the full budget with the same seed, so there is no fair comparison "
-            "with it."
-        )
-    size = f"{nats(abs(difference.mean))} nats per token"
-    direction = "lower" if difference.mean < 0 else "higher"
-    if difference.interval is None:
-        return (
-            f"Its text loss is {size} {direction} than trial 0's in one pair of runs. How much of that "
-            "is chance was not measured: the lowest of many single runs is partly luck."
-        )
-    low, high = difference.interval
-    digits = 2 if high - low >= 0.05 else 3
-    ends = f"{signed(low, digits)} to {signed(high, digits)}"
-    interval = f"95% interval {ends}, {difference.n} seeds"
-    if outcome == "better":
-        return f"Its text loss is {size} lower than trial 0's ({interval})."
-    if outcome == "worse":
-        audio, limit = choice.baseline_stat(m.VAL_AUDIO_NLL), results.audio_limit
-        over = audio is not None and limit is not None and audio.mean > limit
-        why = "let audio loss rise beyond its limit" if over else "did not end well with every seed"
-        return (
-            f"Its text loss is {size} higher than trial 0's ({interval}). Trial 0 could not be "
-            f"chosen: it {why}."
-        )
-    return (
-        f"Its text loss does not differ from trial 0's beyond the noise of the seeds ({interval})."
-    )
-
-
-def _why_nothing(results: Results, outcome: Outcome) -> str:
-    if outcome == "no_trials":
-        return "The folder holds no report of any trial."
-    ended = [trial for trial in results.search if trial.full_budget]
-    if results.base is None:
-        return "The untouched base was not evaluated, so the limit for audio is unknown."
-    if not ended:
-        return (
-            "No trial ran the full budget with finite losses, and unequal budgets do not compare."
-        )
-    if any(results.feasible(trial) for trial in ended):
-        return "What the search found did not hold up with the fresh seeds of the confirm stage."
-    nearest = min(ended, key=lambda trial: trial.last(m.VAL_AUDIO_NLL) or 0.0)
-    rise = _rise(results.base, nearest.last(m.VAL_AUDIO_NLL) or 0.0)
-    tolerance = 100 * results.sweep.objective.audio_tolerance
-    return (
-        f"Every full run let audio loss rise by more than {tolerance:.1f}% (the least: {nearest.id}, "
-        f"{signed(rise, 1)}%). Lower space.learning_rate.high, raise space.audio_loss_weight, or "
-        "accept more with objective.audio_tolerance."
-    )
-
-
 def _text(base: dict[str, float], choice: Choice) -> Answer:
-    start, end = base[m.VAL_TEXT_NLL], _mean(choice, m.VAL_TEXT_NLL)
+    start, end = base[m.VAL_TEXT_NLL], final_mean(choice, m.VAL_TEXT_NLL)
     sentence = f"{signed(end - start)} nats per token against the untouched base"
     baseline = choice.baseline_stat(m.VAL_TEXT_NLL)
     if baseline is not None and choice.trial.origin != "baseline":
@@ -225,9 +75,9 @@ def _text(base: dict[str, float], choice: Choice) -> Answer:
 
 
 def _audio(results: Results, base: dict[str, float], choice: Choice) -> Answer:
-    start, end = base[m.VAL_AUDIO_NLL], _mean(choice, m.VAL_AUDIO_NLL)
+    start, end = base[m.VAL_AUDIO_NLL], final_mean(choice, m.VAL_AUDIO_NLL)
     tolerance = 100 * results.sweep.objective.audio_tolerance
-    rise = _rise(base, end)
+    rise = rise_percent(base, end)
     sentence = f"{signed(rise, 1)}%; a rise of {tolerance:.1f}% is allowed."
     figure = f"{nats(start)} → {nats(end)}"
     return Answer("audio", "What did audio loss do?", figure, sentence, "good")
@@ -249,7 +99,7 @@ def _listening(base: dict[str, float], choice: Choice) -> Answer:
     if gain.mean >= GAIN_NONE:
         return Answer("listening", question, figure, f"A little: {means}.", "fair")
     sentence = f"No: {means}."
-    if _mean(choice, m.VAL_TEXT_NLL) < base[m.VAL_TEXT_NLL]:
+    if final_mean(choice, m.VAL_TEXT_NLL) < base[m.VAL_TEXT_NLL]:
         sentence += " The text loss fell by learning to write the language, not by listening."
     return Answer("listening", question, figure, sentence, "poor")
 
@@ -332,14 +182,3 @@ def comparison(results: Results, choice: Choice | None) -> list[tuple[str, dict[
 def _last(trial: Trial, metric: str) -> Stat | None:
     value = trial.last(metric)
     return None if value is None else Stat.of([value])
-
-
-def _mean(choice: Choice, metric: str) -> float:
-    stat = choice.stat(metric)
-    assert stat is not None, f"{metric} is missing in a full-budget run"
-    return stat.mean
-
-
-def _rise(base: dict[str, float], audio: float) -> float:
-    """Change of the audio loss in percent of its start."""
-    return 100 * (audio / base[m.VAL_AUDIO_NLL] - 1)

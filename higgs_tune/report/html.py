@@ -7,15 +7,7 @@ from typing import Any
 
 from higgs_tune import metrics as m
 from higgs_tune.report.choose import Stat
-from higgs_tune.report.findings import (
-    Answer,
-    Findings,
-    comparison,
-    describe,
-    nats,
-    signed,
-    trial_counts,
-)
+from higgs_tune.report.findings import Findings, comparison, trial_counts
 from higgs_tune.report.importance import levels
 from higgs_tune.report.ink import Picture
 from higgs_tune.report.listening import Listening, listening_section
@@ -23,6 +15,7 @@ from higgs_tune.report.plots import role
 from higgs_tune.report.results import Results, Trial
 from higgs_tune.report.template import escape as _e
 from higgs_tune.report.template import fill
+from higgs_tune.report.wording import Answer, describe, nats, signed
 
 CAPTIONS = {
     "curves": "Held-out losses by step; every trial starts at the untouched base. Audio gain is text loss "

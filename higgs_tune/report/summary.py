@@ -11,15 +11,10 @@ from typing import Any
 from higgs_tune import metrics as m
 from higgs_tune.files import write_text
 from higgs_tune.report.choose import Stat
-from higgs_tune.report.findings import (
-    Findings,
-    Outcome,
-    comparison,
-    describe,
-    nats,
-    trial_counts,
-)
+from higgs_tune.report.findings import Findings, comparison, trial_counts
 from higgs_tune.report.results import Results
+from higgs_tune.report.verdict import Outcome
+from higgs_tune.report.wording import describe, nats
 
 WIDTH = 96
 _LABELS = {

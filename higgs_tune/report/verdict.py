@@ -1,0 +1,125 @@
+"""Is the best better than what was set by hand, and how sure is that?"""
+
+from typing import Literal
+
+from higgs_tune import metrics as m
+from higgs_tune.report.choose import Choice
+from higgs_tune.report.results import Results
+from higgs_tune.report.wording import Answer, Tone, final_mean, nats, rise_percent, signed
+
+Outcome = Literal[
+    "better", "within_noise", "worse", "unconfirmed", "baseline_best", "no_feasible", "no_trials"
+]
+OUTCOME_TONE: dict[Outcome, Tone] = {
+    "better": "good",
+    "within_noise": "fair",
+    "worse": "fair",
+    "unconfirmed": "fair",
+    "baseline_best": "fair",
+    "no_feasible": "poor",
+    "no_trials": "poor",
+}
+_VERDICTS: dict[Outcome, str] = {
+    "better": "Better than by hand",
+    "within_noise": "No better than by hand",
+    "worse": "Keeps audio, text less well",
+    "unconfirmed": "Not confirmed",
+    "baseline_best": "Trial 0 stays best",
+    "no_feasible": "Nothing to choose",
+    "no_trials": "Nothing yet",
+}
+
+
+def outcome_of(results: Results, choice: Choice | None) -> Outcome:
+    """How the best of the search stands beside the configuration set by hand."""
+    if choice is None:
+        return "no_feasible" if any(trial.history for trial in results.trials) else "no_trials"
+    if choice.trial.origin == "baseline":
+        return "baseline_best"
+    if choice.difference is None or choice.difference.interval is None:
+        return "unconfirmed"
+    low, high = choice.difference.interval
+    if high < 0:
+        return "better"
+    return "worse" if low > 0 else "within_noise"
+
+
+def headline(results: Results, choice: Choice | None, outcome: Outcome) -> str:
+    """The report's title."""
+    if outcome == "no_trials":
+        return "No trial has reported a result yet"
+    if choice is None or results.base is None:
+        if not any(trial.full_budget for trial in results.search):
+            return "No trial has run its full budget"
+        return "No configuration kept audio within its limit over a full run"
+    start, end = results.base[m.VAL_TEXT_NLL], final_mean(choice, m.VAL_TEXT_NLL)
+    verb = "fell" if end < start else "rose"
+    return f"Text loss {verb} from {nats(start)} to {nats(end)} nats per token"
+
+
+def found(results: Results, choice: Choice | None, outcome: Outcome) -> Answer:
+    """What was found, and how sure that is."""
+    question = "What was found?"
+    tone = OUTCOME_TONE[outcome]
+    if choice is None:
+        why = _why_nothing(results, outcome)
+        return Answer("found", question, _VERDICTS[outcome], why, tone)
+    return Answer("found", question, _VERDICTS[outcome], _certainty(results, choice, outcome), tone)
+
+
+def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:
+    runs = f"{len(choice.runs)} fresh seeds" if len(choice.runs) > 1 else "one run"
+    if outcome == "baseline_best":
+        return f"Trial 0, the configuration set by hand, was not beaten ({runs})."
+    difference = choice.difference
+    if difference is None:
+        return (
+            "Trial 0 did not run the full budget with the same seed, so there is no fair comparison "
+            "with it."
+        )
+    size = f"{nats(abs(difference.mean))} nats per token"
+    direction = "lower" if difference.mean < 0 else "higher"
+    if difference.interval is None:
+        return (
+            f"Its text loss is {size} {direction} than trial 0's in one pair of runs. How much of that "
+            "is chance was not measured: the lowest of many single runs is partly luck."
+        )
+    low, high = difference.interval
+    digits = 2 if high - low >= 0.05 else 3
+    ends = f"{signed(low, digits)} to {signed(high, digits)}"
+    interval = f"95% interval {ends}, {difference.n} seeds"
+    if outcome == "better":
+        return f"Its text loss is {size} lower than trial 0's ({interval})."
+    if outcome == "worse":
+        audio, limit = choice.baseline_stat(m.VAL_AUDIO_NLL), results.audio_limit
+        over = audio is not None and limit is not None and audio.mean > limit
+        why = "let audio loss rise beyond its limit" if over else "did not end well with every seed"
+        return (
+            f"Its text loss is {size} higher than trial 0's ({interval}). Trial 0 could not be "
+            f"chosen: it {why}."
+        )
+    return (
+        f"Its text loss does not differ from trial 0's beyond the noise of the seeds ({interval})."
+    )
+
+
+def _why_nothing(results: Results, outcome: Outcome) -> str:
+    if outcome == "no_trials":
+        return "The folder holds no report of any trial."
+    ended = [trial for trial in results.search if trial.full_budget]
+    if results.base is None:
+        return "The untouched base was not evaluated, so the limit for audio is unknown."
+    if not ended:
+        return (
+            "No trial ran the full budget with finite losses, and unequal budgets do not compare."
+        )
+    if any(results.feasible(trial) for trial in ended):
+        return "What the search found did not hold up with the fresh seeds of the confirm stage."
+    nearest = min(ended, key=lambda trial: trial.last(m.VAL_AUDIO_NLL) or 0.0)
+    rise = rise_percent(results.base, nearest.last(m.VAL_AUDIO_NLL) or 0.0)
+    tolerance = 100 * results.sweep.objective.audio_tolerance
+    return (
+        f"Every full run let audio loss rise by more than {tolerance:.1f}% (the least: {nearest.id}, "
+        f"{signed(rise, 1)}%). Lower space.learning_rate.high, raise space.audio_loss_weight, or "
+        "accept more with objective.audio_tolerance."
+    )

@@ -1,0 +1,65 @@
+"""How the report says things: figures with their digits, names of settings, one answer to a question."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from higgs_tune import metrics as m
+from higgs_tune.config import TrialConfig
+from higgs_tune.report.choose import Choice
+
+Tone = Literal["good", "fair", "poor", "plain"]
+
+SETTING_NAMES = {
+    "learning_rate": "learning rate",
+    "target_set": "target set",
+    "new_module_lr_factor": "new-module rate factor",
+    "text_loss_weight": "text loss weight",
+    "audio_loss_weight": "audio loss weight",
+    "batch_clips": "clips per step",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question that a reader brings, its figure and a sentence or two."""
+
+    key: str
+    question: str
+    figure: str
+    sentence: str
+    tone: Tone
+
+
+def describe(config: TrialConfig) -> str:
+    """A configuration in one line."""
+    return (
+        f"rank {config.rank}, learning rate {config.learning_rate:.1e}, "
+        f"cross_attention {config.cross_attention}, targets {' + '.join(config.targets)}"
+    )
+
+
+def nats(value: float) -> str:
+    """A loss with the digits that mean something."""
+    return f"{value:.2f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A difference with its sign; a true minus."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def setting_name(setting: str) -> str:
+    """A setting's name in a sentence."""
+    return SETTING_NAMES.get(setting, setting)
+
+
+def final_mean(choice: Choice, metric: str) -> float:
+    """A metric of the best at its end, which a full-budget run has."""
+    stat = choice.stat(metric)
+    assert stat is not None, f"{metric} is missing in a full-budget run"
+    return stat.mean
+
+
+def rise_percent(base: dict[str, float], audio: float) -> float:
+    """Change of the audio loss in percent of its start."""
+    return 100 * (audio / base[m.VAL_AUDIO_NLL] - 1)
