@@ -64,14 +64,14 @@ def test_the_command_prints_parts_that_add_up(capsys) -> None:
 
 def test_what_is_said_to_fit_does_and_one_more_does_not() -> None:
     config = load_sweep(SWEEPS / "quick.yaml")
-    slots = fit(config, None, 2.0, 400)["slots_that_fit"]
+    slots = fit(config, None, 0.4, 400)["slots_that_fit"]
     totals = [
-        fit(load_sweep(SWEEPS / "quick.yaml", [f"tune.slots_per_worker={n}"]), None, 2.0, 400)[
+        fit(load_sweep(SWEEPS / "quick.yaml", [f"tune.slots_per_worker={n}"]), None, 0.4, 400)[
             "slots"
         ][str(n)]["total"]
         for n in (slots, slots + 1)
     ]
-    assert totals[0] <= 2.0 * 0.95 * GIB < totals[1]
+    assert totals[0] <= 0.4 * 0.95 * GIB < totals[1]
 
 
 @pytest.mark.parametrize(

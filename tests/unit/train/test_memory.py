@@ -15,6 +15,7 @@ from higgs_tune.train.memory import (
     StepShape,
     fill_slots,
     predict,
+    run_fake,
     run_step,
     slots_that_fit,
 )
@@ -105,6 +106,19 @@ def test_prediction_is_within_a_tenth_of_the_allocators_peak(case: str, dtype: s
     assert predicted.total - predicted.base == pytest.approx(peak, rel=0.1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert predicted.base == pytest.approx(weights, rel=0.001)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_line_through_few_layers_meets_the_whole_model(case: str, rows: int) -> None:
+    config = small_config(num_layers=6)
+    limits = PackLimits(
+        **({"num_slots": 1, "max_rank": 16, "paths": frozenset(ALL_LINEAR)} | CASES[case][0])
+    )
+    step = StepShape(num_clips=2, text_rows=2 * rows, audio_rows=rows, text_targets=rows)
+    modes = CROSS.get(case, ["off"] * limits.num_slots)
+    whole = run_fake(config, "bfloat16", limits, modes, step)
+    assert predict(config, "bfloat16", limits, modes, step) == whole
 
 
 def test_full_size_has_the_published_number_of_parameters_and_of_adapter_columns() -> None:
