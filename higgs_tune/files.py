@@ -65,6 +65,16 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     shutil.rmtree(former(folder), ignore_errors=True)
 
 
+def share_weights(folder: Path) -> None:
+    """Let everyone read a folder's weights who may read its other files.
+
+    safetensors writes files that only their owner can read.
+    """
+    for path in folder.glob("*.safetensors"):
+        mode = next(p for p in folder.iterdir() if p.suffix == ".json").stat().st_mode
+        path.chmod(mode)
+
+
 def former(folder: Path) -> Path:
     """Where `replace_folder` puts the old folder while it brings the new one."""
     return folder.with_name(f".{folder.name}.old")

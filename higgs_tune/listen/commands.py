@@ -104,11 +104,11 @@ def run_generate(args: argparse.Namespace) -> int:
     from higgs_tune.data.codec import load_codec  # torch: seconds to import
     from higgs_tune.listen.systems import check_codec
     from higgs_tune.listen.takes import Reference, make_take, take_paths, take_prompt
-    from higgs_tune.model.load import load_base
+    from higgs_tune.model.load import load_checkpoint
     from higgs_tune.train.checkpoint import adapted
 
     paths = take_paths(args.out, args.num_takes)
-    base = load_base(settings)
+    base = load_checkpoint(settings)
     codec_name = args.codec or "embedded"
     codec = load_codec(codec_name, base.model.device, args.codec_revision)
     check_codec(codec, codec_name, base)

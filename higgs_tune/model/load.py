@@ -206,7 +206,8 @@ def read_config(folder: Path) -> tuple[HiggsAudioV2Config, PreTrainedTokenizerBa
             f"transformers format) or {boson.MODEL_TYPE!r} (the original one)."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # every format has the native model's tokenizer, whatever its config.json calls the model
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=HiggsAudioV2Config())
         if model_type == boson.MODEL_TYPE:
             return boson.native_config(raw, control_ids(tokenizer), where), tokenizer
         return _MODEL_TYPES[model_type].from_dict(raw), tokenizer

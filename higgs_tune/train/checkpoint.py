@@ -21,6 +21,7 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from higgs_tune.config import TrialConfig
 from higgs_tune.config_file import validate
 from higgs_tune.errors import ModelError
+from higgs_tune.files import share_weights
 from higgs_tune.model.audio_attention import MODULE_NAMES, with_cross_attention
 from higgs_tune.model.snapshot import header
 from higgs_tune.model.targets import lora_regex
@@ -66,6 +67,7 @@ def save_adapter(
         f"exp_avg_sq.{name}": tensor.contiguous() for name, tensor in state.exp_avg_sq.items()
     }
     save_file(moments, directory / STATE_NAME, metadata={"step": str(state.step)})
+    share_weights(directory)
 
 
 def load_state(directory: Path) -> AdapterState:
@@ -180,9 +182,7 @@ def adapted(
     if directory is None:
         yield base
         return
-    with warnings.catch_warnings():  # PEFT 0.21 reads a property that transformers 5.23 renamed
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        wrapped: Any = load_adapter(base, directory)
+    wrapped: Any = load_adapter(base, directory)
     try:
         yield wrapped.get_base_model()
     finally:
@@ -211,7 +211,9 @@ def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path)
         )
     stored = header(directory / WEIGHTS_NAME)
     try:
-        wrapped = PeftModel.from_pretrained(model, str(directory)).eval()
+        with warnings.catch_warnings():  # PEFT 0.21 reads a property that transformers 5.23 renamed
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            wrapped = PeftModel.from_pretrained(model, str(directory)).eval()
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{directory}: does not fit this base: {error}") from error
     needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()

@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from higgs_tune.config import BaseSettings
 from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.files import share_weights
 from higgs_tune.model.boson import boson_config, boson_name, check_modes
 from higgs_tune.model.load import Base, control_ids, load_checkpoint
 from higgs_tune.model.snapshot import header
@@ -126,6 +127,7 @@ def export_merged(
             "merged_trial": trial.model_dump(mode="json"),
         }
         (folder / MARK_NAME).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        share_weights(folder)
     return base
 
 

@@ -3,6 +3,8 @@
 import errno
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from higgs_tune import files
 
@@ -19,6 +21,14 @@ def test_a_full_disk_leaves_the_former_file_and_no_draft(tmp_path, monkeypatch):
         files.write_text(path, "later")
     assert path.read_text() == "former"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_can_be_read_by_whoever_may_read_the_rest(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").chmod(0o640)
+    files.share_weights(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_json_has_no_nan(tmp_path):

@@ -1,6 +1,7 @@
 """`generate` and `evaluate` from the command line, on the embedded base."""
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def test_speech_cut_off_at_the_limit_is_said_in_the_json_and_on_stderr(tmp_path,
     assert "no end after 0.2 s, cut off there" in capsys.readouterr().err
     first, second = (soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("long", "short"))
     assert len(second) == 4800 < len(first)
+
+
+def test_a_merged_base_with_modules_of_its_own_speaks(tmp_path, embedded, caplog, monkeypatch):
+    config = trial(cross_attention="text_to_audio", targets=("attention", "audio_attention"))
+    engine = Engine(embedded, PackLimits.of([config], num_slots=1))
+    engine.add("a", config)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", engine.state("a"), config, "embedded")
+    assert (
+        cli.main(["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "m"), "--merge"])
+        == 0
+    )
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.clear()
+    assert generate(tmp_path / "a.wav", "--base", str(tmp_path / "m"), "--temperature", "0") == 0
+    assert not caplog.records, "transformers took it for a model of another type"
+    assert generate(tmp_path / "b.wav", "--temperature", "0") == 0
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
 def test_a_reference_changes_what_is_said(tmp_path):
