@@ -169,9 +169,9 @@ class ShardFile:
         """The rows of one row group; their codes are views of one buffer."""
         table = self._file.read_row_group(index).combine_chunks()
         codes = table.column("codes").combine_chunks()
-        outer = codes.offsets.to_numpy()
-        inner = codes.values.offsets.to_numpy()
-        flat = codes.values.values.to_numpy()
+        parts = (codes.offsets, codes.values.offsets, codes.values.values)
+        # to_numpy would import pandas, 0.4 s of a sweep's start
+        outer, inner, flat = (np.from_dlpack(part) for part in parts)
         plain = table.drop_columns(["codes", "num_frames"]).to_pylist()
         rows = []
         for number, fields in enumerate(plain):

@@ -6,7 +6,7 @@ label's own input does?
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -18,6 +18,8 @@ from higgs_tune.errors import LeakError
 _TOLERANCE = 1e-3
 NllFn = Callable[[Encoded], tuple[float, float]]
 """Summed nats of one example's (text, audio) targets."""
+Each = Callable[[NllFn, Sequence[Encoded]], Iterable[tuple[float, float]]]
+"""Applies it to every example, results in their order: `map`, or the `map` of a pool."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def causality_probe(
     label_offset: int = 1,
     num_labels: int = 4,
     seed: int = 0,
+    each: Each = map,
 ) -> tuple[int, float, float]:
     """Disturb inputs at and behind a label's own position; its loss must not move.
 
@@ -82,6 +85,7 @@ def causality_probe(
             transformers wants them, which `nll` has to shift itself.
         num_labels: probed per example.
         seed: of the choice of labels.
+        each: runs `nll` on many examples; a pool's map uses every core.
 
     Returns:
         (labels probed, largest change in nats from inputs at or behind the label, largest change from
@@ -92,7 +96,8 @@ def causality_probe(
             stands before its label, so that the probe could not fail.
     """
     rng = np.random.default_rng(seed)
-    worst, past, probed = 0.0, 0.0, 0
+    probes: list[tuple[Encoded, int, int | None]] = []
+    variants: list[Encoded] = []
     for example in examples:
         labels: list[tuple[int, int | None, int]] = [
             (int(row), None, int(row) + label_offset)
@@ -105,42 +110,51 @@ def causality_probe(
         for index in rng.choice(len(labels), min(num_labels, len(labels)), replace=False):
             row, codebook, position = labels[index]
             single = _only(example, row, codebook)
-            reference = sum(nll(single))
-            ahead = sum(nll(_disturb(single, position, before=False, num_codes=num_codes)))
-            behind = sum(nll(_disturb(single, position, before=True, num_codes=num_codes)))
-            worst = max(worst, abs(ahead - reference))
-            past = max(past, abs(behind - reference))
-            probed += 1
-            if not math.isfinite(reference) or abs(ahead - reference) > _TOLERANCE:
-                what = "text" if codebook is None else f"codebook {codebook}"
-                raise LeakError(
-                    f"{example.key}: the {what} label at row {position} has {reference:.4f} nats, and "
-                    f"{ahead:.4f} once the inputs from that row on change. It must not change: labels "
-                    "are not shifted, or attention is not causal. No loss of this run means anything."
-                )
+            probes.append((example, row, codebook))
+            variants.append(single)
+            variants += [
+                _disturb(single, position, before=before, num_codes=num_codes)
+                for before in (False, True)
+            ]
+    nats = [sum(both) for both in each(nll, variants)]
+    worst, past = 0.0, 0.0
+    triples = zip(nats[::3], nats[1::3], nats[2::3], strict=True)
+    for (example, row, codebook), (reference, ahead, behind) in zip(probes, triples, strict=True):
+        worst = max(worst, abs(ahead - reference))
+        past = max(past, abs(behind - reference))
+        if not math.isfinite(reference) or abs(ahead - reference) > _TOLERANCE:
+            what = "text" if codebook is None else f"codebook {codebook}"
+            raise LeakError(
+                f"{example.key}: the {what} label at row {row} has {reference:.4f} nats, and "
+                f"{ahead:.4f} once the inputs from that row on change. It must not change: labels "
+                "are not shifted, or attention is not causal. No loss of this run means anything."
+            )
     if past < _TOLERANCE:
         raise LeakError(
-            f"the probe sees nothing: of {probed} labels, none has another loss once the inputs "
+            f"the probe sees nothing: of {len(probes)} labels, none has another loss once the inputs "
             f"before it change (largest change {past:.1e} nats). The forward under test does not "
             "read its inputs, or there is no label."
         )
-    return probed, worst, past
+    return len(probes), worst, past
 
 
-def preflight(nll: NllFn, examples: Sequence[Encoded], num_classes: int) -> Preflight:
+def preflight(
+    nll: NllFn, examples: Sequence[Encoded], num_classes: int, each: Each = map
+) -> Preflight:
     """Run the probes on a base and its validation data.
 
     Args:
         nll: the forward that will train.
         examples: a few of each task.
         num_classes: codes of one codebook, BOS and EOS included.
+        each: runs `nll` on many examples.
 
     Raises:
         LeakError: a label sees its own input, or a pretrained base scores audio worse than chance,
             which labels off by one look like.
     """
-    probed, worst, past = causality_probe(nll, examples, num_classes - 2)
-    audio = [nll(e)[1] for e in examples]
+    probed, worst, past = causality_probe(nll, examples, num_classes - 2, each=each)
+    audio = [audio for _, audio in each(nll, examples)]
     codes = sum(int((e.audio_labels_AC != IGNORE).sum()) for e in examples)
     per_code = sum(audio) / codes if codes else math.nan
     if per_code > 1.5 * math.log(num_classes):

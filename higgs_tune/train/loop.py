@@ -102,7 +102,10 @@ class PackLoop:
         self._transcribe = sets.transcribe
         probes = [*sets.transcribe[:2], *sets.speak[:2]]
         self.preflight: dict[str, float | int] = preflight(
-            self._single_nll, [self._examples.encode(c) for c in probes], config.codebook_size
+            self._single_nll,
+            [self._examples.encode(c) for c in probes],
+            config.codebook_size,
+            each=lambda nll, many: self.engine.lanes.run([partial(nll, one) for one in many]),
         ).record()
         self.base_metrics: dict[str, float] = self._validator.bare()
 

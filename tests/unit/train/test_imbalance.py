@@ -1,5 +1,6 @@
 """The probes pass on our labels and catch the mission's leak."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +37,13 @@ def test_no_label_of_ours_sees_its_own_input():
     assert probed == 18
     assert worst < 1e-4
     assert past > 1e-2  # the probe does move inputs that a label may see
+
+
+def test_probes_run_side_by_side_say_what_they_say_one_by_one():
+    nll = nll_of(tiny_base())
+    with ThreadPoolExecutor(2) as pool:
+        together = preflight(nll, EXAMPLES, NUM_CODES + 2, each=pool.map)
+    assert together == preflight(nll, EXAMPLES, NUM_CODES + 2)
 
 
 def test_a_loss_that_forgets_to_shift_is_caught():
