@@ -1,6 +1,8 @@
 """Reading a prepared dataset."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +88,13 @@ def test_a_damaged_shard_is_named(tmp_path: Path):
     shard.write_bytes(shard.read_bytes()[:40])
     with pytest.raises(DataError, match=r"part-00000\.parquet: cannot be read as Parquet"):
         Dataset.open(str(tmp_path))
+
+
+def test_reading_rows_imports_no_pandas():
+    """It is a large part of a worker's start, and pyarrow's to_numpy brings it in."""
+    code = (
+        "import sys; from higgs_tune.data.dataset import Dataset;"
+        "row = Dataset.open('embedded:arabic').row(3);"
+        "assert row.codes[0].size and 'pandas' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
