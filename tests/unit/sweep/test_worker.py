@@ -1,4 +1,7 @@
 import asyncio
+import contextlib
+import gc
+import json
 import os
 import random
 import subprocess
@@ -11,7 +14,7 @@ import pytest
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.errors import ModelError
-from higgs_tune.sweep.seats import CHECKPOINT_INFO, Roster, SlotLostError
+from higgs_tune.sweep.seats import CHECKPOINT_INFO, Roster, SlotLostError, import_loop
 from higgs_tune.sweep.worker import Worker
 from tests.sweep_fakes import FakeLoop
 
@@ -392,3 +395,10 @@ def test_nothing_of_torch_is_needed_to_import_a_worker():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+
+
+@pytest.mark.parametrize("path", ["json:dumps", "no_such_module:name"])
+def test_garbage_is_collected_again_after_the_loop_is_imported(path):
+    with contextlib.suppress(ModuleNotFoundError):
+        assert import_loop(path) is json.dumps
+    assert gc.isenabled()
