@@ -172,6 +172,8 @@ class TuneSettings(Settings):
     scheduler: SchedulerSettings = SchedulerSettings()
     num_workers: int = Field(default=1, ge=1)  # processes with a base each; one per GPU
     slots_per_worker: int = Field(default=4, ge=1)  # trials that train together around one base
+    # share of report_every_steps that a trial trains on while its report is decided on
+    ahead_fraction: float = Field(default=0.05, ge=0, le=1)
     # default: all CPUs of the node / num_workers
     cpus_per_worker: int | None = Field(default=None, ge=1)
     gpus_per_worker: int = Field(default=0, ge=0)

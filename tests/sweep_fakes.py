@@ -5,6 +5,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ BASE = {
 class FakeLoop:
     """Text nll falls towards a floor that depends on the configuration; no neighbour matters.
 
-    A round takes FAKE_ROUND_S seconds, with jitter. Learning rates above 5e-2 diverge at the second
+    An interval takes FAKE_ROUND_S seconds, with jitter. Learning rates above 5e-2 diverge at the second
     report, batch_clips 13 cannot join, an audio_loss_weight near 0 breaks the audio constraint, the
     base "broken" cannot be loaded, "pid:FILE" notes the process that loads it.
     """
@@ -43,6 +44,10 @@ class FakeLoop:
         self._config = config
         self._steps: dict[str, int] = {}
         self._configs: dict[str, TrialConfig] = {}
+        self._unreported: set[str] = set()  # trained since their last report
+        self.train_s = self.validate_s = 0.0
+        self.num_steps = 0  # of the pack
+        self.log: list[tuple[str, str, int]] = []  # joined or left, who, after which of its steps
 
     def join(
         self, trial_id: str, config: TrialConfig, state_dir: Path | None = None
@@ -56,16 +61,34 @@ class FakeLoop:
             state = json.loads((state_dir / "training_state.json").read_text())
         self._steps[trial_id] = state["step"]
         self._configs[trial_id] = config
+        self.log.append(("join", trial_id, self.num_steps))
         return {"parameters": 1000 * config.rank, "modules": {"q_proj": 4}, "step": state["step"]}
 
-    def advance(self) -> dict[str, dict[str, Any]]:
-        time.sleep(float(os.environ.get("FAKE_ROUND_S", "0.02")) * random.uniform(0.5, 1.5))
-        return {trial_id: self._train(trial_id) for trial_id in sorted(self._steps)}
+    def advance(self, stop: Callable[[], bool] | None = None) -> dict[str, dict[str, Any]]:
+        if not self._steps:
+            return {}
+        every = next(iter(self._configs.values())).report_every_steps
+        step_s = float(os.environ.get("FAKE_ROUND_S", "0.02")) / every
+        while not (due := [trial_id for trial_id in sorted(self._steps) if self._is_due(trial_id)]):
+            duration_s = step_s * random.uniform(0.5, 1.5)
+            time.sleep(duration_s)
+            self.train_s += duration_s
+            self.num_steps += 1
+            for trial_id in self._steps:
+                self._steps[trial_id] += 1
+                self._unreported.add(trial_id)
+            if stop is not None and stop():
+                return {}
+        return {trial_id: self._report(trial_id) for trial_id in due}
 
-    def _train(self, trial_id: str) -> dict[str, Any]:
-        config = self._configs[trial_id]
-        step = min(self._steps[trial_id] + config.report_every_steps, config.num_steps)
-        self._steps[trial_id] = step
+    def _is_due(self, trial_id: str) -> bool:
+        step, config = self._steps[trial_id], self._configs[trial_id]
+        at_report = step % config.report_every_steps == 0 and trial_id in self._unreported
+        return at_report or step >= config.num_steps
+
+    def _report(self, trial_id: str) -> dict[str, Any]:
+        config, step = self._configs[trial_id], self._steps[trial_id]
+        self._unreported.discard(trial_id)
         metrics = {"step": step, **curve(config, step), "tokens_per_s": random.random()}
         if config.learning_rate > 5e-2 and step >= 2 * config.report_every_steps:
             nan = {"val/text/nll": math.nan, "val/audio/nll_per_code": math.nan}
@@ -75,10 +98,17 @@ class FakeLoop:
 
     def leave(self, trial_id: str) -> None:
         del self._steps[trial_id], self._configs[trial_id]
+        self._unreported.discard(trial_id)
+        self.log.append(("leave", trial_id, self.num_steps))
 
-    def save(self, trial_id: str, directory: Path) -> None:
-        (directory / "adapter_config.json").write_text("{}")
-        (directory / "training_state.json").write_text(json.dumps({"step": self._steps[trial_id]}))
+    def snapshot(self, trial_id: str) -> Callable[[Path], None]:
+        state = json.dumps({"step": self._steps[trial_id]})
+
+        def write(directory: Path) -> None:
+            (directory / "adapter_config.json").write_text("{}")
+            (directory / "training_state.json").write_text(state)
+
+        return write
 
 
 def curve(config: TrialConfig, step: int) -> dict[str, float]:

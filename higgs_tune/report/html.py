@@ -16,6 +16,7 @@ from higgs_tune.report.results import Results, Trial
 from higgs_tune.report.template import escape as _e
 from higgs_tune.report.template import fill
 from higgs_tune.report.wording import Answer, describe, nats, signed
+from higgs_tune.report.workers import workers_sentence
 
 CAPTIONS = {
     "curves": "Held-out losses by step; every trial starts at the untouched base. Audio gain is text loss "
@@ -58,6 +59,8 @@ def render_html(
 
 def _lead(results: Results, findings: Findings) -> str:
     counts = f"Trials: {trial_counts(results)}."
+    if (workers := workers_sentence(results)) is not None:
+        counts += f" Workers: {workers}"
     if findings.choice is None:
         return f"<p>{_e(counts)}</p>"
     config = findings.choice.trial.config

@@ -7,7 +7,7 @@ hold no trial at all.
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +86,7 @@ class Results:
     base: Metrics | None  # the untouched base; None if the sweep ended before it was evaluated
     base_file: dict[str, Any]
     trials: tuple[Trial, ...]  # by number, the confirm stage's after the search's
+    workers: dict[str, dict[str, Any]] = field(default_factory=dict)  # where their time went
 
     @cached_property
     def search(self) -> tuple[Trial, ...]:
@@ -133,16 +134,17 @@ def read_results(directory: Path) -> Results:
             "Give a folder such as results/quick."
         )
     sweep_file = directory / "sweep.yaml"
-    base_file = _read_json(directory / "base.json") if (directory / "base.json").exists() else {}
+    base_file = _read_if_there(directory / "base.json")
     folders = sorted((directory / "trials").glob("*/config.json"))
     trials = [_read_trial(path.parent) for path in folders]
     return Results(
         directory=directory,
         sweep=validate(SweepConfig, read_yaml(sweep_file), str(sweep_file)),
-        env=_read_json(directory / "env.json") if (directory / "env.json").exists() else {},
+        env=_read_if_there(directory / "env.json"),
         base=base_file.get("metrics"),
         base_file=base_file,
         trials=tuple(sorted(trials, key=lambda t: (t.origin == "confirm", t.number, t.id))),
+        workers=_read_if_there(directory / "workers.json"),
     )
 
 
@@ -188,6 +190,10 @@ def _read_history(path: Path) -> tuple[Metrics, ...]:
                 break  # no newline after it: its writer was killed in the middle of the line
             raise SweepError(f"{path}, line {number}: not a report of a trial: {error!r}") from None
     return tuple(rows[step] for step in sorted(rows))
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return _read_json(path) if path.exists() else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

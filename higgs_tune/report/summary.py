@@ -15,6 +15,7 @@ from higgs_tune.report.findings import Findings, comparison, trial_counts
 from higgs_tune.report.results import Results
 from higgs_tune.report.verdict import Outcome
 from higgs_tune.report.wording import describe, nats
+from higgs_tune.report.workers import workers_sentence
 
 WIDTH = 96
 _LABELS = {
@@ -79,6 +80,7 @@ def summary_facts(results: Results, findings: Findings) -> dict[str, Any]:
         },
         "num_trials": {status: results.count(status) for status in statuses},
         "num_confirm_runs": len(results.confirm),
+        "workers": results.workers,
     }
 
 
@@ -97,6 +99,8 @@ def summary_text(results: Results, findings: Findings) -> str:
             text = f"{answer.figure}{unit}. {answer.sentence}"
         lines += _field(_LABELS[answer.key], text)
     lines += _field("Trials", trial_counts(results) + ".")
+    if (workers := workers_sentence(results)) is not None:
+        lines += _field("Workers", workers)
     for note in findings.notes:
         lines += _field("Note", note)
     rows = comparison(results, findings.choice)

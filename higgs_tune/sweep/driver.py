@@ -37,9 +37,11 @@ from higgs_tune.sweep.searcher import StudySearcher
 from higgs_tune.sweep.seats import DEFAULT_LOOP
 from higgs_tune.sweep.source import TrialSource
 from higgs_tune.sweep.study import TrialRecord
+from higgs_tune.sweep.table import NUM_QUEUED
 from higgs_tune.sweep.trainable import PackTrial
 
 EXIT_NOTHING_FEASIBLE = 3
+FIGURES_S = 10.0  # how often workers.json is written anew
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Sweep:
         self._control = control
         self._display = display
         self._base: dict[str, Any] | None = None
+        self._asked = time.monotonic()  # when the workers were asked for their figures
 
     def audio_limit(self) -> float:
         """The highest val/audio/nll_per_code that is still feasible."""
@@ -80,6 +83,28 @@ class Sweep:
         return start * (1 + self.config.objective.audio_tolerance)
 
     def check_workers(self) -> None:
+        """Write base.json once the base is there, and workers.json now and then."""
+        self._check_base()
+        if time.monotonic() - self._asked >= FIGURES_S:
+            self._asked = time.monotonic()
+            self.write_figures()
+            self._workers.ask_figures()
+
+    def write_figures(self, timeout_s: float = 0.0) -> None:
+        """Write where the workers' time went, by what they last answered."""
+        figures = self._workers.figures(timeout_s)
+        if figures:
+            write_json(self.results / "workers.json", figures)
+
+    def end(self) -> None:
+        """Write the last figures."""
+        self._workers.ask_figures()
+        try:
+            self.write_figures(timeout_s=5.0)
+        except OSError as error:
+            self.fail_disk(error)
+
+    def _check_base(self) -> None:
         """Write base.json once the base is there; end the sweep if it cannot be loaded."""
         if self._base is not None or not ray.wait([self._workers.description], timeout=0)[0]:
             return
@@ -122,7 +147,7 @@ class Sweep:
                 search_alg=source,
                 scheduler=scheduler,
                 num_samples=source.num_to_come(),
-                max_concurrent_trials=tune.num_workers * tune.slots_per_worker,
+                max_concurrent_trials=tune.num_workers * (tune.slots_per_worker + NUM_QUEUED),
                 reuse_actors=True,
                 trial_name_creator=_trial_id,
                 trial_dirname_creator=_trial_id,
@@ -198,6 +223,7 @@ def _run(
                 _search(sweep, found)
                 if not control.stopping:
                     _confirm(sweep, found)
+                sweep.end()
             finally:
                 workers.kill()
     except OSError as error:

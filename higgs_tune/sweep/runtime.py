@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from higgs_tune import cluster
 from higgs_tune.config import SweepConfig
@@ -82,6 +83,8 @@ class Workers:
             for name in self.names
         ]
         self.description: ray.ObjectRef[dict[str, Any]] = self._actors[0].describe.remote()
+        self._asked: dict[str, Any] = {}  # name → what it will answer
+        self._figures: dict[str, dict[str, Any]] = {}
 
     def describe_again(self) -> None:
         """Ask the restarted worker for what the dead one did not answer."""
@@ -91,6 +94,26 @@ class Workers:
         """Tell everyone the roster; one that restarts just now hears it with the next heartbeat."""
         for actor in self._actors:
             actor.sync.remote(roster)
+
+    def ask_figures(self) -> None:
+        """Ask every worker where its time went."""
+        self._asked = {
+            name: actor.figures.remote()
+            for name, actor in zip(self.names, self._actors, strict=True)
+        }
+
+    def figures(self, timeout_s: float = 0.0) -> dict[str, dict[str, Any]]:
+        """What the workers last answered to `ask_figures`, by worker."""
+        references = list(self._asked.values())
+        if references:
+            ray.wait(references, num_returns=len(references), timeout=timeout_s)
+        for number, reference in enumerate(references):
+            if ray.wait([reference], timeout=0)[0]:
+                try:
+                    self._figures[f"worker-{number}"] = ray.get(reference)
+                except RayActorError:  # it restarts, and counts anew
+                    continue
+        return self._figures
 
     def close(self) -> None:
         """Let every trial that waits for a result go."""

@@ -1,6 +1,5 @@
 """What a worker, its trials and the driver say to each other."""
 
-import asyncio
 import gc
 import importlib
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from higgs_tune.errors import SweepError
 
 Files = dict[str, bytes]  # a checkpoint folder: relative path → content
 Result = dict[str, Any]
+Snapshot = Callable[[Path], None]  # writes a checkpoint into an empty folder
 DEFAULT_LOOP = "higgs_tune.train.sweep_pack:sweep_loop"
 CHECKPOINT_INFO = "checkpoint.json"  # beside the adapter: {"trial_id", "step"}
 
@@ -23,6 +23,8 @@ class Loop(Protocol):
     base_metrics: dict[str, float]
     preflight: dict[str, Any]
     content_hash: str  # of the dataset
+    train_s: float  # of all calls of `advance` so far
+    validate_s: float
 
     def join(
         self, trial_id: str, config: TrialConfig, state_dir: Path | None = None
@@ -30,16 +32,16 @@ class Loop(Protocol):
         """Seat a trial; returns its account of modules and parameters."""
         ...
 
-    def advance(self) -> dict[str, dict[str, Any]]:
-        """Train every resident one interval and validate."""
+    def advance(self, stop: Callable[[], bool] | None = None) -> dict[str, dict[str, Any]]:
+        """Train every resident until some are due or `stop` says so after a step; validate those."""
         ...
 
     def leave(self, trial_id: str) -> None:
         """Free a resident's slot."""
         ...
 
-    def save(self, trial_id: str, directory: Path) -> None:
-        """Write a resident's adapter and training state."""
+    def snapshot(self, trial_id: str) -> Snapshot:
+        """What writes a resident's adapter and training state as they are now, at any time."""
         ...
 
 
@@ -50,20 +52,6 @@ class Roster:
     version: int
     live: tuple[str, ...]
     to_come: int
-
-
-@dataclass
-class Seat:
-    """One trial in a worker, from its lease until the roster drops it."""
-
-    trial_id: str
-    config: TrialConfig
-    files: Files | None  # the checkpoint it starts from
-    roster_version: int  # the first roster that names it
-    resident: bool = False  # the loop knows it
-    waiting: "asyncio.Future[Result] | None" = None
-    result: Result | None = None  # trained, not yet handed out
-    step: int = 0
 
 
 class SlotLostError(SweepError):

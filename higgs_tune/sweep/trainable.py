@@ -42,7 +42,7 @@ class PackTrial(Trainable):
         return f"Trial({self._name})"
 
     def step(self) -> dict[str, Any]:
-        """Wait for the pack's next round."""
+        """Wait for the trial's next report."""
         call = self._worker.next_result.options(name=f"{self._name} · next result")
         result: dict[str, Any] = self._answer(call.remote(self._trial_id))
         self._status = result["status"]
@@ -103,5 +103,5 @@ class PackTrial(Trainable):
                 if time.monotonic() >= reminder:
                     reminder = time.monotonic() + REMIND_S
                     logger.warning("%s waits for %s", self._name, ", ".join(away))
-            time.sleep(0.5)
+            time.sleep(0.1)
         raise SweepError(f"{self._name}: no worker had a free slot for {JOIN_PATIENCE_S:.0f} s")

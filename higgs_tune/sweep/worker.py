@@ -1,14 +1,8 @@
 """One process that holds the base model once and trains the trials of its slots together.
 
-A round: every seated trial waits for its next result, the pack trains one interval, the results
-go out. In a sweep with one worker the rounds are strict, which makes a sweep repeatable: a round
-starts only when everyone on the driver's roster sits and waits and no further trial could join;
-results go out in the order of the trial ids, and the next one only when the former was dealt with,
-i.e. the table is settled again. Otherwise two results that race to the driver would decide what
-the sampler and the scheduler have seen when they choose.
-
-Torch is imported where the loop is built, never by this module, and every call of the loop runs on
-one thread.
+The `Table` says who trains and when the pack has to look up; this actor asks the pack to do it and
+passes results on. All methods run on one event loop. Torch is imported where the loop is built, never
+by this module, and every call of the loop runs on one thread; only a checkpoint is written on another.
 """
 
 import asyncio
@@ -20,9 +14,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.sweep.meter import Meter
 from higgs_tune.sweep.seats import (
     CHECKPOINT_INFO,
     DEFAULT_LOOP,
@@ -30,18 +25,23 @@ from higgs_tune.sweep.seats import (
     Loop,
     Result,
     Roster,
-    Seat,
     SlotLostError,
+    Snapshot,
     import_loop,
     read_files,
     write_files,
 )
+from higgs_tune.sweep.table import Seat, Table
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+KEPT = ("running", "completed")  # the statuses of which a checkpoint is worth keeping
+CANCELLED = {"status": "cancelled", "reason": "the sweep is ending"}
 
 
 class Worker:
-    """The Ray actor. All methods run on one event loop; the pack runs on one thread beside it."""
+    """The Ray actor."""
 
     def __init__(
         self,
@@ -61,17 +61,18 @@ class Worker:
         self._loop_path = loop_path
         self._grace_beats = grace_beats
         self._exit_process = exit_process
+        ahead = round(config.tune.ahead_fraction * config.train.report_every_steps)
+        self._table = Table(num_slots, strict=strict, ahead=ahead)
+        self._meter = Meter()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pack")
         self._loading: asyncio.Future[Loop] | None = None
-        self._loop: Loop | None = None
-        self._seats: dict[str, Seat] = {}
-        self._roster = Roster(-1, (), 0)
-        self._busy = False
+        self._running: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._look_up = False  # the pack is to stop after its current step
         self._closed = False
-        self._beats = 0  # heartbeats of the driver since something last moved
-        self._absent: set[str] = set()  # on the roster, but waited for too long
+        self._answers: dict[str, asyncio.Future[Result]] = {}  # of trials that ask for a result
+        self._silent: dict[str, int] = {}  # trial → the driver's heartbeats since it was heard
         self._warned = False
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def describe(self) -> dict[str, Any]:
         """Load the base if that has not happened; what base.json says of it and the data."""
@@ -82,209 +83,223 @@ class Worker:
             "content_hash": loop.content_hash,
         }
 
+    async def figures(self) -> dict[str, Any]:
+        """Where the time went so far."""
+        return self._meter.figures()
+
     async def sync(self, roster: Roster) -> None:
         """The driver's heartbeat: who is live, how many are to come."""
         if self._closed:  # everyone leaves by itself, perhaps with a last checkpoint
             return
-        self._roster = roster
-        for seat in list(self._seats.values()):
-            if seat.trial_id not in roster.live and seat.roster_version <= roster.version:
-                self._evict(seat, "the driver no longer runs this trial")
-        self._beats += 1
-        self._turn()
+        for trial_id in self._table.gone(roster):
+            self._evict(trial_id, "the driver no longer runs this trial")
+        missing = self._table.idle() | self._table.unheard()
+        self._silent = {trial_id: self._silent.get(trial_id, 0) + 1 for trial_id in missing}
+        self._give_up_waiting()
+        self._look()
 
     async def join(
         self, trial_id: str, config: TrialConfig, files: Files | None, roster_version: int
     ) -> bool:
-        """Lease a slot, which the pack fills before its next round; False when all are taken."""
-        if trial_id in self._seats:  # its former trainable died; the new one takes over
-            self._evict(self._seats[trial_id], "another process took over this trial")
-        elif len(self._seats) >= self._num_slots:
+        """Lease a slot, or the place of the next to get one; False when all are taken."""
+        if not self._table.join(trial_id, config, files, roster_version):
             return False
-        self._seats[trial_id] = Seat(trial_id, config, files, roster_version)
-        self._absent.discard(trial_id)
-        self._moved()
+        self._let_go(trial_id, "another process took over this trial")
+        if self._running is None:
+            self._running = asyncio.get_running_loop().create_task(self._run())
+        self._heard(trial_id)
         return True
 
     async def restore(self, trial_id: str, files: Files) -> None:
         """Start a trial that has joined from a checkpoint instead."""
-        seat = self._seat(trial_id)
-        if seat.resident:
-            self._unseat(seat)
-        seat.files, seat.result = files, None
-        self._moved()
+        self._seat(trial_id)
+        self._table.restore(trial_id, files)
+        self._heard(trial_id)
 
     async def next_result(self, trial_id: str) -> Result:
-        """Wait until the pack has trained the trial's next interval."""
+        """Wait until the pack has trained the trial to its next report."""
         seat = self._seat(trial_id)
         if self._closed:
-            return {"status": "cancelled", "reason": "the sweep is ending"}
-        seat.waiting = asyncio.get_running_loop().create_future()
-        self._moved()
-        return await seat.waiting
+            return CANCELLED
+        answer = self._answers[trial_id] = asyncio.get_running_loop().create_future()
+        seat.asks = True
+        self._heard(trial_id)
+        return await answer
 
     async def save(self, trial_id: str) -> Files:
         """The trial's adapter and training state, as of the result handed out last."""
         seat = self._seat(trial_id)
-        loop = await self._loaded()
-
-        def save() -> Files:
-            with tempfile.TemporaryDirectory() as folder:
-                loop.save(trial_id, Path(folder))
-                return read_files(Path(folder))
-
-        files = await asyncio.get_running_loop().run_in_executor(self._thread, save)
+        self._heard(trial_id)
+        if seat.snapshot is None:
+            if seat.files is None:
+                raise SlotLostError(f"{trial_id} has reported nothing yet that could be saved")
+            return seat.files
         info = {"trial_id": trial_id, "step": seat.step}
+        files = await asyncio.to_thread(_write, seat.snapshot)
         return {**files, CHECKPOINT_INFO: json.dumps(info).encode()}
 
     async def close(self) -> None:
-        """Let everyone who waits go; no further round starts."""
+        """Let everyone who asks go; the pack trains no further."""
         self._closed = True
-        for seat in self._seats.values():
-            self._hand_out(seat, {"status": "cancelled", "reason": "the sweep is ending"})
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_result(CANCELLED)
+        self._answers.clear()
+        self._look()
 
     def _seat(self, trial_id: str) -> Seat:
-        if trial_id not in self._seats:
+        if trial_id not in self._table.seats:
             raise SlotLostError(f"{trial_id} has no slot in this worker")
-        return self._seats[trial_id]
+        return self._table.seats[trial_id]
 
-    def _moved(self) -> None:
-        self._beats = 0
-        self._turn()
+    def _heard(self, trial_id: str) -> None:
+        self._moved(trial_id)
+        self._look()
 
-    def _evict(self, seat: Seat, why: str) -> None:
-        del self._seats[seat.trial_id]
-        if seat.waiting is not None and not seat.waiting.done():
-            seat.waiting.set_exception(SlotLostError(f"{seat.trial_id}: {why}"))
-        self._unseat(seat)
-        self._beats = 0
+    def _moved(self, trial_id: str) -> None:
+        """Count a trial's silence anew; where all wait for the slowest, everyone's."""
+        if self._strict:
+            self._silent.clear()
+        self._silent.pop(trial_id, None)
 
-    def _unseat(self, seat: Seat) -> None:
-        if seat.resident:
-            assert self._loop is not None
-            seat.resident = False
-            self._thread.submit(self._loop.leave, seat.trial_id)
+    def _evict(self, trial_id: str, why: str) -> None:
+        self._table.drop(trial_id)
+        self._let_go(trial_id, why)
 
-    @staticmethod
-    def _hand_out(seat: Seat, result: Result) -> None:
-        if seat.waiting is not None and not seat.waiting.done():
-            seat.waiting.set_result(result)
-        seat.waiting = None
+    def _let_go(self, trial_id: str, why: str) -> None:
+        answer = self._answers.pop(trial_id, None)
+        if answer is not None and not answer.done():
+            answer.set_exception(SlotLostError(f"{trial_id}: {why}"))
 
-    def _turn(self) -> None:
-        """Do what the state of the table asks for: hand out one result, or start a round."""
-        while not self._busy and not self._closed and self._seats and self._settled():
-            held = sorted(name for name, seat in self._seats.items() if seat.result is not None)
-            if not held:
-                self._busy = True
-                task = asyncio.get_running_loop().create_task(self._round())
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-                return
-            seat = self._seats[held[0]]
-            result, seat.result = seat.result, None
-            assert result is not None
-            self._hand_out(seat, result)
-            self._beats = 0
+    def _look(self) -> None:
+        """Hand out what can be handed out, and wake the pack if the table asks for it."""
+        while not self._closed and (report := self._table.next_report()) is not None:
+            self._moved(report.trial_id)
+            answer = self._answers.pop(report.trial_id)
+            if not answer.done():
+                answer.set_result(report.result)
+        self._look_up = self._closed or self._table.needs_a_look()
+        self._wake.set()
 
-    def _settled(self) -> bool:
-        seats = self._seats
-        all_wait = all(seat.waiting is not None for seat in seats.values())
-        if not self._strict:
-            # Refilling a slot takes a moment; a round without it would waste an interval.
-            refilled = len(seats) == self._num_slots or self._roster.to_come == 0
-            if all_wait and (refilled or self._beats >= 3):
-                return True
-            return self._beats >= self._grace_beats and self._give_up_waiting()
-        live = set(self._roster.live)
-        full = len(live) >= self._num_slots or self._roster.to_come == 0
-        if all_wait and full and live - self._absent == set(seats):
-            return True
-        return self._beats >= self._grace_beats and self._give_up_waiting()
-
-    def _give_up_waiting(self) -> bool:
+    def _give_up_waiting(self) -> None:
         """Go on without whoever the driver lists but nobody has heard of for too long."""
-        idle = [seat for seat in self._seats.values() if seat.waiting is None]
-        if len(idle) == len(self._seats):
-            return False
-        # With several workers, those without a seat here may well have one elsewhere.
-        unheard = set(self._roster.live) - set(self._seats) if self._strict else set()
+        lost = {t for t, beats in self._silent.items() if beats >= self._grace_beats}
+        if not lost or not self._answers:
+            return
         if not self._warned:
             self._warned = True
             logger.warning(
                 "going on without %s after %d heartbeats; this sweep may not repeat exactly",
-                sorted(unheard | {seat.trial_id for seat in idle}),
-                self._beats,
+                sorted(lost),
+                self._grace_beats,
             )
-        for seat in idle:
-            self._evict(seat, "it did not ask for its next result in time")
-        self._absent |= unheard | {seat.trial_id for seat in idle}
-        return True
+        for trial_id in lost & set(self._table.seats):
+            self._evict(trial_id, "it did not ask for its next result in time")
+        self._table.absent |= lost
 
     async def _loaded(self) -> Loop:
         if self._loading is None:
-            self._loading = asyncio.get_running_loop().run_in_executor(self._thread, self._build)
-        self._loop = await self._loading
-        return self._loop
+            build = import_loop(self._loop_path)
+            self._loading = asyncio.get_running_loop().run_in_executor(
+                self._thread,
+                lambda: build(self._config, num_slots=self._num_slots, device=self._device),
+            )
+        return await self._loading
 
-    def _build(self) -> Loop:
-        return import_loop(self._loop_path)(
-            self._config, num_slots=self._num_slots, device=self._device
-        )
-
-    async def _round(self) -> None:
-        seats = dict(sorted(self._seats.items()))
+    async def _run(self) -> None:
+        """Train whoever sits at the table, until the sweep ends."""
         try:
             loop = await self._loaded()
-            newcomers = [seat for seat in seats.values() if not seat.resident]
-            refused: dict[str, Result] = {}
-            accounts: dict[str, Any] = {}
-            for seat in newcomers:
-                outcome = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, _join, loop, seat
-                )
-                if "account" in outcome:
-                    seat.resident = True
-                    accounts[seat.trial_id] = outcome["account"]
+            since = time.monotonic()
+            while not self._closed:
+                self._look()
+                wanted, busy = self._table.num_wanted(), len(self._table.residents)
+                seconds: dict[str, float] = {}
+                num_filled = 0
+                out, joining = self._table.take_changes()
+                if out or joining:
+                    kind = "join_s"
+                    num_filled = await self._change(loop, out, joining)
+                elif self._table.can_train():
+                    kind = "other_s"
+                    seconds = await self._advance(loop)
                 else:
-                    refused[seat.trial_id] = outcome
-            # A newcomer that the roster dropped meanwhile must not stay in the loop.
-            for seat in newcomers:
-                if self._seats.get(seat.trial_id) is not seat:
-                    self._unseat(seat)
-            started = time.monotonic()
-            results: dict[str, Result] = {}
-            if any(seat.resident for seat in seats.values()):
-                results = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, loop.advance
-                )
-            round_s = time.monotonic() - started
+                    kind = "wait_s" if self._table.num_unfinished() else "idle_s"
+                    self._wake.clear()
+                    await self._wake.wait()
+                spent_s, since = time.monotonic() - since, time.monotonic()
+                seconds[kind] = spent_s - sum(seconds.values())
+                self._meter.add(seconds, busy=busy, wanted=wanted)
+                self._meter.filled(num_filled)
         except Exception as error:  # the process's border: whatever it is, the trials must hear it
-            self._break(seats, error)
-            return
-        self._busy = False
-        for name, seat in seats.items():
-            if self._seats.get(name) is not seat:
-                continue
-            seat.result = {**refused.get(name, {}), **results.get(name, {}), "round_s": round_s}
-            seat.step = seat.result.get("step", seat.step)
-            if name in accounts:
-                seat.result["account"] = accounts[name]
-        if not self._strict:
-            for seat in seats.values():
-                if seat.result is not None and self._seats.get(seat.trial_id) is seat:
-                    result, seat.result = seat.result, None
-                    self._hand_out(seat, result)
-        self._moved()
+            self._break(error)
 
-    def _break(self, seats: dict[str, Seat], error: Exception) -> None:
+    async def _change(self, loop: Loop, out: list[Seat], joining: list[Seat]) -> int:
+        """Free slots, then fill them; how many have been filled."""
+
+        def change() -> list[Result]:
+            for seat in out:
+                loop.leave(seat.trial_id)
+            return [_join(loop, seat) for seat in joining]
+
+        self._meter.freed(len(out))
+        outcomes = await self._on_pack(change)
+        for seat, outcome in zip(joining, outcomes, strict=True):
+            if "account" in outcome:
+                seat.account = outcome["account"]
+            else:
+                self._table.refused(seat, outcome)
+        return sum("account" in outcome for outcome in outcomes)
+
+    async def _advance(self, loop: Loop) -> dict[str, float]:
+        """Let the pack train until a trial is due or something takes effect; seconds by kind."""
+        table, stop_at = self._table, self._table.next_stop()
+
+        def stop() -> bool:
+            table.clock += 1
+            return self._look_up or (stop_at is not None and table.clock >= stop_at)
+
+        def advance() -> tuple[dict[str, Result], dict[str, Snapshot], dict[str, float]]:
+            trained_s, validated_s = loop.train_s, loop.validate_s
+            results = loop.advance(stop)
+            started = time.monotonic()
+            kept = [t for t, result in results.items() if result["status"] in KEPT]
+            snapshots = {trial_id: loop.snapshot(trial_id) for trial_id in kept}
+            for trial_id, result in results.items():
+                if result["status"] != "running":
+                    loop.leave(trial_id)
+            return (
+                results,
+                snapshots,
+                {
+                    "train_s": loop.train_s - trained_s,
+                    "validate_s": loop.validate_s - validated_s,
+                    "save_s": time.monotonic() - started,
+                },
+            )
+
+        results, snapshots, seconds = await self._on_pack(advance)
+        self._meter.freed(len(table.reported(results, snapshots)))
+        return seconds
+
+    async def _on_pack(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _break(self, error: Exception) -> None:
         """Tell every trial, then end the process: a pack that failed cannot be trusted."""
-        logger.error("a round failed", exc_info=error)
-        for name in seats:
-            seat = self._seats.pop(name, None)
-            if seat is not None and seat.waiting is not None and not seat.waiting.done():
-                seat.waiting.set_exception(error)
+        logger.error("the pack failed", exc_info=error)
+        for trial_id in list(self._table.seats):
+            self._table.drop(trial_id)
+            answer = self._answers.pop(trial_id, None)
+            if answer is not None and not answer.done():
+                answer.set_exception(error)
         asyncio.get_running_loop().call_later(1.0, self._exit_process, 1)
+
+
+def _write(snapshot: Snapshot) -> Files:
+    with tempfile.TemporaryDirectory() as folder:
+        snapshot(Path(folder))
+        return read_files(Path(folder))
 
 
 def _join(loop: Loop, seat: Seat) -> Result:

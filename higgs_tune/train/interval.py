@@ -4,6 +4,7 @@ Shape letters: S steps, C codebooks.
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Any
@@ -66,7 +67,7 @@ class Interval:
     def state(self) -> dict[str, Any]:
         """Plain data for `Interval(**state)`, of a gathered interval."""
         assert not self.pending
-        return {name: getattr(self, name) for name in _FIGURES}
+        return deepcopy({name: getattr(self, name) for name in _FIGURES})
 
     def next(self) -> "Interval":
         """The empty interval behind this one."""

@@ -64,6 +64,10 @@ class _Run:
         due = step if self.interval.num_steps and step % every == 0 else step - step % every + every
         return min(due, self.resident.config.num_steps)
 
+    @property
+    def due(self) -> bool:
+        return self.next_report <= self.resident.step
+
 
 class PackLoop:
     """A base, a dataset and up to `limits.num_slots` trials that train together."""
@@ -91,6 +95,7 @@ class PackLoop:
         self._dataset, self._data, self._world = dataset, data, world
         self._examples = Examples(base, data)
         self._runs: dict[str, _Run] = {}
+        self.train_s = self.validate_s = 0.0  # of all calls of `advance` so far
         sets = validation_sets(dataset, data.num_val_clips, **self._examples.length_limits)
         self._validator = Validator(
             self.engine,
@@ -158,11 +163,20 @@ class PackLoop:
 
         With several processes, `gather` comes first.
         """
+        self.snapshot(trial_id)(directory)
+
+    def snapshot(self, trial_id: str) -> Callable[[Path], None]:
+        """What `save` does, for the trial as it is now: call it whenever, on whatever thread."""
         run = self._runs[trial_id]
         run.interval.gather()
-        state = self.engine.state(trial_id)
-        save_adapter(directory, state, run.resident.config, self.base.source, self.base.revision)
-        save_interval(directory, run.interval.state())
+        state, interval = self.engine.state(trial_id), run.interval.state()
+        config, base = run.resident.config, self.base
+
+        def write(directory: Path) -> None:
+            save_adapter(directory, state, config, base.source, base.revision)
+            save_interval(directory, interval)
+
+        return write
 
     def gather(self, trial_id: str) -> bool:
         """Sum what a checkpoint holds over the processes; False if its gradients were not finite."""
@@ -177,8 +191,7 @@ class PackLoop:
 
     def due(self, trial_id: str) -> bool:
         """Whether the trial's next report is at the step where it stands."""
-        run = self._runs[trial_id]
-        return run.next_report == run.resident.step
+        return self._runs[trial_id].due
 
     def transcribe_clips(self, count: int) -> list[Conversation]:
         """Validation clips of the task `transcribe`, spread over all of them."""
@@ -186,39 +199,44 @@ class PackLoop:
         return list(self._transcribe[::step][:count])
 
     def advance(self, stop: Callable[[], bool] | None = None) -> dict[str, dict[str, Any]]:
-        """Train every unfinished resident for its next interval, then validate it.
+        """Train every unfinished resident until one or more are due, then validate those.
 
-        A resident that joined with its budget used up is validated once, as it is.
+        The others stand within their intervals and go on in the next call. A resident that joined
+        with its budget used up is validated at once, as it is.
 
         Args:
             stop: called after each step; true leaves the interval where it is, to go on in a later
                 call or from a checkpoint.
 
         Returns:
-            Trial id → metrics, with "status" running, completed or diverged, and a "reason". Nothing
-            when stopped.
+            Trial id → metrics of those that were due, with "status" running, completed or diverged,
+            and a "reason". Nothing when stopped.
         """
         pending = {trial_id: run for trial_id, run in self._runs.items() if not run.reported_done}
-        ends = {trial_id: run.next_report for trial_id, run in pending.items()}
 
         def spend(since: float) -> None:
+            spent_s = time.monotonic() - since
+            self.train_s += spent_s
             for run in pending.values():
                 if run.interval.num_steps:
-                    run.interval.seconds += time.monotonic() - since
+                    run.interval.seconds += spent_s
 
-        while active := {t: run for t, run in pending.items() if run.resident.step < ends[t]}:
+        while pending and not any(run.due for run in pending.values()):
             started = time.monotonic()
-            self._train_step(active)
+            self._train_step(pending)
             spend(started)
             if stop is not None and stop():
                 return {}
         started = time.monotonic()
         healthy = self.engine.alive_K.tolist()  # waits for the device
         spend(started)
+        due = {trial_id: run for trial_id, run in pending.items() if run.due}
         results: dict[str, dict[str, Any]] = {}
-        alive = [t for t, run in pending.items() if healthy[run.resident.slot]]
+        alive = [t for t, run in due.items() if healthy[run.resident.slot]]
+        started = time.monotonic()
         validated = self.validate(alive) if alive else {}
-        for trial_id, run in pending.items():
+        self.validate_s += time.monotonic() - started
+        for trial_id, run in due.items():
             result = self._train_metrics(run) | validated.get(trial_id, {})
             bad = [n for n, v in result.items() if n.startswith("val/") and not math.isfinite(v)]
             if not healthy[run.resident.slot]:

@@ -21,6 +21,7 @@ from higgs_tune.errors import ModelError, SweepError
 from higgs_tune.metrics import STATUSES
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.driver import SweepOutcome, run_sweep
+from higgs_tune.sweep.meter import KINDS
 from higgs_tune.sweep.records import TrialFiles, read_json, read_metrics
 from tests.sweep_fakes import curve
 
@@ -72,7 +73,13 @@ def first(tmp_path_factory) -> SweepOutcome:
 def test_a_sweep_leaves_every_file_of_its_contract(first):
     assert first.exit_code == 0
     names = {path.name for path in first.results.iterdir()} - {".lock"}
-    assert names == {"base.json", "env.json", "study.journal", "sweep.yaml", "trials", "tune.log"}
+    assert names == {
+        "base.json", "env.json", "study.journal", "sweep.yaml", "trials", "tune.log", "workers.json"
+    }  # fmt: skip
+    (worker,) = (read_json(first.results / "workers.json") or {}).values()
+    assert sum(worker[kind] for kind in KINDS) == pytest.approx(worker["wall_s"], abs=0.01)
+    assert 0 < worker["train_s"] < worker["wall_s"]
+    assert 0 < worker["occupancy"] <= 1
     base = read_json(first.results / "base.json")
     assert base["preflight"] == {"ok": True}
     assert base["content_hash"] == "0" * 64
@@ -197,6 +204,32 @@ def test_no_trial_is_lost_when_the_worker_dies(tmp_path, monkeypatch):
     for trial in trials.values():
         steps = [line["step"] for line in trial["metrics"]]
         assert steps == list(range(25, trial["status"]["step"] + 1, 25))
+
+
+def test_a_killed_trial_gets_a_slot_again_and_its_neighbours_see_nothing(tmp_path, monkeypatch):
+    killed = []
+
+    def result(self, trial_id, content):
+        original(self, trial_id, content)
+        if trial_id == "t001" and content["step"] == 50 and not killed:
+            killed.append(content["pid"])
+            os.kill(content["pid"], signal.SIGKILL)
+
+    original = TrialFiles.result
+    monkeypatch.setattr(TrialFiles, "result", result)
+    pids = tmp_path / "pids"
+    tune = {"num_trials": 6, "seed": 3, "scheduler": {"name": "none"}}
+    outcome = run(tmp_path, base={"path": f"pid:{pids}"}, tune=tune)
+    assert len(killed) == 1
+    assert len(pids.read_text().splitlines()) == 1  # the worker went on
+    trials = trials_of(outcome.results)
+    assert len(trials) == 6
+    for name, trial in trials.items():
+        config = TrialConfig.model_validate(trial["record"]["config"])
+        assert trial["status"]["status"] == "completed", name
+        assert [(line["step"], line["val/text/nll"]) for line in trial["metrics"]] == [
+            (step, curve(config, step)["val/text/nll"]) for step in range(25, 151, 25)
+        ], name
 
 
 def test_a_base_that_cannot_be_loaded_is_the_users_error(tmp_path):

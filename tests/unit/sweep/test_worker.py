@@ -1,5 +1,4 @@
 import asyncio
-import contextlib
 import gc
 import json
 import os
@@ -7,7 +6,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,8 +45,9 @@ def trial(**changes: Any) -> TrialConfig:
 
 def make_worker(make_config, *, slots=2, strict=True, **kwargs) -> Worker:
     kwargs.setdefault("exit_process", lambda code: None)
+    sections = {"tune": {"ahead_fraction": 0.1}, **kwargs.pop("sections", {})}
     return Worker(
-        make_config(**kwargs.pop("sections", {})),
+        make_config(**sections),
         num_slots=slots,
         strict=strict,
         device="cpu",
@@ -80,10 +79,10 @@ async def seat(worker: Worker, *names: str, version: int = 1, **changes: Any) ->
         assert await worker.join(name, trial(**changes), None, version)
 
 
-def test_a_round_waits_for_everyone_on_the_roster(make_config):
+def test_the_pack_starts_when_everyone_on_the_roster_asks(make_config):
     async def scenario():
         worker = make_worker(make_config)
-        await worker.sync(Roster(1, ("t0", "t1"), 3))
+        await worker.sync(Roster(1, ("t0", "t1"), 0))
         await seat(worker, "t0", "t1")
         first = asking(worker, "t0")
         assert await never(first)
@@ -96,7 +95,7 @@ def test_a_round_waits_for_everyone_on_the_roster(make_config):
     run(scenario())
 
 
-def test_a_round_waits_for_the_trial_that_could_still_join(make_config):
+def test_the_pack_starts_when_nobody_else_could_come(make_config):
     async def scenario():
         worker = make_worker(make_config)
         await worker.sync(Roster(1, ("t0",), 1))
@@ -128,22 +127,85 @@ def test_results_go_out_in_order_and_one_at_a_time(make_config):
 def test_the_next_result_waits_for_the_successor_of_a_trial_that_left(make_config):
     async def scenario():
         worker = make_worker(make_config)
-        await worker.sync(Roster(2, ("t0", "t1"), 1))
-        await seat(worker, "t0", "t1", version=2)
-        tasks = [asking(worker, "t0"), asking(worker, "t1")]
-        await tasks[0]
-        await worker.sync(Roster(3, ("t1",), 1))  # t0 was stopped
-        assert await never(tasks[1])
-        await worker.sync(Roster(4, ("t1", "t2"), 0))
-        assert await never(tasks[1])
-        await seat(worker, "t2", version=4)
-        assert await never(tasks[1])
-        third = asking(worker, "t2")
-        assert (await tasks[1])["step"] == 25
+        await worker.sync(Roster(3, ("t0", "t1", "t2"), 1))
+        await seat(worker, "t0", "t1", "t2", version=3)
+        first, second, third = (asking(worker, name) for name in ("t0", "t1", "t2"))
+        await first
+        await worker.sync(Roster(4, ("t1", "t2"), 1))  # t0 was stopped
+        assert await never(second)
+        await worker.sync(Roster(5, ("t1", "t2", "t3"), 0))
+        assert await never(second)
+        await seat(worker, "t3", version=5)
+        assert await never(second)
+        fourth = asking(worker, "t3")
+        assert (await second)["step"] == 25
         second = asking(worker, "t1")
         assert (await second)["step"] == 50
+        assert await never(third)  # it has t0's slot, and goes out behind t1
+        second = asking(worker, "t1")
+        assert (await third)["step"] == 25
+        loop = await worker._loaded()
+        # t0 left two steps, a tenth of the interval, after its report; t2 took its slot there
+        assert loop.log == [
+            ("join", "t0", 0), ("join", "t1", 0), ("leave", "t0", 27), ("join", "t2", 27)
+        ]  # fmt: skip
+        assert not fourth.done()
+
+    run(scenario())
+
+
+def test_a_full_budget_frees_the_slot_at_once(make_config):
+    async def scenario():
+        worker = make_worker(make_config, slots=1)
+        await worker.sync(Roster(2, ("t0", "t1"), 0))
+        await seat(worker, "t0", version=2, num_steps=25)
+        await seat(worker, "t1", version=2)
+        first, second = asking(worker, "t0"), asking(worker, "t1")
+        assert (await first)["status"] == "completed"
+        assert (await worker.save("t0"))["training_state.json"] == b'{"step": 25}'
+        await worker.sync(Roster(3, ("t1",), 0))
+        assert (await second)["step"] == 25
+        loop = await worker._loaded()
+        assert loop.log == [("join", "t0", 0), ("leave", "t0", 25), ("join", "t1", 25)]
+
+    run(scenario())
+
+
+def test_a_checkpoint_is_as_of_the_result_although_the_pack_trains_on(make_config):
+    async def scenario():
+        worker = make_worker(make_config, strict=False)
+        await worker.sync(Roster(1, ("t0",), 0))
+        await seat(worker, "t0")
+        result = await worker.next_result("t0")
+        loop = await worker._loaded()
+        while loop.num_steps < 60:  # the second report is there, but not handed out
+            await asyncio.sleep(0.001)
+        files = await worker.save("t0")
+        assert result["step"] == 25
+        assert files["training_state.json"] == b'{"step": 25}'
+        assert json.loads(files[CHECKPOINT_INFO]) == {"trial_id": "t0", "step": 25}
+        assert (await worker.next_result("t0"))["step"] == 50
+        assert (await worker.save("t0"))["training_state.json"] == b'{"step": 50}'
+
+    run(scenario())
+
+
+def test_the_pack_waits_where_a_late_decision_takes_effect(make_config):
+    async def scenario():
+        worker = make_worker(make_config)
+        await worker.sync(Roster(1, ("t0", "t1"), 0))
+        await seat(worker, "t0", "t1")
+        tasks = [asking(worker, "t0"), asking(worker, "t1")]
+        await tasks[0]
+        assert await never(tasks[1])
+        loop = await worker._loaded()
+        assert loop.num_steps == 27
+        await worker.sync(Roster(2, ("t1",), 0))
+        await tasks[1]
         asking(worker, "t1")
-        assert (await third)["step"] == 25  # its first interval, in the round after
+        assert await never(asyncio.Future())
+        assert loop.log[-1] == ("leave", "t0", 27)
+        assert loop.num_steps > 27
 
     run(scenario())
 
@@ -177,9 +239,9 @@ def test_a_trial_that_stops_asking_loses_its_slot_and_can_come_back(make_config)
             await worker.next_result("t0")
         assert await worker.join("t0", trial(), files, 1)
         back, other = asking(worker, "t0"), asking(worker, "t1")
-        assert (await back)["step"] == 50
-        asking(worker, "t0")
         assert (await other)["step"] == 50
+        asking(worker, "t1")
+        assert (await back)["step"] == 50
 
     run(scenario())
 
@@ -187,8 +249,8 @@ def test_a_trial_that_stops_asking_loses_its_slot_and_can_come_back(make_config)
 def test_a_full_worker_refuses_and_a_newer_process_takes_over_its_own_trial(make_config):
     async def scenario():
         worker = make_worker(make_config, slots=1)
-        await seat(worker, "t0")
-        assert not await worker.join("t1", trial(), None, 1)
+        await seat(worker, "t0", "t1")
+        assert not await worker.join("t2", trial(), None, 1)
         old = asking(worker, "t0")
         await asyncio.sleep(0)
         assert await worker.join("t0", trial(), None, 1)
@@ -241,7 +303,7 @@ def test_the_account_comes_with_the_first_result_only(make_config):
 
 
 def test_a_failed_round_reaches_every_trial_and_ends_the_process(make_config, monkeypatch):
-    def explode(self):
+    def explode(self, stop):
         raise RuntimeError("device lost")
 
     async def scenario():
@@ -303,45 +365,69 @@ def test_one_of_several_workers_does_not_wait_for_the_trials_of_the_others(make_
     run(scenario())
 
 
-def test_one_of_several_workers_gives_a_successor_a_moment(make_config):
+def test_one_of_several_workers_goes_on_without_a_successor_and_seats_it_at_its_next_step(
+    make_config,
+):
     async def scenario():
         worker = make_worker(make_config, strict=False)
-        roster = Roster(1, ("t0", "t1", "t2"), 4)
-        await worker.sync(roster)
+        await worker.sync(Roster(1, ("t0", "t1", "t2"), 4))
         await seat(worker, "t1")
+        assert (await worker.next_result("t1"))["step"] == 25
         task = asking(worker, "t1")
-        assert await never(task)
-        await beat(worker, roster, 3)
-        assert (await task)["step"] == 25
+        await seat(worker, "t2", version=1)
+        other = asking(worker, "t2")
+        assert (await other)["step"] == 25
+        assert (await task)["step"] == 50
+        loop = await worker._loaded()
+        joined = loop.log[-1]
+        assert joined[:2] == ("join", "t2")
+        assert joined[2] % 25 != 0
+        await worker.sync(Roster(2, ("t2",), 4))  # t1 was stopped
+        while len(loop.log) < 3:
+            await asyncio.sleep(0.001)
+        assert loop.log[-1][:2] == ("leave", "t1")
 
     run(scenario())
 
 
-def test_one_of_several_workers_goes_on_without_a_trial_that_stops_asking(make_config, caplog):
+def test_one_of_several_workers_takes_the_slot_of_a_trial_that_stops_asking(
+    make_config, caplog, monkeypatch
+):
     async def scenario():
         worker = make_worker(make_config, strict=False, grace_beats=5)
         roster = Roster(1, ("t0", "t1", "t2"), 0)
         await worker.sync(roster)
         await seat(worker, "t0", "t1")
+        first, second = asking(worker, "t0"), asking(worker, "t1")
+        assert (await first)["step"] == 25
+        assert (await second)["step"] == 25
+        monkeypatch.setenv("FAKE_ROUND_S", "0.3")
+        assert (await worker.next_result("t1"))["step"] == 50
         task = asking(worker, "t1")
-        assert await never(task)
         await beat(worker, roster, 6)
-        assert (await task)["step"] == 25
+        assert not task.done()
         with pytest.raises(SlotLostError, match="t0 has no slot"):
             await worker.next_result("t0")
+        assert (await task)["step"] == 75
+        assert (await worker._loaded()).log[-1][:2] == ("leave", "t0")
         assert "going on without ['t0']" in caplog.text  # t2 sits elsewhere
 
     run(scenario())
 
 
-def drive(make_config, tmp_path: Path, seed: int) -> list[tuple[str, int]]:
-    """Run seven trials through two slots with racing clients; the order in which results arrive."""
+def drive(make_config, seed: int, delay_s: float) -> tuple[list[tuple], list[tuple]]:
+    """Run nine trials through two slots with racing clients that decide slowly.
+
+    Returns:
+        The results in the order in which they arrived, and who joined and left after which step.
+    """
     rng = random.Random(seed)
-    arrived: list[tuple[str, int]] = []
+    arrived: list[tuple[Any, ...]] = []
+    log: list[tuple[str, str, int]] = []
 
     async def scenario():
         worker = make_worker(make_config)
-        names = [f"t{index}" for index in range(7)]
+        names = [f"t{index}" for index in range(9)]
         state = {"version": 0, "live": [], "queue": list(names)}
 
         async def publish():
@@ -349,19 +435,26 @@ def drive(make_config, tmp_path: Path, seed: int) -> list[tuple[str, int]]:
             live = tuple(state["live"])
             await worker.sync(Roster(state["version"], live, len(state["queue"])))
 
+        async def pause():
+            await asyncio.sleep(rng.random() * delay_s)
+
         async def client(name: str, version: int):
-            await asyncio.sleep(rng.random() * 0.01)
-            await worker.join(name, trial(), None, version)
+            await pause()
+            budget = {"t3": 55, "t4": 51, "t6": 26}.get(name, 100)
+            assert await worker.join(name, trial(num_steps=budget), None, version)
             while True:
-                await asyncio.sleep(rng.random() * 0.01)
+                await pause()
                 result = await worker.next_result(name)
-                arrived.append((name, result["step"]))
-                await asyncio.sleep(rng.random() * 0.01)
-                stopped = int(name[1:]) % 3 == 0 and result["step"] >= 50
+                arrived.append((name, result["step"], result["val/text/nll"]))
+                await pause()
+                files = await worker.save(name)
+                assert json.loads(files["training_state.json"])["step"] == result["step"]
+                stopped = name in ("t0", "t3", "t7") and result["step"] >= 50
                 if result["status"] != "running" or stopped:
                     break
             state["live"].remove(name)
             await publish()
+            await pause()
             await start()
 
         tasks = []
@@ -373,20 +466,26 @@ def drive(make_config, tmp_path: Path, seed: int) -> list[tuple[str, int]]:
                 await publish()
                 tasks.append(asyncio.create_task(client(name, state["version"])))
 
-        await start()
-        await start()
+        for _ in range(3):
+            await start()
         while len(tasks) < len(names) or not all(task.done() for task in tasks):
             await asyncio.sleep(0.005)
         await asyncio.gather(*tasks)
+        log.extend((await worker._loaded()).log)
 
     run(scenario())
-    return arrived
+    return arrived, log
 
 
-def test_racing_clients_see_the_same_order_every_time(make_config, tmp_path):
-    first = drive(make_config, tmp_path, seed=1)
-    assert len({name for name, _ in first}) == 7
-    assert all(drive(make_config, tmp_path, seed=seed) == first for seed in (2, 3, 4))
+def test_however_late_decisions_are_the_same_happens_at_the_same_steps(make_config):
+    arrived, log = drive(make_config, seed=1, delay_s=0.01)
+    assert len({name for name, *_ in arrived}) == 9
+    assert {kind for kind, *_ in log} == {"join", "leave"}
+    # Of a trial that was stopped no later step is seen, though it trained on.
+    assert max(step for name, step, _ in arrived if name == "t0") == 50
+    assert {name: step for kind, name, step in log if kind == "leave"}["t0"] == 52
+    for seed, delay_s in ((2, 0.0), (3, 0.001), (4, 0.03)):
+        assert drive(make_config, seed=seed, delay_s=delay_s) == (arrived, log)
 
 
 def test_nothing_of_torch_is_needed_to_import_a_worker():

@@ -21,6 +21,13 @@ def loop_of(dataset, *trials, num_slots=2):
     return PackLoop(tiny_base(), dataset, DATA, PackLimits.of(list(trials), num_slots))
 
 
+def report_of(loop, trial_id):
+    """The trial's next report, whoever else reports before."""
+    while trial_id not in (results := loop.advance()):
+        assert results
+    return results[trial_id]
+
+
 A, B = trial(seed=1), trial(seed=2, targets=("attention",), num_steps=12)
 
 
@@ -31,7 +38,7 @@ def test_results_do_not_depend_on_the_company(dataset):
     alone = loop_of(dataset, A, num_slots=1)
     alone.join("a", A)
     for _ in range(4):
-        ours, theirs = together.advance()["a"], alone.advance()["a"]
+        ours, theirs = report_of(together, "a"), report_of(alone, "a")
         for name in (metrics.VAL_TEXT_NLL, metrics.VAL_AUDIO_NLL, metrics.TRAIN_TEXT_NLL):
             assert ours[name] == pytest.approx(theirs[name], rel=5e-3), name
     assert ours["status"] == "completed"
@@ -46,6 +53,50 @@ def test_intervals_end_at_the_budget_and_report_true_steps(dataset):
     assert results[0][metrics.grad_share("attention")] == pytest.approx(1.0)
     assert results[0][metrics.PEAK_MEMORY_MIB] > 10
     assert loop.advance() == {}
+
+
+def test_trials_at_different_places_of_their_intervals_train_as_each_alone(dataset):
+    def alone(config):
+        loop = loop_of(dataset, config, num_slots=1)
+        loop.join("x", config)
+        return [report_of(loop, "x") for _ in range(3)]
+
+    late = trial(seed=3, targets=("attention",), num_steps=12)
+    loop = loop_of(dataset, A, late)
+    loop.join("a", A)
+    steps = iter(range(1, 4))
+    assert loop.advance(lambda: next(steps) == 3) == {}  # left in the middle of its interval
+    loop.join("late", late)
+    found = {"a": [], "late": []}
+    order = []
+    while len(found["late"]) < 3 or len(found["a"]) < 3:
+        for trial_id, result in loop.advance().items():
+            found[trial_id].append(result)
+            order.append((trial_id, result[metrics.STEP]))
+    assert order == [("a", 5), ("late", 5), ("a", 10), ("late", 10), ("a", 15), ("late", 12)]
+    for trial_id, config in (("a", A), ("late", late)):
+        for ours, theirs in zip(found[trial_id], alone(config), strict=False):
+            assert ours[metrics.STEP] == theirs[metrics.STEP]
+            for name in (metrics.VAL_TEXT_NLL, metrics.VAL_AUDIO_NLL, metrics.TRAIN_TEXT_NLL):
+                assert ours[name] == pytest.approx(theirs[name], rel=5e-3), (trial_id, name)
+
+
+def test_a_snapshot_is_the_trial_as_it_was(dataset, tmp_path):
+    loop = loop_of(dataset, A, num_slots=1)
+    loop.join("a", A)
+    steps = iter(range(1, 8))
+    loop.advance(lambda: next(steps) == 3)
+    write = loop.snapshot("a")
+    loop.save("a", tmp_path)
+    assert loop.advance()["a"][metrics.STEP] == 5
+    loop.advance()
+    later = tmp_path / "later"
+    later.mkdir()
+    write(later)
+    files = [path for path in sorted(tmp_path.iterdir()) if path.is_file()]
+    assert len(files) > 3
+    for path in files:
+        assert (later / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_step_zero_is_the_bare_base_for_every_trial(dataset):
@@ -106,10 +157,11 @@ def test_trial_that_joins_at_its_budget_is_validated_once(dataset, tmp_path):
     again.join("a", A, tmp_path)
     again.join("b", B)
     results = again.advance()
+    assert results.keys() == {"a"}
     assert (results["a"]["status"], results["a"][metrics.STEP]) == ("completed", 20)
     assert results["a"][metrics.VAL_TEXT_NLL] == pytest.approx(expected[metrics.VAL_TEXT_NLL])
     assert metrics.TRAIN_TEXT_NLL not in results["a"]
-    assert results["b"][metrics.STEP] == 5
+    assert again.advance()["b"][metrics.STEP] == 5
     assert again.advance().keys() == {"b"}
 
 

@@ -1,0 +1,252 @@
+"""Who sits in a worker, and which of the pack's steps each change takes effect at.
+
+The pack does not stand still while Tune decides what becomes of a trial that has reported. Its clock
+is its own optimizer step, and what follows from a report at step s takes effect at step s + `ahead`:
+the trial that was stopped leaves there, the one that was suggested in its place sits down there. In a
+sweep with one worker this is strict, which makes a sweep repeatable: the pack waits at that step if
+the decision is not there yet, and reports go out one at a time, by step and trial id, each when
+everything that followed from the former is known. Otherwise results that race to the driver would
+decide what the sampler and the scheduler have seen when they choose.
+
+With several workers nothing waits: a change takes effect at the pack's next step.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from higgs_tune.config import TrialConfig
+from higgs_tune.sweep.seats import Files, Result, Roster, Snapshot
+
+NUM_QUEUED = 1  # trials that wait for the next slot to be freed, so that it is filled at once
+
+
+@dataclass(frozen=True)
+class Report:
+    """A result on its way to the driver."""
+
+    due: int  # the pack's step at which it was validated
+    trial_id: str
+    result: Result
+    snapshot: Snapshot | None  # None: nothing is kept of a trial that ended badly
+
+
+@dataclass(eq=False)
+class Seat:
+    """One trial in a worker, from its lease until the roster drops it."""
+
+    trial_id: str
+    config: TrialConfig
+    files: Files | None  # the checkpoint it starts from
+    roster_version: int  # the first roster that names it
+    asks: bool = False  # its trainable waits for the next result
+    since: int | None = None  # the pack's step from which it may train, once that is known
+    ended: bool = False  # it never trains again
+    account: dict[str, Any] | None = None  # of its modules; goes out with its first result
+    step: int = 0  # of the result handed out last
+    snapshot: Snapshot | None = None  # as of that result
+    reports: deque[Report] = field(default_factory=deque)  # not handed out yet
+
+
+class Table:
+    """The seats of a worker. Knows no clock but the pack's, no thread and no event loop."""
+
+    def __init__(self, num_slots: int, *, strict: bool, ahead: int) -> None:
+        self.seats: dict[str, Seat] = {}
+        self.residents: dict[str, Seat] = {}  # in the pack; perhaps no longer in `seats`
+        self.roster = Roster(-1, (), 0)
+        self.clock = 0  # optimizer steps of the pack
+        self.absent: set[str] = set()  # on the roster, but waited for too long
+        self._num_slots = num_slots
+        self._strict = strict
+        self._ahead = ahead if strict else 0
+        self._dealing: Report | None = None  # handed out; what follows from it is not known yet
+        self._leaving: list[tuple[Seat, int | None]] = []  # from which step; None: not known yet
+
+    def join(
+        self, trial_id: str, config: TrialConfig, files: Files | None, roster_version: int
+    ) -> bool:
+        """Lease a seat; False when all are taken. Replaces a seat of the same trial."""
+        others = [s for s in self.seats.values() if s.trial_id != trial_id and not s.ended]
+        if len(others) >= self._num_slots + NUM_QUEUED:
+            return False
+        self.drop(trial_id)
+        self.seats[trial_id] = Seat(trial_id, config, files, roster_version)
+        self.absent.discard(trial_id)
+        return True
+
+    def drop(self, trial_id: str) -> None:
+        """Forget a trial; what it trains until it leaves the pack is thrown away."""
+        seat = self.seats.pop(trial_id, None)
+        if seat is not None and self.residents.get(trial_id) is seat:
+            self._leaving.append((seat, None))
+
+    def restore(self, trial_id: str, files: Files) -> None:
+        """Let a trial start from another checkpoint."""
+        seat = self.seats[trial_id]
+        self.drop(trial_id)
+        self.seats[trial_id] = Seat(trial_id, seat.config, files, seat.roster_version)
+
+    def gone(self, roster: Roster) -> list[str]:
+        """Take the driver's roster; the trials that it no longer names."""
+        self.roster = roster
+        return [
+            seat.trial_id
+            for seat in self.seats.values()
+            if seat.trial_id not in roster.live and seat.roster_version <= roster.version
+        ]
+
+    def settled(self) -> bool:
+        """Whether everything that followed from the last report is known, and note what did."""
+        complete = not self._strict or self._is_complete()
+        if complete:
+            now = self._takes_effect(self._dealing) if self._dealing else self.clock
+            self._dealing = None
+            for seat in self.seats.values():
+                if seat.asks and seat.since is None:
+                    seat.since = now
+            self._leaving = [
+                (seat, now if since is None else since) for seat, since in self._leaving
+            ]
+        return complete
+
+    def next_report(self) -> Report | None:
+        """The report to hand out now, if there is one; its trial no longer asks."""
+        if not self.settled():
+            return None
+        ready = [s.reports[0] for s in self.seats.values() if s.asks and s.reports]
+        if not ready:
+            return None
+        report = min(ready, key=lambda report: (report.due, report.trial_id))
+        seat = self.seats[report.trial_id]
+        seat.reports.popleft()
+        seat.asks = False
+        seat.step, seat.snapshot = report.result.get("step", seat.step), report.snapshot
+        self._dealing = report if self._strict else None
+        return report
+
+    def take_changes(self) -> tuple[list[Seat], list[Seat]]:
+        """Who leaves the pack at this step, and who then joins it, in that order."""
+        if not self.residents:
+            self._skip_to_next_change()
+        if not self._is_open():
+            return [], []
+        out = self._due_to_leave()
+        self._leaving = [(s, since) for s, since in self._leaving if since is None or s not in out]
+        for seat in out:
+            del self.residents[seat.trial_id]
+        joining = self._due_to_join()
+        self.residents.update((seat.trial_id, seat) for seat in joining)
+        return out, joining
+
+    def needs_a_look(self) -> bool:
+        """Whether the pack must not go on to its next stop, because something came in between."""
+        return not self._is_open() or bool(self._due_to_leave() or self._due_to_join())
+
+    def can_train(self) -> bool:
+        """Whether the pack may do a step now."""
+        return bool(self.residents) and self._is_open()
+
+    def next_stop(self) -> int | None:
+        """The step at which the pack has to look at the table again; None: when a trial is due."""
+        steps = [self._takes_effect(report) for report in self._outstanding()]
+        steps += [since for _, since in self._leaving if since is not None]
+        steps += [seat.since for seat in self._waiting() if seat.since is not None]
+        return min((step for step in steps if step > self.clock), default=None)
+
+    def reported(
+        self, results: Mapping[str, Result], snapshots: Mapping[str, Snapshot]
+    ) -> list[str]:
+        """Take what the pack has validated; the trials that leave it because they have ended."""
+        ended = []
+        for trial_id, result in results.items():
+            seat = self.residents[trial_id]
+            if self.seats.get(trial_id) is seat:
+                if seat.account is not None:
+                    result, seat.account = {**result, "account": seat.account}, None
+                snapshot = snapshots.get(trial_id)
+                seat.reports.append(Report(self.clock, trial_id, result, snapshot))
+            if result["status"] != "running":
+                seat.ended = True
+                del self.residents[trial_id]
+                ended.append(trial_id)
+        return ended
+
+    def refused(self, seat: Seat, result: Result) -> None:
+        """A seat that was to join the pack cannot."""
+        seat.ended = True
+        del self.residents[seat.trial_id]
+        if self.seats.get(seat.trial_id) is seat:
+            seat.reports.append(Report(self.clock, seat.trial_id, result, None))
+
+    def num_wanted(self) -> int:
+        """How many slots could be busy now, by the trials that are there or to come."""
+        return min(self._num_slots, self.num_unfinished() + self.roster.to_come)
+
+    def num_unfinished(self) -> int:
+        """Trials here that train, or will."""
+        return sum(not seat.ended for seat in self.seats.values())
+
+    def idle(self) -> set[str]:
+        """Trials whose trainable does not ask for its next result."""
+        return {seat.trial_id for seat in self.seats.values() if not seat.asks}
+
+    def unheard(self) -> set[str]:
+        """Trials on the roster without a seat; with several workers they may sit elsewhere."""
+        return set(self.roster.live) - set(self.seats) - self.absent if self._strict else set()
+
+    def _is_complete(self) -> bool:
+        """Whether everyone on the roster sits and asks, and nobody else could be sent."""
+        live = set(self.roster.live)
+        full = len(live) >= self._num_slots + NUM_QUEUED or self.roster.to_come == 0
+        return full and not self.idle() and live - self.absent == set(self.seats)
+
+    def _is_open(self) -> bool:
+        """Whether everything that takes effect at this step, or before, is known."""
+        if not self._strict:
+            return True
+        if any(self._takes_effect(report) <= self.clock for report in self._outstanding()):
+            return False
+        return self._dealing is not None or self._is_complete()
+
+    def _outstanding(self) -> Iterable[Report]:
+        """Reports whose consequences are not known yet."""
+        if self._strict:
+            if self._dealing is not None:
+                yield self._dealing
+            for seat in self.seats.values():
+                yield from seat.reports
+
+    def _takes_effect(self, report: Report) -> int:
+        return report.due + self._ahead
+
+    def _waiting(self) -> list[Seat]:
+        """Seats without a slot, in the order in which they get one."""
+        seats = [
+            seat
+            for seat in self.seats.values()
+            if not seat.ended and self.residents.get(seat.trial_id) is not seat
+        ]
+        return sorted(seats, key=lambda seat: (seat.since or 0, seat.trial_id))
+
+    def _due_to_leave(self) -> list[Seat]:
+        return [
+            seat
+            for seat, since in self._leaving
+            if since is not None
+            and since <= self.clock
+            and self.residents.get(seat.trial_id) is seat  # else it has ended meanwhile
+        ]
+
+    def _due_to_join(self) -> list[Seat]:
+        ready = [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
+        ready = [seat for seat in ready if seat.trial_id not in self.residents]
+        return ready[: self._num_slots - len(self.residents)]
+
+    def _skip_to_next_change(self) -> None:
+        """Nobody trains, so the clock goes to the next step at which that can change."""
+        steps = [self._takes_effect(report) for report in self._outstanding()]
+        steps += [seat.since for seat in self._waiting() if seat.since is not None]
+        if steps:
+            self.clock = max(self.clock, min(steps))

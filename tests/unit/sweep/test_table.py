@@ -1,0 +1,184 @@
+"""Who trains at which step of the pack, without a pack, an event loop or a clock."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from higgs_tune.config import TrialConfig
+from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.table import Table
+
+CONFIG = TrialConfig(
+    rank=8, alpha=32.0, targets=("attention",), learning_rate=1e-3, num_steps=100,
+    report_every_steps=25,
+)  # fmt: skip
+
+
+def table_of(*names: str, slots: int, to_come: int = 0, **options: Any) -> Table:
+    """A table at which these sit and ask, and who has a slot trains."""
+    table = Table(slots, **{"strict": True, "ahead": 5, **options})
+    table.gone(Roster(1, names, to_come))
+    for name in names:
+        sit(table, name)
+    table.next_report()
+    table.take_changes()
+    return table
+
+
+def sit(table: Table, name: str, version: int = 1) -> None:
+    assert table.join(name, CONFIG, None, version)
+    table.seats[name].asks = True
+
+
+def report(table: Table, *names: str, at: int, status: str = "running") -> list[str]:
+    """The pack arrives at a step and validates."""
+    table.clock = at
+    results = {name: {"step": at, "status": status, "of": name} for name in names}
+    return table.reported(results, dict.fromkeys(names, Path.touch))
+
+
+def changes(table: Table) -> tuple[list[str], list[str]]:
+    out, joining = table.take_changes()
+    return [seat.trial_id for seat in out], [seat.trial_id for seat in joining]
+
+
+def test_reports_go_out_by_step_and_id_each_after_the_former_was_dealt_with():
+    table = table_of("t0", "t1", "t2", slots=3)
+    report(table, "t2", at=20)
+    report(table, "t1", "t0", at=23)
+    order = []
+    for _ in range(3):
+        found = table.next_report()
+        assert found is not None
+        assert table.next_report() is None
+        order.append((found.due, found.trial_id))
+        table.seats[found.trial_id].asks = True
+    assert order == [(20, "t2"), (23, "t0"), (23, "t1")]
+    assert table.next_report() is None
+
+
+def test_the_pack_trains_on_until_the_decision_takes_effect_and_then_waits():
+    table = table_of("t0", "t1", slots=2)
+    report(table, "t0", at=25)
+    assert table.next_stop() == 30
+    assert table.can_train()
+    table.next_report()
+    table.clock = 29
+    assert table.can_train()
+    table.clock = 30
+    assert not table.can_train()
+    table.seats["t0"].asks = True
+    table.next_report()
+    assert table.can_train()
+    assert table.next_stop() is None
+
+
+@pytest.mark.parametrize("known_at", [25, 28, 30])
+def test_a_stop_and_its_successor_take_effect_at_one_step_however_early_they_are_known(known_at):
+    table = table_of("t0", "t1", "t2", slots=2, to_come=1)
+    report(table, "t0", at=25)
+    table.next_report()
+    table.clock = known_at
+    assert table.gone(Roster(2, ("t1", "t2"), 1)) == ["t0"]
+    table.drop("t0")
+    table.gone(Roster(3, ("t1", "t2", "t3"), 0))
+    sit(table, "t3", version=3)
+    assert table.next_report() is None
+    if known_at < 30:
+        assert changes(table) == ([], [])
+        assert table.next_stop() == 30
+        table.clock = 30
+    assert changes(table) == (["t0"], ["t2"])
+    assert sorted(table.residents) == ["t1", "t2"]
+
+
+def test_what_a_stopped_trial_trained_on_is_thrown_away():
+    table = table_of("t0", "t1", slots=2)
+    report(table, "t0", at=25)
+    table.next_report()
+    table.gone(Roster(2, ("t1",), 0))
+    table.drop("t0")
+    assert report(table, "t0", at=28, status="completed") == ["t0"]
+    assert table.next_report() is None
+    table.clock = 30
+    assert changes(table) == ([], [])  # it has left by itself
+
+
+@pytest.mark.parametrize("order", [("reported", "stopped"), ("stopped", "reported")])
+def test_a_slot_freed_while_a_stop_is_decided_is_filled_at_the_same_step(order):
+    table = table_of("t0", "t1", "t2", slots=2)
+    report(table, "t0", at=25)
+    table.next_report()
+    for what in order:
+        if what == "stopped":
+            table.gone(Roster(2, ("t1", "t2"), 0))
+            table.drop("t0")
+        else:
+            report(table, "t0", at=28, status="completed")
+    assert changes(table) == ([], ["t2"])
+    assert table.clock == 28
+
+
+def test_a_full_budget_frees_the_slot_for_the_trial_that_is_queued():
+    table = table_of("t0", "t1", "t2", slots=2)
+    assert report(table, "t0", at=25, status="completed") == ["t0"]
+    assert changes(table) == ([], ["t2"])
+
+
+def test_one_that_sits_down_while_a_decision_is_awaited_is_not_there_before_it_takes_effect():
+    table = table_of("t0", "t1", "t2", slots=2, to_come=1)
+    report(table, "t0", at=25, status="completed")
+    assert changes(table) == ([], ["t2"])
+    table.next_report()
+    table.gone(Roster(2, ("t1", "t2", "t3"), 0))
+    table.drop("t0")
+    sit(table, "t3", version=2)
+    assert table.next_report() is None
+    report(table, "t1", at=27, status="completed")
+    assert changes(table) == ([], [])
+    table.clock = 30
+    assert changes(table) == ([], ["t3"])
+
+
+def test_when_nobody_trains_the_clock_goes_to_where_the_decision_takes_effect():
+    table = table_of("t0", "t1", slots=1, to_come=1)
+    report(table, "t0", at=100, status="completed")
+    assert changes(table) == ([], ["t1"])
+    report(table, "t1", at=100, status="completed")
+    assert changes(table) == ([], [])
+    assert table.next_report() is not None
+    table.gone(Roster(2, ("t1", "t2"), 0))
+    table.drop("t0")
+    sit(table, "t2", version=2)
+    assert changes(table) == ([], [])  # what follows from t1 takes effect there, too
+    found = table.next_report()
+    assert found is not None
+    assert found.trial_id == "t1"
+    assert changes(table) == ([], [])
+    table.gone(Roster(3, ("t2",), 0))
+    table.drop("t1")
+    table.next_report()
+    assert changes(table) == ([], ["t2"])
+    assert table.clock == 105
+
+
+def test_nobody_waits_where_there_are_several_workers():
+    table = table_of("t0", "t1", slots=2, strict=False)
+    report(table, "t0", "t1", at=25)
+    assert [table.next_report(), table.next_report()] != [None, None]
+    assert table.can_train()
+    assert table.next_stop() is None
+    table.clock = 26
+    assert not table.needs_a_look()
+    table.drop("t0")
+    table.next_report()
+    assert table.needs_a_look()
+    assert changes(table) == (["t0"], [])
+
+
+def test_a_trial_that_sits_down_again_takes_its_slot_after_it_was_freed():
+    table = table_of("t0", "t1", slots=2, strict=False)
+    sit(table, "t0")
+    table.next_report()
+    assert changes(table) == (["t0"], ["t0"])
