@@ -41,7 +41,6 @@ from higgs_tune.sweep.table import NUM_QUEUED
 from higgs_tune.sweep.trainable import PackTrial
 
 EXIT_NOTHING_FEASIBLE = 3
-FIGURES_S = 10.0  # how often workers.json is written anew
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,6 @@ class Sweep:
         self._control = control
         self._display = display
         self._base: dict[str, Any] | None = None
-        self._asked = time.monotonic()  # when the workers were asked for their figures
 
     def audio_limit(self) -> float:
         """The highest val/audio/nll_per_code that is still feasible."""
@@ -85,24 +83,12 @@ class Sweep:
     def check_workers(self) -> None:
         """Write base.json once the base is there, and workers.json now and then."""
         self._check_base()
-        if time.monotonic() - self._asked >= FIGURES_S:
-            self._asked = time.monotonic()
-            self.write_figures()
-            self._workers.ask_figures()
+        self.write_figures(self._workers.poll_figures())
 
-    def write_figures(self, timeout_s: float = 0.0) -> None:
-        """Write where the workers' time went, by what they last answered."""
-        figures = self._workers.figures(timeout_s)
+    def write_figures(self, figures: dict[str, dict[str, Any]] | None) -> None:
+        """Write where the workers' time went, if they have said."""
         if figures:
             write_json(self.results / "workers.json", figures)
-
-    def end(self) -> None:
-        """Write the last figures."""
-        self._workers.ask_figures()
-        try:
-            self.write_figures(timeout_s=5.0)
-        except OSError as error:
-            self.fail_disk(error)
 
     def _check_base(self) -> None:
         """Write base.json once the base is there; end the sweep if it cannot be loaded."""
@@ -223,7 +209,7 @@ def _run(
                 _search(sweep, found)
                 if not control.stopping:
                     _confirm(sweep, found)
-                sweep.end()
+                sweep.write_figures(workers.last_figures())
             finally:
                 workers.kill()
     except OSError as error:

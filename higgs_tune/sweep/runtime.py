@@ -1,9 +1,10 @@
 """What a sweep asks of Ray: its environment, Tune's log and the worker actors."""
 
 import logging
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.worker import Worker
 
 logger = logging.getLogger(__name__)
+
+FIGURES_S = 10.0  # how often the workers are asked where their time went
 
 ENVIRONMENT = cluster.ENVIRONMENT | {
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer console of Tune prints even at verbose=0
@@ -83,7 +86,8 @@ class Workers:
             for name in self.names
         ]
         self.description: ray.ObjectRef[dict[str, Any]] = self._actors[0].describe.remote()
-        self._asked: dict[str, Any] = {}  # name → what it will answer
+        self._asked: list[ray.ObjectRef[dict[str, Any]]] = []  # for their figures
+        self._asked_at = time.monotonic()
         self._figures: dict[str, dict[str, Any]] = {}
 
     def describe_again(self) -> None:
@@ -95,24 +99,31 @@ class Workers:
         for actor in self._actors:
             actor.sync.remote(roster)
 
-    def ask_figures(self) -> None:
-        """Ask every worker where its time went."""
-        self._asked = {
-            name: actor.figures.remote()
-            for name, actor in zip(self.names, self._actors, strict=True)
-        }
+    def poll_figures(self) -> dict[str, dict[str, Any]] | None:
+        """Now and then, where each worker's time went a while ago; asks them again."""
+        if time.monotonic() - self._asked_at < FIGURES_S:
+            return None
+        figures = self._take_figures(timeout_s=0)
+        self._ask_figures()
+        return figures
 
-    def figures(self, timeout_s: float = 0.0) -> dict[str, dict[str, Any]]:
-        """What the workers last answered to `ask_figures`, by worker."""
-        references = list(self._asked.values())
-        if references:
-            ray.wait(references, num_returns=len(references), timeout=timeout_s)
-        for number, reference in enumerate(references):
-            if ray.wait([reference], timeout=0)[0]:
-                try:
-                    self._figures[f"worker-{number}"] = ray.get(reference)
-                except RayActorError:  # it restarts, and counts anew
-                    continue
+    def last_figures(self) -> dict[str, dict[str, Any]]:
+        """Where each worker's time went until now."""
+        self._ask_figures()
+        return self._take_figures(timeout_s=5)
+
+    def _ask_figures(self) -> None:
+        self._asked = [actor.figures.remote() for actor in self._actors]
+        self._asked_at = time.monotonic()
+
+    def _take_figures(self, timeout_s: float) -> dict[str, dict[str, Any]]:
+        """What the workers have answered; one that does not keeps its former figures."""
+        if self._asked:
+            ray.wait(self._asked, num_returns=len(self._asked), timeout=timeout_s)
+        for number, answer in enumerate(self._asked):
+            if ray.wait([answer], timeout=0)[0]:
+                with suppress(RayActorError):  # it restarts, and counts anew
+                    self._figures[f"worker-{number}"] = ray.get(answer)
         return self._figures
 
     def close(self) -> None:

@@ -9,14 +9,13 @@ import asyncio
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.sweep import pack
 from higgs_tune.sweep.meter import Meter
 from higgs_tune.sweep.seats import (
     CHECKPOINT_INFO,
@@ -26,17 +25,13 @@ from higgs_tune.sweep.seats import (
     Result,
     Roster,
     SlotLostError,
-    Snapshot,
     import_loop,
-    read_files,
-    write_files,
 )
 from higgs_tune.sweep.table import Seat, Table
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-KEPT = ("running", "completed")  # the statuses of which a checkpoint is worth keeping
 CANCELLED = {"status": "cancelled", "reason": "the sweep is ending"}
 
 
@@ -135,7 +130,7 @@ class Worker:
                 raise SlotLostError(f"{trial_id} has reported nothing yet that could be saved")
             return seat.files
         info = {"trial_id": trial_id, "step": seat.step}
-        files = await asyncio.to_thread(_write, seat.snapshot)
+        files = await asyncio.to_thread(pack.files_of, seat.snapshot)
         return {**files, CHECKPOINT_INFO: json.dumps(info).encode()}
 
     async def close(self) -> None:
@@ -236,14 +231,8 @@ class Worker:
 
     async def _change(self, loop: Loop, out: list[Seat], joining: list[Seat]) -> int:
         """Free slots, then fill them; how many have been filled."""
-
-        def change() -> list[Result]:
-            for seat in out:
-                loop.leave(seat.trial_id)
-            return [_join(loop, seat) for seat in joining]
-
         self._meter.freed(len(out))
-        outcomes = await self._on_pack(change)
+        outcomes = await self._on_pack(lambda: pack.change(loop, out, joining))
         for seat, outcome in zip(joining, outcomes, strict=True):
             if "account" in outcome:
                 seat.account = outcome["account"]
@@ -259,26 +248,7 @@ class Worker:
             table.clock += 1
             return self._look_up or (stop_at is not None and table.clock >= stop_at)
 
-        def advance() -> tuple[dict[str, Result], dict[str, Snapshot], dict[str, float]]:
-            trained_s, validated_s = loop.train_s, loop.validate_s
-            results = loop.advance(stop)
-            started = time.monotonic()
-            kept = [t for t, result in results.items() if result["status"] in KEPT]
-            snapshots = {trial_id: loop.snapshot(trial_id) for trial_id in kept}
-            for trial_id, result in results.items():
-                if result["status"] != "running":
-                    loop.leave(trial_id)
-            return (
-                results,
-                snapshots,
-                {
-                    "train_s": loop.train_s - trained_s,
-                    "validate_s": loop.validate_s - validated_s,
-                    "save_s": time.monotonic() - started,
-                },
-            )
-
-        results, snapshots, seconds = await self._on_pack(advance)
+        results, snapshots, seconds = await self._on_pack(lambda: pack.advance(loop, stop))
         self._meter.freed(len(table.reported(results, snapshots)))
         return seconds
 
@@ -294,26 +264,3 @@ class Worker:
             if answer is not None and not answer.done():
                 answer.set_exception(error)
         asyncio.get_running_loop().call_later(1.0, self._exit_process, 1)
-
-
-def _write(snapshot: Snapshot) -> Files:
-    with tempfile.TemporaryDirectory() as folder:
-        snapshot(Path(folder))
-        return read_files(Path(folder))
-
-
-def _join(loop: Loop, seat: Seat) -> Result:
-    """Seat a trial in the loop, or say why it cannot be: the others go on without it."""
-    try:
-        if seat.files is None:
-            return {"account": loop.join(seat.trial_id, seat.config, None)}
-        with tempfile.TemporaryDirectory() as folder:
-            write_files(seat.files, Path(folder))
-            return {"account": loop.join(seat.trial_id, seat.config, Path(folder))}
-    except Exception as error:  # recorded as this trial's end, with its type and message
-        logger.error("%s cannot join", seat.trial_id, exc_info=error)
-        memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-        return {
-            "status": "out_of_memory" if memory else "failed",
-            "reason": f"{type(error).__name__}: {error}",
-        }

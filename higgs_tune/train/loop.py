@@ -8,7 +8,6 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,37 +35,13 @@ from higgs_tune.data.tokens import Encoded
 from higgs_tune.errors import DataError
 from higgs_tune.model.load import Base, load_base
 from higgs_tune.train.checkpoint import load_interval, load_state, save_adapter, save_interval
-from higgs_tune.train.engine import Engine, PackLimits, Resident
+from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.examples import Examples
 from higgs_tune.train.imbalance import preflight
 from higgs_tune.train.interval import Interval
 from higgs_tune.train.parallel import ALONE, World
+from higgs_tune.train.progress import Run
 from higgs_tune.train.validation import Validator
-
-
-@dataclass
-class _Run:
-    """What the loop knows of a resident beyond the engine."""
-
-    resident: Resident
-    order: TrainOrder
-    interval: Interval = field(default_factory=Interval)
-    reported_done: bool = False
-
-    @property
-    def done(self) -> bool:
-        return self.resident.step >= self.resident.config.num_steps
-
-    @property
-    def next_report(self) -> int:
-        """The step at which it is validated next; now, if it stands there with steps to report."""
-        step, every = self.resident.step, self.resident.config.report_every_steps
-        due = step if self.interval.num_steps and step % every == 0 else step - step % every + every
-        return min(due, self.resident.config.num_steps)
-
-    @property
-    def due(self) -> bool:
-        return self.next_report <= self.resident.step
 
 
 class PackLoop:
@@ -94,7 +69,7 @@ class PackLoop:
         self.base = base
         self._dataset, self._data, self._world = dataset, data, world
         self._examples = Examples(base, data)
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Run] = {}
         self.train_s = self.validate_s = 0.0  # of all calls of `advance` so far
         sets = validation_sets(dataset, data.num_val_clips, **self._examples.length_limits)
         self._validator = Validator(
@@ -150,7 +125,7 @@ class PackLoop:
         )
         resident = self.engine.add(trial_id, config, load_state(state_dir) if state_dir else None)
         interval = load_interval(state_dir) if state_dir else {}
-        self._runs[trial_id] = _Run(resident, order, Interval(**interval))
+        self._runs[trial_id] = Run(resident, order, Interval(**interval))
         return resident.account | {"step": resident.step, "num_skipped": order.num_skipped}
 
     def leave(self, trial_id: str) -> None:
@@ -253,7 +228,7 @@ class PackLoop:
         """Validation metrics of adapters in the engine, as they are."""
         return self._validator.validate(trial_ids)
 
-    def _train_step(self, active: dict[str, _Run]) -> None:
+    def _train_step(self, active: dict[str, Run]) -> None:
         """One optimizer step of each active trial, over as many micro-batches as the longest needs."""
         micro: dict[int, list[list[Encoded]]] = {}
         counts: dict[int, TargetCounts] = {}
@@ -303,7 +278,7 @@ class PackLoop:
                 sums[slot].append((text_K[k], audio_KC[k]))
         return sums
 
-    def _train_metrics(self, run: _Run) -> dict[str, Any]:
+    def _train_metrics(self, run: Run) -> dict[str, Any]:
         """The interval's figures, and the start of the next.
 
         A run that had no step to do has its step and time only.

@@ -1,0 +1,69 @@
+"""What a worker lets its loop do, on the pack's thread."""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from higgs_tune.sweep.seats import Files, Loop, Result, Snapshot, read_files, write_files
+from higgs_tune.sweep.table import Seat
+
+logger = logging.getLogger(__name__)
+
+KEPT = ("running", "completed")  # the statuses of which a checkpoint is worth keeping
+
+
+def change(loop: Loop, out: Sequence[Seat], joining: Sequence[Seat]) -> list[Result]:
+    """Free slots, then fill them: of each that joins its account, or its end."""
+    for seat in out:
+        loop.leave(seat.trial_id)
+    return [_join(loop, seat) for seat in joining]
+
+
+def advance(
+    loop: Loop, stop: Callable[[], bool]
+) -> tuple[dict[str, Result], dict[str, Snapshot], dict[str, float]]:
+    """Train until a trial is due or `stop` says so; who has ended leaves.
+
+    Returns:
+        Results and snapshots of who was due, by trial, and seconds by kind.
+    """
+    trained_s, validated_s = loop.train_s, loop.validate_s
+    results = loop.advance(stop)
+    started = time.monotonic()
+    kept = [trial_id for trial_id, result in results.items() if result["status"] in KEPT]
+    snapshots = {trial_id: loop.snapshot(trial_id) for trial_id in kept}
+    for trial_id, result in results.items():
+        if result["status"] != "running":
+            loop.leave(trial_id)
+    seconds = {
+        "train_s": loop.train_s - trained_s,
+        "validate_s": loop.validate_s - validated_s,
+        "save_s": time.monotonic() - started,
+    }
+    return results, snapshots, seconds
+
+
+def files_of(snapshot: Snapshot) -> Files:
+    """What a snapshot writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        snapshot(Path(folder))
+        return read_files(Path(folder))
+
+
+def _join(loop: Loop, seat: Seat) -> Result:
+    """Seat a trial in the loop, or say why it cannot be: the others go on without it."""
+    try:
+        if seat.files is None:
+            return {"account": loop.join(seat.trial_id, seat.config, None)}
+        with tempfile.TemporaryDirectory() as folder:
+            write_files(seat.files, Path(folder))
+            return {"account": loop.join(seat.trial_id, seat.config, Path(folder))}
+    except Exception as error:  # recorded as this trial's end, with its type and message
+        logger.error("%s cannot join", seat.trial_id, exc_info=error)
+        memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+        return {
+            "status": "out_of_memory" if memory else "failed",
+            "reason": f"{type(error).__name__}: {error}",
+        }

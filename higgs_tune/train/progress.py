@@ -1,0 +1,34 @@
+"""How far a trial in the pack has come."""
+
+from dataclasses import dataclass, field
+
+from higgs_tune.data.order import TrainOrder
+from higgs_tune.train.engine import Resident
+from higgs_tune.train.interval import Interval
+
+
+@dataclass
+class Run:
+    """What the loop knows of a resident beyond the engine."""
+
+    resident: Resident
+    order: TrainOrder
+    interval: Interval = field(default_factory=Interval)
+    reported_done: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether its budget is used up."""
+        return self.resident.step >= self.resident.config.num_steps
+
+    @property
+    def next_report(self) -> int:
+        """The step at which it is validated next; now, if it stands there with steps to report."""
+        step, every = self.resident.step, self.resident.config.report_every_steps
+        due = step if self.interval.num_steps and step % every == 0 else step - step % every + every
+        return min(due, self.resident.config.num_steps)
+
+    @property
+    def due(self) -> bool:
+        """Whether its next report is at the step where it stands."""
+        return self.next_report <= self.resident.step
