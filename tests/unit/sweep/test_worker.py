@@ -167,6 +167,10 @@ def test_a_full_budget_frees_the_slot_at_once(make_config):
         assert (await second)["step"] == 25
         loop = await worker._loaded()
         assert loop.log == [("join", "t0", 0), ("leave", "t0", 25), ("join", "t1", 25)]
+        figures = await worker.figures()
+        assert figures["num_refills"] == 1
+        assert figures["refill_max_s"] < 0.2
+        assert 0 < figures["train_s"] <= figures["wall_s"]
 
     run(scenario())
 
