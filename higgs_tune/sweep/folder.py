@@ -20,14 +20,17 @@ from higgs_tune.sweep.records import read_json
 
 LOCK = ".lock"  # held by the process that runs the sweep; the system frees it when that ends
 # What a sweep that ended before its first result leaves; a new one of that name starts without.
-FILES = ("trials", "ray", "study.journal", "base.json", "env.json", "tune.log", "sweep.yaml")
+FILES = (
+    "trials", "ray", "study.journal", "base.json", "env.json", "workers.json", "tune.log",
+    "sweep.yaml",
+)  # fmt: skip
 PROBE_BYTES = 4 * 1024 * 1024
 PACKAGES = ("higgs-tune", "torch", "torchaudio", "transformers", "peft", "ray", "optuna", "pyarrow")
 # What a resumed sweep may change: how and how long it runs, never what its trials are.
 MAY_CHANGE = (
     "results_dir", "base.device", "confirm.", "tune.num_trials", "tune.num_workers",
     "tune.slots_per_worker", "tune.cpus_per_worker", "tune.gpus_per_worker", "tune.max_failures",
-    "tune.time_limit_s",
+    "tune.time_limit_s", "tune.ahead_fraction",
 )  # fmt: skip
 
 
