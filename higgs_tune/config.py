@@ -4,33 +4,20 @@ The YAML, `--set a.b=c` and `best_config.yaml` use these names. `TrialConfig` is
 search space with everything that a training run needs to be repeated; `SweepConfig` is the whole.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from higgs_tune.config_space import (
+    ALL_LINEAR,
+    CrossAttention,
+    PositiveFloat,
+    PositiveRank,
+    Settings,
+    SpaceSettings,
+    TargetPath,
+)
 from higgs_tune.errors import did_you_mean
-
-TargetPath = Literal[
-    "attention", "text_mlp", "audio_mlp", "audio_attention", "text_head", "audio_head"
-]
-CrossAttention = Annotated[
-    Literal["off", "audio_self", "text_to_audio"],
-    # YAML 1.1 reads `off` as false; the original code's flag is a boolean, too.
-    BeforeValidator(
-        lambda value: (
-            {True: "audio_self", False: "off"}.get(value, value)
-            if isinstance(value, bool)
-            else value
-        )
-    ),
-]
-ALL_LINEAR: tuple[TargetPath, ...] = ("attention", "text_mlp", "audio_mlp")
-
-
-class Settings(BaseModel):
-    """Immutable settings that refuse unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BaseSettings(Settings):
@@ -88,70 +75,6 @@ class TrainSettings(Settings):
     clip_norm: float = Field(default=0.1, gt=0)  # gradient norm limit of one adapter
     # rows in one forward of one adapter; longer steps accumulate
     token_budget: int = Field(default=4096, ge=64)
-
-
-class Range(Settings):
-    """A continuous search range."""
-
-    low: float
-    high: float
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Range":
-        if not self.low < self.high:
-            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
-        if self.log and self.low <= 0:
-            raise ValueError(f"a log range needs low above 0, found {self.low}")
-        return self
-
-
-# strict: YAML's `true` is not 1
-PositiveRank = Annotated[int, Field(ge=1, le=1024, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-
-
-class LearningRateRange(Range):
-    """Learning rates are positive and searched on a log scale."""
-
-    low: PositiveFloat = 1e-4
-    high: PositiveFloat = 3e-3
-    log: bool = True
-
-
-class PositiveRange(Range):
-    """A range of factors."""
-
-    low: PositiveFloat
-    high: PositiveFloat
-
-
-class WeightRange(Range):
-    """A range of loss weights; 0 switches a loss off."""
-
-    low: NonNegativeFloat
-    high: NonNegativeFloat
-
-
-class SpaceSettings(Settings):
-    """The search space. A list of one value, or a plain number, fixes a parameter."""
-
-    # categorical: a flat integer range misleads the sampler
-    rank: tuple[PositiveRank, ...] = Field(default=(4, 8, 16, 32), min_length=1)
-    learning_rate: LearningRateRange = LearningRateRange()
-    # names from target_sets
-    target_set: tuple[str, ...] = Field(default=("all_linear",), min_length=1)
-    cross_attention: tuple[CrossAttention, ...] = Field(default=("off",), min_length=1)
-    # fixed by default: independent of rank
-    alpha: tuple[PositiveFloat, ...] = Field(default=(32.0,), min_length=1)
-    new_module_lr_factor: PositiveRange | PositiveFloat = 0.1  # only acts with cross_attention on
-    text_loss_weight: WeightRange | NonNegativeFloat = 1.0
-    audio_loss_weight: WeightRange | NonNegativeFloat = 1.0
-    # clips per step
-    batch_clips: tuple[Annotated[int, Field(ge=1, strict=True)], ...] = Field(
-        default=(8,), min_length=1
-    )
 
 
 class SchedulerSettings(Settings):

@@ -11,8 +11,9 @@ from optuna.distributions import (
     FloatDistribution,
 )
 
-from higgs_tune.config import Range, SweepConfig, TrialConfig
+from higgs_tune.config import SweepConfig, TrialConfig
 from higgs_tune.config_file import validate
+from higgs_tune.config_space import Range
 from higgs_tune.errors import ConfigError
 
 Values = dict[str, Any]
