@@ -4,13 +4,14 @@ The YAML, `--set a.b=c` and `best_config.yaml` use these names. `TrialConfig` is
 search space with everything that a training run needs to be repeated; `SweepConfig` is the whole.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from higgs_tune.config_space import (
     ALL_LINEAR,
     CrossAttention,
+    Dropout,
     PositiveFloat,
     PositiveRank,
     Settings,
@@ -94,7 +95,8 @@ class TuneSettings(Settings):
     seed: int = Field(default=0, ge=0)  # sampler, adapters, data order
     scheduler: SchedulerSettings = SchedulerSettings()
     num_workers: int = Field(default=1, ge=1)  # processes with a base each; one per GPU
-    slots_per_worker: int = Field(default=4, ge=1)  # trials that train together around one base
+    # trials that train together around one base; "auto": as many as the worker's device holds
+    slots_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
     # share of report_every_steps that a trial trains on while its report is decided on
     ahead_fraction: float = Field(default=0.05, ge=0, le=1)
     # default: all CPUs of the node / num_workers
@@ -207,6 +209,7 @@ class TrialConfig(Settings):
     new_module_lr_factor: PositiveFloat = (
         0.1  # cross-attention modules train at learning_rate times this
     )
+    dropout: Dropout = 0.0  # share of the inputs of each lora_A that a training step drops
     text_loss_weight: float = Field(default=1.0, ge=0)
     audio_loss_weight: float = Field(default=1.0, ge=0)
     batch_clips: int = Field(default=8, ge=1, strict=True)

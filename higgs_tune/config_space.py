@@ -46,6 +46,7 @@ class Range(Settings):
 # strict: YAML's `true` is not 1
 PositiveRank = Annotated[int, Field(ge=1, le=1024, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
@@ -71,6 +72,13 @@ class WeightRange(Range):
     high: NonNegativeFloat
 
 
+class DropoutRange(Range):
+    """A range of shares; nothing is left of the inputs at 1."""
+
+    low: Dropout
+    high: Dropout
+
+
 class SpaceSettings(Settings):
     """The search space. A list of one value, or a plain number, fixes a parameter."""
 
@@ -83,6 +91,8 @@ class SpaceSettings(Settings):
     # fixed by default: independent of rank
     alpha: tuple[PositiveFloat, ...] = Field(default=(32.0,), min_length=1)
     new_module_lr_factor: PositiveRange | PositiveFloat = 0.1  # only acts with cross_attention on
+    # share of each lora_A's inputs that a training step drops
+    dropout: DropoutRange | Annotated[tuple[Dropout, ...], Field(min_length=1)] | Dropout = 0.0
     text_loss_weight: WeightRange | NonNegativeFloat = 1.0
     audio_loss_weight: WeightRange | NonNegativeFloat = 1.0
     # clips per step

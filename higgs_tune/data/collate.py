@@ -61,6 +61,11 @@ class PackBatch:
     text_labels_KM: Tensor  # IGNORE where an adapter has fewer
     audio_rows_KM: Tensor  # labelled audio slots, index into A
     audio_labels_KMC: Tensor
+    # each adapter's own among the padded T, A and M
+    num_text_K: tuple[int, ...]
+    num_audio_K: tuple[int, ...]
+    num_text_labelled_K: tuple[int, ...]
+    num_audio_labelled_K: tuple[int, ...]
     cross: dict[str, CrossIndex]  # cross_attention mode → its adapters; no entry for "off"
 
     def to(self, device: torch.device) -> "PackBatch":
@@ -208,6 +213,10 @@ def collate(
         audio_labels_KMC=as_tensor(
             _stack([r.audio_labels[m] for r, m in zip(rows, audio_rows, strict=True)], fill=IGNORE)
         ),
+        num_text_K=tuple(len(r.ids) for r in rows),
+        num_audio_K=tuple(len(r.codes) for r in rows),
+        num_text_labelled_K=tuple(map(len, text_rows)),
+        num_audio_labelled_K=tuple(map(len, audio_rows)),
         cross={
             mode: _cross_index(
                 [k for k, s in enumerate(slots) if modes.get(s, "off") == mode], rows

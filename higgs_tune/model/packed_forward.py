@@ -21,6 +21,7 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
 from higgs_tune.config import TargetPath
 from higgs_tune.data.collate import CrossIndex, PackBatch
 from higgs_tune.model.adapter_layout import Linears
+from higgs_tune.model.dropout import Section
 from higgs_tune.model.losses import codebook_nll_sum, text_nll_sum
 from higgs_tune.model.packed_lora import PackWeights
 from higgs_tune.model.packed_ops import (
@@ -95,8 +96,11 @@ def head_groups(base: HiggsAudioV2ForConditionalGeneration) -> dict[TargetPath, 
     }
 
 
-def _mlp(x_KND: Tensor, groups: list[Linears], weights: PackWeights | None) -> Tensor:
-    return adapted_linear(swiglu(adapted_linear(x_KND, groups[0], weights)), groups[1], weights)
+def _mlp(
+    x_KND: Tensor, groups: list[Linears], weights: PackWeights | None, section: Section
+) -> Tensor:
+    inner = swiglu(adapted_linear(x_KND, groups[0], weights, (section,)))
+    return adapted_linear(inner, groups[1], weights, (section,))
 
 
 def _attend(q_SLHE: Tensor, k_SLHE: Tensor, v_SLX: Tensor, **mask: Any) -> Tensor:
@@ -210,6 +214,8 @@ def packed_logits(
     if weights is not None and h_audio.shape[1]:
         crosses = {m: _Cross(index, weights, rope, widths) for m, index in batch.cross.items()}
 
+    text = Section(h_text.shape[1], batch.num_text_K)
+    audio = Section(h_audio.shape[1], batch.num_audio_K)
     layers = decoder_layers(base)
     for index, layer in enumerate(layers):
         groups = layer_groups(index, layer)
@@ -220,7 +226,9 @@ def packed_logits(
                 mode, cross, f"model.layers.{index}", layer, h_text, h_audio, x_text, x_audio
             )
         x_KND = torch.cat([x_text, x_audio], dim=1)
-        qkv = layout.sequences(adapted_linear(x_KND, groups["attention"][0], weights))
+        qkv = layout.sequences(
+            adapted_linear(x_KND, groups["attention"][0], weights, (text, audio))
+        )
         qk, v = qkv.split([widths[0] + widths[1], widths[2]], dim=2)
         q, k = rope(qk).split([num_heads, num_kv], dim=2)
         attended = layout.slots(_attend(q, k, v, is_causal=True))
@@ -229,18 +237,20 @@ def packed_logits(
             h_text, a_text = (_pick(t, batch.text_rows_KM) for t in (h_text, a_text))
             h_audio, a_audio = (_pick(t, batch.audio_rows_KM) for t in (h_audio, a_audio))
             attended = torch.cat([a_text, a_audio], dim=1)
-        update = adapted_linear(attended, groups["attention"][1], weights)
+            text = Section(h_text.shape[1], batch.num_text_labelled_K)
+            audio = Section(h_audio.shape[1], batch.num_audio_labelled_K)
+        update = adapted_linear(attended, groups["attention"][1], weights, (text, audio))
         u_text, u_audio = update.split([h_text.shape[1], h_audio.shape[1]], dim=1)
         h_text, h_audio = h_text + u_text, h_audio + u_audio
         x_text = rms_norm(h_text, layer.post_attention_layernorm.weight, eps)
         x_audio = rms_norm(h_audio, layer.audio_post_attention_layernorm.weight, eps)
-        h_text = h_text + _mlp(x_text, groups["text_mlp"], weights)
-        h_audio = h_audio + _mlp(x_audio, groups["audio_mlp"], weights)
+        h_text = h_text + _mlp(x_text, groups["text_mlp"], weights, text)
+        h_audio = h_audio + _mlp(x_audio, groups["audio_mlp"], weights, audio)
 
     h_text, h_audio = (rms_norm(h, model.norm.weight, eps) for h in (h_text, h_audio))
     heads = head_groups(base)
-    text_logits = adapted_linear(h_text, heads["text_head"], weights)
-    audio_logits = adapted_linear(h_audio, heads["audio_head"], weights)
+    text_logits = adapted_linear(h_text, heads["text_head"], weights, (text,))
+    audio_logits = adapted_linear(h_audio, heads["audio_head"], weights, (audio,))
     codebooks = (config.num_codebooks, config.codebook_size)
     return text_logits, audio_logits.unflatten(-1, codebooks)
 

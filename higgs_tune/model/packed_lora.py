@@ -10,7 +10,7 @@ O outputs, r rank.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -26,6 +26,7 @@ from higgs_tune.model.adapter_layout import (
     Where,
     lora_layout,
 )
+from higgs_tune.model.dropout import Masks
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,16 @@ class Seat:
 
     rank: int
     scale: float
+    dropout: float
     paths: frozenset[TargetPath]  # adapted by LoRA
     layout: Layout
     new_layout: Layout
     new: Storage | None
+
+    def like(self, other: "Seat") -> bool:
+        """Whether the two may share a matmul."""
+        mine, theirs = ((s.rank, s.scale, s.dropout) for s in (self, other))
+        return mine == theirs
 
 
 class AdapterBank:
@@ -77,6 +84,7 @@ class AdapterBank:
         scale: float,
         paths: Iterable[TargetPath],
         new: Sequence[Named] = (),
+        dropout: float = 0.0,
     ) -> None:
         """Lay a free slot out for an adapter; all its parameters are zero."""
         assert slot not in self.seats, slot
@@ -84,7 +92,8 @@ class AdapterBank:
         size = (new_layout.num_columns,)
         storage = Storage(size, self._dtype, self.device) if new else None
         adapted = frozenset(paths)
-        self.seats[slot] = Seat(rank, scale, adapted, self._layout(rank), new_layout, storage)
+        layout = self._layout(rank)
+        self.seats[slot] = Seat(rank, scale, dropout, adapted, layout, new_layout, storage)
         self._packs.clear()
 
     def clear(self, slot: int) -> None:
@@ -132,9 +141,9 @@ class AdapterBank:
             for part in self.parts(slot):
                 part.storage.keep_gradient(part.where)
 
-    def clear_gradients(self) -> None:
-        """Zero what a step has used."""
-        for slot in self.seats:
+    def clear_gradients(self, slots: Iterable[int]) -> None:
+        """Zero what a step of these adapters has used."""
+        for slot in slots:
             for part in self.parts(slot):
                 part.storage.clear_gradient(part.where)
 
@@ -158,13 +167,14 @@ class AdapterBank:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Adapters whose rows share a matmul: neighbours in the bank with one rank and one scale.
+    """Adapters whose rows share a matmul: neighbours in the bank with one rank, scale and dropout.
 
     A run of one has an integer for its rows and no leading dimension.
     """
 
     rows: int | slice  # positions among the batch's adapters
     scale: float
+    dropout: float
     a_krD: Tensor  # factors of the group's linears, stacked
     a_grad_krD: Tensor
     b_kOr: list[Tensor]  # of each linear
@@ -177,8 +187,13 @@ class PackWeights:
 
     bank: AdapterBank
     slots: tuple[int, ...]
+    masks: Masks | None = None  # of a training forward in which somebody has dropout
     _runs: dict[str, list[Run]] = field(default_factory=dict)
     _new: dict[tuple[str, ...], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def training(self, masks: Masks | None) -> "PackWeights":
+        """The same adapters in a forward that drops inputs."""
+        return self if masks is None else replace(self, masks=masks)
 
     def runs(self, group: Linears) -> list[Run]:
         """The runs of an input group; adapters that do not target it are in none."""
@@ -219,8 +234,7 @@ class PackWeights:
                 continue
             if spans and spans[-1][1] == position and self.bank.device.type != "cpu":
                 before = self.slots[position - 1]
-                like = (seats[before].rank, seats[before].scale) == (seat.rank, seat.scale)
-                if like and slot == before + 1:
+                if seat.like(seats[before]) and slot == before + 1:
                     spans[-1] = (spans[-1][0], position + 1)
                     continue
             spans.append((position, position + 1))
@@ -240,6 +254,7 @@ class PackWeights:
         return Run(
             rows=start if first == last else slice(start, stop),
             scale=seat.scale,
+            dropout=seat.dropout,
             a_krD=compute[..., a_columns].unflatten(-1, a_shape),
             a_grad_krD=grad[..., a_columns].unflatten(-1, a_shape),
             b_kOr=[compute[..., entry.columns].unflatten(-1, entry.shape) for entry in b],

@@ -9,6 +9,7 @@ H heads, E head size.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,11 +18,17 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from higgs_tune.model.adapter_layout import Linears
+from higgs_tune.model.dropout import Section
 from higgs_tune.model.packed_lora import PackWeights, Run
 
 
-def adapted_linear(x_KND: Tensor, group: Linears, weights: PackWeights | None) -> Tensor:
+def adapted_linear(
+    x_KND: Tensor, group: Linears, weights: PackWeights | None, sections: Sequence[Section]
+) -> Tensor:
     """Apply the linears of one input group, each adapter's rows with its own LoRA.
+
+    Args:
+        sections: what the N rows are.
 
     Returns:
         (K, N, ΣO): the outputs side by side in the group's order. Row-wise matmuls keep a NaN in its
@@ -31,7 +38,13 @@ def adapted_linear(x_KND: Tensor, group: Linears, weights: PackWeights | None) -
         outputs = [F.linear(x_KND, linear.weight, linear.bias) for linear in group.values()]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     runs = weights.runs(group)
-    return _AdaptedLinear.apply(x_KND, weights.bank.anchor, list(group.values()), runs)
+    masks: list[list[Tensor]] = [[] for _ in runs]
+    if weights.masks is not None:
+        for own, run in zip(masks, runs, strict=True):
+            if run.dropout:  # every linear drops inputs of its own
+                keep, width = 1 - run.dropout, x_KND.shape[2]
+                own += [weights.masks.draw(run.rows, keep, width, sections) for _ in group]
+    return _AdaptedLinear.apply(x_KND, weights.bank.anchor, list(group.values()), runs, masks)
 
 
 def new_linear(x_JND: Tensor, anchor: Tensor, matrices: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -83,7 +96,12 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
 class _AdaptedLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x_KND: Tensor, anchor: Tensor, linears: list[nn.Linear], runs: list[Run]
+        ctx: Any,
+        x_KND: Tensor,
+        anchor: Tensor,
+        linears: list[nn.Linear],
+        runs: list[Run],
+        masks: list[list[Tensor]],
     ) -> Tensor:
         x_KND = x_KND.contiguous()
         widths = [linear.out_features for linear in linears]
@@ -94,15 +112,17 @@ class _AdaptedLinear(Function):
             else:
                 torch.addmm(linear.bias, x_KND.flatten(0, 1), linear.weight.t(), out=out)
         hidden = []
-        for run in runs:
-            z_kNr = x_KND[run.rows] @ run.a_krD.mT
+        for run, own in zip(runs, masks, strict=True):
+            z_kNr = _reduced(x_KND[run.rows], run, own)
+            scale = _scale(run, own)
             outputs = y_KNO[run.rows].split(widths, -1)
             for y, z, b in zip(outputs, z_kNr.chunk(len(widths), -1), run.b_kOr, strict=True):
-                _add_product(y, z, b.mT, run.scale)
+                _add_product(y, z, b.mT, scale)
             hidden.append(z_kNr)
         if runs:
-            ctx.save_for_backward(x_KND, *hidden)
+            ctx.save_for_backward(x_KND, *hidden, *(mask for own in masks for mask in own))
         ctx.linears, ctx.runs, ctx.widths = linears, runs, widths
+        ctx.num_masks = [len(own) for own in masks]
         return y_KNO
 
     @staticmethod
@@ -115,19 +135,55 @@ class _AdaptedLinear(Function):
             rows = dx_KND.flatten(0, 1)
             for n, dy in enumerate(dy_KNO.flatten(0, 1).split(widths, 1)):
                 rows.addmm_(dy, linears[n].weight, beta=1 if n else 0)
-        x_KND, *hidden = ctx.saved_tensors or (None,)
-        for run, z_kNr in zip(ctx.runs, hidden, strict=True):
+        x_KND, *saved = ctx.saved_tensors or (None,)
+        hidden, masks = saved[: len(ctx.runs)], iter(saved[len(ctx.runs) :])
+        for run, z_kNr, num_masks in zip(ctx.runs, hidden, ctx.num_masks, strict=True):
             assert x_KND is not None
+            own = list(islice(masks, num_masks))
+            scale = _scale(run, own)
             dy_kNO, b_kOr, num = dy_KNO[run.rows], run.b_kOr, len(widths)
             dys, zs = dy_kNO.split(widths, -1), z_kNr.chunk(num, -1)
             for dy, z, gradient in zip(dys, zs, run.b_grad_kOr, strict=True):
-                _add_product(gradient, dy.mT, z, run.scale)
+                _add_product(gradient, dy.mT, z, scale)
             parts = [dy @ b for dy, b in zip(dys, b_kOr, strict=True)]
+            dx_kND = None if dx_KND is None else dx_KND[run.rows]
+            if own:
+                _add_masked(run, own, parts, x_KND[run.rows], dx_kND)
+                continue
             dz_kNr = parts[0] if num == 1 else torch.cat(parts, -1)
-            _add_product(run.a_grad_krD, dz_kNr.mT, x_KND[run.rows], run.scale)
-            if dx_KND is not None:
-                _add_product(dx_KND[run.rows], dz_kNr, run.a_krD, run.scale)
-        return dx_KND, None, None, None
+            _add_product(run.a_grad_krD, dz_kNr.mT, x_KND[run.rows], scale)
+            if dx_kND is not None:
+                _add_product(dx_kND, dz_kNr, run.a_krD, scale)
+        return dx_KND, None, None, None, None
+
+
+def _scale(run: Run, masks: Sequence[Tensor]) -> float:
+    """LoRA's scale; what dropout leaves of the inputs counts the more."""
+    return run.scale / (1 - run.dropout) if masks else run.scale
+
+
+def _reduced(x_kND: Tensor, run: Run, masks: Sequence[Tensor]) -> Tensor:
+    """x Aᵀ of the group's linears side by side, each through its own mask if there are any."""
+    if not masks:
+        return x_kND @ run.a_krD.mT
+    factors = run.a_krD.chunk(len(masks), -2)
+    return torch.cat([(x_kND * m) @ a.mT for m, a in zip(masks, factors, strict=True)], -1)
+
+
+def _add_masked(
+    run: Run,
+    masks: Sequence[Tensor],
+    dz: Sequence[Tensor],
+    x_kND: Tensor,
+    dx_kND: Tensor | None,
+) -> None:
+    """The derivative of `_reduced` with masks, for A and for x."""
+    scale, num = _scale(run, masks), len(masks)
+    factors, gradients = run.a_krD.chunk(num, -2), run.a_grad_krD.chunk(num, -2)
+    for mask, dz_kNr, a, gradient in zip(masks, dz, factors, gradients, strict=True):
+        _add_product(gradient, dz_kNr.mT, x_kND * mask, scale)
+        if dx_kND is not None:
+            dx_kND.add_((dz_kNr @ a).mul_(mask), alpha=scale)
 
 
 class _NewLinear(Function):

@@ -24,6 +24,7 @@ SETTINGS = (
     "cross_attention",
     "alpha",
     "new_module_lr_factor",
+    "dropout",
     "text_loss_weight",
     "audio_loss_weight",
     "batch_clips",

@@ -81,6 +81,8 @@ def baseline_values(config: SweepConfig, *, fixed_flag: bool) -> Values:
     for name in ("text_loss_weight", "audio_loss_weight"):
         setting = getattr(config.space, name)
         values[name] = 1.0 if isinstance(setting, Range) else setting
+    # PEFT's default, where it is searched
+    values["dropout"] = fixed_values(config).get("dropout", 0.0)
     factor = config.space.new_module_lr_factor
     if fixed_flag:
         values[CROSS_ATTENTION_ONLY] = 0.1 if isinstance(factor, Range) else factor

@@ -38,7 +38,7 @@ def lora_config(config: TrialConfig, base_source: str, revision: str | None = No
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides, so a float is right
-        lora_dropout=0.0,
+        lora_dropout=config.dropout,
         target_modules=lora_regex(config.targets),
         modules_to_save=list(MODULE_NAMES[config.cross_attention]) or None,
         base_model_name_or_path=base_source,

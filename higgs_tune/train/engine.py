@@ -16,17 +16,10 @@ from higgs_tune.config import TargetPath, TrialConfig
 from higgs_tune.data.collate import PackBatch, TargetCounts, to_device
 from higgs_tune.model import targets as target_rules
 from higgs_tune.model.adapter_layout import Kind, Linears, Named
-from higgs_tune.model.audio_attention import (
-    initial_new_modules,
-    new_module_shapes,
-)
+from higgs_tune.model.audio_attention import initial_new_modules, new_module_shapes
+from higgs_tune.model.dropout import Masks
 from higgs_tune.model.load import Base
-from higgs_tune.model.packed_forward import (
-    decoder_layers,
-    head_groups,
-    layer_groups,
-    packed_nll,
-)
+from higgs_tune.model.packed_forward import decoder_layers, head_groups, layer_groups, packed_nll
 from higgs_tune.model.packed_lora import AdapterBank
 from higgs_tune.train.lanes import Lanes
 from higgs_tune.train.optim import RowStep, adamw_step, learning_rate_factor
@@ -69,12 +62,15 @@ class Resident:
     config: TrialConfig
     account: dict[str, Any]
     step: int = 0
+    num_forwards: int = 0  # of the step that is under way
 
 
 class Engine:
     """K slots of adapters that train and evaluate together."""
 
-    def __init__(self, base: Base, limits: PackLimits) -> None:
+    def __init__(self, base: Base, limits: PackLimits, process: int = 0) -> None:
+        """`process` is this one's number among those that train the same adapters."""
+        self._process = process
         self.base = base
         self.limits = limits
         self.device = next(base.model.parameters()).device
@@ -109,7 +105,14 @@ class Engine:
         new: list[Named] = [
             (name, tuple(shape), "audio_attention") for name, shape in shapes.items()
         ]
-        self.bank.seat(resident.slot, config.rank, config.alpha / config.rank, config.targets, new)
+        self.bank.seat(
+            resident.slot,
+            config.rank,
+            config.alpha / config.rank,
+            config.targets,
+            new,
+            config.dropout,
+        )
         try:
             self._write(resident, "master", weights)
             if state:
@@ -152,11 +155,18 @@ class Engine:
                 if number:
                     share_KC[k, 1 + codebook] = share / int(number)
         share_KC = to_device(share_KC, self.device)
-        weights = self.bank.pack(batch.slots)
+        weights = self.bank.pack(batch.slots).training(self._masks(batch.slots))
         text_sum_K, audio_sum_KC = packed_nll(self.base.model, batch, weights)
         loss = (text_sum_K * share_KC[:, 0]).sum() + (audio_sum_KC * share_KC[:, 1:]).sum()
         loss.backward()
         return text_sum_K.detach(), audio_sum_KC.detach()
+
+    def discard(self, slots: Sequence[int]) -> None:
+        """Forget what these adapters' step has done so far, to do it again from its start."""
+        self.bank.clear_gradients(slots)
+        for resident in self.residents.values():
+            if resident.slot in slots:
+                resident.num_forwards = 0
 
     def optim_step(self, trial_ids: Sequence[str]) -> Tensor:
         """Step these adapters once; returns gradient norms of all slots before clipping, (K,)."""
@@ -168,6 +178,7 @@ class Engine:
                 resident.step, config.num_steps, config.warmup_fraction, config.min_lr_fraction
             )
             resident.step += 1
+            resident.num_forwards = 0
             rows[resident.slot] = RowStep(
                 learning_rate=rate,
                 new_module_learning_rate=rate * config.new_module_lr_factor,
@@ -205,6 +216,18 @@ class Engine:
     def modes(self) -> dict[int, str]:
         """Slot → cross_attention of the residents."""
         return {r.slot: r.config.cross_attention for r in self.residents.values()}
+
+    def _masks(self, slots: Sequence[int]) -> Masks | None:
+        """The masks of these adapters' next forward; None if nobody has dropout."""
+        by_slot = {resident.slot: resident for resident in self.residents.values()}
+        seeds: dict[int, tuple[int, ...]] = {}
+        for k, slot in enumerate(slots):
+            resident = by_slot[slot]
+            if resident.config.dropout:
+                of_step = (resident.config.seed, resident.step, self._process)
+                seeds[k] = (*of_step, resident.num_forwards)
+            resident.num_forwards += 1
+        return Masks(self.device, seeds) if seeds else None
 
     def _write(self, resident: Resident, kind: Kind, tensors: Mapping[str, Tensor]) -> None:
         views = self.bank.views(resident.slot, kind)

@@ -6,7 +6,7 @@ A GPU has one lane.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -39,4 +39,10 @@ class Lanes:
             self._threads = ThreadPoolExecutor(
                 self.count, "lane", initializer=torch.set_num_threads, initargs=(1,)
             )
-        return [future.result() for future in [self._threads.submit(task) for task in tasks]]
+        futures = [self._threads.submit(task) for task in tasks]
+        try:
+            return [future.result() for future in futures]
+        finally:  # when one fails, nobody may still compute behind the caller's back
+            for future in futures:
+                future.cancel()
+            wait(futures)

@@ -8,25 +8,14 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from higgs_tune import metrics
-from higgs_tune.config import (
-    BaseSettings,
-    DataSettings,
-    TrialConfig,
-)
-from higgs_tune.data.collate import (
-    TargetCounts,
-    collate,
-    count_targets,
-    split_micro_batches,
-)
+from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
+from higgs_tune.data.collate import TargetCounts, collate, count_targets
 from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.held_out import validation_sets
@@ -37,10 +26,12 @@ from higgs_tune.model.load import Base, load_base
 from higgs_tune.train.checkpoint import load_interval, load_state, save_adapter, save_interval
 from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.examples import Examples
+from higgs_tune.train.gradients import Clips, Gradients
 from higgs_tune.train.imbalance import preflight
 from higgs_tune.train.interval import Interval
 from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.progress import Run
+from higgs_tune.train.room import NoRoom, agree
 from higgs_tune.train.validation import Validator
 
 
@@ -64,7 +55,8 @@ class PackLoop:
                 f"{codec.codebook_size}, the base {base.source} needs {config.num_codebooks} of "
                 f"{num_codes}. Prepare the data again with the codec of this base."
             )
-        self.engine = Engine(base, limits)
+        self.engine = Engine(base, limits, world.rank)
+        self._gradients = Gradients(self.engine)
         self.content_hash: str = dataset.info.content_hash
         self.base = base
         self._dataset, self._data, self._world = dataset, data, world
@@ -130,8 +122,10 @@ class PackLoop:
 
     def leave(self, trial_id: str) -> None:
         """Free the trial's slot."""
+        slot = self._runs.pop(trial_id).resident.slot
         self.engine.remove(trial_id)
-        del self._runs[trial_id]
+        self._gradients.room.forget([slot])
+        self._validator.room.forget([slot])
 
     def save(self, trial_id: str, directory: Path) -> None:
         """Write the trial's adapter in PEFT's format and its training state into an empty folder.
@@ -184,8 +178,8 @@ class PackLoop:
                 call or from a checkpoint.
 
         Returns:
-            Trial id → metrics of those that were due, with "status" running, completed or diverged,
-            and a "reason". Nothing when stopped.
+            Trial id → metrics of those that were due, with "status" running, completed, diverged or
+            out_of_memory, and a "reason". Nothing when stopped.
         """
         pending = {trial_id: run for trial_id, run in self._runs.items() if not run.reported_done}
 
@@ -207,76 +201,65 @@ class PackLoop:
         spend(started)
         due = {trial_id: run for trial_id, run in pending.items() if run.due}
         results: dict[str, dict[str, Any]] = {}
-        alive = [t for t, run in due.items() if healthy[run.resident.slot]]
+        alive = [t for t, run in due.items() if healthy[run.resident.slot] and run.no_room is None]
         started = time.monotonic()
-        validated = self.validate(alive) if alive else {}
+        validated = self._validator.validate(alive) if alive else {}
         self.validate_s += time.monotonic() - started
         for trial_id, run in due.items():
-            result = self._train_metrics(run) | validated.get(trial_id, {})
+            figures = validated.get(trial_id, {})
+            if isinstance(figures, NoRoom):
+                run.no_room, figures = figures, {}
+            result = self._train_metrics(run) | figures
             bad = [n for n, v in result.items() if n.startswith("val/") and not math.isfinite(v)]
-            if not healthy[run.resident.slot]:
+            if run.no_room is not None:
+                result |= {"status": "out_of_memory", "reason": run.no_room.reason}
+            elif not healthy[run.resident.slot]:
                 result |= {"status": "diverged", "reason": "a gradient was not finite"}
             elif bad:
                 result |= {"status": "diverged", "reason": f"{bad[0]} is not finite"}
             else:
                 result |= {"status": "completed" if run.done else "running", "reason": ""}
-            run.reported_done = run.done
+            run.reported_done = run.done or run.no_room is not None
             results[trial_id] = result
         return results
 
     def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Validation metrics of adapters in the engine, as they are."""
-        return self._validator.validate(trial_ids)
+        """Validation metrics of adapters in the engine, as they are.
+
+        Raises:
+            MemoryError: not even one clip at a time fits.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for trial_id, figures in self._validator.validate(trial_ids).items():
+            if isinstance(figures, NoRoom):
+                raise MemoryError(figures.reason)
+            found[trial_id] = figures
+        return found
 
     def _train_step(self, active: dict[str, Run]) -> None:
-        """One optimizer step of each active trial, over as many micro-batches as the longest needs."""
-        micro: dict[int, list[list[Encoded]]] = {}
+        """One optimizer step of each active trial that has room for it."""
+        clips: dict[int, Clips] = {}
         counts: dict[int, TargetCounts] = {}
-        num_rows: dict[int, int] = {}
         by_slot = {run.resident.slot: run for run in active.values()}
         for slot, run in by_slot.items():
             config = run.resident.config
-            clips = self._world.share(run.order.batch(run.resident.step))
-            examples = [self._examples.encode(c) for c in clips]
+            drawn = self._world.share(run.order.batch(run.resident.step))
+            examples = [self._examples.encode(c) for c in drawn]
             counts[slot] = self._world.sum_counts(
                 count_targets(examples, self.engine.num_codebooks)
             )
-            micro[slot] = [
-                part
-                for first in range(0, len(examples), config.batch_clips)
-                for part in split_micro_batches(
-                    examples[first : first + config.batch_clips], config.token_budget
-                )
-            ]
-            num_rows[slot] = sum(e.num_rows for e in examples)
-        tasks = [
-            partial(self._accumulate, {slot: micro[slot] for slot in lane}, counts)
-            for lane in self.engine.lanes.split(num_rows)
-        ]
-        sums = {slot: sums for lane in self.engine.lanes.run(tasks) for slot, sums in lane.items()}
+            clips[slot] = Clips(examples, config.batch_clips, config.token_budget)
+        sums = agree(self._gradients.add(clips, counts), self._world)
         self._world.sum_gradients(self.engine.bank)
-        norm_K = self.engine.optim_step(list(active))
+        fits = [t for t, run in active.items() if not isinstance(sums[run.resident.slot], NoRoom)]
+        norm_K = self.engine.optim_step(fits)
         for slot, run in by_slot.items():
-            text = torch.stack([t for t, _ in sums[slot]]).sum()
-            audio_C = torch.stack([a for _, a in sums[slot]]).sum(0)
-            sum_C = torch.cat([text[None], audio_C])
-            run.interval.add(sum_C, norm_K[slot], counts[slot], num_rows[slot])
-
-    def _accumulate(
-        self, micro: dict[int, list[list[Encoded]]], counts: dict[int, TargetCounts]
-    ) -> dict[int, list[tuple[Tensor, Tensor]]]:
-        """Add up the gradients of these slots' micro-batches; returns the summed nats of each."""
-        sums: dict[int, list[tuple[Tensor, Tensor]]] = {slot: [] for slot in micro}
-        modes = self.engine.modes()
-        for index in range(max(len(batches) for batches in micro.values())):
-            part = {slot: batches[index] for slot, batches in micro.items() if index < len(batches)}
-            batch = collate(part, modes).to(self.engine.device)
-            if index:
-                self.engine.bank.keep_gradients(part)
-            text_K, audio_KC = self.engine.forward_backward(batch, counts)
-            for k, slot in enumerate(batch.slots):
-                sums[slot].append((text_K[k], audio_KC[k]))
-        return sums
+            sum_C = sums[slot]
+            if isinstance(sum_C, NoRoom):
+                run.no_room = sum_C
+                continue
+            num_rows = sum(e.num_rows for e in clips[slot].examples)
+            run.interval.add(sum_C, norm_K[slot], counts[slot], num_rows)
 
     def _train_metrics(self, run: Run) -> dict[str, Any]:
         """The interval's figures, and the start of the next.

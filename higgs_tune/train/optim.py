@@ -91,5 +91,5 @@ def adamw_step(bank: AdapterBank, rows: dict[int, RowStep], alive_K: Tensor) -> 
                 found_inf=(~alive_K[slot]).float(),  # 1 leaves everything as it is
             )
     bank.refresh_compute()
-    bank.clear_gradients()
+    bank.clear_gradients(bank.seats)
     return norm_K

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.train.engine import Resident
 from higgs_tune.train.interval import Interval
+from higgs_tune.train.room import NoRoom
 
 
 @dataclass
@@ -15,6 +16,7 @@ class Run:
     order: TrainOrder
     interval: Interval = field(default_factory=Interval)
     reported_done: bool = False
+    no_room: NoRoom | None = None  # it cannot train on
 
     @property
     def done(self) -> bool:
@@ -30,5 +32,5 @@ class Run:
 
     @property
     def due(self) -> bool:
-        """Whether its next report is at the step where it stands."""
-        return self.next_report <= self.resident.step
+        """Whether its next report is at the step where it stands, or it cannot go further."""
+        return self.no_room is not None or self.next_report <= self.resident.step

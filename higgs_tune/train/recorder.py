@@ -65,11 +65,11 @@ class Recorder:
         if reason is not None and line["status"] == "running":
             line |= {"status": "completed", "reason": reason}
         self._write(line, report=False)
-        if line["status"] != "diverged":
+        if line["status"] in ("running", "completed"):
             self.save()
         if self._world.is_main:
             self._watcher.report(line)
-        if line["status"] != "diverged":
+        if line["status"] in ("running", "completed"):
             self._world.on_main(self._keep)
         return line
 
@@ -133,7 +133,7 @@ def early_stop_reason(lines: Sequence[Line], run: RunSettings) -> str | None:
     best, best_step, waited = float("inf"), 0, 0
     for line in lines[1:]:
         nll = line.get(metrics.VAL_TEXT_NLL)
-        if nll is None:  # diverged: it has ended for another reason
+        if nll is None:  # diverged or out of memory: it has ended for that reason
             return None
         if nll < best - run.early_stop_min_delta:
             best, best_step, waited = nll, line[metrics.STEP], 0

@@ -41,8 +41,8 @@ def train_single(
         device: of this process, where it is not `base.device`.
 
     Returns:
-        The last validation's metrics, with "status" completed or diverged; or "cancelled" with the
-        number of the "signal" that asked for it.
+        The last validation's metrics, with "status" completed, diverged or out_of_memory; or
+        "cancelled" with the number of the "signal" that asked for it.
 
     Raises:
         ConfigError: `out` is in use, or `resume` finds nothing there or a run of other settings.

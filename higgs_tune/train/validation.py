@@ -9,12 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from higgs_tune import metrics
 from higgs_tune.data.collate import PackBatch, collate, count_targets, split_micro_batches
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.parallel import ALONE, World
+from higgs_tune.train.room import NoRoom, Room, Work, agree
 
 _TOKEN_BUDGET = 1024  # rows of one adapter in one forward; more leaves a CPU's caches
 _CACHED_LAYOUTS = 8  # combinations of residents whose batches are kept
@@ -33,6 +35,7 @@ class Validator:
         world: World = ALONE,
     ) -> None:
         self._engine, self._world = engine, world
+        self.room = Room(engine.device, engine.lanes)
         sets = {"transcribe": transcribe, "swapped": swapped, "speak": speak}
         self._counts = {
             name: count_targets(examples, engine.num_codebooks) for name, examples in sets.items()
@@ -41,52 +44,61 @@ class Validator:
         self._layouts: dict[Any, list[tuple[str, PackBatch]]] = {}
 
     def bare(self) -> dict[str, float]:
-        """Metrics of the untouched base."""
-        return self._metrics(self._totals([(0,)], bare=True)[0], 0)
+        """Metrics of the untouched base.
 
-    def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Metrics of each of these residents."""
-        slots = {t: self._engine.residents[t].slot for t in trial_ids}
-        groups = self._engine.lanes.split(dict.fromkeys(slots.values(), 1))
-        totals = {}
-        for group, total in zip(groups, self._totals(groups, bare=False), strict=True):
-            totals |= {slot: (total, k) for k, slot in enumerate(group)}
-        return {t: self._metrics(*totals[slot]) for t, slot in slots.items()}
-
-    def _totals(
-        self, groups: Sequence[tuple[int, ...]], *, bare: bool
-    ) -> list[dict[str, list[list[float]]]]:
-        """For each group of slots: set → nats of each slot summed over all processes.
-
-        Text, then each codebook.
+        Raises:
+            MemoryError: not even one clip fits.
         """
-        layouts = [self._batches(slots, bare=bare) for slots in groups]
-        tasks = [
-            partial(self._engine.evaluate, batch, bare=bare)
-            for layout in layouts
-            for _, batch in layout
-        ]
-        sums = iter(self._engine.lanes.run(tasks))
-        results = []
-        for slots, layout in zip(groups, layouts, strict=True):
-            shape, device = (len(slots), 1 + self._engine.num_codebooks), self._engine.device
-            totals = {name: torch.zeros(shape, device=device) for name in self._sets}
-            for name, _ in layout:
-                text_K, audio_KC = next(sums)
-                totals[name] = totals[name] + torch.cat([text_K[:, None], audio_KC], dim=1)
-            results.append(
-                {name: self._world.sum(total.cpu()).tolist() for name, total in totals.items()}
-            )
-        return results
+        found = self._figures((0,), bare=True)[0]
+        if isinstance(found, NoRoom):
+            raise MemoryError(found.reason)
+        return found
 
-    def _metrics(self, totals: dict[str, list[list[float]]], k: int) -> dict[str, float]:
-        right = totals["transcribe"][k][0] / self._counts["transcribe"].text
-        swapped = totals["swapped"][k][0] / self._counts["swapped"].text
+    def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float] | NoRoom]:
+        """Metrics of each of these residents, or why there are none."""
+        slots = {t: self._engine.residents[t].slot for t in trial_ids}
+        figures = self._figures(tuple(sorted(slots.values())), bare=False)
+        return {t: figures[slot] for t, slot in slots.items()}
+
+    def _figures(
+        self, slots: tuple[int, ...], *, bare: bool
+    ) -> dict[int, dict[str, float] | NoRoom]:
+        work = Work[dict[str, Tensor]](
+            name="validation",
+            advice="tune.slots_per_worker or data.max_frames",
+            attempt=partial(self._attempt, bare=bare),
+            parts=lambda slot: [part for _, part in self._parts(slot)],
+            discard=lambda slots: self._layouts.clear(),
+        )
+        figures: dict[int, dict[str, float] | NoRoom] = {}
+        for slot, found in agree(self.room.run([slots], work), self._world).items():
+            if isinstance(found, NoRoom):
+                figures[slot] = found
+                continue
+            totals = {n: self._world.sum(t.cpu()).tolist() for n, t in found.items()}
+            figures[slot] = self._metrics(totals)
+        return figures
+
+    def _attempt(self, slots: tuple[int, ...], *, bare: bool) -> dict[int, dict[str, Tensor]]:
+        """Slot → set → this process's nats: text, then each codebook."""
+        layout = self._batches(slots, bare=bare)
+        tasks = [partial(self._engine.evaluate, batch, bare=bare) for _, batch in layout]
+        width, device = 1 + self._engine.num_codebooks, self._engine.device
+        totals = {name: torch.zeros(len(slots), width, device=device) for name in self._sets}
+        for (name, _), (text_K, audio_KC) in zip(
+            layout, self._engine.lanes.run(tasks), strict=True
+        ):
+            totals[name] = totals[name] + torch.cat([text_K[:, None], audio_KC], dim=1)
+        return {
+            slot: {name: total[k] for name, total in totals.items()} for k, slot in enumerate(slots)
+        }
+
+    def _metrics(self, totals: dict[str, list[float]]) -> dict[str, float]:
+        right = totals["transcribe"][0] / self._counts["transcribe"].text
+        swapped = totals["swapped"][0] / self._counts["swapped"].text
         codebooks = [
             total / int(count)
-            for total, count in zip(
-                totals["speak"][k][1:], self._counts["speak"].audio_C, strict=True
-            )
+            for total, count in zip(totals["speak"][1:], self._counts["speak"].audio_C, strict=True)
         ]
         return {
             metrics.VAL_TEXT_NLL: right,
@@ -99,15 +111,27 @@ class Validator:
     def _batches(self, slots: tuple[int, ...], *, bare: bool) -> list[tuple[str, PackBatch]]:
         """Every set once for each slot, laid out once per combination of residents."""
         modes = {} if bare else self._engine.modes()
-        key = (bare, tuple((slot, modes.get(slot, "off")) for slot in slots))
+        # adapters in one forward are cut up alike, by the one with the least room
+        narrow = min(slots, key=self._budget)
+        key = (bare, self._budget(narrow), tuple((slot, modes.get(slot, "off")) for slot in slots))
         if key not in self._layouts:
-            if len(self._layouts) >= _CACHED_LAYOUTS:
+            if len(self._layouts) >= _CACHED_LAYOUTS + self._engine.limits.num_slots:
                 self._layouts.clear()
-            layout = []
-            for name, examples in self._sets.items():
-                by_length = sorted(examples, key=lambda e: (e.num_rows, e.key))
-                for part in split_micro_batches(by_length, _TOKEN_BUDGET):
-                    batch = collate(dict.fromkeys(slots, part), modes)
-                    layout.append((name, batch.to(self._engine.device)))
-            self._layouts[key] = layout
+            self._layouts[key] = [
+                (name, collate(dict.fromkeys(slots, part), modes).to(self._engine.device))
+                for name, part in self._parts(narrow)
+            ]
         return self._layouts[key]
+
+    def _budget(self, slot: int) -> int:
+        return self.room.budget(slot, _TOKEN_BUDGET)
+
+    def _parts(self, slot: int) -> list[tuple[str, list[Encoded]]]:
+        """Every set in forwards that fit the adapter."""
+        return [
+            (name, part)
+            for name, examples in self._sets.items()
+            for part in split_micro_batches(
+                sorted(examples, key=lambda e: (e.num_rows, e.key)), self._budget(slot)
+            )
+        ]

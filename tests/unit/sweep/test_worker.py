@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import gc
 import json
 import os

@@ -1,0 +1,74 @@
+"""The gradients of one optimizer step: every trial's clips, cut to what fits into a forward."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from higgs_tune.data.collate import TargetCounts, collate, split_micro_batches
+from higgs_tune.data.tokens import Encoded
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.room import Group, NoRoom, Room, Work
+
+
+class Clips(NamedTuple):
+    """What one adapter trains on in a step."""
+
+    examples: Sequence[Encoded]
+    at_once: int  # a micro-batch has no more clips than this
+    token_budget: int  # nor more padded rows
+
+
+class Gradients:
+    """Fills an engine's bank with the gradients of a step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.room = Room(engine.device, engine.lanes)
+
+    def add(
+        self, clips: Mapping[int, Clips], counts: Mapping[int, TargetCounts]
+    ) -> dict[int, Tensor | NoRoom]:
+        """Add up the gradients of all micro-batches of these slots.
+
+        Returns:
+            Slot → summed nats (1 + C,), text before codebooks. One that does not fit has no gradient.
+        """
+        work = Work[Tensor](
+            name="training step",
+            advice="tune.slots_per_worker or train.token_budget",
+            attempt=partial(self._attempt, clips, counts),
+            parts=lambda slot: self._parts(slot, clips[slot]),
+            discard=self._engine.discard,
+        )
+        num_rows = {slot: sum(e.num_rows for e in own.examples) for slot, own in clips.items()}
+        return self.room.run(self._engine.lanes.split(num_rows), work)
+
+    def _parts(self, slot: int, clips: Clips) -> list[list[Encoded]]:
+        budget = self.room.budget(slot, clips.token_budget)
+        return [
+            part
+            for first in range(0, len(clips.examples), clips.at_once)
+            for part in split_micro_batches(clips.examples[first : first + clips.at_once], budget)
+        ]
+
+    def _attempt(
+        self, clips: Mapping[int, Clips], counts: Mapping[int, TargetCounts], slots: Group
+    ) -> dict[int, Tensor]:
+        """As many forwards as the adapter with the most micro-batches needs."""
+        micro = {slot: self._parts(slot, clips[slot]) for slot in slots}
+        modes = self._engine.modes()
+        sums: dict[int, list[Tensor]] = {slot: [] for slot in slots}
+        for index in range(max(len(batches) for batches in micro.values())):
+            part = {slot: batches[index] for slot, batches in micro.items() if index < len(batches)}
+            batch = collate(part, modes).to(self._engine.device)
+            if index:
+                self._engine.bank.keep_gradients(part)
+            text_K, audio_KC = self._engine.forward_backward(batch, counts)
+            for slot, sum_C in zip(
+                batch.slots, torch.cat([text_K[:, None], audio_KC], 1), strict=True
+            ):
+                sums[slot].append(sum_C)
+        return {slot: torch.stack(parts).sum(0) for slot, parts in sums.items()}

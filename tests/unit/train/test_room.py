@@ -1,0 +1,258 @@
+"""Memory that runs out in a step or a validation: done again smaller, nothing lost, nobody disturbed."""
+
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+
+from higgs_tune import metrics
+from higgs_tune.model import packed_forward
+from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.room import Room, is_out_of_memory
+from tests.models import DATA, make_dataset, tiny_base, trial
+
+TRIALS = {
+    "a": trial(seed=1, dropout=0.2),
+    "b": trial(seed=2, rank=2, targets=("attention",), batch_clips=4),
+    "c": trial(seed=3, rank=8, targets=("text_mlp", "text_head"), batch_clips=2),
+}
+ERRORS = {
+    "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "host": MemoryError(),
+    "host tensor": RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def loop_of(dataset, names="abc", *, like_gpu=False, lanes=1):
+    loop = PackLoop(tiny_base(), dataset, DATA, PackLimits.of(list(TRIALS.values()), 3))
+    loop.engine.lanes.count = lanes
+    if like_gpu:
+        for room in rooms(loop):
+            room.width = None
+    for name in names:
+        loop.join(name, TRIALS[name])
+    return loop
+
+
+def rooms(loop) -> tuple[Room, Room]:
+    return loop._gradients.room, loop._validator.room
+
+
+def figures(result):
+    """What a trial's result says of the trial, not of the machine."""
+    machine = (metrics.PEAK_MEMORY_MIB, metrics.TOKENS_PER_S, metrics.TRAIN_TIME_S)
+    return {name: value for name, value in result.items() if name not in machine}
+
+
+@pytest.fixture(scope="module")
+def clean(dataset):
+    torch.set_num_threads(1)
+    loop = loop_of(dataset)
+    return [loop.advance() for _ in range(2)], {name: loop.engine.state(name) for name in TRIALS}
+
+
+def same(results, clean, names, **tolerance):
+    for ours, theirs in zip(results, clean[0], strict=False):
+        for name in names:
+            mine, others = figures(ours[name]), figures(theirs[name])
+            assert mine.keys() == others.keys()
+            for key, value in others.items():
+                if tolerance and isinstance(value, float):
+                    value = pytest.approx(value, **tolerance)
+                assert mine[key] == value, (name, key)
+
+
+def limit_clips(monkeypatch, allowed, error=ERRORS["device"], method="forward_backward"):
+    """Fail every forward for which `allowed(slots, sequences)` is false; returns what was asked for."""
+    plain, asked = getattr(Engine, method), []
+
+    def limited(self, batch, *args, **kwargs):
+        asked.append((batch.slots, len(batch.seq_from_slot_RL)))
+        result = plain(self, batch, *args, **kwargs)  # leaves gradients behind
+        if not allowed(*asked[-1]):
+            raise error
+        return result
+
+    monkeypatch.setattr(Engine, method, limited)
+    return asked
+
+
+def fail_once(monkeypatch, number, *, backward):
+    """Raise in the n-th call of an operation inside the layers, or in its derivative."""
+    plain, calls = packed_forward.swiglu, []
+
+    def tick(*args):
+        calls.append(0)
+        if len(calls) == number:
+            raise ERRORS["device"]
+
+    def swiglu(x):
+        if not backward:
+            tick()
+        elif x.requires_grad:
+            x.register_hook(tick)
+        return plain(x)
+
+    monkeypatch.setattr(packed_forward, "swiglu", swiglu)
+    return calls
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("number", [1, 3, 6, 14])
+def test_gradients_of_a_failed_attempt_do_not_count(dataset, clean, monkeypatch, number, backward):
+    loop = loop_of(dataset, like_gpu=True)
+    calls = fail_once(monkeypatch, number, backward=backward)
+    results = [loop.advance() for _ in range(2)]
+    assert len(calls) > number
+    assert loop._gradients.room.width == 2
+    # other shapes round otherwise; gradients counted twice are clipped, and so seen in their norm
+    same(results, clean, TRIALS, rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_trial_that_does_not_fit_ends_alone(dataset, clean, monkeypatch, lanes, caplog):
+    loop = loop_of(dataset, lanes=lanes)
+    asked = limit_clips(monkeypatch, lambda slots, num: 1 not in slots)
+    with caplog.at_level(logging.WARNING):
+        results = [loop.advance() for _ in range(2)]
+    assert results[0]["b"]["status"] == "out_of_memory"
+    assert (
+        "one clip does not fit in a training step: CUDA out of memory" in results[0]["b"]["reason"]
+    )
+    assert metrics.VAL_TEXT_NLL not in results[0]["b"]
+    assert "b" not in results[1]
+    same(results, clean, "ac")
+    for name in "ac":
+        for key, weight in loop.engine.state(name).weights.items():
+            assert torch.equal(weight, clean[1][name].weights[key])
+    sizes = [num for slots, num in asked if slots == (1,)]
+    assert sizes[0] == 4 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
+    assert "lower tune.slots_per_worker or train.token_budget" in caplog.text
+
+
+def test_shorter_micro_batches_give_the_same_step_and_are_remembered(dataset, clean, monkeypatch):
+    loop = loop_of(dataset)
+    asked = limit_clips(monkeypatch, lambda slots, num: num <= 2)
+    results = [loop.advance() for _ in range(2)]
+    same(results, clean, "bc", rel=2e-3, abs=2e-3)  # "a" drops other inputs in other micro-batches
+    same(results, clean, "c")
+    assert sum(num > 2 for _, num in asked) < 6  # of 10 steps of two adapters
+    assert all(num <= 2 for _, num in asked[len(asked) // 2 :])
+
+
+def test_fewer_adapters_are_remembered_until_one_leaves(dataset, monkeypatch):
+    loop = loop_of(dataset, like_gpu=True)
+    room = loop._gradients.room
+    asked = limit_clips(monkeypatch, lambda slots, num: len(slots) < 2)
+    loop.advance()
+    assert [len(slots) for slots, _ in asked[:6]] == [3, 2, 1, 1, 1, 1]
+    assert all(len(slots) == 1 for slots, _ in asked[2:])
+    room._device = torch.device("meta")  # the rule of a GPU, without one
+    loop.leave("b")
+    asked.clear()
+    loop.advance()
+    assert [len(slots) for slots, _ in asked[:3]] == [2, 1, 1]
+
+
+def test_lanes_that_need_too_much_together_take_turns(dataset, clean, monkeypatch):
+    loop = loop_of(dataset, lanes=2)
+    running = []
+    plain = Engine.forward_backward
+
+    def counted(self, batch, counts):
+        running.append(batch.slots)
+        try:
+            if loop._gradients.room._side_by_side:
+                raise ERRORS["host tensor"]
+            return plain(self, batch, counts)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(Engine, "forward_backward", counted)
+    same([loop.advance() for _ in range(2)], clean, TRIALS)
+    assert not loop._gradients.room._budgets
+
+
+@pytest.mark.parametrize("width", [1, None])
+def test_validation_that_ran_out_is_done_again(dataset, clean, monkeypatch, width):
+    loop = loop_of(dataset)
+    loop._validator.room.width = width
+    asked = limit_clips(
+        monkeypatch, lambda slots, num: len(slots) == 1 and num == 1, method="evaluate"
+    )
+    same([loop.advance() for _ in range(2)], clean, TRIALS, rel=1e-4, abs=1e-5)
+    assert asked[-1][1] == 1
+    assert loop._validator.room.width == 1
+
+
+def test_a_trial_without_room_to_validate_ends_alone(dataset, clean, monkeypatch):
+    loop = loop_of(dataset)
+    limit_clips(monkeypatch, lambda slots, num: slots != (2,), method="evaluate")
+    results = loop.advance()
+    assert results["c"]["status"] == "out_of_memory"
+    assert "does not fit in a validation" in results["c"]["reason"]
+    same([results], clean, "ab")
+    with pytest.raises(MemoryError, match="does not fit in a validation"):
+        loop.validate(["c"])
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_every_way_of_saying_out_of_memory_is_understood(dataset, clean, monkeypatch, name):
+    loop = loop_of(dataset)
+    limit_clips(monkeypatch, lambda slots, num: 0 not in slots, ERRORS[name])
+    results = loop.advance()
+    assert {n: r["status"] for n, r in results.items()} == {
+        "a": "out_of_memory",
+        "b": "running",
+        "c": "running",
+    }
+    same([results], clean, "bc")
+
+
+def test_another_error_is_not_taken_for_memory(dataset, monkeypatch):
+    assert not is_out_of_memory(ValueError("out of memory"))
+    loop = loop_of(dataset)
+    limit_clips(monkeypatch, lambda slots, num: False, RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        loop.advance()
+
+
+def test_memory_is_given_back_after_the_attempt_is_gone(dataset, monkeypatch):
+    loop = loop_of(dataset, "a")
+    held: list[weakref.ref] = []
+    plain = Engine.forward_backward
+
+    def failing(self, batch, counts):
+        if held:
+            return plain(self, batch, counts)
+        activations = torch.zeros(100)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")  # a new one: it holds its frames
+
+    alive = []
+    monkeypatch.setattr(Engine, "forward_backward", failing)
+    monkeypatch.setattr(Room, "_give_back", lambda self: alive.append(held[0]()))
+    gc.disable()
+    try:
+        loop.advance()
+    finally:
+        gc.enable()
+    assert alive == [None]
