@@ -29,12 +29,13 @@ from higgs_tune.sweep import runtime, space, study
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.confirm import ConfirmSource, confirm_records
 from higgs_tune.sweep.control import EXIT_CODES, Control, ControlStopper, signals
-from higgs_tune.sweep.folder import disk_error, disk_fault, open_folder
+from higgs_tune.sweep.folder import disk_error, disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.scheduler import make_scheduler, replay
 from higgs_tune.sweep.searcher import StudySearcher
 from higgs_tune.sweep.seats import DEFAULT_LOOP
+from higgs_tune.sweep.slots import resolve_slots, slots_of
 from higgs_tune.sweep.source import TrialSource
 from higgs_tune.sweep.study import TrialRecord
 from higgs_tune.sweep.table import NUM_QUEUED
@@ -133,7 +134,7 @@ class Sweep:
                 search_alg=source,
                 scheduler=scheduler,
                 num_samples=source.num_to_come(),
-                max_concurrent_trials=tune.num_workers * (tune.slots_per_worker + NUM_QUEUED),
+                max_concurrent_trials=tune.num_workers * (slots_of(self.config) + NUM_QUEUED),
                 reuse_actors=True,
                 trial_name_creator=_trial_id,
                 trial_dirname_creator=_trial_id,
@@ -203,6 +204,10 @@ def _run(
                 return _outcome(results, found, control, started)
             display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")
             display.event("sweep_started", results=str(results), dashboard=cluster.dashboard)
+            if config.tune.slots_per_worker == "auto":
+                config = resolve_slots(config)
+                record_slots(results, config)
+                display.note(f"{slots_of(config)} trials train together in each worker")
             workers = runtime.Workers(config, is_own_cluster=cluster.is_own, loop_path=loop_path)
             try:
                 sweep = Sweep(config, results, workers, control, display)

@@ -70,6 +70,14 @@ def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Ite
         yield folder
 
 
+def record_slots(folder: Path, config: SweepConfig) -> None:
+    """Note the number that `tune.slots_per_worker: auto` has become."""
+    write_text(folder / "sweep.yaml", to_yaml(config))
+    environment = read_json(folder / "env.json") or {}
+    slots = {"slots_per_worker": config.tune.slots_per_worker}
+    write_json(folder / "env.json", environment | slots)
+
+
 def _check(folder: Path, config: SweepConfig, resume: bool) -> None:
     settings = folder / "sweep.yaml"
     if settings.exists():

@@ -15,6 +15,7 @@ from higgs_tune import cluster
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import ConfigError
 from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Workers:
                 max_restarts=-1,
             ).remote(
                 config,
-                num_slots=tune.slots_per_worker,
+                num_slots=slots_of(config),
                 strict=tune.num_workers == 1,
                 device=device,
                 loop_path=loop_path,

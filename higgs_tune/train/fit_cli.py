@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from higgs_tune.base_source import local_folder
-from higgs_tune.config import BaseSettings, CrossAttention, SweepConfig
+from higgs_tune.config import BaseSettings, SweepConfig
 from higgs_tune.config_file import load_sweep
 from higgs_tune.errors import ConfigError, ModelError
 
@@ -52,42 +52,33 @@ def fit(
     """Predicted bytes with one slot and with the sweep's slots, and the slots that fit."""
     import torch  # seconds
 
-    from higgs_tune.train.memory import GIB, RESERVE, Memory, StepShape, predict, slots_that_fit
-    from higgs_tune.train.sweep_pack import sweep_limits
+    from higgs_tune.train.capacity import predict_sweep
+    from higgs_tune.train.memory import GIB, RESERVE, StepShape, slots_that_fit
 
-    shape = _base_config(config.base, base_config)
+    shape = base_shape(config.base, base_config)
     step = StepShape.of(max(config.space.batch_clips), clip_rows, config.train.token_budget)
-    numbers = sorted({1, 2, config.tune.slots_per_worker})
-
-    def worst(num_slots: int) -> Memory:
-        found = []
-        for mode in config.space.cross_attention:
-            # the second baseline runs beside the others in every sweep
-            modes: list[CrossAttention] = [mode] * num_slots
-            if mode == "off":
-                modes[0] = "audio_self"
-            limits = sweep_limits(config, num_slots)
-            found.append(predict(shape, config.base.dtype, limits, modes, step))
-        return max(found, key=lambda memory: memory.total)
-
-    by_slots = {n: worst(n) for n in numbers}
+    by_slots = {n: predict_sweep(config, shape, n, step) for n in (1, 2)}
+    fitting = slots_that_fit(by_slots[1], by_slots[2], int(gpu_gib * GIB))
+    setting = config.tune.slots_per_worker
+    wanted = max(1, fitting) if setting == "auto" else setting
+    if wanted not in by_slots:
+        by_slots[wanted] = predict_sweep(config, shape, wanted, step)
     return {
         "dtype": config.base.dtype,
         "rows_per_adapter": step.num_rows,
         "micro_batches": step.num_micro_batches,
         "slots": {
-            str(n): asdict(by_slots[n]) | {"total": by_slots[n].total}
-            for n in sorted({1, config.tune.slots_per_worker})
+            str(n): asdict(by_slots[n]) | {"total": by_slots[n].total} for n in sorted({1, wanted})
         },
         "gpu_gib": gpu_gib,
         "reserve": RESERVE,
-        "slots_that_fit": slots_that_fit(by_slots[1], by_slots[2], int(gpu_gib * GIB)),
-        "slots_per_worker": config.tune.slots_per_worker,
+        "slots_that_fit": fitting,
+        "slots_per_worker": setting,
         "torch": torch.__version__,
     }
 
 
-def _base_config(base: BaseSettings, path: Path | None) -> "HiggsAudioV2Config":
+def base_shape(base: BaseSettings, path: Path | None) -> "HiggsAudioV2Config":
     """The configuration of the base, from a file, a folder or a Hub; its weights are not touched.
 
     Raises:
@@ -132,7 +123,7 @@ def _table(found: dict[str, Any], gpu_gib: float) -> str:
     lines.append(f"{found['rows_per_adapter']} rows of each adapter in one forward{often}")
     fitting, wanted = found["slots_that_fit"], found["slots_per_worker"]
     lines.append(f"{gpu_gib:g} GiB hold {fitting} slots, {found['reserve']:.0%} kept free")
-    if wanted > fitting:
+    if wanted != "auto" and wanted > fitting:
         advice = "Lower it, train.token_budget, or what the target sets and cross_attention add."
         lines.append(f"tune.slots_per_worker is {wanted}: too many. {advice}")
     return "\n".join(lines)

@@ -138,6 +138,7 @@ def predict(
     limits: PackLimits,
     modes: Sequence[CrossAttention],
     step: StepShape,
+    dropout: float = 0.0,
 ) -> Memory:
     """Memory of an engine with all its slots taken, at the peak of one optimizer step.
 
@@ -150,6 +151,7 @@ def predict(
         dtype: "bfloat16" or "float32".
         limits: as the sweep's; every adapter has the largest rank and all paths.
         modes: cross_attention of each slot.
+        dropout: of every adapter; its masks are kept for the backward.
     """
     num_layers = config.num_hidden_layers
     if num_layers > 3:
@@ -177,7 +179,7 @@ def run_fake(
         in_base = live.now
         # an engine asks its base for the model alone
         engine = Engine(Base(model, None, None, "fake"), limits)  # type: ignore[arg-type]
-        trial_ids = fill_slots(engine, modes)
+        trial_ids = fill_slots(engine, modes, dropout)
         in_adapters = before = live.now
         assert model.text_lm_head is not None
         live.watch_heads([model.text_lm_head.weight, model.audio_lm_head.weight])
@@ -211,7 +213,7 @@ def _empty_model(
     return model.requires_grad_(False).eval()
 
 
-def fill_slots(engine: Engine, modes: Sequence[CrossAttention]) -> list[str]:
+def fill_slots(engine: Engine, modes: Sequence[CrossAttention], dropout: float = 0.0) -> list[str]:
     """Give every slot an adapter as large as the limits allow, with its cross_attention mode."""
     limits, names = engine.limits, []
     for slot, mode in enumerate(modes):
@@ -222,6 +224,7 @@ def fill_slots(engine: Engine, modes: Sequence[CrossAttention]) -> list[str]:
             alpha=32.0,
             targets=tuple(sorted(paths)),
             cross_attention=mode,
+            dropout=dropout,
             learning_rate=1e-4,
             num_steps=2,
             report_every_steps=1,

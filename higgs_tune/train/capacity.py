@@ -1,0 +1,61 @@
+"""How many trials of a sweep a worker can hold, by the memory model and the machine."""
+
+from typing import TYPE_CHECKING
+
+from higgs_tune.config import CrossAttention, SweepConfig
+from higgs_tune.config_space import Range
+from higgs_tune.train.memory import RESERVE, Memory, StepShape, predict, slots_that_fit
+from higgs_tune.train.sweep_pack import sweep_limits
+
+if TYPE_CHECKING:
+    from transformers import HiggsAudioV2Config
+
+SLOTS_PER_CPU = 2  # the lanes of a CPU stay filled when trials differ in length
+_TEMPLATE_ROWS = 64  # control tokens and roles of a conversation, at most
+
+
+def largest_step(config: SweepConfig) -> StepShape:
+    """The largest step that the sweep's own limits allow one adapter."""
+    clip_rows = config.data.max_frames + config.data.max_text_tokens + _TEMPLATE_ROWS
+    return StepShape.of(max(config.space.batch_clips), clip_rows, config.train.token_budget)
+
+
+def predict_sweep(
+    config: SweepConfig, shape: "HiggsAudioV2Config", num_slots: int, step: StepShape
+) -> Memory:
+    """Memory of the sweep's largest trials, with the cross_attention that needs most."""
+    dropout = config.space.dropout
+    if isinstance(dropout, Range):
+        dropout = dropout.high
+    highest = max(dropout) if isinstance(dropout, tuple) else dropout
+    found = []
+    for mode in config.space.cross_attention:
+        # the second baseline runs beside the others in every sweep
+        modes: list[CrossAttention] = [mode] * num_slots
+        if mode == "off":
+            modes[0] = "audio_self"
+        limits = sweep_limits(config, num_slots)
+        found.append(predict(shape, config.base.dtype, limits, modes, step, highest))
+    return max(found, key=lambda memory: memory.total)
+
+
+def slots_on_gpu(config: SweepConfig, shape: "HiggsAudioV2Config", free_bytes: int) -> int:
+    """The trials that fit side by side into a GPU's free memory; 0 if not even one does."""
+    one, two = (predict_sweep(config, shape, n, largest_step(config)) for n in (1, 2))
+    return slots_that_fit(one, two, free_bytes)
+
+
+def slots_on_cpu(
+    config: SweepConfig, shape: "HiggsAudioV2Config", free_bytes: int, num_cpus: int
+) -> int:
+    """Two for each CPU, fewer if memory holds fewer; 0 if not even one fits.
+
+    Every slot needs its adapter; activations are those of as many adapters as there are CPUs.
+    """
+    one = predict_sweep(config, shape, 1, largest_step(config))
+    room = free_bytes * (1 - RESERVE) - one.base
+    computing = one.total - one.base - one.adapters
+    for slots in range(SLOTS_PER_CPU * num_cpus, 0, -1):
+        if slots * one.adapters + min(slots, num_cpus) * computing <= room:
+            return slots
+    return 0

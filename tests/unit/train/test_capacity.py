@@ -1,0 +1,63 @@
+"""How many trials of a sweep a machine holds."""
+
+from pathlib import Path
+
+import pytest
+
+from higgs_tune.config_file import load_sweep
+from higgs_tune.train.capacity import largest_step, predict_sweep, slots_on_cpu, slots_on_gpu
+from higgs_tune.train.fit_cli import base_shape
+from higgs_tune.train.memory import RESERVE
+
+QUICK = Path(__file__).parents[3] / "sweeps" / "quick.yaml"
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_sweep(QUICK, ["train.token_budget=256", "space.batch_clips=[2]"])
+
+
+@pytest.fixture(scope="module")
+def shape(config):
+    return base_shape(config.base, None)
+
+
+@pytest.fixture(scope="module")
+def by_slots(config, shape):
+    return {n: predict_sweep(config, shape, n, largest_step(config)) for n in (1, 2, 3)}
+
+
+def test_a_gpu_holds_what_is_predicted_and_not_one_more(config, shape, by_slots):
+    for slots in (1, 2):
+        just_enough = int(by_slots[slots].total / (1 - RESERVE)) + 1
+        assert slots_on_gpu(config, shape, just_enough) == slots
+    assert slots_on_gpu(config, shape, by_slots[1].total) == 0  # the reserve is missing
+
+
+def test_a_cpu_holds_two_for_each_core_or_what_memory_allows(config, shape, by_slots):
+    one = by_slots[1]
+    assert slots_on_cpu(config, shape, 1 << 40, 3) == 6
+    computing = one.total - one.base - one.adapters
+    third = (one.base + 3 * one.adapters + computing) / (1 - RESERVE)
+    assert slots_on_cpu(config, shape, int(third) + 1, 1) == 2
+    second = (one.base + 2 * one.adapters + 2 * computing) / (1 - RESERVE)
+    assert slots_on_cpu(config, shape, int(second) + 1, 2) == 2
+    assert slots_on_cpu(config, shape, one.base, 2) == 0
+
+
+def test_the_largest_step_follows_the_limits_of_the_sweep(config):
+    longest = config.data.max_frames + config.data.max_text_tokens
+    step = largest_step(config)
+    assert step.num_clips == 1 and step.num_rows > longest
+    roomy = load_sweep(QUICK, ["train.token_budget=100000", "space.batch_clips=[2, 5]"])
+    assert largest_step(roomy).num_clips == 5
+
+
+def test_masks_of_dropout_are_counted(config, shape, by_slots):
+    searched = load_sweep(
+        QUICK,
+        ["train.token_budget=256", "space.batch_clips=[2]", "space.dropout={low: 0, high: 0.1}"],
+    )
+    with_masks = predict_sweep(searched, shape, 1, largest_step(searched))
+    assert with_masks.activations > by_slots[1].activations
+    assert with_masks.adapters == by_slots[1].adapters
