@@ -157,12 +157,14 @@ def predict(
     if num_layers > 3:
         plain = config.to_dict()
         few = [HiggsAudioV2Config.from_dict({**plain, "num_hidden_layers": n}) for n in (1, 2, 3)]
-        one, two, three = (astuple(run_fake(each, dtype, limits, modes, step)) for each in few)
+        one, two, three = (
+            astuple(run_fake(each, dtype, limits, modes, step, dropout)) for each in few
+        )
         slope = [b - a for a, b in zip(one, two, strict=True)]
         is_line = slope == [c - b for b, c in zip(two, three, strict=True)]
         if is_line and Memory(*slope).transient >= 0:
             return Memory(*(a + (num_layers - 1) * s for a, s in zip(one, slope, strict=True)))
-    return run_fake(config, dtype, limits, modes, step)
+    return run_fake(config, dtype, limits, modes, step, dropout)
 
 
 def run_fake(
@@ -171,6 +173,7 @@ def run_fake(
     limits: PackLimits,
     modes: Sequence[CrossAttention],
     step: StepShape,
+    dropout: float = 0.0,
 ) -> Memory:
     """What `predict` returns, from a step of the whole model."""
     live = _Live()

@@ -10,11 +10,12 @@ from higgs_tune.train.fit_cli import base_shape
 from higgs_tune.train.memory import RESERVE
 
 QUICK = Path(__file__).parents[3] / "sweeps" / "quick.yaml"
+SMALL = ["train.token_budget=256", "space.batch_clips=[2]", "space.cross_attention=[off]"]
 
 
 @pytest.fixture(scope="module")
 def config():
-    return load_sweep(QUICK, ["train.token_budget=256", "space.batch_clips=[2]"])
+    return load_sweep(QUICK, SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_the_largest_step_follows_the_limits_of_the_sweep(config):
 def test_masks_of_dropout_are_counted(config, shape, by_slots):
     searched = load_sweep(
         QUICK,
-        ["train.token_budget=256", "space.batch_clips=[2]", "space.dropout={low: 0, high: 0.1}"],
+        [*SMALL, "space.dropout={low: 0, high: 0.1}"],
     )
     with_masks = predict_sweep(searched, shape, 1, largest_step(searched))
     assert with_masks.activations > by_slots[1].activations
