@@ -14,6 +14,7 @@ from higgs_tune.model import packed_forward
 from higgs_tune.model.dropout import Masks, Section
 from higgs_tune.model.targets import lora_regex
 from higgs_tune.train import engine as engine_module
+from higgs_tune.train.checkpoint import lora_config
 from higgs_tune.train.engine import Engine, PackLimits
 from tests.models import NUM_CODEBOOKS, example, stock_inputs, tiny_base, trial
 
@@ -200,6 +201,10 @@ def test_masks_make_nobody_wait_for_the_device():
     with HostReads() as reads:
         backward(engine, EXAMPLES)
     assert reads.found == {}
+
+
+def test_the_adapter_says_what_it_was_trained_with():
+    assert lora_config(CONFIGS[0], "tiny").lora_dropout == 0.3
 
 
 def sums_of(engine, steps):

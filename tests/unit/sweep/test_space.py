@@ -81,3 +81,27 @@ def test_two_loss_weights_of_zero_are_refused(make_config):
 def test_a_value_listed_twice_is_refused(make_config):
     with pytest.raises(ConfigError, match=r"space\.rank: a value is listed twice"):
         space.check(make_config(space={"rank": [4, 4, 8]}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "searched", "baseline"),
+    [
+        (0.1, False, 0.1),
+        ([0.2], False, 0.2),
+        ([0.0, 0.1], True, 0.0),
+        ({"low": 0, "high": 0.3}, True, 0.0),
+    ],
+)
+def test_dropout_is_a_number_a_list_or_a_range(make_config, setting, searched, baseline):
+    config = make_config(space={"dropout": setting})
+    assert ("dropout" in space.distributions(config)) == searched
+    values = space.baseline_values(config, fixed_flag=False)
+    assert space.resolve(values, config, seed=0).dropout == baseline
+    inside = space.searched_part(values, config)
+    assert inside is not None and ("dropout" in inside) == searched
+
+
+@pytest.mark.parametrize("setting", [1.0, -0.1, [], {"low": 0.5, "high": 1}])
+def test_a_dropout_that_leaves_nothing_is_refused(make_config, setting):
+    with pytest.raises(ConfigError, match=r"space\.dropout"):
+        make_config(space={"dropout": setting})
