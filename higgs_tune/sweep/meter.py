@@ -3,7 +3,15 @@
 from statistics import median
 from typing import Any
 
-KINDS = ("train_s", "validate_s", "save_s", "join_s", "wait_s", "idle_s", "other_s")
+KINDS: tuple[str, ...] = (
+    "train_s",
+    "validate_s",
+    "save_s",
+    "join_s",
+    "wait_s",
+    "idle_s",
+    "other_s",
+)
 
 
 class Meter:
