@@ -12,19 +12,18 @@ adapter) alternate. A side that runs out of memory is noted as out_of_memory; th
 
 import argparse
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from host_syncs import count_host_syncs
 from random_base import PRESETS, random_base, random_clips, step_flops
+from results import machine, settings_of
 from sides import Step, our_step, predicted_bytes, stock_step, synchronise
 
 from higgs_tune.data.tokens import Encoded
@@ -148,8 +147,13 @@ def check_losses(ours: Side, stock: Side, dtype: torch.dtype) -> int:
     return len(pairs)
 
 
-def compare(base: Base, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Measure each number of adapters; yields its record. Ends with the first that does not fit."""
+def compare(
+    base: Base, args: argparse.Namespace, *, split: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Measure each number of adapters; yields its record. Ends with the first that does not fit.
+
+    With `split` our pack is spread over the cores of a CPU, and its host syncs are not seen.
+    """
     parameter = next(base.model.parameters())
     device, dtype = parameter.device, parameter.dtype
     tensors = [*base.model.parameters(), *base.model.buffers()]
@@ -167,7 +171,7 @@ def compare(base: Base, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     alone: float | None = None
     for adapters in args.adapters:
         predicted = predicted_bytes(base, args.rank, adapters, batches[0][0])
-        make = partial(our_step, base, args.rank, adapters)
+        make = partial(our_step, base, args.rank, adapters, split=split)
         ours = Side.made(make, adapters, batches, device, base_bytes)
         if stock is None:
             stock = Side.made(partial(stock_step, base, args.rank), 1, batches, device, base_bytes)
@@ -269,18 +273,17 @@ def main() -> None:
     started = time.perf_counter()
     base = random_base(PRESETS[args.preset], device, getattr(torch, args.dtype))
     synchronise(device)
-    cuda = device.type == "cuda"
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device")}
-    result: dict[str, Any] = settings | {
+    result: dict[str, Any] = settings_of(args) | {
         "parameters": sum(p.numel() for p in base.model.parameters()),
         "base_s": round(time.perf_counter() - started, 2),
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
+        "machine": machine(device),
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "packs": [],
     }
     print(f"{args.preset} base of {result['parameters'] / 1e9:.3f} B parameters in {args.dtype} on")
-    print(f"{result['device']}; {args.clips} × {args.tokens} tokens a step and adapter\n{COLUMNS}")
+    print(
+        f"{result['machine']['device']}; {args.clips} × {args.tokens} tokens a step and adapter\n{COLUMNS}"
+    )
     for record in compare(base, args):
         result["packs"].append(record)
         print(row(record), flush=True)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -64,8 +65,16 @@ def start_of(base: Base, rank: int) -> dict[str, Tensor]:
     return weights
 
 
-def our_step(base: Base, rank: int, num_adapters: int) -> Step:
-    """A pack of adapters, and its step as training does it."""
+def our_step(base: Base, rank: int, num_adapters: int, *, split: bool = False) -> Step:
+    """A pack of adapters, and its step as training does it.
+
+    Args:
+        base: what the adapters share.
+        rank: of each adapter.
+        num_adapters: of the pack.
+        split: over the cores of a CPU, whole adapters to each, as a sweep does it. Threads of their
+            own escape a count of host reads.
+    """
     num_codebooks = base.model.config.num_codebooks
     trial = trial_of(rank, num_codebooks)
     engine = Engine(base, PackLimits.of([trial], num_slots=num_adapters))
@@ -77,14 +86,22 @@ def our_step(base: Base, rank: int, num_adapters: int) -> Step:
 
     def step(examples: Sequence[Sequence[Encoded]]) -> Tensor:
         counts = {slot: count_targets(own, num_codebooks) for slot, own in enumerate(examples)}
-        batch = collate(dict(enumerate(examples)), engine.modes()).to(engine.device)
-        text_K, audio_KC = engine.forward_backward(batch, counts)
+        num_rows = {slot: sum(e.num_rows for e in own) for slot, own in enumerate(examples)}
+        groups = engine.lanes.split(num_rows) if split else [tuple(num_rows)]
+
+        def accumulate(slots: Sequence[int]) -> tuple[Sequence[int], Tensor]:
+            batch = collate({slot: examples[slot] for slot in slots}, engine.modes())
+            text_K, audio_KC = engine.forward_backward(batch.to(engine.device), counts)
+            text = torch.tensor([counts[slot].text for slot in batch.slots])
+            audio = torch.from_numpy(np.stack([counts[slot].audio_C for slot in batch.slots]))
+            means_KC = audio_KC / to_device(audio, engine.device)
+            return batch.slots, text_K / to_device(text, engine.device) + means_KC.sum(1)
+
+        losses = {}
+        for slots, loss_K in engine.lanes.run([partial(accumulate, group) for group in groups]):
+            losses |= dict(zip(slots, loss_K, strict=True))
         engine.optim_step(names)
-        text = torch.tensor([counts[slot].text for slot in batch.slots])
-        audio = torch.from_numpy(np.stack([counts[slot].audio_C for slot in batch.slots]))
-        return text_K / to_device(text, engine.device) + (
-            audio_KC / to_device(audio, engine.device)
-        ).sum(1)
+        return torch.stack([losses[slot] for slot in range(len(examples))])
 
     return step
 

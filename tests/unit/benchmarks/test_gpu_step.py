@@ -136,7 +136,7 @@ def test_memory_is_given_back_once_when_it_runs_out(monkeypatch):
 
 
 def test_the_first_pack_that_does_not_fit_is_the_last(monkeypatch):
-    def limited(base, rank, adapters):
+    def limited(base, rank, adapters, split):
         if adapters > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return our_step(base, rank, adapters)
@@ -148,7 +148,7 @@ def test_the_first_pack_that_does_not_fit_is_the_last(monkeypatch):
 
 
 def test_other_losses_than_the_stock_ones_end_the_benchmark(monkeypatch):
-    def other(base, rank, adapters):
+    def other(base, rank, adapters, split):
         step = our_step(base, rank, adapters)
         return lambda examples: step(examples) * 1.001
 

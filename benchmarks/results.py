@@ -1,0 +1,75 @@
+"""What every benchmark writes beside its figures: the machine, the versions, the settings, a picture."""
+
+import argparse
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+
+from higgs_tune.files import write_bytes, write_json
+from higgs_tune.report.ink import STYLE, render
+
+PACKAGES = ("torch", "transformers", "peft", "ray", "optuna")
+COLORS = ("#3b82c4", "#d9822b", "#0f8f6a", "#8a5bd1", "#c8453b", "#9aa5b1")
+
+
+def num_cpus() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cpu_name() -> str:
+    """The processor's own name where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What ran and on what; `load` is the machine's own work before the benchmark began."""
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "cpus": num_cpus(),
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line as JSON can hold it, without where the results go."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name != "out"
+    }
+
+
+def ratio(above: float | None, below: float | None, digits: int = 2) -> float | None:
+    """`above / below`; None where one was not measured."""
+    return round(above / below, digits) if above and below else None
+
+
+def new_figure(columns: int = 1) -> tuple[Figure, list[Any]]:
+    """A figure in the report's style, and its axes from left to right."""
+    mpl.rcParams.update(STYLE)
+    figure = Figure(figsize=(5.6 * columns, 4.1), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def save(out: Path | None, result: Mapping[str, Any], figure: Figure | None = None) -> None:
+    """Write the JSON to `out`, and the picture beside it under the same name; nothing without `out`."""
+    if out is None:
+        return
+    write_json(out, result)
+    if figure is not None:
+        write_bytes(out.with_suffix(".png"), render(figure).png)

@@ -1,0 +1,182 @@
+"""How long sweeps of 100 and 1000 trials would take on 1 to 64 GPUs, with packing and without.
+
+    python benchmarks/simulate.py --out results/simulate.json      # and results/simulate.png
+    python benchmarks/simulate.py --steps results/gpu_pack.json --fixed results/fixed_costs.json
+
+A simulation (sweep_model.py), not a measurement. It takes the times of steps from the JSON of
+pack_time.py, gpu_step.py or gpu_pack.py, and the fixed costs from that of fixed_costs.py. Without these
+files it assumes figures of an H100 and clips of 600 tokens, and says so in its output. Three ways:
+packs of --slots adapters, our packs of one, and stock transformers + PEFT, one trial a GPU with its
+process reused.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from results import COLORS, machine, new_figure, ratio, save, settings_of
+from sweep_model import Costs, Failures, Search, simulate
+
+from higgs_tune.config import SchedulerSettings
+
+# Assumed until measured: at 600 tokens a step is the launching of its kernels, whatever the pack holds,
+# up to about 8 adapters, and grows with the tokens from there.
+ASSUMED_STEPS = {1: 0.100, 2: 0.100, 4: 0.100, 8: 0.100, 16: 0.170}
+ASSUMED_STOCK_S = 0.100
+ASSUMED_FIXED = {"start_s": 60.0, "ours_between_s": 0.5, "stock_between_s": 0.8}
+ASK_TELL_S = 0.043  # Optuna's journal, measured once on a 2-core machine
+NAMES = {"packed": "packs", "alone": "packs of one", "stock": "stock, process reused"}
+
+
+def step_times(
+    packs: Sequence[Mapping[str, Any]], tokens: int | None
+) -> tuple[dict[int, float], float]:
+    """Seconds of our step by the number of adapters, and of the stock step, from measured packs.
+
+    Args:
+        packs: records of a benchmark's JSON.
+        tokens: which of several lengths; None if there is one only.
+    """
+    lengths = sorted({pack["tokens"] for pack in packs if "tokens" in pack})
+    if tokens is None and len(lengths) > 1:
+        raise SystemExit(f"--steps holds several lengths, {lengths}: choose one with --tokens")
+    chosen = [p for p in packs if tokens is None or p.get("tokens", tokens) == tokens]
+    ours = {p["adapters"]: p["ours"]["ms"] / 1000 for p in chosen if "ms" in p["ours"]}
+    stock = [p["stock"]["ms"] / 1000 for p in chosen if "ms" in p["stock"]]
+    if 1 not in ours or not stock:
+        raise SystemExit("--steps holds no time of a pack of one, or none of the stock step")
+    return ours, float(np.median(stock))
+
+
+def table_of(steps: Mapping[int, float], num_slots: int) -> tuple[float, ...]:
+    """Seconds of a step of 1, 2, … `num_slots` adapters, interpolated between measured ones."""
+    known = sorted(steps)
+    if num_slots > known[-1]:
+        raise SystemExit(f"--slots {num_slots}: packs were measured up to {known[-1]} adapters")
+    counts = range(1, num_slots + 1)
+    return tuple(float(s) for s in np.interp(counts, known, [steps[k] for k in known]))
+
+
+def ways(args: argparse.Namespace) -> tuple[dict[str, Costs], list[str]]:
+    """The costs of each way, and which of them are assumed."""
+    assumed = ["ask_tell_s", "validation_steps"]
+    if args.steps:
+        ours, stock_s = step_times(json.loads(args.steps.read_text())["packs"], args.tokens)
+    else:
+        ours, stock_s = ASSUMED_STEPS, ASSUMED_STOCK_S
+        assumed.append("step_s")
+    fixed = dict(ASSUMED_FIXED)
+    if args.fixed:
+        found = json.loads(args.fixed.read_text())
+        fixed = {
+            "start_s": found["ours"]["command_to_first_step_s"],
+            "ours_between_s": found["ours"]["between_s"],
+            "stock_between_s": found["strong"]["between_s"],
+        }
+    else:
+        assumed += ["start_s", "between_s"]
+
+    def costs(step_s: tuple[float, ...], whose: str) -> Costs:
+        between_s = fixed[f"{whose}_between_s"]
+        return Costs(step_s, fixed["start_s"], between_s, args.ask_tell, args.validation_steps)
+
+    return {
+        "packed": costs(table_of(ours, args.slots), "ours"),
+        "alone": costs((ours[1],), "ours"),
+        "stock": costs((stock_s,), "stock"),
+    }, sorted(assumed)
+
+
+def picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Makespan over GPUs, a panel for each number of trials."""
+    counts = sorted({run["trials"] for run in runs})
+    gpus = sorted({run["gpus"] for run in runs})
+    figure, panels = new_figure(len(counts))
+    for axes, trials in zip(panels, counts, strict=True):
+        for color, way in zip(COLORS, NAMES, strict=False):
+            own = [run for run in runs if run["trials"] == trials and run["way"] == way]
+            hours = [run["makespan_h"] for run in own]
+            axes.plot([r["gpus"] for r in own], hours, marker="o", color=color, label=NAMES[way])
+        axes.set(xscale="log", yscale="log", xlabel="GPUs", title=f"{trials} trials (simulated)")
+        axes.xaxis.set(major_locator=FixedLocator(gpus), minor_locator=NullLocator())
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
+        axes.legend()
+    panels[0].set_ylabel("hours from the command to the last trial's end")
+    return figure
+
+
+def numbers(text: str) -> list[int]:
+    """Ascending numbers from "1,2,4"."""
+    found = sorted({int(part) for part in text.split(",")})
+    if found[0] < 1:
+        raise ValueError(text)
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=Path, help="JSON of pack_time, gpu_step or gpu_pack")
+    parser.add_argument("--tokens", type=int, help="which length of --steps")
+    parser.add_argument("--fixed", type=Path, help="JSON of fixed_costs")
+    parser.add_argument("--trials", type=numbers, default=[100, 1000])
+    parser.add_argument("--gpus", type=numbers, default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--slots", type=int, default=8, help="of a pack")
+    parser.add_argument("--num-steps", type=int, default=900, help="of a trial's full budget")
+    parser.add_argument("--report-every", type=int, default=100)
+    parser.add_argument("--scheduler", choices=("asha", "none"), default="asha")
+    parser.add_argument("--grace-fraction", type=float, default=0.334)
+    parser.add_argument("--validation-steps", type=float, default=10)
+    parser.add_argument("--ask-tell", type=float, default=ASK_TELL_S, help="seconds a trial")
+    parser.add_argument("--failures", type=float, default=0.01, help="of a GPU's node, per hour")
+    parser.add_argument("--repair", type=float, default=300.0, help="seconds without a lost node")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Simulate, print a table, write JSON and a picture."""
+    args = arguments()
+    costs, assumed = ways(args)
+    scheduler = SchedulerSettings(name=args.scheduler, grace_fraction=args.grace_fraction)
+    failures = Failures(args.failures, args.repair)
+    runs: list[dict[str, Any]] = []
+    print(f"simulated; assumed, not measured: {', '.join(assumed)}")
+    print(
+        "trials | GPUs | " + " | ".join(f"{name}: h" for name in NAMES.values()) + " | times faster"
+    )
+    for trials in args.trials:
+        search = Search(trials, args.num_steps, args.report_every, scheduler)
+        for gpus in args.gpus:
+            hours = {}
+            for way, cost in costs.items():
+                outcome = simulate(cost, search, gpus, failures=failures, seed=args.seed)
+                hours[way] = outcome.makespan_s / 3600
+                run = {"way": way, "trials": trials, "gpus": gpus, "makespan_h": hours[way]}
+                runs.append(run | asdict(outcome))
+            faster = ratio(hours["stock"], hours["packed"])
+            cells = [trials, gpus, *(round(h, 2) for h in hours.values()), faster]
+            print(" | ".join(map(str, cells)))
+    result = {
+        "simulated": True,
+        "assumed": assumed,
+        "costs": {way: asdict(cost) for way, cost in costs.items()},
+        "machine": machine(),
+        "settings": settings_of(args),
+        "runs": runs,
+    }
+    save(args.out, result, picture(runs))
+
+
+if __name__ == "__main__":
+    main()
