@@ -1,7 +1,7 @@
 """Hours of audio coded per hour by `higgs-tune data prepare`: 1 against 2 workers.
 
     python benchmarks/encode_throughput.py [--codec embedded|tiny-higgs|FOLDER] [--clips 120] [--repeats 3]
-                                           [--out benchmarks/results/encode_throughput.json]
+                                           [--out results/encode_throughput.json]
 
 The same clips each time, the two settings in turn, medians and their ratio; the datasets are compared
 first. "tiny-higgs" is HiggsAudioV2TokenizerModel with few, random weights: the real code path, not the

@@ -99,10 +99,14 @@ def picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
     gpus = sorted({run["gpus"] for run in runs})
     figure, panels = new_figure(len(counts))
     for axes, trials in zip(panels, counts, strict=True):
-        for color, way in zip(COLORS, NAMES, strict=False):
+        for color, style, way in zip(COLORS, ("-", "--", "-"), NAMES, strict=False):
             own = [run for run in runs if run["trials"] == trials and run["way"] == way]
             hours = [run["makespan_h"] for run in own]
-            axes.plot([r["gpus"] for r in own], hours, marker="o", color=color, label=NAMES[way])
+            points, look = ([r["gpus"] for r in own], hours), {"color": color, "ls": style}
+            # dashes over a line where the two fall together
+            axes.plot(
+                *points, marker="o", label=NAMES[way], **look, zorder=3 if style == "--" else 2
+            )
         axes.set(xscale="log", yscale="log", xlabel="GPUs", title=f"{trials} trials (simulated)")
         axes.xaxis.set(major_locator=FixedLocator(gpus), minor_locator=NullLocator())
         for axis in (axes.xaxis, axes.yaxis):

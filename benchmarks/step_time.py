@@ -1,6 +1,6 @@
 """Time of one optimizer step: ours (a pack of one) against stock transformers + PEFT.
 
-    python benchmarks/step_time.py [--clips 8] [--repeats 15] [--out benchmarks/results/step_time.json]
+    python benchmarks/step_time.py [--clips 8] [--repeats 15] [--out results/step_time.json]
 
 The embedded base and its clips; same labels, same start, AdamW on both sides. The two alternate in one
 process, and the figure is the ratio of medians. Losses are compared first: a faster step that computes
@@ -9,12 +9,13 @@ something else would be no result.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from results import COLORS, machine, new_figure, save, settings_of
 from sides import our_step, stock_step, synchronise
 
 from higgs_tune.config import BaseSettings, TaskMix
@@ -22,8 +23,17 @@ from higgs_tune.data.collate import count_targets
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tokens import encode_conversation
-from higgs_tune.files import write_json
 from higgs_tune.model.load import load_base
+
+
+def picture(times: dict[str, list[float]]) -> Figure:
+    """Every step of both sides, in the order in which they were taken."""
+    figure, (axes,) = new_figure()
+    for color, (name, taken) in zip(COLORS, times.items(), strict=False):
+        axes.plot([1000 * t for t in taken], marker="o", color=color, label=name)
+    axes.set(title="One optimizer step", xlabel="repeat", ylabel="ms", ylim=(0, None))
+    axes.legend()
+    return figure
 
 
 def main() -> None:
@@ -36,6 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     base = load_base(BaseSettings())
     device = next(base.model.parameters()).device
+    facts = machine(device)
     num_codebooks = base.model.config.num_codebooks
     order = TrainOrder(Dataset.open("embedded:arabic"), TaskMix(), args.clips, seed=0)
     batches = [
@@ -65,12 +76,12 @@ def main() -> None:
         "rows_per_step": round(statistics.mean(sum(e.num_rows for e in b) for b in batches)),
         "repeats": len(times["ours"]),
         "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        "every_s": {name: [round(t, 4) for t in taken] for name, taken in times.items()},
+        "machine": facts,
+        "settings": settings_of(args),
     }
     print(json.dumps(result, indent=1))
-    if args.out:
-        write_json(args.out, result)
+    save(args.out, result, picture(times))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,175 @@
+"""What a sweep pays beside training: up to its first step, and between two trials of a slot.
+
+    python benchmarks/fixed_costs.py --out results/fixed_costs.json    # and results/fixed_costs.png
+
+Ours is the user's own command, `python sweeps/run.py`, on a tiny sweep; its times are those of the JSON
+lines that it prints, with the length of each round from metrics.jsonl. The same trials then run with stock
+transformers + PEFT under Ray Tune, a process a trial (plain) and with processes reused (strong), see
+stock_tune.py. The first run of each is not counted: it warms the disk's caches. "Between" is from the last
+validated result of a trial to the first step of the trial that takes its slot.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.figure import Figure
+from results import COLORS, machine, new_figure, num_cpus, save, settings_of
+from stock_base import REPORTED, STARTED
+from sweep_time import HERE, WAYS, Results, environment, our_trials, settings_file, timed
+
+from higgs_tune.files import write_json
+from higgs_tune.metrics import STEP
+
+COSTS = {"command_to_first_step_s": "command to first step", "between_s": "between two trials"}
+
+
+def our_costs(started: float, events: Sequence[Mapping[str, Any]], results: Results) -> dict:
+    """Fixed costs of our sweep.
+
+    Args:
+        started: when the command was given, as `time.time` says.
+        events: what the sweep printed; "result" events have a time.
+        results: each trial's metrics; those of one round share its length, `round_s`.
+
+    Returns:
+        Seconds; of "between_s" and "rounds_s" (between rounds in which nobody joined) every one.
+    """
+    length = {
+        (trial, line[STEP]): line["round_s"] for trial, found in results.items() for line in found
+    }
+    first = {trial: found[0][STEP] for trial, found in results.items()}
+    rounds: dict[float, tuple[float, bool]] = {}  # length → first result's time, someone is new
+    for event in events:
+        if event["event"] != "result":
+            continue
+        trial, step = event["trial"], event[STEP]
+        heard, is_new = rounds.get(length[trial, step], (event["time"], False))
+        rounds[length[trial, step]] = min(heard, event["time"]), is_new or step == first[trial]
+    in_order = sorted(
+        (heard, heard - round_s, is_new) for round_s, (heard, is_new) in rounds.items()
+    )
+    gaps: dict[bool, list[float]] = {True: [], False: []}
+    for (ended, _, _), (_, begun, is_new) in itertools.pairwise(in_order):
+        gaps[is_new].append(begun - ended)
+    return {
+        "command_to_first_step_s": in_order[0][1] - started,
+        "between_s": gaps[True],
+        "rounds_s": gaps[False],
+    }
+
+
+def their_costs(started: float, results: Results, processes: int) -> dict[str, Any]:
+    """Fixed costs of stock trials: the n-th that ends leaves its place to the next that starts."""
+    starts = sorted(lines[0][STARTED] for lines in results.values())
+    ends = sorted(lines[-1][REPORTED] for lines in results.values())
+    gaps = [begun - ended for begun, ended in zip(starts[processes:], ends, strict=False)]
+    return {"command_to_first_step_s": starts[0] - started, "between_s": gaps}
+
+
+def run_command(settings: Path) -> tuple[float, list[dict[str, Any]]]:
+    """Sweep as a user does; returns when the command was given, and the events it printed."""
+    command = [sys.executable, str(HERE.parent / "sweeps" / "run.py"), "--config", str(settings)]
+    started = time.time()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    if done.returncode not in (0, 3):  # 3: nothing was feasible, a short sweep's usual end
+        raise SystemExit(f"our sweep ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"event"')]
+    return started, [json.loads(line) for line in lines]
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """Run every way once; the costs of each."""
+    settings = settings_file(folder, args)
+    started, events = run_command(settings)
+    trials, results = our_trials(folder / "ours")
+    ways = {"ours": our_costs(started, events, results)}
+    given = folder / "trials.json"
+    write_json(given, {"trials": [t for t in trials if t["trial"]["cross_attention"] == "off"]})
+    for way in args.ways:
+        out = folder / f"{way}.json"
+        started = time.time()
+        options = ["--given", given, "--processes", args.processes, "--out", out]
+        timed(way, "--sweep", settings, *options)
+        ways[way] = their_costs(started, json.loads(out.read_text())["results"], args.processes)
+    return ways
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Medians over the runs of one way, with every figure beside them."""
+    firsts = [run["command_to_first_step_s"] for run in runs]
+    gaps = [gap for run in runs for gap in run["between_s"]]
+    if not gaps:
+        raise SystemExit("no trial followed another: raise --trials or lower --slots, --processes")
+    found = {
+        "command_to_first_step_s": round(median(firsts), 3),
+        "between_s": round(median(gaps), 3),
+        "every_command_to_first_step_s": [round(s, 3) for s in firsts],
+        "every_between_s": [round(s, 3) for s in gaps],
+    }
+    rounds = [gap for run in runs for gap in run.get("rounds_s", [])]
+    return found | ({"rounds_s": round(median(rounds), 3)} if rounds else {})
+
+
+def picture(ways: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Both costs of each way."""
+    figure, panels = new_figure(2)
+    for axes, (cost, title) in zip(panels, COSTS.items(), strict=True):
+        values = [figures[cost] for figures in ways.values()]
+        bars = axes.barh([WAYS[way] for way in ways], values, color=COLORS[: len(values)])
+        axes.bar_label(bars, [f"{value:.2f} s" for value in values], padding=4)
+        axes.set(title=title[0].upper() + title[1:], xlabel="seconds")
+        axes.set_xlim(0, 1.25 * max(values))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+    panels[1].set_yticklabels([])
+    return figure
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=9)
+    parser.add_argument("--slots", type=int, default=4, help="of our worker")
+    parser.add_argument("--processes", type=int, default=num_cpus(), help="of the other ways")
+    parser.add_argument("--repeats", type=int, default=3, help="after one that is not counted")
+    parser.add_argument("--gpus", type=int, default=0, help="1: on a GPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--ways", nargs="*", choices=("plain", "strong"), default=["plain", "strong"]
+    )
+    parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
+    args = parser.parse_args()
+    small = {"num_steps": 8, "report_every": 4, "clips": 3, "val_clips": 4, "scheduler": "none"}
+    return argparse.Namespace(**vars(args), **small)
+
+
+def main() -> None:
+    """Measure, print a table, write JSON and a picture."""
+    args = arguments()
+    facts = machine("cuda" if args.gpus else "cpu")
+    runs = []
+    for _ in range(args.repeats + 1):
+        with tempfile.TemporaryDirectory(prefix="ht") as folder:
+            runs.append(measure(args, Path(folder)))
+    counted = runs[1:] or runs
+    ways = {way: summary([run[way] for run in counted]) for way in runs[0]}
+    print("way | " + " | ".join(f"{title}: s" for title in COSTS.values()))
+    for way, found in ways.items():
+        print(" | ".join([WAYS[way], *(str(found[cost]) for cost in COSTS)]))
+    result = {"machine": facts, "settings": settings_of(args), **ways}
+    save(args.out, result, picture(ways))
+
+
+if __name__ == "__main__":
+    main()

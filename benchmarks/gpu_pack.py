@@ -1,0 +1,269 @@
+"""Packing at full size on one GPU, in one call: against one stock process, against several, and how many fit.
+
+    python benchmarks/gpu_pack.py --out results/gpu_pack.json      # and results/gpu_pack.png
+    python benchmarks/gpu_pack.py --fill --out results/gpu_pack.json
+    python benchmarks/gpu_pack.py --preset small --device cpu      # a minute, to see that it works
+
+Random base of the real configuration (random_base.py), rank 16 on all linears, one clip of --tokens rows
+a step and adapter. First packs of each number of --adapters and a stock step alternate in one process
+(gpu_step.py), losses compared. Then --processes stock processes, each with a base of its own, train side
+by side on the GPU for --seconds, started together. With --fill adapters are added until one step of a pack
+runs out of memory; the memory model's own prediction stands beside it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_step import NUM_BATCHES, adapter_counts, compare, free_memory
+from matplotlib.figure import Figure
+from random_base import PRESETS, random_base, random_clips
+from results import COLORS, machine, new_figure, ratio, save, settings_of
+from sides import our_step, predicted_bytes, stock_step, synchronise
+
+from higgs_tune.device import resolve_device
+from higgs_tune.model.load import Base
+
+START_PATIENCE_S = 300.0
+
+
+def base_of(args: argparse.Namespace) -> Base:
+    """The random base on the device."""
+    device = resolve_device(args.device, "--device")
+    return random_base(PRESETS[args.preset], device, getattr(torch, args.dtype))
+
+
+def clips_of(base: Base, args: argparse.Namespace, adapter: int, number: int) -> list[Any]:
+    """One adapter's examples of a step, as gpu_step.py draws them."""
+    return random_clips(base, args.clips, args.tokens, args.text_share, (adapter, number))
+
+
+def measure_packs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Packs against the stock step in this process; its memory is free again afterwards."""
+    packs = []
+    for record in compare(base_of(args), args):
+        packs.append(record)
+        ours, stock = (record[side].get("ms") for side in ("ours", "stock"))
+        share, faster = record["share_of_floor_h100"], record["ratio_to_stock"]
+        print(f"{record['adapters']} adapters: ours {ours} ms, stock {stock} ms for one;", end=" ")
+        print(f"{faster} × faster per adapter, {share} of an H100's rate", flush=True)
+    free_memory()
+    return packs
+
+
+def be_stock_process(args: argparse.Namespace) -> None:
+    """One of several stock processes: say "ready", wait for a line, train, say how often."""
+    torch.set_num_threads(args.threads)
+    base = base_of(args)
+    device = next(base.model.parameters()).device
+    batches = [[clips_of(base, args, 0, number)] for number in range(NUM_BATCHES)]
+    try:
+        step = stock_step(base, args.rank)
+        for batch in batches:
+            step(batch)
+        synchronise(device)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        steps, started = 0, time.perf_counter()
+        while time.perf_counter() - started < args.seconds:
+            step(batches[steps % NUM_BATCHES])
+            synchronise(device)
+            steps += 1
+    except torch.OutOfMemoryError:
+        print(json.dumps({"status": "out_of_memory"}), flush=True)
+        return
+    seconds = time.perf_counter() - started
+    print(json.dumps({"status": "ok", "steps": steps, "seconds": seconds}), flush=True)
+
+
+def measure_shared(args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
+    """Several stock processes on the device at once; milliseconds per adapter-step of all together."""
+    command = [sys.executable, str(Path(__file__).resolve()), *options, "--as-process"]
+    command += ["--threads", str(max(1, torch.get_num_threads() // args.processes))]
+    pipe = subprocess.PIPE
+    started = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(args.processes)
+    ]
+    try:
+        heard = [_line(process) for process in started]
+        # the barrier: only now does each know that all have warmed up, or have said what failed
+        if set(heard) == {"ready"}:
+            for process in started:
+                assert process.stdin is not None
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            heard = [_line(process) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    return shared_figures([json.loads(line) for line in heard if line != "ready"], args.processes)
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    if not line:
+        raise SystemExit(f"a stock process ended with {process.wait(START_PATIENCE_S)}")
+    return line
+
+
+def shared_figures(found: Sequence[Mapping[str, Any]], processes: int) -> dict[str, Any]:
+    """Figures of several processes that trained side by side, from what each counted."""
+    if any(one["status"] != "ok" for one in found):
+        return {"status": "out_of_memory", "processes": processes}
+    rate = sum(one["steps"] / one["seconds"] for one in found)
+    return {
+        "status": "ok",
+        "processes": processes,
+        "ms_per_adapter": round(1000 / rate, 3),
+        "steps": [one["steps"] for one in found],
+    }
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to `limit` that fits, if what fits once fits for all below; 0 for none."""
+    good, bad = 0, 1
+    while bad <= limit and fits(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, limit + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
+
+
+def measure_fill(args: argparse.Namespace, gib: float) -> dict[str, Any]:
+    """How many adapters fit: by the memory model in `gib`, and with --fill by trying."""
+    base = base_of(args)
+    device = next(base.model.parameters()).device
+    examples = clips_of(base, args, 0, 0)
+
+    def predicted(adapters: int) -> bool:
+        return predicted_bytes(base, args.rank, adapters, examples) <= gib * 2**30
+
+    def runs(adapters: int) -> bool:
+        fits = True
+        try:
+            step = our_step(base, args.rank, adapters)
+            for _ in range(2):  # the second holds the optimizer's state of the first, too
+                step([clips_of(base, args, adapter, 0) for adapter in range(adapters)])
+            synchronise(device)
+        except torch.OutOfMemoryError:
+            fits = False  # the traceback holds tensors until this block ends
+        step = None
+        free_memory()
+        print(f"{adapters} adapters {'fit' if fits else 'do not fit'}", flush=True)
+        return fits
+
+    measured = largest(runs, args.limit) if args.fill else None
+    return {
+        "gib": round(gib, 2),
+        "predicted": largest(predicted, args.limit),
+        "measured": measured,
+        "limit": args.limit,
+    }
+
+
+def ratios(packs: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per-adapter speed-up of each pack against one stock process and against several."""
+    found = []
+    for pack in packs:
+        ms = pack["ours"].get("ms")
+        each = ms and ms / pack["adapters"]
+        found.append(
+            {
+                "adapters": pack["adapters"],
+                "ms_per_adapter": each and round(each, 3),
+                "to_one_process": ratio(pack["stock"].get("ms"), each),
+                "to_shared": ratio(shared.get("ms_per_adapter"), each),
+                "share_of_h100": pack["share_of_floor_h100"],
+                "share_here": pack["share_of_floor_here"],
+            }
+        )
+    return found
+
+
+def picture(found: Sequence[Mapping[str, Any]], processes: int) -> Figure:
+    """Speed-ups and the share of the device's rate over the number of adapters."""
+    figure, (times, shares) = new_figure(2)
+    counts = [str(one["adapters"]) for one in found]
+    names = {"to_one_process": "one stock process", "to_shared": f"{processes} at once"}
+    for color, (name, label) in zip(COLORS, names.items(), strict=False):
+        own = [(n, one[name]) for n, one in zip(counts, found, strict=True) if one[name]]
+        points = [n for n, _ in own], [value for _, value in own]
+        times.plot(*points, marker="o", color=color, label=label)
+    times.axhline(1, lw=1, color="#9aa5b1")
+    times.set(title="Times faster per adapter-step than", ylim=(0, None), xlabel="adapters")
+    times.legend()
+    share = [one["share_here"] or 0 for one in found]
+    shares.bar(counts, share, color=COLORS[2])
+    shares.set(title="Share of a large matmul's rate here", ylim=(0, 1), xlabel="adapters")
+    return figure
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--adapters", type=adapter_counts, default=[1, 8])
+    parser.add_argument("--tokens", type=int, default=600, help="rows of an adapter's step")
+    parser.add_argument("--text-share", type=float, default=0.15, help="of a clip's rows")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--processes", type=int, default=4, help="stock ones at once; 0: none")
+    parser.add_argument("--seconds", type=float, default=20.0, help="that they train")
+    parser.add_argument("--fill", action="store_true", help="add adapters until none fits")
+    parser.add_argument("--limit", type=int, default=512, help="most adapters to try")
+    parser.add_argument(
+        "--gib", type=float, help="for the prediction; default: the device's, or 80"
+    )
+    parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
+    parser.add_argument("--as-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.clips = 1
+    return args
+
+
+def main() -> None:
+    """Measure all, print, write JSON and a picture; or be one of the stock processes."""
+    args = arguments()
+    if args.as_process:
+        be_stock_process(args)
+        return
+    device = resolve_device(args.device, "--device")
+    cuda = device.type == "cuda"
+    gib = args.gib or (
+        torch.cuda.get_device_properties(device).total_memory / 2**30 if cuda else 80
+    )
+    result: dict[str, Any] = {"machine": machine(device), "settings": settings_of(args)}
+    packs = result["packs"] = measure_packs(args)
+    options = [f"--{n}={getattr(args, n)}" for n in ("preset", "device", "dtype", "tokens", "rank")]
+    options += [f"--text-share={args.text_share}", f"--seconds={args.seconds}"]
+    result["shared"] = measure_shared(args, options) if args.processes else {"status": "left_out"}
+    result["ratios"] = ratios(packs, result["shared"])
+    save(
+        args.out, result, picture(result["ratios"], args.processes)
+    )  # filling may take the process
+    result["fits"] = measure_fill(args, gib)
+    for name in ("shared", "ratios", "fits"):
+        print(f"{name}: {json.dumps(result[name])}")
+    save(args.out, result, picture(result["ratios"], args.processes))
+
+
+if __name__ == "__main__":
+    main()

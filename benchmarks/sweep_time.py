@@ -1,0 +1,231 @@
+"""Time of a whole sweep: ours against stock transformers + PEFT under Ray Tune, in two ways.
+
+    python benchmarks/sweep_time.py --out results/sweep_time.json    # and results/sweep_time.png
+    python benchmarks/sweep_time.py --trials 24 --num-steps 400 --report-every 100
+
+Ours runs first, a search with ASHA on the embedded base. The two others (stock_tune.py) then run the very
+trials that it ran, on the same batches, each as long as our sweep let it live: equal work, whatever order
+results come in. Theirs is spared what ours does besides: asking Optuna, checkpoints, validation
+after other clips' audio. Each way has a process and a Ray of its own, and its time is that of this
+process, start and end included. Trial 1 of a sweep is always one with audio_self, which the stock model
+lacks; here it is sampled as the others are.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.figure import Figure
+from results import COLORS, machine, new_figure, num_cpus, ratio, save, settings_of
+
+from higgs_tune.config_file import load_sweep, to_yaml
+from higgs_tune.files import write_json, write_text
+from higgs_tune.metrics import STEP, VAL_TEXT_NLL
+
+HERE = Path(__file__).resolve().parent
+QUICK = HERE.parent / "sweeps" / "quick.yaml"
+WAYS = {"ours": "ours", "plain": "plain: a process a trial", "strong": "strong: processes reused"}
+Results = Mapping[str, Sequence[Mapping[str, Any]]]  # trial → its results
+
+
+def settings_file(folder: Path, args: argparse.Namespace) -> Path:
+    """The YAML of our sweep: quick.yaml, smaller, with what a stock model can train."""
+    codebooks = 8  # our mean over the codebooks, weighted so, is the stock loss's sum
+    overrides = {
+        "name": "ours",
+        "results_dir": str(folder),
+        "space.cross_attention": "[off]",
+        "space.audio_loss_weight": codebooks,
+        "space.batch_clips": f"[{args.clips}]",
+        "train.num_steps": args.num_steps,
+        "train.report_every_steps": args.report_every,
+        "tune.num_trials": args.trials,
+        "tune.slots_per_worker": args.slots,
+        "tune.gpus_per_worker": args.gpus,
+        "tune.seed": args.seed,
+        "tune.scheduler.name": args.scheduler,
+        "data.num_val_clips": args.val_clips,
+        "confirm.num_configs": 0,
+    }
+    path = folder / "sweep.yaml"
+    config = load_sweep(QUICK, [f"{name}={value}" for name, value in overrides.items()])
+    write_text(path, to_yaml(config))
+    return path
+
+
+def run_ours(settings: Path) -> None:
+    """In a process of its own: the sweep."""
+    from higgs_tune.sweep.driver import run_sweep
+    from higgs_tune.sweep.searcher import StudySearcher
+
+    # index 1 would be audio_self, which the stock model cannot train
+    StudySearcher._ask_baseline = StudySearcher._sample
+    run_sweep(load_sweep(settings, []), resume=False, command=["benchmarks/sweep_time.py"])
+
+
+def run_theirs(way: str, settings: Path, trials: Path, processes: int, out: Path) -> None:
+    """In a process of its own: given trials with stock transformers + PEFT."""
+    from stock_tune import run_stock
+
+    from higgs_tune.cluster import join_cluster
+    from higgs_tune.sweep.runtime import ENVIRONMENT
+
+    config, given = load_sweep(settings, []), json.loads(trials.read_text())
+    with join_cluster(ENVIRONMENT):
+        results = run_stock(way, config, given["trials"], processes, out.parent / way)
+    write_json(out, {"results": results})
+
+
+def environment() -> dict[str, str]:
+    """Of a way's process: every core, and a Ray of its own whose workers find these modules."""
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    ours = {"RAY_ADDRESS": "local", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return inherited | ours
+
+
+def timed(way: str, *options: object) -> float:
+    """Seconds of a way's whole process."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--way", way, *map(str, options)]
+    with tempfile.TemporaryFile() as log:
+        started = time.perf_counter()
+        done = subprocess.run(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        seconds = time.perf_counter() - started
+        if done.returncode not in (0, 3):  # 3: nothing was feasible, a short sweep's usual end
+            log.seek(0)
+            tail = log.read().decode(errors="replace")[-4000:]
+            raise SystemExit(f"{way} ended with {done.returncode}:\n{tail}")
+    return seconds
+
+
+def our_trials(folder: Path) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """What our sweep ran: its trials with the step at which each ended, and their results."""
+    from higgs_tune.sweep.records import TrialFiles, read_metrics
+
+    files = TrialFiles(folder)
+    trials, results = [], {}
+    for record in files.records("t"):
+        lines = read_metrics(files.folder(record.trial_id) / "metrics.jsonl")
+        if not lines:
+            raise SystemExit(f"{record.trial_id} of our sweep has no result")
+        results[record.trial_id] = lines
+        config = record.config.model_dump(mode="json")
+        trials.append({"id": record.trial_id, "trial": config, "stop_at": lines[-1][STEP]})
+    return trials, results
+
+
+def losses(results: Results) -> dict[str, float]:
+    """Each trial's validation text loss at its end."""
+    return {trial: lines[-1][VAL_TEXT_NLL] for trial, lines in results.items()}
+
+
+def compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+    """How far the final losses of the same trials lie apart, relative."""
+    if ours.keys() != theirs.keys():
+        raise SystemExit(f"other trials than ours: {sorted(ours.keys() ^ theirs.keys())}")
+    apart = [abs(theirs[trial] - ours[trial]) / ours[trial] for trial in ours]
+    return {"median": round(median(apart), 4), "largest": round(max(apart), 4)}
+
+
+def summary(seconds: float, results: Results, steps: int) -> dict[str, Any]:
+    """The figures of one way."""
+    final = losses(results)
+    return {
+        "wall_s": round(seconds, 2),
+        "trials_per_hour": round(3600 * len(final) / seconds, 1),
+        "steps": steps,
+        "best_text_nll": round(min(final.values()), 4),
+        "best_trial": min(final, key=lambda trial: final[trial]),
+        "text_nll": {trial: round(value, 4) for trial, value in sorted(final.items())},
+    }
+
+
+def picture(ways: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Wall time of each way, with its ratio to ours."""
+    figure, (axes,) = new_figure()
+    names = list(ways)
+    values = [ways[way]["wall_s"] for way in names]
+    bars = axes.barh([WAYS[way] for way in names], values, color=COLORS[: len(names)])
+    labels = [f"{value:.0f} s, {value / ways['ours']['wall_s']:.1f} ×" for value in values]
+    axes.bar_label(bars, labels, padding=4)
+    axes.set(title="The same trials, from command to end", xlabel="seconds")
+    axes.set_xlim(0, 1.25 * max(values))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """Run every way and compare what it reached."""
+    settings, given = settings_file(folder, args), folder / "trials.json"
+    seconds = timed("ours", "--sweep", settings)
+    trials, ours = our_trials(folder / "ours")
+    steps = sum(trial["stop_at"] for trial in trials)
+    write_json(given, {"trials": trials})
+    ways = {"ours": summary(seconds, ours, steps)}
+    print(f"ours: {seconds:.1f} s, {steps} steps of {len(trials)} trials", flush=True)
+    for way in args.ways:
+        out = folder / f"{way}.json"
+        seconds = timed(
+            way, "--sweep", settings, "--given", given, "--processes", args.processes, "--out", out
+        )
+        results = json.loads(out.read_text())["results"]
+        apart = compare(losses(ours), losses(results))
+        factor = ratio(seconds, ways["ours"]["wall_s"])
+        ways[way] = summary(seconds, results, steps) | {"ratio_to_ours": factor, "apart": apart}
+        print(f"{way}: {seconds:.1f} s, {factor} × ours; final losses apart: {apart}", flush=True)
+        print(f"  best text nll {ways[way]['best_text_nll']}, ours {ways['ours']['best_text_nll']}")
+    return ways
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--num-steps", type=int, default=80)
+    parser.add_argument("--report-every", type=int, default=20)
+    parser.add_argument("--clips", type=int, default=3, help="of a step")
+    parser.add_argument("--val-clips", type=int, default=16)
+    parser.add_argument("--slots", type=int, default=4, help="of our worker")
+    parser.add_argument("--processes", type=int, default=num_cpus(), help="of the other ways")
+    parser.add_argument("--gpus", type=int, default=0, help="1: on a GPU")
+    parser.add_argument("--scheduler", choices=("asha", "none"), default="asha")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--ways", nargs="*", choices=("plain", "strong"), default=["plain", "strong"]
+    )
+    parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
+    inside = parser.add_argument_group("inside the process of one way")
+    for name in ("--way", "--sweep", "--given"):
+        inside.add_argument(name, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure all ways, or be the process of one."""
+    args = arguments()
+    if args.way == "ours":
+        run_ours(Path(args.sweep))
+    elif args.way:
+        run_theirs(args.way, Path(args.sweep), Path(args.given), args.processes, args.out)
+    else:
+        facts = machine("cuda" if args.gpus else "cpu")
+        with tempfile.TemporaryDirectory(prefix="ht") as folder:
+            ways = measure(args, Path(folder))
+        save(
+            args.out, {"machine": facts, "settings": settings_of(args), "ways": ways}, picture(ways)
+        )
+
+
+if __name__ == "__main__":
+    main()

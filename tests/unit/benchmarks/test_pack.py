@@ -1,0 +1,93 @@
+"""Packs on the embedded base and at full size, exercised at small size on a CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_pack
+import pack_time
+import pytest
+import torch
+from random_base import PRESETS, random_base, random_clips
+from sides import our_step
+
+CPU = torch.device("cpu")
+
+
+def test_a_pack_split_over_cores_trains_what_a_whole_one_trains():
+    base = random_base(PRESETS["small"], CPU, torch.float32)
+    examples = [random_clips(base, 1, 60 + 10 * k, 0.2, [k]) for k in range(3)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        whole, split = (our_step(base, 4, 3, split=split) for split in (False, True))
+        for _ in range(2):
+            torch.testing.assert_close(split(examples), whole(examples), rtol=1e-5, atol=0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_embedded_base_takes_random_clips_of_any_length():
+    base = pack_time.embedded_base("cpu")
+    for rows in (100, 401):
+        (clip,) = random_clips(base, 1, rows, 0.15, [rows])
+        assert clip.num_rows == rows
+
+
+def test_times_are_per_adapter_and_ratios_to_one_stock_step():
+    record = {
+        "adapters": 4,
+        "losses_compared": 3,
+        "ours": {"status": "ok", "ms": 20.0, "host_syncs": 0},
+        "stock": {"status": "ok", "ms": 30.0},
+        "ratio_to_alone": 2.4,
+    }
+    found = pack_time.figures(record, 100, 2)
+    assert (found["ours_ms_per_adapter"], found["ratio_to_stock"]) == (5.0, 6.0)
+    assert (found["threads_ours"], found["threads_stock"]) == ("2 × 1", "1 × 2")
+    assert "host_syncs" not in found["ours"]  # not seen in threads
+    assert len(pack_time.picture([found]).axes) == 2
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 7, 8, 9, 30, 99])
+def test_the_largest_pack_is_found_by_doubling_and_halving(most):
+    tried = []
+
+    def fits(adapters):
+        tried.append(adapters)
+        return adapters <= most
+
+    assert gpu_pack.largest(fits, 30) == min(most, 30)
+    assert len(tried) == len(set(tried)) <= 11 and max(tried) <= 30
+
+
+def test_processes_that_share_a_device_add_up_their_rates():
+    ok = {"status": "ok", "steps": 100, "seconds": 10.0}
+    found = gpu_pack.shared_figures([ok, {**ok, "steps": 300}], 2)
+    assert found["ms_per_adapter"] == 25.0  # 40 steps a second
+    failed = gpu_pack.shared_figures([ok, {"status": "out_of_memory"}], 2)
+    assert failed == {"status": "out_of_memory", "processes": 2}
+    pack = {
+        "adapters": 8, "ours": {"ms": 80.0}, "stock": {"ms": 50.0},
+        "share_of_floor_h100": 0.5, "share_of_floor_here": 0.6,
+    }  # fmt: skip
+    (ratios,) = gpu_pack.ratios([pack], found)
+    assert (ratios["to_one_process"], ratios["to_shared"]) == (5.0, 2.5)
+    assert gpu_pack.ratios([pack], failed)[0]["to_shared"] is None
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_end_to_end_on_a_cpu(tmp_path):
+    out = tmp_path / "pack.json"
+    script = Path(gpu_pack.__file__)
+    options = ["--preset=small", "--device=cpu", "--dtype=float32", "--tokens=60", "--adapters=1,2"]
+    options += ["--repeats=2", "--processes=2", "--seconds=0.5", "--fill", "--limit=4"]
+    command = [sys.executable, str(script), *options, f"--out={out}"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    result = json.loads(out.read_text())
+    assert result["shared"]["status"] == "ok" and min(result["shared"]["steps"]) > 0
+    assert [one["adapters"] for one in result["ratios"]] == [1, 2]
+    assert all(one["to_one_process"] > 0 and one["to_shared"] > 0 for one in result["ratios"])
+    assert result["fits"]["measured"] == result["fits"]["predicted"] == 4
+    assert out.with_suffix(".png").exists()

@@ -1,0 +1,127 @@
+"""The stock trainables of the sweep's comparison train what our loop trains."""
+
+from pathlib import Path
+
+import pytest
+import stock_tune
+import torch
+from peft import PeftModel
+from stock_base import StockBase, labelled_inputs
+
+from higgs_tune.config import ALL_LINEAR, BaseSettings, DataSettings, SweepConfig, TrialConfig
+from higgs_tune.metrics import STEP, VAL_AUDIO_NLL, VAL_TEXT_NLL
+from higgs_tune.train.engine import PackLimits
+from higgs_tune.train.loop import PackLoop
+from tests.models import NUM_CODEBOOKS, example
+
+SWEEP = SweepConfig(base=BaseSettings(device="cpu"), data=DataSettings(num_val_clips=4))
+TRIAL = TrialConfig(
+    rank=4,
+    alpha=32,
+    # stock AdamW lets a text head rest in steps without text, ours goes on with its momentum
+    targets=ALL_LINEAR,
+    learning_rate=3e-3,
+    audio_loss_weight=8.0,  # our mean over 8 codebooks, so weighted, is the stock loss's sum
+    batch_clips=2,
+    num_steps=6,
+    report_every_steps=3,
+    warmup_fraction=0.34,
+    seed=3,
+)
+CONFIG = {
+    "sweep": SWEEP.model_dump(mode="json"),
+    "threads": 1,
+    "number": 0,
+    "trials": [{"id": "t", "trial": TRIAL.model_dump(mode="json"), "stop_at": 6}],
+}
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """Our loop's metrics of the bare base, its adapter's first weights, its results."""
+    loop = PackLoop.load(SWEEP.base, SWEEP.data, PackLimits.of([TRIAL], num_slots=1))
+    loop.join("t", TRIAL)
+    weights = {name: w.clone() for name, w in loop.engine.state("t").weights.items()}
+    return loop.base_metrics, weights, [loop.advance()["t"] for _ in range(2)]
+
+
+def start_as(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    plain = {n.removeprefix("base_model.model.").replace(".default.", "."): n for n in trained}
+    assert plain.keys() == weights.keys()
+    with torch.no_grad():
+        for name, full in plain.items():
+            trained[full].copy_(weights[name])
+
+
+def assert_same(theirs, ours):
+    """AdamW magnifies rounding where a gradient is near 0, hence the tolerance."""
+    assert [line[STEP] for line in theirs] == [line[STEP] for line in ours]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in (VAL_TEXT_NLL, VAL_AUDIO_NLL):
+            assert other[name] == pytest.approx(mine[name], rel=1e-4)
+
+
+def test_the_strong_way_trains_what_our_loop_trains(ours):
+    bare, weights, results = ours
+    trial = stock_tune.StrongTrial.__new__(stock_tune.StrongTrial)  # without Tune around it
+    trial._base = StockBase(SWEEP.base, SWEEP.data)
+    trial._begin(CONFIG)
+    untouched = trial._base.validate(trial._model)
+    for name in (VAL_TEXT_NLL, VAL_AUDIO_NLL):
+        assert untouched[name] == pytest.approx(bare[name], rel=1e-5)
+    assert abs(results[-1][VAL_TEXT_NLL] - bare[VAL_TEXT_NLL]) > 0.1  # it has learnt
+    for _ in range(2):  # the second in a process that has trained a trial before
+        start_as(trial._model, weights)
+        lines = [trial.step(), trial.step()]
+        assert_same(lines, results)
+        assert lines[-1]["done"] and not lines[0]["done"]
+        trial.reset_config(CONFIG)
+
+
+def test_the_plain_way_trains_what_our_loop_trains(ours, monkeypatch):
+    _, weights, results = ours
+    lines = []
+
+    class Started(StockBase):
+        def adapted(self, trial):
+            model = super().adapted(trial)
+            start_as(model, weights)
+            return model
+
+    monkeypatch.setattr(stock_tune, "StockBase", Started)
+    monkeypatch.setattr(stock_tune.tune, "report", lines.append)
+    threads = torch.get_num_threads()
+    stock_tune.plain_trial(CONFIG)
+    torch.set_num_threads(threads)
+    assert_same(lines, results)
+
+
+def test_a_modality_without_targets_gets_no_labels():
+    heard, said = example("transcribe", 0), example("speak", 1)
+    assert "audio_labels" not in labelled_inputs([heard], NUM_CODEBOOKS)
+    assert "labels" not in labelled_inputs([said], NUM_CODEBOOKS)
+    assert {"labels", "audio_labels"} <= labelled_inputs([heard, said], NUM_CODEBOOKS).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.parametrize("way", ["plain", "strong"])
+def test_trials_run_under_tune(way, tmp_path: Path, monkeypatch):
+    import ray
+
+    benchmarks = Path(__file__).parents[3] / "benchmarks"
+    monkeypatch.setenv("PYTHONPATH", f"{benchmarks}:{benchmarks.parent}")
+    trials = [{**CONFIG["trials"][0], "id": f"t{n}", "stop_at": 3} for n in range(3)]
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        results = stock_tune.run_stock(way, SWEEP, trials, 1, tmp_path)
+    finally:
+        ray.shutdown()
+    assert {name: [line[STEP] for line in lines] for name, lines in results.items()} == {
+        "t0": [3],
+        "t1": [3],
+        "t2": [3],
+    }
+    processes = {lines[0][stock_tune.PROCESS] for lines in results.values()}
+    assert len(processes) == (1 if way == "strong" else 3)
