@@ -1,7 +1,5 @@
 """The stock trainables of the sweep's comparison train what our loop trains."""
 
-from pathlib import Path
-
 import pytest
 import stock_tune
 import torch
@@ -102,26 +100,3 @@ def test_a_modality_without_targets_gets_no_labels():
     assert "audio_labels" not in labelled_inputs([heard], NUM_CODEBOOKS)
     assert "labels" not in labelled_inputs([said], NUM_CODEBOOKS)
     assert {"labels", "audio_labels"} <= labelled_inputs([heard, said], NUM_CODEBOOKS).keys()
-
-
-@pytest.mark.slow
-@pytest.mark.integration
-@pytest.mark.parametrize("way", ["plain", "strong"])
-def test_trials_run_under_tune(way, tmp_path: Path, monkeypatch):
-    import ray
-
-    benchmarks = Path(__file__).parents[3] / "benchmarks"
-    monkeypatch.setenv("PYTHONPATH", f"{benchmarks}:{benchmarks.parent}")
-    trials = [{**CONFIG["trials"][0], "id": f"t{n}", "stop_at": 3} for n in range(3)]
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        results = stock_tune.run_stock(way, SWEEP, trials, 1, tmp_path)
-    finally:
-        ray.shutdown()
-    assert {name: [line[STEP] for line in lines] for name, lines in results.items()} == {
-        "t0": [3],
-        "t1": [3],
-        "t2": [3],
-    }
-    processes = {lines[0][stock_tune.PROCESS] for lines in results.values()}
-    assert len(processes) == (1 if way == "strong" else 3)
