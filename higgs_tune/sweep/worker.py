@@ -194,12 +194,13 @@ class Worker:
 
     async def _loaded(self) -> Loop:
         if self._loading is None:
-            build = import_loop(self._loop_path)
-            self._loading = asyncio.get_running_loop().run_in_executor(
-                self._thread,
-                lambda: build(self._config, num_slots=self._num_slots, device=self._device),
-            )
+            self._loading = asyncio.get_running_loop().run_in_executor(self._thread, self._build)
         return await self._loading
+
+    def _build(self) -> Loop:
+        return import_loop(self._loop_path)(
+            self._config, num_slots=self._num_slots, device=self._device
+        )
 
     async def _run(self) -> None:
         """Train whoever sits at the table, until the sweep ends."""

@@ -127,6 +127,7 @@ class Room:
             self.width = -(-len(group) // 2)
             self._warn(failed, work, f"{self.width} at a time from now on, till a trial leaves")
             return self._pieces(group)
+        assert len(group) == 1
         slot = group[0]
         several = [part for part in work.parts(slot) if len(part) > 1]
         if not several:
