@@ -3,12 +3,14 @@
 #
 # Each makes what it needs first and is safe to repeat. VENV and PYTHON may be set:
 #   make test PYTHON=python3.12 VENV=/tmp/venv
+# TESTERS is how many processes share the test files.
 
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.14 python,\
 	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 PY := $(VENV)/bin/python
 ARGS ?=
+TESTERS ?= 2
 DEV := '.[dev,embedded]'
 
 # The stamps name the checkout, so that a moved or copied one is installed again.
@@ -32,7 +34,7 @@ sweep: $(RUN_STAMP)  ## Install if needed, then run sweeps/run.py (options: ARGS
 
 test: $(DEV_STAMP)  ## Install if needed, then run the whole test suite (options: ARGS="-k report")
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest \
-	  --cov --cov-report=term $(ARGS)
+	  --numprocesses $(TESTERS) --dist loadfile --cov --cov-report=term $(ARGS)
 
 lint: $(DEV_STAMP)  ## Check style, types and import layers
 	$(PY) -m ruff check
