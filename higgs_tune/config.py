@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from higgs_tune.config_scheduler import SchedulerSettings
 from higgs_tune.config_space import (
     ALL_LINEAR,
     CrossAttention,
@@ -76,15 +77,6 @@ class TrainSettings(Settings):
     clip_norm: float = Field(default=0.1, gt=0)  # gradient norm limit of one adapter
     # rows in one forward of one adapter; longer steps accumulate
     token_budget: int = Field(default=4096, ge=64)
-
-
-class SchedulerSettings(Settings):
-    """When Ray Tune stops a trial early."""
-
-    name: Literal["asha", "none"] = "asha"
-    # share of num_steps before the first stop
-    grace_fraction: float = Field(default=0.34, gt=0, le=1)
-    reduction_factor: float = Field(default=3.0, gt=1)  # the best 1/n at a rung go on
 
 
 class TuneSettings(Settings):
@@ -174,6 +166,7 @@ class SweepConfig(Settings):
                 )
         if self.train.report_every_steps > self.train.num_steps:
             raise ValueError("train.report_every_steps must not exceed train.num_steps")
+        self.tune.scheduler.refuse_impossible(self.tune.num_trials, self.train.report_every_steps)
         return self
 
 
@@ -194,6 +187,20 @@ class RunSettings(Settings):
     num_samples: int = Field(default=4, ge=0)
     max_sample_tokens: int = Field(default=128, ge=1)  # longest text of a sample
     tensorboard: bool = True  # metrics for TensorBoard, too
+
+
+class RateChange(Settings):
+    """What a trial of a population trains with from a step on."""
+
+    step: int = Field(ge=1)  # optimizer steps done before it
+    learning_rate: PositiveFloat
+    new_module_lr_factor: PositiveFloat
+    text_loss_weight: float = Field(ge=0)
+    audio_loss_weight: float = Field(ge=0)
+    copied_from: str  # the trial whose weights it took over at that step
+
+
+RATES = ("learning_rate", "new_module_lr_factor", "text_loss_weight", "audio_loss_weight")
 
 
 class TrialConfig(Settings):
@@ -221,6 +228,14 @@ class TrialConfig(Settings):
     clip_norm: float = Field(default=0.1, gt=0)
     token_budget: int = Field(default=4096, ge=64)
     seed: int = Field(default=0, ge=0)  # adapter initialisation and data order
+    # of a population's trial, by step: what replaces the rates above
+    schedule: tuple[RateChange, ...] = ()
+
+    def rates_at(self, step: int) -> dict[str, float]:
+        """The `RATES` of the optimizer step that follows `step` steps."""
+        past = [change for change in self.schedule if change.step <= step]
+        source = past[-1] if past else self
+        return {name: getattr(source, name) for name in RATES}
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrialConfig":
@@ -234,6 +249,12 @@ class TrialConfig(Settings):
                 f"targets: cross_attention {self.cross_attention} adds modules that start as the identity; "
                 "without audio_attention among the targets they would stay so"
             )
-        if self.text_loss_weight + self.audio_loss_weight <= 0:
-            raise ValueError("text_loss_weight and audio_loss_weight are both 0: nothing to learn")
+        for rates in (self, *self.schedule):
+            if rates.text_loss_weight + rates.audio_loss_weight <= 0:
+                raise ValueError(
+                    "text_loss_weight and audio_loss_weight are both 0: nothing to learn"
+                )
+        steps = [change.step for change in self.schedule]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"schedule: its steps must increase, found {steps}")
         return self

@@ -27,7 +27,8 @@ class FakeLoop:
 
     An interval takes FAKE_ROUND_S seconds, with jitter. Learning rates above 5e-2 diverge at the second
     report, batch_clips 13 cannot join, an audio_loss_weight near 0 breaks the audio constraint, the
-    base "broken" cannot be loaded, "pid:FILE" notes the process that loads it.
+    base "broken" cannot be loaded, "pid:FILE" notes the process that loads it. A checkpoint lists the
+    steps behind it: with whose seed, the how manieth, at which rate.
     """
 
     def __init__(self, config: SweepConfig, *, num_slots: int, device: str) -> None:
@@ -43,6 +44,7 @@ class FakeLoop:
         self.content_hash = "0" * 64
         self._config = config
         self._steps: dict[str, int] = {}
+        self._trained: dict[str, list[Any]] = {}
         self._configs: dict[str, TrialConfig] = {}
         self._unreported: set[str] = set()  # trained since their last report
         self.train_s = self.validate_s = 0.0
@@ -56,10 +58,11 @@ class FakeLoop:
         assert len(self._steps) < self.num_slots, "no free slot"
         if config.batch_clips == 13:
             raise MemoryError("13 clips do not fit")
-        state = {"step": 0}
+        state: dict[str, Any] = {"step": 0, "trained": []}
         if state_dir is not None:
             state = json.loads((state_dir / "training_state.json").read_text())
         self._steps[trial_id] = state["step"]
+        self._trained[trial_id] = state["trained"]
         self._configs[trial_id] = config
         self.log.append(("join", trial_id, self.num_steps))
         return {"parameters": 1000 * config.rank, "modules": {"q_proj": 4}, "step": state["step"]}
@@ -74,8 +77,10 @@ class FakeLoop:
             time.sleep(duration_s)
             self.train_s += duration_s
             self.num_steps += 1
-            for trial_id in self._steps:
+            for trial_id, config in self._configs.items():
+                rate = config.rates_at(self._steps[trial_id])["learning_rate"]
                 self._steps[trial_id] += 1
+                self._trained[trial_id].append([config.seed, self._steps[trial_id], rate])
                 self._unreported.add(trial_id)
             if stop is not None and stop():
                 return {}
@@ -97,12 +102,13 @@ class FakeLoop:
         return {**metrics, "status": "completed" if done else "running", "reason": None}
 
     def leave(self, trial_id: str) -> None:
-        del self._steps[trial_id], self._configs[trial_id]
+        for of_trial in (self._steps, self._configs, self._trained):
+            del of_trial[trial_id]
         self._unreported.discard(trial_id)
         self.log.append(("leave", trial_id, self.num_steps))
 
     def snapshot(self, trial_id: str) -> Callable[[Path], None]:
-        state = json.dumps({"step": self._steps[trial_id]})
+        state = json.dumps({"step": self._steps[trial_id], "trained": self._trained[trial_id]})
 
         def write(directory: Path) -> None:
             (directory / "adapter_config.json").write_text("{}")
@@ -138,6 +144,7 @@ def make_searcher(study, config, checkpoints=None, **kwargs):
         config,
         audio_limit=lambda: AUDIO_LIMIT,
         on_resume=lambda tune_id, trial: resumed.append((tune_id, trial.intermediate_values)),
+        on_copy=kwargs.pop("on_copy", lambda record, donor_id: None),
         checkpoint_of=lambda trial_id: (checkpoints or {}).get(trial_id),
         workers=["w0"],
         publish=rosters.append,

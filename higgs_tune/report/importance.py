@@ -104,7 +104,9 @@ def levels(results: Results, setting: str) -> list[Level]:
 
 
 def _reported(results: Results) -> list[Trial]:
-    return [trial for trial in results.search if trial.curve(m.VAL_TEXT_NLL)]
+    """Trials with results, but for those whose settings changed on the way: none of them led there."""
+    reported = (trial for trial in results.search if trial.curve(m.VAL_TEXT_NLL))
+    return [trial for trial in reported if not trial.config.schedule]
 
 
 @contextmanager

@@ -203,8 +203,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise SweepError(f"{path}: cannot be read: {error}") from None
 
 
-_SETTINGS = tuple(name for name in TrialConfig.model_fields if name != "targets")
-_TEXT_COLUMNS = ("id", "name", "origin", "confirms", "status", "reason", "targets")
+_SETTINGS = tuple(n for n in TrialConfig.model_fields if n not in ("targets", "schedule"))
+_TEXT_COLUMNS = ("id", "name", "origin", "confirms", "status", "reason", "targets", "schedule")
 
 
 def table(results: Results) -> list[dict[str, Any]]:
@@ -227,6 +227,7 @@ def table(results: Results) -> list[dict[str, Any]]:
                 "parameters": trial.account.get("parameters"),
                 "targets": ",".join(trial.config.targets),
                 **{name: config[name] for name in _SETTINGS},
+                "schedule": json.dumps(config["schedule"]) if config["schedule"] else None,
                 m.STEP: trial.step,
                 **(trial.history[-1] if trial.history else {}),
             }

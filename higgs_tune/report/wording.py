@@ -32,8 +32,11 @@ class Answer:
 
 def describe(config: TrialConfig) -> str:
     """A configuration in one line."""
+    rates = f"{config.learning_rate:.1e}" + "".join(
+        f", {change.learning_rate:.1e} from step {change.step}" for change in config.schedule
+    )
     return (
-        f"rank {config.rank}, learning rate {config.learning_rate:.1e}, "
+        f"rank {config.rank}, learning rate {rates}, "
         f"cross_attention {config.cross_attention}, targets {' + '.join(config.targets)}"
     )
 

@@ -62,8 +62,11 @@ class SweepCallback(Callback):
         return None
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Check the workers, send the heartbeat, draw."""
+        """Check the workers, see who was paused, send the heartbeat, draw."""
         self._guard(self._check_workers)
+        self._source.watch(trials)
+        paused = {_record(trial).trial_id for trial in self._source.paused().values()}
+        self._display.board.pause(paused)
         if time.monotonic() - self._beat >= BEAT_S:
             self._beat = time.monotonic()
             self._source.publish()

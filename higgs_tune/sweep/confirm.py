@@ -66,10 +66,12 @@ class ConfirmSource(TrialSource):
         """What is left of the list."""
         return len(self._records)
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The next of the list, or FINISHED."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next of the list, None while all slots are taken, or FINISHED."""
         if self.over():
             return FINISHED
+        if self.is_full():
+            return None
         record = self._records.pop(0)
         checkpoint = self._checkpoint_of(record.trial_id)
         return self._seat(trial_id, record, None, str(checkpoint[0]) if checkpoint else "")

@@ -32,7 +32,7 @@ from higgs_tune.sweep.control import EXIT_CODES, Control, ControlStopper, signal
 from higgs_tune.sweep.folder import disk_error, disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles
-from higgs_tune.sweep.scheduler import make_scheduler, replay
+from higgs_tune.sweep.scheduler import make_scheduler, num_checkpoints, replay
 from higgs_tune.sweep.searcher import StudySearcher
 from higgs_tune.sweep.seats import DEFAULT_LOOP
 from higgs_tune.sweep.slots import resolve_slots, slots_of
@@ -106,6 +106,12 @@ class Sweep:
         write_json(self.results / "base.json", self._base)
         self._display.event("base_loaded", metrics=self._base["metrics"])
 
+    def copied(self, record: TrialRecord, donor_id: str) -> None:
+        """A trial of a population took over another's weights."""
+        self.files.copied(record, donor_id)
+        change = record.config.schedule[-1].model_dump()
+        self._display.event("trial_copied", trial=record.trial_id, **change)
+
     def source_settings(self) -> dict[str, Any]:
         """What both trial sources need."""
         return {
@@ -145,7 +151,9 @@ class Sweep:
                 stop=ControlStopper(self._control),
                 callbacks=[callback],
                 failure_config=FailureConfig(max_failures=tune.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_frequency=1),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=num_checkpoints(self.config), checkpoint_frequency=1
+                ),
                 verbose=0,
             ),
         )
@@ -230,13 +238,16 @@ def _run(
 
 def _search(sweep: Sweep, found: optuna.Study) -> None:
     """Reconcile the study with an earlier run, then run what is missing of the search."""
-    scheduler = make_scheduler(sweep.config.tune.scheduler, sweep.config.train)
+    unfinished = study.unfinished(found)
+    records = [record for trial in unfinished if (record := study.record_of(trial)) is not None]
+    checkpoints = [sweep.files.checkpoint_of(record.trial_id) for record in records]
+    scheduler = make_scheduler(sweep.config, [known[1] for known in checkpoints if known])
     newest = study.latest(found.get_trials(deepcopy=False))
-    waiting = {trial.number for trial in study.unfinished(found)}
+    waiting = {trial.number for trial in unfinished}
     for index, trial in newest.items():
         if trial.number in waiting:
             continue
-        replay(scheduler, f"earlier-{index}", trial)
+        replay(scheduler, f"earlier-{index}", trial, ended=True)
         record = study.record_of(trial)
         assert record is not None
         if sweep.files.status(record.trial_id) is None:  # killed between the study and the file
@@ -248,7 +259,8 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
         found,
         sweep.config,
         audio_limit=sweep.audio_limit,
-        on_resume=lambda tune_id, trial: replay(scheduler, tune_id, trial),
+        on_resume=lambda tune_id, trial: replay(scheduler, tune_id, trial, ended=False),
+        on_copy=sweep.copied,
         checkpoint_of=sweep.files.checkpoint_of,
         on_disk_error=sweep.fail_disk,
         deadline=None if time_limit_s is None else time.monotonic() + time_limit_s,

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -17,7 +17,14 @@ from higgs_tune.sweep.records import metrics_of
 from higgs_tune.sweep.study import TrialRecord
 
 REFRESH_S = 0.5
-STYLES = {"running": "cyan", "completed": "green", "pruned": "dim", "cancelled": "yellow"}
+LIVE = ("running", "paused")
+STYLES = {
+    "running": "cyan",
+    "paused": "blue",
+    "completed": "green",
+    "pruned": "dim",
+    "cancelled": "yellow",
+}
 
 
 @dataclass
@@ -57,6 +64,12 @@ class Board:
         self._steps_done += max(0, int(metrics.get(STEP, 0)) - row.step)
         row.last = {**row.last, **metrics}
 
+    def pause(self, trial_ids: Collection[str]) -> None:
+        """These trials wait for others, and no other one does."""
+        for trial_id, row in self.rows.items():
+            if row.state in LIVE:
+                row.state = "paused" if trial_id in trial_ids else "running"
+
     def end(self, trial_id: str, status: str) -> None:
         """A trial ended."""
         if trial_id in self.rows:
@@ -66,7 +79,7 @@ class Board:
         """An estimate from the pace so far; None before the first result."""
         if self._since is None or self._steps_done == 0:
             return None
-        running = [row for row in self.rows.values() if row.state == "running"]
+        running = [row for row in self.rows.values() if row.state in LIVE]
         ended = [row.step for row in self.rows.values() if row.state in ("completed", "pruned")]
         budgets = [row.record.config.num_steps for row in self.rows.values()]
         usual = sum(ended) / len(ended) if ended else max(budgets, default=0)
@@ -148,7 +161,7 @@ def render(board: Board) -> Group:
             ),
         )
     left = board.time_left_s()
-    ended = sum(row.state != "running" for row in board.rows.values())
+    ended = sum(row.state not in LIVE for row in board.rows.values())
     total = len(board.rows) + board.to_come
     line = f"{board.stage} · {ended}/{total} trials ended"
     if left is not None:

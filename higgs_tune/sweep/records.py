@@ -113,6 +113,17 @@ class TrialFiles:
             ),
         )
 
+    def copied(self, record: TrialRecord, donor_id: str) -> None:
+        """A trial took over another's newest checkpoint, and with it the history of those weights."""
+        donor, folder = self.folder(donor_id), self.folder(record.trial_id)
+        known = read_json(donor / "config.json")
+        assert known is not None
+        self.checkpoint(record.trial_id, donor / ADAPTER)
+        write_json(folder / "config.json", {**record.to_dict(), "account": known["account"]})
+        lines = read_metrics(donor / "metrics.jsonl")
+        write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        self._num_steps[record.trial_id] = max((line[STEP] for line in lines), default=-1)
+
     def checkpoint_of(self, trial_id: str) -> tuple[Path, int] | None:
         """A trial's last checkpoint and its step."""
         target = self.folder(trial_id) / ADAPTER

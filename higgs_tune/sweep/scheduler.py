@@ -1,47 +1,153 @@
-"""Early stopping: ASHA, set up from the settings and rebuilt from a study."""
+"""Tune's schedulers, set up from the settings, and rebuilt from a study where they learn from it.
 
-from types import SimpleNamespace
+Schedulers that pause trials are in `sweep.pausing`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from optuna.trial import FrozenTrial
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
 
-from higgs_tune.config import SchedulerSettings, TrainSettings
+from higgs_tune.config import SchedulerSettings, SweepConfig, TrainSettings
 from higgs_tune.metrics import STEP, VAL_TEXT_NLL
+from higgs_tune.sweep import space
+from higgs_tune.sweep.pausing import Brackets, Population
+
+
+@dataclass(eq=False)
+class Earlier:
+    """Stands for a trial of an earlier run, of which a scheduler knows no more than its id."""
+
+    trial_id: str
+
+
+class Median(MedianStoppingRule):
+    """Tune's median rule without trials that cannot be ranked, and with what earlier runs recorded.
+
+    A trial that did not end well has no metric in its last result, for which Tune's would fall.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        # An endless slice: where too few others are there to compare with, nobody yields.
+        super().__init__(**settings, min_time_slice=cast(int, float("inf")))
+        self.earlier: dict[str, dict[int, float]] = {}  # Tune's id → values of a resumed trial
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Give a resumed trial the values that it had."""
+        super().on_trial_add(tune_controller, trial)
+        values = self.earlier.pop(trial.trial_id, None)
+        if values:
+            results = [{STEP: step, VAL_TEXT_NLL: value} for step, value in sorted(values.items())]
+            self._results[trial].extend(results)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """Remember the last result of a trial that ended well."""
+        if VAL_TEXT_NLL in result:
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+def report_multiple(step: float, train: TrainSettings) -> int:
+    """The step nearest to `step` at which trials report, beyond warm-up, at most num_steps."""
+    interval = train.report_every_steps
+    wanted = max(1, round(step / interval))
+    return min(max(wanted, past_warmup(train) // interval) * interval, train.num_steps)
+
+
+def past_warmup(train: TrainSettings) -> int:
+    """The first step beyond warm-up at which trials report."""
+    interval = train.report_every_steps
+    return (int(train.warmup_fraction * train.num_steps) // interval + 1) * interval
 
 
 def grace_steps(scheduler: SchedulerSettings, train: TrainSettings) -> int:
-    """The first rung: a step at which trials report, beyond warm-up, at most num_steps."""
-    interval = train.report_every_steps
-    wanted = max(1, round(scheduler.grace_fraction * train.num_steps / interval))
-    past_warmup = int(train.warmup_fraction * train.num_steps) // interval + 1
-    return min(max(wanted, past_warmup) * interval, train.num_steps)
+    """The first step at which a trial is judged: it reports there, beyond warm-up."""
+    return report_multiple(scheduler.grace_fraction * train.num_steps, train)
 
 
-def make_scheduler(scheduler: SchedulerSettings, train: TrainSettings) -> TrialScheduler:
-    """ASHA over optimizer steps, or no early stopping."""
+def perturb_steps(scheduler: SchedulerSettings, train: TrainSettings) -> int:
+    """How many steps lie between two copyings of a population."""
+    return scheduler.perturb_every_steps or grace_steps(scheduler, train)
+
+
+def num_checkpoints(config: SweepConfig) -> int:
+    """How many checkpoints Tune must keep of each trial.
+
+    Until a copying trial has read the donor's, the donor reaches the next copying at most. One is to
+    spare, without which Tune warns.
+    """
+    if config.tune.scheduler.name != "pbt":
+        return 1
+    every = perturb_steps(config.tune.scheduler, config.train)
+    return -(-every // config.train.report_every_steps) + 2
+
+
+def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) -> TrialScheduler:
+    """The scheduler of the search.
+
+    Args:
+        unfinished_steps: the steps from which the trials of an interrupted sweep go on.
+    """
+    scheduler, train = config.tune.scheduler, config.train
     if scheduler.name == "none":
         return FIFOScheduler()
+    common = {"metric": VAL_TEXT_NLL, "mode": "min"}
+    if scheduler.name == "hyperband":
+        return Brackets(
+            unit_steps=past_warmup(train),
+            num_steps=train.num_steps,
+            reduction_factor=scheduler.reduction_factor,
+            **common,
+        )
+    if scheduler.name == "median":
+        return Median(
+            time_attr=STEP,
+            grace_period=grace_steps(scheduler, train),
+            min_samples_required=scheduler.min_samples,
+            **common,
+        )
+    if scheduler.name == "pbt":
+        every = perturb_steps(scheduler, train)
+        # Trials are compared at equal steps, so nobody may have passed the first comparison.
+        first = max([grace_steps(scheduler, train), *(step + 1 for step in unfinished_steps)])
+        return Population(
+            seed=space.trial_seed(config.tune.seed, "population"),
+            ranges=space.rate_ranges(config),
+            perturbation_interval=every,
+            burn_in_period=-(-first // every) * every,
+            quantile_fraction=scheduler.quantile_fraction,
+            **common,
+        )
     return AsyncHyperBandScheduler(
         time_attr=STEP,
-        metric=VAL_TEXT_NLL,
-        mode="min",
         grace_period=grace_steps(scheduler, train),
         max_t=train.num_steps,
         reduction_factor=scheduler.reduction_factor,
+        **common,
     )
 
 
-def replay(scheduler: TrialScheduler, tune_id: str, trial: FrozenTrial) -> None:
+def replay(scheduler: TrialScheduler, tune_id: str, trial: FrozenTrial, *, ended: bool) -> None:
     """Show a scheduler the values that an earlier run of the sweep recorded, as if it had run it.
 
-    Only the public hooks are used, and of a trial only its id, which is all that ASHA reads.
+    ASHA's rungs and the median's averages are rebuilt. A bracket and a population consist of trials
+    that still run, so they begin anew with the unfinished ones.
+
+    Args:
+        ended: the trial has ended, else it goes on as Tune's trial `tune_id`.
     """
-    if not isinstance(scheduler, AsyncHyperBandScheduler):
-        return
-    stand_in = cast(Trial, SimpleNamespace(trial_id=tune_id))
-    controller: Any = None
-    scheduler.on_trial_add(controller, stand_in)
-    for step, value in sorted(trial.intermediate_values.items()):
-        scheduler.on_trial_result(controller, stand_in, {STEP: step, VAL_TEXT_NLL: value})
+    if isinstance(scheduler, Median) and not ended:
+        scheduler.earlier[tune_id] = trial.intermediate_values
+    elif isinstance(scheduler, Median | AsyncHyperBandScheduler):
+        stand_in = cast(Trial, Earlier(tune_id))
+        controller: Any = None
+        scheduler.on_trial_add(controller, stand_in)
+        for step, value in sorted(trial.intermediate_values.items()):
+            scheduler.on_trial_result(controller, stand_in, {STEP: step, VAL_TEXT_NLL: value})

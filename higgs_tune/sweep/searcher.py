@@ -11,13 +11,14 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.config import RateChange, SweepConfig, TrialConfig
 from higgs_tune.metrics import STEP, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.sweep import space
 from higgs_tune.sweep import study as studies
@@ -39,6 +40,7 @@ class StudySearcher(TrialSource):
         *,
         audio_limit: Callable[[], float],
         on_resume: Callable[[str, FrozenTrial], None],
+        on_copy: Callable[[TrialRecord, str], None],
         checkpoint_of: Callable[[str], tuple[Path, int] | None],
         on_disk_error: Callable[[OSError], None],
         **source: Any,
@@ -50,6 +52,7 @@ class StudySearcher(TrialSource):
         self._config = config
         self._audio_limit = audio_limit
         self._on_resume = on_resume
+        self._on_copy = on_copy
         self._checkpoint_of = checkpoint_of
         self._queue = studies.unfinished(study)
         newest = studies.latest(study.get_trials(deepcopy=False))
@@ -59,10 +62,12 @@ class StudySearcher(TrialSource):
         """Unfinished ones of an earlier run, and what is missing to num_trials."""
         return len(self._queue) + max(0, self._config.tune.num_trials - self._next_index)
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The next trial's config for Tune, or FINISHED."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next trial's config for Tune, None while all slots are taken, or FINISHED."""
         if self.over() or self._broken:
             return FINISHED
+        if self.is_full():
+            return None
         with self._recording():
             return self._next(trial_id)
         return FINISHED
@@ -85,18 +90,20 @@ class StudySearcher(TrialSource):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Report an intermediate value."""
         live = self.live.get(trial_id)
+        self._ready.discard(trial_id)
         if live is not None and not self._broken:
+            live.status = result.get("status")
             with self._recording():
                 self._report(live, result)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell the study how the trial ended."""
+        """Tell the study how the trial ended; one that is stopped in a pause comes without a result."""
         live = self.live.get(trial_id)
         if live is None:
             return
-        status, reason = ending(result or {}, error)
+        status, reason = ending(result or {"status": live.status, **live.last}, error)
         if not self._broken:
             with self._recording():
                 self._report(live, result or {})
@@ -110,6 +117,43 @@ class StudySearcher(TrialSource):
                 with self._recording():
                     self._tell(self.live[tune_id], "cancelled", reason)
             self._unseat(tune_id)
+
+    def copied(
+        self, trial_id: str, donor_id: str, rates: dict[str, float], step: int
+    ) -> dict[str, Any]:
+        """Record that a trial took over another's weights and goes on with changed rates.
+
+        The study gets a new entry for it, without parameters: no single configuration led to what it
+        will reach, so the sampler must not learn from that. The former entry ends as pruned, with
+        what its configuration did reach.
+
+        Args:
+            donor_id: in the sweep, not Tune's.
+
+        Returns:
+            The trial's new config for Tune.
+        """
+        live = self.live[trial_id]
+        donor = next(other for other in self.live.values() if other.record.trial_id == donor_id)
+        source = donor.record.config
+        change = RateChange(step=step, copied_from=donor_id, **rates)
+        config = source.model_copy(
+            update={"seed": live.record.config.seed, "schedule": (*source.schedule, change)}
+        )
+        name = space.short_name(live.record.trial_id, config)
+        live.record = replace(live.record, config=config, name=name)
+        if not self._broken:
+            with self._recording():
+                former, live.trial = replace(live), self._ask_fixed(None)
+                self._store(live.trial, live.record)
+                assert donor.trial is not None
+                known = self._study.trials[donor.trial.number].intermediate_values
+                for known_step, value in sorted(known.items()):
+                    live.trial.report(value, known_step)
+                self._tell(former, "pruned", f"became a copy of {donor_id} at step {step}")
+                live.reported, live.last = set(known), dict(donor.last)
+                self._on_copy(live.record, donor_id)
+        return self._tune_config(live, "")
 
     @contextmanager
     def _recording(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import optuna
+from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from higgs_tune.metrics import VAL_TEXT_NLL
@@ -26,6 +27,7 @@ class LiveTrial:
     worker: int
     trial: optuna.Trial | None  # None: a trial outside the study (the confirm stage)
     last: dict[str, Any] = field(default_factory=dict)  # metrics of its newest result
+    status: str | None = None  # by its newest result
     reported: set[int] = field(default_factory=set)  # a failed-over trial repeats some steps
 
 
@@ -44,6 +46,10 @@ class TrialSource(Searcher):
         self._publish = publish
         self._deadline = deadline
         self._version = 0
+        self._named: tuple[str, ...] = ()  # whom the newest roster names
+        self._max_seated: int | None = None
+        self._trials: Sequence[Trial] = ()  # Tune's, whose status says who is paused
+        self._ready: set[str] = set()  # Tune's ids of trials whose pause is over
         self._stopped = False
         self.live: dict[str, LiveTrial] = {}  # by Tune's trial id
 
@@ -60,6 +66,20 @@ class TrialSource(Searcher):
     ) -> bool:
         """Metric and mode are fixed."""
         return True
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Keep to the limit ourselves: Tune's own counts paused trials."""
+        self._max_seated = max_concurrent
+        return True
+
+    def on_pause(self, trial_id: str) -> None:
+        """A scheduler lets a trial wait for others."""
+        self._ready.discard(trial_id)
+
+    def on_unpause(self, trial_id: str) -> None:
+        """A scheduler lets a trial go on: it gets a slot before any new trial does."""
+        self._ready.add(trial_id)
+        self.publish()
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is the state."""
@@ -83,36 +103,69 @@ class TrialSource(Searcher):
         self._stopped = True
         self.publish()
 
+    def is_full(self) -> bool:
+        """Whether every slot is taken, or kept for a trial whose pause is over."""
+        resting = self.paused().keys() - self._ready
+        return self._max_seated is not None and len(self.live) - len(resting) >= self._max_seated
+
+    def paused(self) -> dict[str, Trial]:
+        """The trials that Tune has paused, by its ids: they keep no slot."""
+        found = (trial for trial in self._trials if trial.status == Trial.PAUSED)
+        return {trial.trial_id: trial for trial in found if trial.trial_id in self.live}
+
+    def watch(self, trials: Sequence[Trial]) -> None:
+        """Look at Tune's trials, and tell the workers at once if one was paused or goes on."""
+        self._trials = trials
+        if self._seated() != self._named:
+            self.publish()
+
     def publish(self) -> None:
         """Tell the workers who is live; also called as the driver's heartbeat."""
+        paused = self.paused()
         to_come = 0 if self.over() else self.num_to_come()
-        names = tuple(live.record.trial_id for live in self.live.values())
-        self._publish(Roster(self._version, names, to_come))
+        to_come += len(self._ready & paused.keys())
+        if self._seated() != self._named:
+            self._version += 1
+            self._named = self._seated()
+        for trial in paused.values():  # no roster without it is as new as its next lease
+            trial.config["roster_version"] = self._version + 1
+        self._publish(Roster(self._version, self._named, to_come))
+
+    def _seated(self) -> tuple[str, ...]:
+        paused = self.paused()
+        return tuple(live.record.trial_id for key, live in self.live.items() if key not in paused)
 
     def _seat(
         self, tune_id: str, record: TrialRecord, trial: optuna.Trial | None, restore_from: str
     ) -> dict[str, Any]:
         loads = [0] * len(self._workers)
-        for live in self.live.values():
-            loads[live.worker] += 1
+        paused = self.paused()
+        for key, live in self.live.items():
+            if key not in paused:
+                loads[live.worker] += 1
         worker = loads.index(min(loads))
         self.live[tune_id] = LiveTrial(record, worker, trial)
-        self._version += 1
         self.publish()
+        return self._tune_config(self.live[tune_id], restore_from)
+
+    def _tune_config(self, live: LiveTrial, restore_from: str) -> dict[str, Any]:
+        record = live.record
+        changes = record.config.schedule
         return {
             "id": record.trial_id,
             "name": record.name,
             "trial": record.config.model_dump(mode="json"),
             "record": record.to_dict(),
+            "rates": record.config.rates_at(changes[-1].step if changes else 0),
             "restore_from": restore_from,
-            "worker": worker,
+            "worker": live.worker,
             "workers": self._workers,
             "roster_version": self._version,
         }
 
     def _unseat(self, tune_id: str) -> LiveTrial | None:
         live = self.live.pop(tune_id, None)
+        self._ready.discard(tune_id)
         if live is not None:
-            self._version += 1
             self.publish()
         return live

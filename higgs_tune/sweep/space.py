@@ -11,7 +11,7 @@ from optuna.distributions import (
     FloatDistribution,
 )
 
-from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.config import RATES, SweepConfig, TrialConfig
 from higgs_tune.config_file import validate
 from higgs_tune.config_space import Range
 from higgs_tune.errors import ConfigError
@@ -51,6 +51,12 @@ def distributions(config: SweepConfig) -> dict[str, BaseDistribution]:
         else:
             searched[name] = CategoricalDistribution(list(dict.fromkeys(setting)))
     return searched
+
+
+def rate_ranges(config: SweepConfig) -> dict[str, Range]:
+    """What a running trial may change without another layout of its adapter, where it is searched."""
+    settings = {name: getattr(config.space, name) for name in RATES}
+    return {name: setting for name, setting in settings.items() if isinstance(setting, Range)}
 
 
 def suggest(trial: optuna.Trial, config: SweepConfig) -> Values:
@@ -147,10 +153,8 @@ def check(config: SweepConfig) -> None:
 
 def short_name(trial_id: str, trial: TrialConfig) -> str:
     """What a person reads in tables and in the Ray dashboard."""
-    return (
-        f"{trial_id} r{trial.rank} lr{trial.learning_rate:.1e} "
-        f"{trial.cross_attention} {trial.target_set}"
-    )
+    rate = trial.rates_at(trial.num_steps)["learning_rate"]
+    return f"{trial_id} r{trial.rank} lr{rate:.1e} {trial.cross_attention} {trial.target_set}"
 
 
 def same_but_seed(left: TrialConfig, right: TrialConfig) -> bool:

@@ -144,13 +144,13 @@ class Engine:
         Returns:
             Summed nats, detached: text (K,), audio (K, C). Reading them waits for the device.
         """
-        by_slot = {resident.slot: resident.config for resident in self.residents.values()}
+        by_slot = {r.slot: r.config.rates_at(r.step) for r in self.residents.values()}
         share_KC = torch.zeros(len(batch.slots), 1 + self.num_codebooks)  # text, then codebooks
         for k, slot in enumerate(batch.slots):
-            config, count = by_slot[slot], counts[slot]
+            rates, count = by_slot[slot], counts[slot]
             if count.text:
-                share_KC[k, 0] = config.text_loss_weight / count.text
-            share = config.audio_loss_weight / self.num_codebooks
+                share_KC[k, 0] = rates["text_loss_weight"] / count.text
+            share = rates["audio_loss_weight"] / self.num_codebooks
             for codebook, number in enumerate(count.audio_C):
                 if number:
                     share_KC[k, 1 + codebook] = share / int(number)
@@ -174,14 +174,15 @@ class Engine:
         for trial_id in trial_ids:
             resident = self.residents[trial_id]
             config = resident.config
-            rate = config.learning_rate * learning_rate_factor(
+            rates = config.rates_at(resident.step)
+            rate = rates["learning_rate"] * learning_rate_factor(
                 resident.step, config.num_steps, config.warmup_fraction, config.min_lr_fraction
             )
             resident.step += 1
             resident.num_forwards = 0
             rows[resident.slot] = RowStep(
                 learning_rate=rate,
-                new_module_learning_rate=rate * config.new_module_lr_factor,
+                new_module_learning_rate=rate * rates["new_module_lr_factor"],
                 weight_decay=config.weight_decay,
                 clip_norm=config.clip_norm,
                 step=resident.step,

@@ -38,6 +38,22 @@ def test_steps_before_a_resume_do_not_count_as_pace(record):
     assert board.time_left_s() == pytest.approx(25)
 
 
+def test_a_paused_trial_is_shown_as_such_and_still_to_be_finished(record):
+    now = [0.0]
+    board = Board(clock=lambda: now[0])
+    board.start(record, 0)
+    now[0] = 50.0
+    board.result("t000", {"step": 50})
+    board.pause({"t000"})
+    assert board.rows["t000"].state == "paused"
+    assert board.time_left_s() == pytest.approx(100)
+    board.pause(set())
+    assert board.rows["t000"].state == "running"
+    board.end("t000", "pruned")
+    board.pause({"t000"})
+    assert board.rows["t000"].state == "pruned"
+
+
 def test_the_table_shows_what_a_person_asks_for(record):
     board = Board()
     board.start(record, 0)

@@ -1,13 +1,28 @@
+import random
 from types import SimpleNamespace
 
 import optuna
 import pytest
+from pydantic import ValidationError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from higgs_tune.config import SchedulerSettings, TrainSettings
-from higgs_tune.sweep.scheduler import grace_steps, make_scheduler, replay
+from higgs_tune.config import SchedulerSettings, SweepConfig, TrainSettings
+from higgs_tune.config_space import Range
+from higgs_tune.sweep.pausing import draw, seeded
+from higgs_tune.sweep.scheduler import (
+    Earlier,
+    grace_steps,
+    make_scheduler,
+    past_warmup,
+    replay,
+)
 
-TRAIN = TrainSettings(num_steps=150, report_every_steps=25)
+
+def scheduler_of(name="asha", **settings):
+    """A scheduler of a sweep of 150 steps that reports every 25."""
+    return make_scheduler(
+        SweepConfig.model_validate({"tune": {"scheduler": {"name": name, **settings}}})
+    )
 
 
 def finished(values):
@@ -38,10 +53,9 @@ def test_the_first_rung_is_a_reported_step_beyond_warmup(fraction, warmup, num_s
 
 
 def test_rungs_are_rebuilt_from_the_study():
-    settings = SchedulerSettings()
-    fresh, rebuilt = make_scheduler(settings, TRAIN), make_scheduler(settings, TRAIN)
+    fresh, rebuilt = scheduler_of(), scheduler_of()
     for index, value in enumerate((2.0, 2.1, 2.2)):
-        replay(rebuilt, f"earlier-{index}", finished({25: 6.0, 50: value}))
+        replay(rebuilt, f"earlier-{index}", finished({25: 6.0, 50: value}), ended=True)
     for scheduler in (fresh, rebuilt):
         scheduler.on_trial_add(None, SimpleNamespace(trial_id="new"))
     assert decide(fresh, "new", 50, 4.0) == TrialScheduler.CONTINUE
@@ -49,16 +63,16 @@ def test_rungs_are_rebuilt_from_the_study():
 
 
 def test_a_resumed_trial_is_not_judged_again_at_a_rung_it_passed():
-    scheduler = make_scheduler(SchedulerSettings(), TRAIN)
+    scheduler = scheduler_of()
     for index in range(5):
-        replay(scheduler, f"earlier-{index}", finished({50: 2.0}))
-    replay(scheduler, "resumed", finished({25: 9.0, 50: 9.0}))
+        replay(scheduler, f"earlier-{index}", finished({50: 2.0}), ended=True)
+    replay(scheduler, "resumed", finished({25: 9.0, 50: 9.0}), ended=False)
     scheduler.on_trial_add(None, SimpleNamespace(trial_id="resumed"))
     assert decide(scheduler, "resumed", 75, 9.0) == TrialScheduler.CONTINUE
 
 
 def test_a_diverged_trial_without_its_metric_leaves_the_rungs_alone():
-    scheduler = make_scheduler(SchedulerSettings(), TRAIN)
+    scheduler = scheduler_of()
     before = scheduler.debug_string()
     trial = SimpleNamespace(trial_id="bad")
     scheduler.on_trial_add(None, trial)
@@ -67,5 +81,136 @@ def test_a_diverged_trial_without_its_metric_leaves_the_rungs_alone():
 
 
 def test_no_early_stopping_when_it_is_switched_off():
-    assert isinstance(make_scheduler(SchedulerSettings(name="none"), TRAIN), FIFOScheduler)
-    replay(make_scheduler(SchedulerSettings(name="none"), TRAIN), "x", finished({50: 1.0}))
+    assert isinstance(scheduler_of("none"), FIFOScheduler)
+    replay(scheduler_of("none"), "x", finished({50: 1.0}), ended=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("hyperband", {"grace_fraction": 0.5}),
+        ("median", {"reduction_factor": 4}),
+        ("asha", {"min_samples": 2}),
+        ("asha", {"perturb_every_steps": 25}),
+        ("median", {"quantile_fraction": 0.5}),
+    ],
+)
+def test_a_setting_that_does_not_act_is_refused(name, setting):
+    (field,) = setting
+    with pytest.raises(ValidationError, match=f"{field} has no effect with the scheduler {name}"):
+        SchedulerSettings.model_validate({"name": name, **setting})
+    SchedulerSettings.model_validate({"name": "none", **setting})
+
+
+def test_rungs_that_would_fall_together_are_refused():
+    with pytest.raises(ValidationError, match="reduction_factor must be 2 or more"):
+        SchedulerSettings(name="hyperband", reduction_factor=1.5)
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ({"num_trials": 3, "scheduler": {"name": "pbt"}}, "pbt needs 4 or more"),
+        (
+            {"scheduler": {"name": "pbt", "perturb_every_steps": 30}},
+            r"perturb_every_steps \(30\) must be a multiple of train.report_every_steps \(25\)",
+        ),
+    ],
+)
+def test_a_population_that_cannot_be_is_refused(tune, message):
+    with pytest.raises(ValidationError, match=message):
+        SweepConfig.model_validate({"tune": tune})
+
+
+@pytest.mark.parametrize("num_steps", [10, 75, 150, 175, 400, 1000])
+@pytest.mark.parametrize("factor", [2.0, 2.5, 3.0, 4.0])
+def test_every_rung_of_every_bracket_is_a_reported_step_beyond_warmup(num_steps, factor):
+    train = {"num_steps": num_steps, "report_every_steps": 10, "warmup_fraction": 0.1}
+    settings = {"name": "hyperband", "reduction_factor": factor}
+    config = SweepConfig.model_validate({"train": train, "tune": {"scheduler": settings}})
+    scheduler = make_scheduler(config)
+    unit = past_warmup(config.train)
+    for number in range(200):
+        scheduler.on_trial_add(None, Earlier(str(number)))
+    brackets = [b for band in scheduler._hyperbands for b in band if b is not None]
+    assert brackets
+    for bracket in brackets:
+        rungs = [bracket._cumul_r]
+        trials = list(bracket._live_trials)
+        for _ in range(bracket._halves):
+            for trial in trials:
+                bracket._live_trials[trial] = {"val/text/nll": 1.0, "units_done": rungs[-1]}
+            bracket.successive_halving("val/text/nll", -1.0)
+            rungs.append(bracket._cumul_r)
+        assert rungs == sorted(set(rungs)), "two rungs at one step"
+        assert all(rung == int(rung) and rung * unit <= num_steps for rung in rungs)
+        assert all(rung * unit > 0.1 * num_steps or num_steps == 10 for rung in rungs)
+
+
+def median_of(values):
+    scheduler = scheduler_of("median")
+    for index, value in enumerate(values):
+        replay(scheduler, f"earlier-{index}", finished({25: 9.0, 50: value}), ended=True)
+    return scheduler
+
+
+@pytest.mark.parametrize(("value", "expected"), [(2.2, "STOP"), (2.0, "CONTINUE")])
+def test_the_median_of_earlier_runs_counts(value, expected):
+    scheduler = median_of([2.0, 2.1, 2.2])  # their averages from the grace on, whose median is 2.1
+    trial = Earlier("new")
+    scheduler.on_trial_add(None, trial)
+    result = {"step": 50, "val/text/nll": value}
+    assert scheduler.on_trial_result(None, trial, result) == expected
+
+
+@pytest.mark.parametrize(("best", "expected"), [(1.9, "CONTINUE"), (2.5, "STOP")])
+def test_a_resumed_trial_is_judged_by_its_best_so_far(best, expected):
+    scheduler = scheduler_of("median")
+    for index, value in enumerate((2.0, 2.1, 2.2)):
+        replay(scheduler, f"earlier-{index}", finished({50: value, 75: value}), ended=True)
+    replay(scheduler, "resumed", finished({50: best}), ended=False)
+    scheduler.on_trial_add(None, trial := Earlier("resumed"))
+    result = {"step": 75, "val/text/nll": 8.0}
+    assert scheduler.on_trial_result(None, trial, result) == expected
+
+
+def test_the_median_is_not_confused_by_a_trial_without_metric():
+    scheduler = median_of([2.0, 2.1, 2.2])
+    bad = Earlier("bad")
+    scheduler.on_trial_add(None, bad)
+    scheduler.on_trial_complete(None, bad, {"step": 75, "status": "diverged"})
+    scheduler.on_trial_complete(None, bad, {"status": "out_of_memory"})
+    scheduler.on_trial_add(None, trial := Earlier("new"))
+    result = {"step": 50, "val/text/nll": 3.0}
+    assert scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP
+
+
+@pytest.mark.parametrize(
+    ("settings", "unfinished", "expected"),
+    [
+        ({}, [], 50),
+        ({"perturb_every_steps": 25}, [], 50),  # not before the grace
+        ({"perturb_every_steps": 75, "grace_fraction": 0.1}, [], 75),
+        ({}, [25, 50], 100),  # one has passed 50
+        ({}, [0, 25], 50),
+    ],
+)
+def test_a_population_first_compares_where_nobody_has_been(settings, unfinished, expected):
+    config = SweepConfig.model_validate({"tune": {"scheduler": {"name": "pbt", **settings}}})
+    scheduler = make_scheduler(config, unfinished)
+    assert scheduler._next_perturbation_sync == expected
+
+
+def test_rates_are_drawn_from_their_range_and_again_by_the_same_seed():
+    ranges = [Range(low=1e-4, high=1e-2, log=True), Range(low=0.5, high=2.0)]
+    state = random.getstate()
+    drawn = []
+    for _ in range(2):
+        with seeded("1:50"):
+            drawn.append([draw(bounds)() for bounds in ranges for _ in range(200)])
+    assert drawn[0] == drawn[1]
+    assert random.getstate() == state
+    log_scale, plain = drawn[0][:200], drawn[0][200:]
+    assert 1e-4 <= min(log_scale) < 2e-4 and 5e-3 < max(log_scale) <= 1e-2
+    assert sorted(log_scale)[100] == pytest.approx(1e-3, rel=0.6)  # half lie below the middle power
+    assert 0.5 <= min(plain) < 0.6 and 1.9 < max(plain) <= 2.0

@@ -1,0 +1,65 @@
+"""The settings of the scheduler, and which of them act on which."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from higgs_tune.config_space import Settings
+
+ACTS_ON = {  # setting → schedulers
+    "grace_fraction": ("asha", "median", "pbt"),
+    "reduction_factor": ("asha", "hyperband"),
+    "min_samples": ("median",),
+    "perturb_every_steps": ("pbt",),
+    "quantile_fraction": ("pbt",),
+}
+
+
+class SchedulerSettings(Settings):
+    """Who trains on: early stopping, or a population that copies its best."""
+
+    name: Literal["asha", "hyperband", "median", "pbt", "none"] = "asha"
+    # asha, median: share of num_steps before the first stop; pbt: before the first copy
+    grace_fraction: float = Field(default=0.34, gt=0, le=1)
+    # asha, hyperband: the best 1/n at a rung go on
+    reduction_factor: float = Field(default=3.0, gt=1)
+    min_samples: int = Field(default=3, ge=1)  # median: of so many other trials or more
+    # pbt: copy and change after so many steps; default: what grace_fraction comes to
+    perturb_every_steps: int | None = Field(default=None, ge=1)
+    # pbt: the worst so many copy from the best so many
+    quantile_fraction: float = Field(default=0.25, gt=0, le=0.5)
+
+    def refuse_impossible(self, num_trials: int, report_every_steps: int) -> None:
+        """ValueError for a population that is too small, or is compared where nobody reports."""
+        if self.name != "pbt":
+            return
+        if num_trials < 4:
+            raise ValueError(
+                f"tune.num_trials is {num_trials}: pbt needs 4 or more, trials 0 and 1, which "
+                "stay as they are, and a population of two"
+            )
+        every = self.perturb_every_steps
+        if every is not None and every % report_every_steps:
+            raise ValueError(
+                f"tune.scheduler.perturb_every_steps ({every}) must be a multiple of "
+                f"train.report_every_steps ({report_every_steps}): trials are compared "
+                "where they are validated"
+            )
+
+    @model_validator(mode="after")
+    def _acting(self) -> "SchedulerSettings":
+        if self.name == "none":
+            return self
+        for name, field in SchedulerSettings.model_fields.items():
+            acts = name == "name" or self.name in ACTS_ON[name]
+            if not acts and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"{name} has no effect with the scheduler {self.name}: leave it out, or keep its "
+                    f"default ({field.default}). It acts with {', '.join(ACTS_ON[name])}"
+                )
+        if self.name == "hyperband" and self.reduction_factor < 2:
+            raise ValueError(
+                f"reduction_factor must be 2 or more with hyperband, found {self.reduction_factor:g}: "
+                "the rungs of a bracket would fall together"
+            )
+        return self

@@ -1,0 +1,177 @@
+"""Schedulers that pause trials: HyperBand's brackets, and a population that copies its best.
+
+Both expect Tune's searcher to be wrapped in its ConcurrencyLimiter, which hands `on_unpause` through
+to `sweep.source`; a paused trial takes no slot, and one that may go on waits for a free one.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import HyperBandForBOHB, PopulationBasedTraining, TrialScheduler
+
+from higgs_tune.config_space import Range
+from higgs_tune.metrics import STEP
+
+UNITS = "units_done"  # a bracket's time: whole units at every rung
+RATES = "rates"  # what a population changes, in the config of a Tune trial
+
+
+class Brackets(HyperBandForBOHB):
+    """Synchronous HyperBand for trials that come one by one.
+
+    Tune's HyperBandScheduler halves a bracket as soon as everyone who is there has reached the rung.
+    With fewer slots than the bracket has trials that is a bracket of a few, and since trials that
+    ended do not count as there, it never fills. HyperBandForBOHB pauses until the bracket is full,
+    the largest first; it needs nothing of BOHB's searcher but that it is told who goes on.
+
+    Time is counted in units of `unit_steps`, the first report beyond warm-up: every rung then is a
+    whole number of reports, which Tune needs, because it waits for ever for a trial that jumped
+    over a rung and the next.
+    """
+
+    def __init__(
+        self, *, unit_steps: int, num_steps: int, reduction_factor: float, **metric: str
+    ) -> None:
+        self._unit_steps = unit_steps
+        super().__init__(
+            time_attr=UNITS,
+            max_t=max(1, num_steps // unit_steps),
+            reduction_factor=reduction_factor,
+            stop_last_trials=False,  # they end by themselves, at num_steps
+            **metric,
+        )
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Continue to the rung, wait there for the bracket, or stop."""
+        timed = {**result, UNITS: result[STEP] / self._unit_steps}
+        return super().on_trial_result(tune_controller, trial, timed)
+
+    def choose_trial_to_run(self, tune_controller: Any, allow_recurse: bool = True) -> Trial | None:
+        """The next trial of the earliest bracket that may go on, once a slot is free."""
+        trial = super().choose_trial_to_run(tune_controller, allow_recurse)
+        return trial if has_room(tune_controller, trial) else None
+
+
+class Population(PopulationBasedTraining):
+    """Population based training: at equal steps the worst copy the best and change their rates.
+
+    Synchronous, so that trials compare at the same step, a sweep repeats, and a donor's checkpoint
+    is the one it was ranked by. Tune's own synchronous mode would wait for ever for a trial that
+    diverged or failed, and would clone a trial while it is being saved, after which Tune stops it;
+    so here nothing happens before everyone who is left has been paused.
+
+    Trials 0 and 1, the baselines, run beside it: as copies they would be no baselines any more.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        ranges: Mapping[str, Range],
+        perturbation_interval: int,
+        burn_in_period: int,
+        quantile_fraction: float,
+        **metric: str,
+    ) -> None:
+        self._seed = seed
+        self._ranges = dict(ranges)
+        super().__init__(
+            time_attr=STEP,
+            perturbation_interval=perturbation_interval,
+            burn_in_period=burn_in_period,
+            quantile_fraction=quantile_fraction,
+            hyperparam_mutations={RATES: {name: draw(r) for name, r in ranges.items()}},
+            custom_explore_fn=self._bounded,
+            log_config=False,  # the trials' own files say it
+            synch=True,
+            **metric,
+        )
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Take a trial into the population.
+
+        Tune refuses searchers, because they would be told of a configuration that is no more what
+        trained; ours is told of every copy.
+        """
+        if in_population(trial):
+            super().on_trial_add(SimpleNamespace(search_alg=None), trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Pause a trial that has reached the step at which all are compared."""
+        if not in_population(trial) or result[STEP] < self._next_perturbation_sync:
+            return TrialScheduler.CONTINUE
+        self._save_trial_state(self._trial_state[trial], result[STEP], result, trial)
+        return TrialScheduler.PAUSE
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """Compare and copy when everyone waits; then whoever has trained least."""
+        members = [trial for trial in tune_controller.get_trials() if in_population(trial)]
+        left = [trial for trial in members if not trial.is_finished()]
+        if left and all(trial.status == Trial.PAUSED for trial in left):
+            states = [self._trial_state[trial] for trial in left]
+            if all(state.last_train_time >= self._next_perturbation_sync for state in states):
+                self._compare(tune_controller, left)
+        chosen = super().choose_trial_to_run(SimpleNamespace(get_trials=lambda: members))
+        return chosen if has_room(tune_controller, chosen) else None
+
+    def _compare(self, tune_controller: Any, left: list[Trial]) -> None:
+        """Let the worst copy from the best, tell the searcher, and let all go on."""
+        source = tune_controller.search_alg.searcher.searcher
+        step = self._next_perturbation_sync
+        before = {trial: trial.config for trial in left}
+        last = left[-1]
+        view = SimpleNamespace(get_trials=lambda: left, get_live_trials=lambda: left)
+        with seeded(f"{self._seed}:{step}"):
+            super().on_trial_result(view, last, self._trial_state[last].last_result or {})
+        for trial in left:
+            if trial.config is not before[trial]:  # it holds the donor's now
+                config = source.copied(
+                    trial.trial_id, trial.config["id"], trial.config[RATES], step
+                )
+                trial.set_config(config)
+        for trial in left:
+            source.on_unpause(trial.trial_id)
+
+    def _bounded(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Keep changed rates within the search space."""
+        for name, bounds in self._ranges.items():
+            config[RATES][name] = min(max(config[RATES][name], bounds.low), bounds.high)
+        return config
+
+
+def in_population(trial: Trial) -> bool:
+    """Whether a trial may copy and be copied: all but the baselines."""
+    return trial.config["record"]["origin"] == "search"
+
+
+def has_room(tune_controller: Any, trial: Trial | None) -> bool:
+    """Whether a trial may start now; one that is pending has its slot already."""
+    if trial is None or trial.status != Trial.PAUSED:
+        return True
+    active = (Trial.PENDING, Trial.RUNNING)
+    num_active = sum(other.status in active for other in tune_controller.get_trials())
+    return num_active < tune_controller.search_alg.searcher.max_concurrent
+
+
+def draw(bounds: Range) -> Any:
+    """A function that draws from a range with Python's own generator."""
+    if bounds.log:
+        low, high = math.log(bounds.low), math.log(bounds.high)
+        return lambda: math.exp(random.uniform(low, high))
+    return lambda: random.uniform(bounds.low, bounds.high)
+
+
+@contextmanager
+def seeded(seed: str) -> Iterator[None]:
+    """Seed Python's own generator, which Tune draws from, and put it back."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
