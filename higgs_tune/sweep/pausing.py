@@ -35,7 +35,7 @@ class Brackets(HyperBandForBOHB):
     """
 
     def __init__(
-        self, *, unit_steps: int, num_steps: int, reduction_factor: float, **metric: str
+        self, *, unit_steps: int, num_steps: int, reduction_factor: float, **metric: Any
     ) -> None:
         self._unit_steps = unit_steps
         super().__init__(
@@ -76,7 +76,7 @@ class Population(PopulationBasedTraining):
         perturbation_interval: int,
         burn_in_period: int,
         quantile_fraction: float,
-        **metric: str,
+        **metric: Any,
     ) -> None:
         self._seed = seed
         self._ranges = dict(ranges)
@@ -99,7 +99,8 @@ class Population(PopulationBasedTraining):
         trained; ours is told of every copy.
         """
         if in_population(trial):
-            super().on_trial_add(SimpleNamespace(search_alg=None), trial)
+            view: Any = SimpleNamespace(search_alg=None)
+            super().on_trial_add(view, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Pause a trial that has reached the step at which all are compared."""
@@ -116,7 +117,8 @@ class Population(PopulationBasedTraining):
             states = [self._trial_state[trial] for trial in left]
             if all(state.last_train_time >= self._next_perturbation_sync for state in states):
                 self._compare(tune_controller, left)
-        chosen = super().choose_trial_to_run(SimpleNamespace(get_trials=lambda: members))
+        view: Any = SimpleNamespace(get_trials=lambda: members)
+        chosen = super().choose_trial_to_run(view)
         return chosen if has_room(tune_controller, chosen) else None
 
     def _compare(self, tune_controller: Any, left: list[Trial]) -> None:
@@ -125,7 +127,7 @@ class Population(PopulationBasedTraining):
         step = self._next_perturbation_sync
         before = {trial: trial.config for trial in left}
         last = left[-1]
-        view = SimpleNamespace(get_trials=lambda: left, get_live_trials=lambda: left)
+        view: Any = SimpleNamespace(get_trials=lambda: left, get_live_trials=lambda: left)
         with seeded(f"{self._seed}:{step}"):
             super().on_trial_result(view, last, self._trial_state[last].last_result or {})
         for trial in left:

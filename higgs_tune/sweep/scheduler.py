@@ -98,7 +98,7 @@ def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) ->
     scheduler, train = config.tune.scheduler, config.train
     if scheduler.name == "none":
         return FIFOScheduler()
-    common = {"metric": VAL_TEXT_NLL, "mode": "min"}
+    common: dict[str, Any] = {"metric": VAL_TEXT_NLL, "mode": "min"}
     if scheduler.name == "hyperband":
         return Brackets(
             unit_steps=past_warmup(train),

@@ -144,12 +144,13 @@ class StudySearcher(TrialSource):
         live.record = replace(live.record, config=config, name=name)
         if not self._broken:
             with self._recording():
-                former, live.trial = replace(live), self._ask_fixed(None)
-                self._store(live.trial, live.record)
+                former, trial = replace(live), self._ask_fixed(None)
+                live.trial = trial
+                self._store(trial, live.record)
                 assert donor.trial is not None
                 known = self._study.trials[donor.trial.number].intermediate_values
                 for known_step, value in sorted(known.items()):
-                    live.trial.report(value, known_step)
+                    trial.report(value, known_step)
                 self._tell(former, "pruned", f"became a copy of {donor_id} at step {step}")
                 live.reported, live.last = set(known), dict(donor.last)
                 self._on_copy(live.record, donor_id)
