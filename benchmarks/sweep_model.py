@@ -16,7 +16,7 @@ from typing import Any, cast
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
 
-from higgs_tune.config import SchedulerSettings, TrainSettings
+from higgs_tune.config import SchedulerSettings, SweepConfig, TrainSettings, TuneSettings
 from higgs_tune.metrics import STEP, VAL_TEXT_NLL
 from higgs_tune.sweep.scheduler import make_scheduler
 
@@ -113,7 +113,8 @@ class _Sweep:
             report_every_steps=search.report_every_steps,
             warmup_fraction=0,
         )
-        self.scheduler = make_scheduler(search.scheduler, train)
+        tune = TuneSettings(scheduler=search.scheduler)
+        self.scheduler = make_scheduler(SweepConfig(train=train, tune=tune))
 
     def at(self, time: float, kind: str, number: int) -> None:
         """Something will happen to a GPU, unless it fails before."""
