@@ -51,6 +51,7 @@ def render_html(
         "figures": "".join(_figure(key, pictures[key]) for key in CAPTIONS if key in pictures),
         "levels": _levels(results),
         "trials": _trials_table(results, findings),
+        "workers": _workers(results),
         "best_config": _best_config(best_config),
         "environment": _environment(results),
     }
@@ -59,12 +60,15 @@ def render_html(
 
 def _lead(results: Results, findings: Findings) -> str:
     counts = f"Trials: {trial_counts(results)}."
-    if (workers := workers_sentence(results)) is not None:
-        counts += f" Workers: {workers}"
     if findings.choice is None:
         return f"<p>{_e(counts)}</p>"
     config = findings.choice.trial.config
     return f"<p><strong>{_e(describe(config))}</strong></p><p>{_e(counts)}</p>"
+
+
+def _workers(results: Results) -> str:
+    sentence = workers_sentence(results)
+    return "" if sentence is None else f"<p><small>Workers: {_e(sentence)}</small></p>"
 
 
 def _card(answer: Answer) -> str:
