@@ -5,6 +5,7 @@ import pytest
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.config_file import validate
+from higgs_tune.sweep import study as studies
 
 
 @pytest.fixture
@@ -22,3 +23,13 @@ def make_config(tmp_path: Path):
         return validate(SweepConfig, raw, "test")
 
     return make
+
+
+@pytest.fixture
+def study(tmp_path: Path):
+    return studies.open_study("s", tmp_path, None)
+
+
+@pytest.fixture
+def fast_rounds(monkeypatch):
+    monkeypatch.setenv("FAKE_ROUND_S", "0.001")

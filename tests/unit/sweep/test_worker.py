@@ -3,81 +3,17 @@ import contextlib
 import gc
 import json
 import os
-import random
 import subprocess
 import sys
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 
-from higgs_tune.config import TrialConfig
 from higgs_tune.errors import ModelError
 from higgs_tune.sweep.seats import CHECKPOINT_INFO, Roster, SlotLostError, import_loop
-from higgs_tune.sweep.worker import Worker
 from tests.sweep_fakes import FakeLoop
+from tests.workers import asking, beat, make_worker, never, run, seat, trial
 
-
-@pytest.fixture(autouse=True)
-def _fast_rounds(monkeypatch):
-    monkeypatch.setenv("FAKE_ROUND_S", "0.001")
-
-
-def run(scenario: "Coroutine[Any, Any, None]") -> None:
-    """Run to the end, but never hang the suite."""
-
-    async def bounded() -> None:
-        await asyncio.wait_for(scenario, 60)
-
-    asyncio.run(bounded())
-
-
-def trial(**changes: Any) -> TrialConfig:
-    raw = {
-        "rank": 8,
-        "alpha": 32.0,
-        "targets": ("attention",),
-        "learning_rate": 1e-3,
-        "num_steps": 100,
-        "report_every_steps": 25,
-    }
-    return TrialConfig.model_validate({**raw, **changes})
-
-
-def make_worker(make_config, *, slots=2, strict=True, **kwargs) -> Worker:
-    kwargs.setdefault("exit_process", lambda code: None)
-    sections = {"tune": {"ahead_fraction": 0.1}, **kwargs.pop("sections", {})}
-    return Worker(
-        make_config(**sections),
-        num_slots=slots,
-        strict=strict,
-        device="cpu",
-        loop_path="tests.sweep_fakes:FakeLoop",
-        **kwargs,
-    )
-
-
-async def never(task: "asyncio.Task[Any]") -> bool:
-    """Whether the task still waits after everything that could run has run."""
-    for _ in range(50):
-        await asyncio.sleep(0.002)
-    return not task.done()
-
-
-def asking(worker: Worker, trial_id: str) -> "asyncio.Task[dict[str, Any]]":
-    return asyncio.get_running_loop().create_task(worker.next_result(trial_id))
-
-
-async def beat(worker: Worker, roster: Roster, times: int) -> None:
-    """The driver's heartbeat; what waits to run may run before each."""
-    for _ in range(times):
-        await asyncio.sleep(0.002)
-        await worker.sync(roster)
-
-
-async def seat(worker: Worker, *names: str, version: int = 1, **changes: Any) -> None:
-    for name in names:
-        assert await worker.join(name, trial(**changes), None, version)
+pytestmark = pytest.mark.usefixtures("fast_rounds")
 
 
 def test_the_pack_starts_when_everyone_on_the_roster_asks(make_config):
@@ -358,139 +294,6 @@ def test_an_old_roster_does_not_evict_a_trial_it_cannot_know(make_config):
         assert (await worker.next_result("t5"))["step"] == 25
 
     run(scenario())
-
-
-def test_one_of_several_workers_does_not_wait_for_the_trials_of_the_others(make_config):
-    async def scenario():
-        worker = make_worker(make_config, strict=False)
-        await worker.sync(Roster(1, ("t0", "t1", "t2"), 0))
-        await seat(worker, "t1")
-        assert (await worker.next_result("t1"))["step"] == 25
-
-    run(scenario())
-
-
-def test_one_of_several_workers_goes_on_without_a_successor_and_seats_it_at_its_next_step(
-    make_config,
-):
-    async def scenario():
-        worker = make_worker(make_config, strict=False)
-        await worker.sync(Roster(1, ("t0", "t1", "t2"), 4))
-        await seat(worker, "t1")
-        assert (await worker.next_result("t1"))["step"] == 25
-        task = asking(worker, "t1")
-        await seat(worker, "t2", version=1)
-        other = asking(worker, "t2")
-        assert (await other)["step"] == 25
-        assert (await task)["step"] == 50
-        loop = await worker._loaded()
-        joined = loop.log[-1]
-        assert joined[:2] == ("join", "t2")
-        assert joined[2] % 25 != 0
-        await worker.sync(Roster(2, ("t2",), 4))  # t1 was stopped
-        while len(loop.log) < 3:
-            await asyncio.sleep(0.001)
-        assert loop.log[-1][:2] == ("leave", "t1")
-
-    run(scenario())
-
-
-def test_one_of_several_workers_takes_the_slot_of_a_trial_that_stops_asking(
-    make_config, caplog, monkeypatch
-):
-    async def scenario():
-        worker = make_worker(make_config, strict=False, grace_beats=5)
-        roster = Roster(1, ("t0", "t1", "t2"), 0)
-        await worker.sync(roster)
-        await seat(worker, "t0", "t1")
-        first, second = asking(worker, "t0"), asking(worker, "t1")
-        assert (await first)["step"] == 25
-        assert (await second)["step"] == 25
-        monkeypatch.setenv("FAKE_ROUND_S", "0.3")
-        assert (await worker.next_result("t1"))["step"] == 50
-        task = asking(worker, "t1")
-        await beat(worker, roster, 6)
-        assert not task.done()
-        with pytest.raises(SlotLostError, match="t0 has no slot"):
-            await worker.next_result("t0")
-        assert (await task)["step"] == 75
-        assert (await worker._loaded()).log[-1][:2] == ("leave", "t0")
-        assert "going on without ['t0']" in caplog.text  # t2 sits elsewhere
-
-    run(scenario())
-
-
-def drive(make_config, seed: int, delay_s: float) -> tuple[list[tuple], list[tuple]]:
-    """Run nine trials through two slots with racing clients that decide slowly.
-
-    Returns:
-        The results in the order in which they arrived, and who joined and left after which step.
-    """
-    rng = random.Random(seed)
-    arrived: list[tuple[Any, ...]] = []
-    log: list[tuple[str, str, int]] = []
-
-    async def scenario():
-        worker = make_worker(make_config)
-        names = [f"t{index}" for index in range(9)]
-        state = {"version": 0, "live": [], "queue": list(names)}
-
-        async def publish():
-            state["version"] += 1
-            live = tuple(state["live"])
-            await worker.sync(Roster(state["version"], live, len(state["queue"])))
-
-        async def pause():
-            await asyncio.sleep(rng.random() * delay_s)
-
-        async def client(name: str, version: int):
-            await pause()
-            budget = {"t3": 55, "t4": 51, "t6": 26}.get(name, 100)
-            assert await worker.join(name, trial(num_steps=budget), None, version)
-            while True:
-                await pause()
-                result = await worker.next_result(name)
-                arrived.append((name, result["step"], result["val/text/nll"]))
-                await pause()
-                files = await worker.save(name)
-                assert json.loads(files["training_state.json"])["step"] == result["step"]
-                stopped = name in ("t0", "t3", "t7") and result["step"] >= 50
-                if result["status"] != "running" or stopped:
-                    break
-            state["live"].remove(name)
-            await publish()
-            await pause()
-            await start()
-
-        tasks = []
-
-        async def start():
-            if state["queue"]:
-                name = state["queue"].pop(0)
-                state["live"].append(name)
-                await publish()
-                tasks.append(asyncio.create_task(client(name, state["version"])))
-
-        for _ in range(3):
-            await start()
-        while len(tasks) < len(names) or not all(task.done() for task in tasks):
-            await asyncio.sleep(0.005)
-        await asyncio.gather(*tasks)
-        log.extend((await worker._loaded()).log)
-
-    run(scenario())
-    return arrived, log
-
-
-def test_however_late_decisions_are_the_same_happens_at_the_same_steps(make_config):
-    arrived, log = drive(make_config, seed=1, delay_s=0.01)
-    assert len({name for name, *_ in arrived}) == 9
-    assert {kind for kind, *_ in log} == {"join", "leave"}
-    # Of a trial that was stopped no later step is seen, though it trained on.
-    assert max(step for name, step, _ in arrived if name == "t0") == 50
-    assert {name: step for kind, name, step in log if kind == "leave"}["t0"] == 52
-    for seed, delay_s in ((2, 0.0), (3, 0.001), (4, 0.03)):
-        assert drive(make_config, seed=seed, delay_s=delay_s) == (arrived, log)
 
 
 def test_nothing_of_torch_is_needed_to_import_a_worker():

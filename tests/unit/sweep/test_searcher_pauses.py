@@ -1,0 +1,103 @@
+"""Trials that a scheduler pauses, and those that copy another, in the study."""
+
+from types import SimpleNamespace
+
+from optuna.trial import TrialState
+
+from higgs_tune.sweep import study as studies
+from tests.sweep_fakes import make_searcher, report
+
+
+def status_of(tune_id, status, config):
+    """What the searcher reads of Tune's trial."""
+    return SimpleNamespace(trial_id=tune_id, status=status, config=config)
+
+
+def test_a_paused_trial_keeps_no_slot_and_no_roster_can_evict_it_when_it_comes_back(
+    study, make_config
+):
+    searcher, rosters, _ = make_searcher(study, make_config())
+    searcher.set_max_concurrency(2)
+    configs = {name: searcher.suggest(name) for name in "ab"}
+    assert searcher.suggest("c") is None
+    trials = [status_of("a", "PAUSED", configs["a"]), status_of("b", "RUNNING", configs["b"])]
+    searcher.watch(trials)
+    assert rosters[-1].live == ("t001",)
+    configs["c"] = searcher.suggest("c")
+    assert rosters[-1].live == ("t001", "t002")
+    assert configs["a"]["roster_version"] > rosters[-1].version
+    assert searcher.suggest("d") is None
+    trials[0].status = "PENDING"  # Tune starts it: its lease is newer than any roster without it
+    searcher.on_trial_complete("b", report(4.0, 50))
+    assert rosters[-1].live == ("t000", "t002")
+    assert rosters[-1].version >= configs["a"]["roster_version"]
+    assert {t.state for t in study.trials} == {TrialState.RUNNING, TrialState.PRUNED}
+
+
+def test_a_trial_whose_pause_is_over_gets_a_slot_before_a_new_one(study, make_config):
+    searcher, rosters, _ = make_searcher(study, make_config())
+    searcher.set_max_concurrency(2)
+    configs = {name: searcher.suggest(name) for name in "ab"}
+    searcher.watch([status_of("a", "PAUSED", configs["a"])])
+    to_come = rosters[-1].to_come
+    searcher.on_unpause("a")
+    assert rosters[-1].to_come == to_come + 1
+    assert searcher.suggest("c") is None
+    searcher.on_pause("a")
+    assert searcher.suggest("c") is not None
+
+
+def test_a_trial_that_is_stopped_in_its_pause_is_pruned_with_its_values(study, make_config):
+    searcher, _, _ = make_searcher(study, make_config())
+    searcher.suggest("a")
+    searcher.on_trial_result("a", report(5.0, 25))
+    searcher.on_trial_result("a", report(4.0, 50))
+    searcher.on_trial_complete("a", None)
+    (trial,) = study.trials
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs["status"] == "pruned"
+    assert trial.user_attrs["reason"] == "stopped by the scheduler at step 50"
+    assert trial.intermediate_values == {25: 5.0, 50: 4.0}
+
+
+def test_a_copy_gets_an_entry_of_its_own_without_parameters(study, make_config):
+    copies = []
+    searcher, _, _ = make_searcher(
+        study, make_config(), on_copy=lambda record, donor_id: copies.append((record, donor_id))
+    )
+    configs = {name: searcher.suggest(name) for name in "abcd"}
+    for name, value in (("c", 3.0), ("d", 5.0)):
+        searcher.on_trial_result(name, report(value, 50))
+    donor, former = configs["c"], configs["d"]
+    rates = {**donor["rates"], "learning_rate": 2e-3}
+    config = searcher.copied("d", "t002", rates, 50)
+    assert (config["id"], config["rates"]) == ("t003", rates)
+    assert config["trial"]["rank"] == donor["trial"]["rank"]
+    assert config["trial"]["learning_rate"] == donor["trial"]["learning_rate"]
+    assert config["trial"]["seed"] == former["trial"]["seed"]
+    assert config["trial"]["schedule"] == [{"step": 50, "copied_from": "t002", **rates}]
+    assert [(record.trial_id, donor_id) for record, donor_id in copies] == [("t003", "t002")]
+    searcher.on_trial_complete("d", report(2.0, 150, "completed"))
+    given_up, entry = study.trials[3:]
+    assert given_up.state == TrialState.PRUNED and given_up.params
+    assert given_up.intermediate_values == {50: 5.0}
+    assert given_up.user_attrs["reason"] == "became a copy of t002 at step 50"
+    assert (entry.state, entry.value, entry.params) == (TrialState.COMPLETE, 2.0, {})
+    assert entry.intermediate_values == {50: 3.0, 150: 2.0}
+    assert studies.record_of(studies.latest(study.trials)[3]).config.schedule[0].step == 50
+
+
+def test_an_interrupted_copy_is_resumed_with_its_schedule(study, make_config):
+    searcher, _, _ = make_searcher(study, make_config())
+    for name in "abcd":
+        searcher.suggest(name)
+    searcher.on_trial_result("c", report(3.0, 50))
+    searcher.on_trial_result("d", report(5.0, 50))
+    rates = {**searcher._tune_config(searcher.live["c"], "")["rates"], "learning_rate": 2e-3}
+    before = searcher.copied("d", "t002", rates, 50)
+    searcher.cancel_live("interrupted")
+    again, _, _ = make_searcher(study, make_config())
+    resumed = [again.suggest(name) for name in "efgh"]
+    assert [config["id"] for config in resumed] == ["t000", "t001", "t002", "t003"]
+    assert resumed[3]["trial"] == before["trial"]
+    assert resumed[3]["rates"] == rates

@@ -1,0 +1,146 @@
+"""What follows from what in a worker, and at which step: one worker repeats, several do not wait."""
+
+import asyncio
+import json
+import random
+from typing import Any
+
+import pytest
+
+from higgs_tune.sweep.seats import Roster, SlotLostError
+from tests.workers import asking, beat, make_worker, run, seat, trial
+
+pytestmark = pytest.mark.usefixtures("fast_rounds")
+
+
+def test_one_of_several_workers_does_not_wait_for_the_trials_of_the_others(make_config):
+    async def scenario():
+        worker = make_worker(make_config, strict=False)
+        await worker.sync(Roster(1, ("t0", "t1", "t2"), 0))
+        await seat(worker, "t1")
+        assert (await worker.next_result("t1"))["step"] == 25
+
+    run(scenario())
+
+
+def test_one_of_several_workers_goes_on_without_a_successor_and_seats_it_at_its_next_step(
+    make_config,
+):
+    async def scenario():
+        worker = make_worker(make_config, strict=False)
+        await worker.sync(Roster(1, ("t0", "t1", "t2"), 4))
+        await seat(worker, "t1")
+        assert (await worker.next_result("t1"))["step"] == 25
+        task = asking(worker, "t1")
+        await seat(worker, "t2", version=1)
+        other = asking(worker, "t2")
+        assert (await other)["step"] == 25
+        assert (await task)["step"] == 50
+        loop = await worker._loaded()
+        joined = loop.log[-1]
+        assert joined[:2] == ("join", "t2")
+        assert joined[2] % 25 != 0
+        await worker.sync(Roster(2, ("t2",), 4))  # t1 was stopped
+        while len(loop.log) < 3:
+            await asyncio.sleep(0.001)
+        assert loop.log[-1][:2] == ("leave", "t1")
+
+    run(scenario())
+
+
+def test_one_of_several_workers_takes_the_slot_of_a_trial_that_stops_asking(
+    make_config, caplog, monkeypatch
+):
+    async def scenario():
+        worker = make_worker(make_config, strict=False, grace_beats=5)
+        roster = Roster(1, ("t0", "t1", "t2"), 0)
+        await worker.sync(roster)
+        await seat(worker, "t0", "t1")
+        first, second = asking(worker, "t0"), asking(worker, "t1")
+        assert (await first)["step"] == 25
+        assert (await second)["step"] == 25
+        monkeypatch.setenv("FAKE_ROUND_S", "0.3")
+        assert (await worker.next_result("t1"))["step"] == 50
+        task = asking(worker, "t1")
+        await beat(worker, roster, 6)
+        assert not task.done()
+        with pytest.raises(SlotLostError, match="t0 has no slot"):
+            await worker.next_result("t0")
+        assert (await task)["step"] == 75
+        assert (await worker._loaded()).log[-1][:2] == ("leave", "t0")
+        assert "going on without ['t0']" in caplog.text  # t2 sits elsewhere
+
+    run(scenario())
+
+
+def drive(make_config, seed: int, delay_s: float) -> tuple[list[tuple], list[tuple]]:
+    """Run nine trials through two slots with racing clients that decide slowly.
+
+    Returns:
+        The results in the order in which they arrived, and who joined and left after which step.
+    """
+    rng = random.Random(seed)
+    arrived: list[tuple[Any, ...]] = []
+    log: list[tuple[str, str, int]] = []
+
+    async def scenario():
+        worker = make_worker(make_config)
+        names = [f"t{index}" for index in range(9)]
+        state = {"version": 0, "live": [], "queue": list(names)}
+
+        async def publish():
+            state["version"] += 1
+            live = tuple(state["live"])
+            await worker.sync(Roster(state["version"], live, len(state["queue"])))
+
+        async def pause():
+            await asyncio.sleep(rng.random() * delay_s)
+
+        async def client(name: str, version: int):
+            await pause()
+            budget = {"t3": 55, "t4": 51, "t6": 26}.get(name, 100)
+            assert await worker.join(name, trial(num_steps=budget), None, version)
+            while True:
+                await pause()
+                result = await worker.next_result(name)
+                arrived.append((name, result["step"], result["val/text/nll"]))
+                await pause()
+                files = await worker.save(name)
+                assert json.loads(files["training_state.json"])["step"] == result["step"]
+                stopped = name in ("t0", "t3", "t7") and result["step"] >= 50
+                if result["status"] != "running" or stopped:
+                    break
+            state["live"].remove(name)
+            await publish()
+            await pause()
+            await start()
+
+        tasks = []
+
+        async def start():
+            if state["queue"]:
+                name = state["queue"].pop(0)
+                state["live"].append(name)
+                await publish()
+                tasks.append(asyncio.create_task(client(name, state["version"])))
+
+        for _ in range(3):
+            await start()
+        while len(tasks) < len(names) or not all(task.done() for task in tasks):
+            await asyncio.sleep(0.005)
+        await asyncio.gather(*tasks)
+        log.extend((await worker._loaded()).log)
+
+    run(scenario())
+    return arrived, log
+
+
+def test_however_late_decisions_are_the_same_happens_at_the_same_steps(make_config):
+    arrived, log = drive(make_config, seed=1, delay_s=0.01)
+    assert len({name for name, *_ in arrived}) == 9
+    assert {kind for kind, *_ in log} == {"join", "leave"}
+    # Of a trial that was stopped no later step is seen, though it trained on.
+    assert max(step for name, step, _ in arrived if name == "t0") == 50
+    assert {name: step for kind, name, step in log if kind == "leave"}["t0"] == 52
+    for seed, delay_s in ((2, 0.0), (3, 0.001), (4, 0.03)):
+        assert drive(make_config, seed=seed, delay_s=delay_s) == (arrived, log)

@@ -1,0 +1,66 @@
+"""A worker without Ray: its actor's methods on one event loop, with the fake loop."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from higgs_tune.config import TrialConfig
+from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.worker import Worker
+
+
+def run(scenario: "Coroutine[Any, Any, None]") -> None:
+    """Run to the end, but never hang the suite."""
+
+    async def bounded() -> None:
+        await asyncio.wait_for(scenario, 60)
+
+    asyncio.run(bounded())
+
+
+def trial(**changes: Any) -> TrialConfig:
+    raw = {
+        "rank": 8,
+        "alpha": 32.0,
+        "targets": ("attention",),
+        "learning_rate": 1e-3,
+        "num_steps": 100,
+        "report_every_steps": 25,
+    }
+    return TrialConfig.model_validate({**raw, **changes})
+
+
+def make_worker(make_config, *, slots=2, strict=True, **kwargs) -> Worker:
+    kwargs.setdefault("exit_process", lambda code: None)
+    sections = {"tune": {"ahead_fraction": 0.1}, **kwargs.pop("sections", {})}
+    return Worker(
+        make_config(**sections),
+        num_slots=slots,
+        strict=strict,
+        device="cpu",
+        loop_path="tests.sweep_fakes:FakeLoop",
+        **kwargs,
+    )
+
+
+async def never(task: "asyncio.Task[Any]") -> bool:
+    """Whether the task still waits after everything that could run has run."""
+    for _ in range(50):
+        await asyncio.sleep(0.002)
+    return not task.done()
+
+
+def asking(worker: Worker, trial_id: str) -> "asyncio.Task[dict[str, Any]]":
+    return asyncio.get_running_loop().create_task(worker.next_result(trial_id))
+
+
+async def beat(worker: Worker, roster: Roster, times: int) -> None:
+    """The driver's heartbeat; what waits to run may run before each."""
+    for _ in range(times):
+        await asyncio.sleep(0.002)
+        await worker.sync(roster)
+
+
+async def seat(worker: Worker, *names: str, version: int = 1, **changes: Any) -> None:
+    for name in names:
+        assert await worker.join(name, trial(**changes), None, version)
