@@ -4,42 +4,25 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
-import ray
-from ray.exceptions import RayActorError, RayTaskError
-from ray.tune import (
-    CheckpointConfig,
-    FailureConfig,
-    RunConfig,
-    TuneConfig,
-    Tuner,
-)
-from ray.tune.error import TuneError
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler
 
 from higgs_tune.base_source import check_pinned
 from higgs_tune.cluster import join_cluster
 from higgs_tune.config import SweepConfig
-from higgs_tune.files import write_json
-from higgs_tune.metrics import VAL_AUDIO_NLL
 from higgs_tune.sweep import runtime, space, study
-from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.confirm import ConfirmSource, confirm_records
-from higgs_tune.sweep.control import EXIT_CODES, Control, ControlStopper, signals
-from higgs_tune.sweep.folder import disk_error, disk_fault, open_folder, record_slots
+from higgs_tune.sweep.control import EXIT_CODES, Control, signals
+from higgs_tune.sweep.folder import disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles
-from higgs_tune.sweep.scheduler import make_scheduler, num_checkpoints, replay
+from higgs_tune.sweep.scheduler import make_scheduler, replay
 from higgs_tune.sweep.searcher import StudySearcher
 from higgs_tune.sweep.seats import DEFAULT_LOOP
 from higgs_tune.sweep.slots import resolve_slots, slots_of
-from higgs_tune.sweep.source import TrialSource
+from higgs_tune.sweep.stages import Sweep
 from higgs_tune.sweep.study import TrialRecord
-from higgs_tune.sweep.table import NUM_QUEUED
-from higgs_tune.sweep.trainable import PackTrial
 
 EXIT_NOTHING_FEASIBLE = 3
 
@@ -53,122 +36,6 @@ class SweepOutcome:
     best_trial: str | None  # the best of the search, not yet of the confirm stage
     num_trials: int  # of the search, by what the study holds
     wall_s: float
-
-
-class Sweep:
-    """What the two stages of one run of a sweep share."""
-
-    def __init__(
-        self,
-        config: SweepConfig,
-        results: Path,
-        workers: runtime.Workers,
-        control: Control,
-        display: Display,
-    ) -> None:
-        self.config = config
-        self.results = results
-        self.files = TrialFiles(results)
-        self._workers = workers
-        self._control = control
-        self._display = display
-        self._base: dict[str, Any] | None = None
-
-    def audio_limit(self) -> float:
-        """The highest val/audio/nll_per_code that is still feasible."""
-        if self._base is None:  # whoever asks has a result, so the base was evaluated before
-            self._base = ray.get(self._workers.description)
-        start: float = self._base["metrics"][VAL_AUDIO_NLL]
-        return start * (1 + self.config.objective.audio_tolerance)
-
-    def check_workers(self) -> None:
-        """Write base.json once the base is there, and workers.json now and then."""
-        self._check_base()
-        self.write_figures(self._workers.poll_figures())
-
-    def write_figures(self, figures: dict[str, dict[str, Any]] | None) -> None:
-        """Write where the workers' time went, if they have said."""
-        if figures:
-            write_json(self.results / "workers.json", figures)
-
-    def _check_base(self) -> None:
-        """Write base.json once the base is there; end the sweep if it cannot be loaded."""
-        if self._base is not None or not ray.wait([self._workers.description], timeout=0)[0]:
-            return
-        try:
-            self._base = ray.get(self._workers.description)
-        except RayTaskError as error:
-            self._control.fail(error.cause if isinstance(error.cause, Exception) else error)
-            return
-        except RayActorError:
-            self._workers.describe_again()
-            return
-        write_json(self.results / "base.json", self._base)
-        self._display.event("base_loaded", metrics=self._base["metrics"])
-
-    def copied(self, record: TrialRecord, donor_id: str) -> None:
-        """A trial of a population took over another's weights."""
-        self.files.copied(record, donor_id)
-        change = record.config.schedule[-1].model_dump()
-        self._display.event("trial_copied", trial=record.trial_id, **change)
-
-    def source_settings(self) -> dict[str, Any]:
-        """What both trial sources need."""
-        return {
-            "workers": self._workers.names,
-            "publish": self._workers.publish,
-        }
-
-    def run(self, stage: str, source: TrialSource, scheduler: TrialScheduler) -> None:
-        """One Tuner from its first trial to its last."""
-        self._display.board.stage = stage
-        self._display.event("stage", stage=stage, trials=source.num_to_come())
-        tune = self.config.tune
-        callback = SweepCallback(
-            results=self.results,
-            files=self.files,
-            source=source,
-            control=self._control,
-            display=self._display,
-            audio_limit=self.audio_limit,
-            check_workers=self.check_workers,
-            close_workers=self._workers.close,
-        )
-        tuner = Tuner(
-            PackTrial,
-            tune_config=TuneConfig(
-                search_alg=source,
-                scheduler=scheduler,
-                num_samples=source.num_to_come(),
-                max_concurrent_trials=tune.num_workers * (slots_of(self.config) + NUM_QUEUED),
-                reuse_actors=True,
-                trial_name_creator=_trial_id,
-                trial_dirname_creator=_trial_id,
-            ),
-            run_config=RunConfig(
-                name=stage,
-                storage_path=str(self.results / "ray"),
-                stop=ControlStopper(self._control),
-                callbacks=[callback],
-                failure_config=FailureConfig(max_failures=tune.max_failures),
-                checkpoint_config=CheckpointConfig(
-                    num_to_keep=num_checkpoints(self.config), checkpoint_frequency=1
-                ),
-                verbose=0,
-            ),
-        )
-        try:
-            tuner.fit()
-        except (OSError, TuneError):  # Tune writes below the results folder, too
-            fault = disk_fault(self.results)
-            if fault is not None:
-                self._control.fail(fault)
-            if not self._control.stopping:
-                raise
-
-    def fail_disk(self, error: OSError) -> None:
-        """End the sweep because its results folder cannot be written."""
-        self._control.fail(disk_error(self.results, error))
 
 
 def run_sweep(
@@ -309,7 +176,3 @@ def _outcome(results: Path, found: optuna.Study, control: Control, started: floa
         num_trials=len(study.latest(found.get_trials(deepcopy=False))),
         wall_s=time.monotonic() - started,
     )
-
-
-def _trial_id(trial: Trial) -> str:
-    return trial.config["id"]
