@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import TrialState
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.errors import SweepError
-from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.records import TrialFiles
-from tests.integration.test_sweep import run, study_of, trials_of
+from tests.integration.test_sweep import run, trials_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 EVERY = {name: {"name": name} for name in ("hyperband", "median", "pbt")}
@@ -67,28 +65,6 @@ def check_nobody_was_lost(results: Path, num_trials: int = 8) -> None:
         assert [step for _, step, _ in trained(results, name)] == steps
 
 
-@pytest.mark.parametrize("num_slots", [1, 2, 4])
-def test_hyperband_halves_full_brackets_whatever_the_number_of_slots(tmp_path, num_slots):
-    outcome = run(tmp_path, tune=tune(EVERY["hyperband"], slots_per_worker=num_slots))
-    check_nobody_was_lost(outcome.results)
-    trials = trials_of(outcome.results)
-    # 6 reports, factor 3: a bracket of 5 that is cut to 2 after 2 reports, then one of 3 that is not.
-    first = {f"t{n:03d}" for n in range(5)}
-    at_rung = sorted(values_at(trials, 50)[name] for name in first)
-    for name, trial in trials.items():
-        survives = name not in first or values_at(trials, 50)[name] <= at_rung[1]
-        assert trial["status"]["status"] == ("completed" if survives else "pruned")
-        assert trial["status"]["step"] == (150 if survives else 50)
-        expected = uninterrupted(config_of(trial), trial["status"]["step"])
-        assert trained(outcome.results, name) == expected
-        told = studies.latest(study_of(outcome).trials)[int(name[1:])]
-        assert told.state == (TrialState.COMPLETE if survives else TrialState.PRUNED)
-        assert told.intermediate_values == {
-            line["step"]: line["val/text/nll"] for line in trial["metrics"]
-        }
-    assert len(study_of(outcome).trials) == 8  # a paused trial was neither told nor lost
-
-
 @pytest.mark.parametrize("name", ["hyperband", "pbt"])
 def test_the_same_seed_gives_the_same_trials(tmp_path, name):
     scheduler = EVERY[name]
@@ -115,95 +91,6 @@ def test_trials_that_diverge_hold_nobody_up(tmp_path, name):
     statuses = [trial["status"]["status"] for trial in trials_of(outcome.results).values()]
     assert set(statuses) <= {"completed", "pruned", "diverged"}
     assert "diverged" in statuses and "completed" in statuses
-
-
-def test_the_median_rule_stops_after_the_grace(tmp_path):
-    outcome = run(tmp_path, tune=tune({"name": "median", "min_samples": 2}, num_trials=10))
-    check_nobody_was_lost(outcome.results, 10)
-    trials = trials_of(outcome.results)
-    ended = {name: trial["status"] for name, trial in trials.items()}
-    pruned = [name for name, status in ended.items() if status["status"] == "pruned"]
-    assert pruned
-    assert all(ended[name]["step"] >= 50 for name in pruned)
-    best = min(values_at(trials, 50), key=values_at(trials, 50).__getitem__)
-    assert ended[best]["status"] == "completed"
-
-
-@pytest.fixture(scope="module")
-def population(tmp_path_factory):
-    """Two baselines and six others, compared at steps 50 and 100, in four slots."""
-    folder = tmp_path_factory.mktemp("population")
-    return run(
-        folder,
-        tune=tune({"name": "pbt", "quantile_fraction": 0.3}),
-        confirm={"num_configs": 1, "num_seeds": 1},
-    )
-
-
-def test_a_copy_goes_on_from_its_donors_weights_at_another_rate(population):
-    trials = {n: t for n, t in trials_of(population.results).items() if n[0] == "t"}
-    assert {t["status"]["status"] for t in trials.values()} == {"completed"}
-    steps = []
-    for name, trial in trials.items():
-        config = config_of(trial)
-        expected, seed = [], config.seed
-        schedule = list(config.schedule)
-        steps += [change.step for change in schedule]
-        done = trained(population.results, name)
-        assert [step for _, step, _ in done] == [25, 50, 75, 100, 125, 150]
-        if not schedule:
-            assert done == uninterrupted(config, 150)
-            continue
-        last = schedule[-1]
-        donor = trained(population.results, last.copied_from)
-        shared = [interval for interval in donor if interval[1] <= last.step]
-        own = [[seed, step, last.learning_rate] for step in range(last.step + 25, 151, 25)]
-        expected = shared + own
-        assert done == expected
-        before = config.rates_at(last.step - 1)["learning_rate"]
-        assert last.learning_rate != before
-        assert 1e-4 <= last.learning_rate <= 3e-3
-    assert set(steps) == {50, 100}
-
-
-def test_the_baselines_stay_as_they_are(population):
-    trials = trials_of(population.results)
-    for name in ("t000", "t001"):
-        assert config_of(trials[name]).schedule == ()
-    copied = [c.copied_from for t in trials.values() for c in config_of(t).schedule]
-    assert not {"t000", "t001"} & set(copied)
-
-
-def test_a_copied_trial_is_told_as_no_single_configuration(population):
-    study = study_of(population)
-    newest = studies.latest(study.trials)
-    assert sorted(newest) == list(range(8))
-    given_up = [trial for trial in study.trials if trial.state == TrialState.PRUNED]
-    num_copies = sum("became a copy of" in trial.user_attrs["reason"] for trial in given_up)
-    assert num_copies == len(given_up) == 4  # two at each of two steps
-    assert len(study.trials) == 8 + 4
-    for index, trial in newest.items():
-        record = studies.record_of(trial)
-        assert record is not None
-        assert trial.state == TrialState.COMPLETE
-        assert bool(record.config.schedule) == (index > 1 and not trial.params)
-        assert sorted(trial.intermediate_values) == [25, 50, 75, 100, 125, 150]
-    best = min(newest.values(), key=lambda trial: trial.values[0])
-    assert population.best_trial == studies.record_of(best).trial_id
-
-
-def test_the_confirm_stage_repeats_the_schedule(population):
-    trials = trials_of(population.results)
-    confirmed = next(
-        t for n, t in trials.items() if t["record"]["confirms"] == population.best_trial
-    )
-    config = config_of(confirmed)
-    assert config.schedule == config_of(trials[population.best_trial]).schedule
-    name = confirmed["record"]["trial_id"]
-    assert trained(population.results, name) == [
-        [config.seed, step, config.rates_at(step - 25)["learning_rate"]]
-        for step in range(25, 151, 25)
-    ]
 
 
 @pytest.mark.parametrize("name", EVERY)
