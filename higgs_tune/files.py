@@ -41,8 +41,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line."""
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    """Write one JSON object a line, one after the other."""
+
+    def write(draft: Path) -> None:
+        with draft.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    replace_file(path, write)
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:

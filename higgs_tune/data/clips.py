@@ -3,7 +3,7 @@
 Shape letters: T frames, C codebooks.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,7 +69,7 @@ def clip_coder(codec: Codec, rules: ClipRules) -> Callable[[Names], Outcome]:
 
 
 def code_here(
-    codec: Codec, rules: ClipRules, rows: Sequence[Names]
+    codec: Codec, rules: ClipRules, rows: Iterable[Names]
 ) -> Generator[Outcome, None, None]:
     """Code row by row in this process."""
     coder = clip_coder(codec, rules)

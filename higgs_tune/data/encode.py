@@ -10,7 +10,7 @@ written last: without it the folder is no dataset.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +20,10 @@ from higgs_tune.data.audio import locate
 from higgs_tune.data.clips import ClipRules, Codes, Names, Outcome, code_here
 from higgs_tune.data.codec import Codec, load_codec, weights_digest
 from higgs_tune.data.files import write_json, write_json_lines
-from higgs_tune.data.manifest import Manifest, read_manifest
+from higgs_tune.data.manifest import open_manifest
 from higgs_tune.data.options import PrepareOptions
 from higgs_tune.data.progress import Advance, progress
+from higgs_tune.data.row_table import RowTable, Stage
 from higgs_tune.data.rows import ManifestRow, Rejection
 from higgs_tune.data.shards import (
     INFO_NAME,
@@ -81,18 +82,9 @@ def prepare(
         codec, resolve_device(device, "--device") if num_workers == 1 else "cpu", codec_revision
     )
     facts = codec_facts(model, codec)
-    found = read_manifest(manifest, root, options.max_text_chars, options.clips_from_chat)
-    _claim(out, _job(found, facts, options))
-    rejected = list(found.rejected)
-    _check_rejected(manifest, out, rejected, [], found.num_total, options)
-    rows, left_out, split_rule = assign_splits(found.rows, options.val_fraction, options.seed)
-    if split_rule == GIVEN and (num_shared := shared_texts(rows)):
-        logger.warning(
-            "%s: %d texts are in both splits, as its split column says", manifest, num_shared
-        )
     rules = ClipRules(root, options.min_seconds, options.max_seconds)
 
-    def code(names: Sequence[Names]) -> Generator[Outcome, None, None]:
+    def code(names: Iterable[Names]) -> Generator[Outcome, None, None]:
         if num_workers == 1:
             return code_here(model, rules, names)
         # pandas and Ray: seconds to import
@@ -102,11 +94,19 @@ def prepare(
         source = CodecSource(codec, codec_revision, facts.weights_sha256, facts.num_codebooks)
         return code_on_cluster(source, rules, names, num_workers=num_workers, device=device)
 
-    rejected += _encode_shards(rows, out, root, facts, code, options.rows_per_shard)
-    _check_rejected(manifest, out, rejected, left_out, found.num_total, options)
-    info = finish_dataset(
-        out, facts, num_rejected=len(rejected) + len(left_out), split_rule=split_rule
-    )
+    with open_manifest(manifest, root, options.max_text_chars, options.clips_from_chat) as table:
+        num_total = table.num_rows + table.num_rejected()
+        _claim(out, _job(table, facts, options))
+        _check_rejected(manifest, out, table, num_total, options)
+        split_rule = assign_splits(table, options.val_fraction, options.seed)
+        if split_rule == GIVEN and (num_shared := shared_texts(table)):
+            logger.warning(
+                "%s: %d texts are in both splits, as its split column says", manifest, num_shared
+            )
+        _encode_shards(table, out, root, facts, code, options.rows_per_shard)
+        _check_rejected(manifest, out, table, num_total, options)
+        num_rejected = table.num_rejected()
+    info = finish_dataset(out, facts, num_rejected=num_rejected, split_rule=split_rule)
     for split, count in info.splits.items():
         if not count:
             logger.warning("%s: the %s split is empty (%s)", out, split, split_rule)
@@ -144,37 +144,44 @@ def _row(row: ManifestRow, codes: Codes) -> Row:
 
 
 def _encode_shards(
-    rows: Sequence[ManifestRow],
+    table: RowTable,
     out: Path,
     root: Path,
     facts: CodecFacts,
-    code: Callable[[Sequence[Names]], Generator[Outcome, None, None]],
+    code: Callable[[Iterable[Names]], Generator[Outcome, None, None]],
     rows_per_shard: int,
-) -> list[Rejection]:
-    """Write the shards that are missing or stale; return the rejections of all."""
-    parts = [rows[start : start + rows_per_shard] for start in range(0, len(rows), rows_per_shard)]
-    # Before the audio is read: a file that changes meanwhile makes the record stale.
-    fingerprints = [_fingerprint(part, root) for part in parts]
-    records = [_read_record(out, index, print_) for index, print_ in enumerate(fingerprints)]
-    to_do = [index for index, record in enumerate(records) if record is None]
-    if to_do:
-        (out / INFO_NAME).unlink(missing_ok=True)
-        names = [row.audio for index in to_do for row in parts[index]]
-        title = f"encode ({len(rows) - len(names)} of {len(rows)} rows were done before)"
-        with (
-            progress(title if len(names) < len(rows) else "encode", len(names)) as advance,
-            closing(code(names)) as outcomes,
-        ):
-            for index in to_do:
-                rejected = _write_part(
-                    shard_path(out, index), parts[index], outcomes, facts, advance
-                )
-                records[index] = [asdict(rejection) for rejection in rejected]
-                write_json(
-                    _record_path(out, index),
-                    {"fingerprint": fingerprints[index], "rejected": records[index]},
-                )
-    return [Rejection(**fields) for record in records for fields in record or []]
+) -> None:
+    """Write the shards that are missing or stale; note the rejections of all."""
+    to_do: dict[int, str] = {}
+    num_to_do = 0
+    for index, part in enumerate(table.parts(rows_per_shard)):
+        # Before the audio is read: a file that changes meanwhile makes the record stale.
+        fingerprint = _fingerprint(part, root)
+        record = _read_record(out, index, fingerprint)
+        if record is None:
+            to_do[index] = fingerprint
+            num_to_do += len(part)
+        else:
+            table.reject((Rejection(**fields) for fields in record), Stage.AUDIO)
+    if not to_do:
+        return
+    (out / INFO_NAME).unlink(missing_ok=True)
+    num_rows = table.num_rows
+    title = f"encode ({num_rows - num_to_do} of {num_rows} rows were done before)"
+
+    def parts() -> Iterator[tuple[int, list[ManifestRow]]]:
+        return ((n, part) for n, part in enumerate(table.parts(rows_per_shard)) if n in to_do)
+
+    names = (row.audio for _, part in parts() for row in part)
+    with (
+        progress(title if num_to_do < num_rows else "encode", num_to_do) as advance,
+        closing(code(names)) as outcomes,
+    ):
+        for index, part in parts():
+            rejected = _write_part(shard_path(out, index), part, outcomes, facts, advance)
+            record = [asdict(rejection) for rejection in rejected]
+            write_json(_record_path(out, index), {"fingerprint": to_do[index], "rejected": record})
+            table.reject(rejected, Stage.AUDIO)
 
 
 def _write_part(
@@ -229,12 +236,12 @@ def _fingerprint(part: Sequence[ManifestRow], root: Path) -> str:
     return digest.hexdigest()
 
 
-def _job(manifest: Manifest, facts: CodecFacts, options: PrepareOptions) -> dict[str, Any]:
+def _job(table: RowTable, facts: CodecFacts, options: PrepareOptions) -> dict[str, Any]:
     """What decides the content of the dataset, audio files apart."""
     content = hashlib.sha256()
-    for row in manifest.rows:
+    for row in table.rows():
         content.update(row.canonical().encode() + b"\0")
-    for rejection in manifest.rejected:
+    for rejection in table.rejected():
         content.update(json.dumps(asdict(rejection), sort_keys=True).encode() + b"\0")
     return {
         **options.model_dump(mode="json", exclude={"max_rejected"}),
@@ -273,23 +280,19 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
 
 
 def _check_rejected(
-    manifest: Path,
-    out: Path,
-    rejected: Sequence[Rejection],
-    left_out: Sequence[Rejection],
-    num_total: int,
-    options: PrepareOptions,
+    manifest: Path, out: Path, table: RowTable, num_total: int, options: PrepareOptions
 ) -> None:
     """List what is rejected; DataError if it is more than `max_rejected`, or everything."""
-    listed = sorted([*rejected, *left_out], key=lambda rejection: rejection.row)
-    write_json_lines(out / REJECTED_NAME, [asdict(rejection) for rejection in listed])
+    write_json_lines(out / REJECTED_NAME, map(asdict, table.rejected()))
     allowed = options.allowed(num_total)
-    if len(rejected) <= allowed and len(listed) < num_total:
+    num_rejected = table.num_rejected(Stage.AUDIO)
+    if num_rejected <= allowed and table.num_rejected() < num_total:
         return
     (out / INFO_NAME).unlink(missing_ok=True)
-    first = "; ".join(f"row {some.row}: {some.reason}" for some in rejected[:_NUM_SHOWN])
+    shown = table.first_rejected(_NUM_SHOWN)
+    first = "; ".join(f"row {some.row}: {some.reason}" for some in shown)
     raise DataError(
-        f"{manifest}: {len(rejected)} of {num_total} rows are rejected, {allowed} are allowed "
+        f"{manifest}: {num_rejected} of {num_total} rows are rejected, {allowed} are allowed "
         f"(max_rejected {options.max_rejected:g}). First {first}. All are in {out / REJECTED_NAME}. "
         "Mend them, or raise --max-rejected; what is encoded is kept."
     )

@@ -7,8 +7,9 @@ actor, and the codes of the blocks under way.
 
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from higgs_tune.errors import ConfigError, ModelError
 
 _MAX_BLOCK_ROWS = 32  # coded by one actor in one go: what is done again when the actor dies
 _BLOCKS_PER_WORKER = 8  # at least, so that the actors end at about the same time
+# Rows that one stream is told of; the next one starts new actors, seconds after some days of audio.
+_STREAM_ROWS = 2**16
 _MAX_RETRIES = 3  # of a block whose actor died
 _ENVIRONMENT = ENVIRONMENT | {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else Ray's core prints a warning about each of its own pools
@@ -87,7 +90,7 @@ class _Coder:
 
 
 def code_on_cluster(
-    source: CodecSource, rules: ClipRules, rows: Sequence[Names], *, num_workers: int, device: str
+    source: CodecSource, rules: ClipRules, rows: Iterable[Names], *, num_workers: int, device: str
 ) -> Generator[Outcome, None, None]:
     """Code `rows` on `num_workers` actors; outcomes come in the rows' order.
 
@@ -104,30 +107,39 @@ def code_on_cluster(
     with join_cluster(_ENVIRONMENT) as cluster:
         num_gpus = _gpu_share(cluster, num_workers, device)
         _be_quiet()
-        size = max(1, min(_MAX_BLOCK_ROWS, len(rows) // (num_workers * _BLOCKS_PER_WORKER)))
-        items = [{"index": n, "names": list(names)} for n, names in enumerate(rows)]
-        data = ray.data.from_items(items, override_num_blocks=-(-len(rows) // size))
-        data.context.execution_options.preserve_order = True
-        data = data.map_batches(
-            _Coder,
-            fn_constructor_args=(source, rules, "cuda" if num_gpus else "cpu"),
-            batch_size=size,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=num_workers),
-            max_task_retries=_MAX_RETRIES,
-            num_gpus=num_gpus or None,
-            num_cpus=None if num_gpus else 1,
-        )
-        expected = 0
-        blocks: Iterable[Any] = data.iter_batches(batch_size=None, batch_format="pyarrow")
-        for block in blocks:
-            for row in block.to_pylist():
-                if row["fatal"]:
-                    raise ModelError(row["fatal"])
-                assert row["index"] == expected, (row["index"], expected)
-                expected += 1
-                yield _outcome(row, source.num_codebooks)
-        assert expected == len(rows), (expected, len(rows))
+        rest = iter(rows)
+        while names := list(islice(rest, _STREAM_ROWS)):
+            yield from _stream(source, rules, names, num_workers, num_gpus)
+
+
+def _stream(
+    source: CodecSource, rules: ClipRules, rows: list[Names], num_workers: int, num_gpus: float
+) -> Generator[Outcome, None, None]:
+    """Code some rows; Ray keeps the names of all of them until the last is coded."""
+    size = max(1, min(_MAX_BLOCK_ROWS, len(rows) // (num_workers * _BLOCKS_PER_WORKER)))
+    items = [{"index": n, "names": list(names)} for n, names in enumerate(rows)]
+    data = ray.data.from_items(items, override_num_blocks=-(-len(rows) // size))
+    data.context.execution_options.preserve_order = True
+    data = data.map_batches(
+        _Coder,
+        fn_constructor_args=(source, rules, "cuda" if num_gpus else "cpu"),
+        batch_size=size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        max_task_retries=_MAX_RETRIES,
+        num_gpus=num_gpus or None,
+        num_cpus=None if num_gpus else 1,
+    )
+    expected = 0
+    blocks: Iterable[Any] = data.iter_batches(batch_size=None, batch_format="pyarrow")
+    for block in blocks:
+        for row in block.to_pylist():
+            if row["fatal"]:
+                raise ModelError(row["fatal"])
+            assert row["index"] == expected, (row["index"], expected)
+            expected += 1
+            yield _outcome(row, source.num_codebooks)
+    assert expected == len(rows), (expected, len(rows))
 
 
 def _outcome(row: dict[str, Any], num_codebooks: int) -> Outcome:

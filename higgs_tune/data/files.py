@@ -1,7 +1,9 @@
 """The files of a dataset; one that cannot be written is a DataError that says how to go on."""
 
 import errno
-from collections.abc import Callable, Iterable, Mapping
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,13 @@ from higgs_tune import files
 from higgs_tune.errors import DataError
 
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_SCRATCH_KIB = 16 * 1024  # of a scratch database that are kept in memory
+_SCRATCH_ERRORS = {
+    "SQLITE_FULL",
+    "SQLITE_CANTOPEN",
+    "SQLITE_IOERR_WRITE",
+    "SQLITE_IOERR_GETTEMPPATH",
+}
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -37,6 +46,30 @@ def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         files.write_json_lines(path, lines)
     except OSError as error:
         raise _disk_error(path, error) from error
+
+
+@contextmanager
+def scratch_database() -> Iterator[sqlite3.Connection]:
+    """An empty SQLite database that goes with the block; all but a little of it is on the disk.
+
+    Its file has no name, so not even a process that is killed leaves anything behind.
+
+    Raises:
+        DataError: the disk is full, or the folder of temporary files cannot be written.
+    """
+    with closing(sqlite3.connect("")) as database:
+        database.execute(f"PRAGMA cache_size = -{_SCRATCH_KIB}")
+        database.execute("PRAGMA temp_store = FILE")  # of sorting and grouping
+        database.execute("PRAGMA journal_mode = OFF")  # nothing is ever rolled back
+        try:
+            yield database
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname not in _SCRATCH_ERRORS:
+                raise
+            raise DataError(
+                f"temporary files: {error} ({error.sqlite_errorname}). Rows of a manifest wait on "
+                "the disk, about as many bytes as it has. Set SQLITE_TMPDIR to a folder with room."
+            ) from error
 
 
 def _disk_error(path: Path, error: OSError) -> DataError:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from higgs_tune.data.files import write_file, write_json
+from higgs_tune.data.files import scratch_database, write_file, write_json
 from higgs_tune.errors import DataError
 
 FORMAT = 1
@@ -190,7 +190,13 @@ class ShardFile:
 
 def content_hash(digests: Iterable[bytes]) -> str:
     """Fingerprint of a dataset from its rows' digests, whatever their order and shards."""
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+    found = hashlib.sha256()
+    with scratch_database() as database:  # sorts more of them than memory holds
+        database.execute("CREATE TABLE digests (digest)")
+        database.executemany("INSERT INTO digests VALUES (?)", ((digest,) for digest in digests))
+        for (digest,) in database.execute("SELECT digest FROM digests ORDER BY digest"):
+            found.update(digest)
+    return found.hexdigest()
 
 
 def row_digest(row: Row) -> bytes:
@@ -206,21 +212,25 @@ def finish_dataset(
     directory: Path, codec: CodecFacts, *, num_rejected: int, split_rule: str
 ) -> DatasetInfo:
     """Count and fingerprint the shards in `directory` and write its `dataset.json`."""
-    digests: list[bytes] = []
     splits: Counter[str] = Counter()
     num_frames = 0
-    for path in list_shards(directory):
-        for row in ShardFile(path, codec.num_codebooks).rows():
-            digests.append(row_digest(row))
-            splits[row.split] += 1
-            num_frames += sum(row.num_frames)
+
+    def digests() -> Iterator[bytes]:
+        nonlocal num_frames
+        for path in list_shards(directory):
+            for row in ShardFile(path, codec.num_codebooks).rows():
+                splits[row.split] += 1
+                num_frames += sum(row.num_frames)
+                yield row_digest(row)
+
+    fingerprint = content_hash(digests())
     info = DatasetInfo(
         codec=codec,
-        num_rows=len(digests),
+        num_rows=splits.total(),
         hours=round(num_frames / codec.frame_rate_hz / 3600, 6),
         num_rejected=num_rejected,
         splits={name: splits[name] for name in SPLITS},
-        content_hash=content_hash(digests),
+        content_hash=fingerprint,
         split_rule=split_rule,
     )
     write_json(directory / INFO_NAME, {"format": info.format, **asdict(info)})

@@ -5,13 +5,36 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from higgs_tune.data.rows import ManifestRow
-from higgs_tune.data.splits import GIVEN, assign_splits, normal_text, shared_texts
+from higgs_tune.data import splits
+from higgs_tune.data.files import scratch_database
+from higgs_tune.data.row_table import RowTable
+from higgs_tune.data.rows import ManifestRow, Rejection
+from higgs_tune.data.splits import GIVEN, normal_text
 from higgs_tune.errors import DataError
 
 
 def row(number: int, text: str, speaker: str = "", split: str | None = None) -> ManifestRow:
     return ManifestRow(number, f"r{number}", split, speaker, None, "clip", text, (f"{number}.wav",))
+
+
+def assign_splits(
+    rows: list[ManifestRow], val_fraction: float, seed: int
+) -> tuple[list[ManifestRow], list[Rejection], str]:
+    """Rows with their split, rows that are left out, the rule."""
+    with scratch_database() as database:
+        table = RowTable(database)
+        for one in rows:
+            table.add(one)
+        rule = splits.assign_splits(table, val_fraction, seed)
+        return list(table.rows()), list(table.rejected()), rule
+
+
+def shared_texts(rows: list[ManifestRow]) -> int:
+    with scratch_database() as database:
+        table = RowTable(database)
+        for one in rows:
+            table.add(one)
+        return splits.shared_texts(table)
 
 
 def texts_of(rows: list[ManifestRow], split: str) -> set[str]:

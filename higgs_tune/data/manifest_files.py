@@ -1,0 +1,129 @@
+"""The kinds of manifest files, read row by row: what is in memory does not grow with the file.
+
+`metadata.json` is the exception: one JSON document is parsed as a whole.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from higgs_tune.data.rows import PATH, TEXT, TEXT_FILE
+from higgs_tune.errors import DataError
+
+_PARQUET_ROWS = 1024  # decoded at a time
+_PARQUET_BUFFER = 2**20  # bytes of a column read at a time: a row group may hold a million rows
+
+
+def read_fields(path: Path) -> Iterator[tuple[int, Any]]:
+    """Each row's number and fields, or the error that the row is. JSONL is numbered by line.
+
+    Raises:
+        DataError: no such file, an ending or an encoding that is not understood.
+    """
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": lambda path: _read_table(path, ","),
+        ".tsv": lambda path: _read_table(path, "\t"),
+        ".parquet": _read_parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: a manifest ends in one of {', '.join(readers)}, found {path.suffix!r}. "
+            "docs/howto/data.md shows each kind."
+        )
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Give the path of a manifest.")
+    return reader(path)
+
+
+def _check_utf8(path: Path) -> None:
+    """See that the whole file is UTF-8, before a row of it is used."""
+    try:
+        with path.open("rb") as file:
+            for line, raw in enumerate(file, start=1):
+                try:
+                    raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8. "
+                        "Save the manifest as UTF-8 (`iconv -f OLD -t UTF-8`)."
+                    ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    _check_utf8(path)
+    # Only \n ends a line of JSONL: U+2028 and its like may stand inside a string.
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line.removesuffix("\n"))
+            except (ValueError, RecursionError) as error:
+                yield number, DataError(f"line {number} is not JSON: {error}")
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    _check_utf8(path)
+    try:
+        raw = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: not JSON ({error}). A file with one object a line ends in .jsonl."
+        ) from None
+    samples = raw.get("samples") if isinstance(raw, dict) else raw
+    if not isinstance(samples, list):
+        raise DataError(f"{path}: needed a list, or an object with the list `samples`.")
+    yield from enumerate(samples, start=1)
+
+
+def _read_table(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
+    _check_utf8(path)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        names = [name.strip().lower() for name in reader.fieldnames or []]
+        if not (set(names) & set(PATH) and set(names) & set(TEXT + TEXT_FILE)):
+            raise DataError(
+                f"{path}: the first line names the columns {names}; needed one of {PATH} and one "
+                f"of {TEXT + TEXT_FILE}."
+            )
+        reader.fieldnames = names
+        rows = iter(reader)
+        number = 0
+        while True:
+            number += 1
+            try:
+                fields: Any = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise DataError(
+                    f"{path}, line {reader.line_num}: not {path.suffix[1:]} ({error})."
+                ) from None
+            line = f"line {reader.line_num}"
+            if None in fields:
+                fields = DataError(f"{line} has more fields than the first line names")
+            elif None in fields.values():
+                fields = DataError(f"{line} has fewer fields than the first line names")
+            yield number, fields
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    try:
+        with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER) as file:
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield number, fields
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({error}).") from None

@@ -1,0 +1,122 @@
+"""The rows of a manifest as a table on the disk: there may be more than memory holds."""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, fields
+from enum import IntEnum
+from itertools import islice
+from typing import Any
+
+from higgs_tune.data.rows import ManifestRow, Rejection
+
+_FIELDS = [field.name for field in fields(ManifestRow)]
+_AUDIO = _FIELDS.index("audio")
+# Columns of `rows`; `path` and `wanted` are a clip's recording, and the reference without a text.
+_COLUMNS = [*_FIELDS, "path", "wanted"]
+
+
+class Stage(IntEnum):
+    """When a row was rejected."""
+
+    MANIFEST = 0
+    AUDIO = 1
+    SPLIT = 2  # left out of a drawn split: no fault of the row
+
+
+class RowTable:
+    """Rows by number, those that are rejected apart, in a scratch database."""
+
+    def __init__(self, database: sqlite3.Connection):
+        self.database = database
+        columns = ", ".join(_COLUMNS).replace("number", "number INTEGER PRIMARY KEY")
+        database.execute(f"CREATE TABLE rows ({columns})")
+        database.execute(
+            "CREATE TABLE rejected (number INTEGER PRIMARY KEY, id, path, reason, stage)"
+        )
+
+    def add(self, row: ManifestRow) -> None:
+        """Append a row; its id and its reference's text are seen to by `complete`."""
+        values = list(astuple(row))
+        values[_AUDIO] = json.dumps(row.audio)
+        clip = row.audio if row.kind == "clip" else ()
+        wanted = clip[1] if len(clip) == 2 and row.ref_text is None else None
+        marks = ", ".join("?" * len(_COLUMNS))
+        self.database.execute(
+            f"INSERT INTO rows VALUES ({marks})", [*values, clip[0] if clip else None, wanted]
+        )
+
+    def reject(self, rejections: Iterable[Rejection], stage: Stage) -> None:
+        """Note rows that are not used; a row of the table stays in it until `drop_rejected`."""
+        self.database.executemany(
+            "INSERT INTO rejected VALUES (?, ?, ?, ?, ?)",
+            ((r.row, r.id, r.path, r.reason, stage) for r in rejections),
+        )
+
+    def drop_rejected(self) -> None:
+        """Remove the rows that are rejected."""
+        self.database.execute("DELETE FROM rows WHERE number IN (SELECT number FROM rejected)")
+
+    def complete(self) -> None:
+        """Give references without a text that of the first clip with their recording."""
+        self.database.execute("CREATE INDEX by_path ON rows (path)")
+        self.database.execute(
+            "UPDATE rows SET ref_text = (SELECT text FROM rows AS other INDEXED BY by_path "
+            "WHERE other.path = rows.wanted ORDER BY other.number LIMIT 1) WHERE wanted NOT NULL"
+        )
+        self.database.execute("DROP INDEX by_path")
+
+    def rows(self) -> Iterator[ManifestRow]:
+        """All rows in order."""
+        found = self.database.execute(f"SELECT {', '.join(_FIELDS)} FROM rows ORDER BY number")
+        return map(_row, found)
+
+    def rows_and_owners(self) -> Iterator[tuple[ManifestRow, int]]:
+        """All rows in order, and the number of the first row with the id of each."""
+        self.database.execute("CREATE TABLE repeated (id PRIMARY KEY, first)")
+        self.database.execute(
+            "INSERT INTO repeated SELECT id, min(number) FROM rows GROUP BY id HAVING count(*) > 1"
+        )
+        found = self.database.execute(
+            f"SELECT {', '.join(f'rows.{name}' for name in _FIELDS)}, ifnull(first, number) "
+            "FROM rows LEFT JOIN repeated USING (id) ORDER BY number"
+        )
+        return ((_row(values[:-1]), values[-1]) for values in found)
+
+    def parts(self, size: int) -> Iterator[list[ManifestRow]]:
+        """All rows in order, `size` at a time."""
+        rows = self.rows()
+        while part := list(islice(rows, size)):
+            yield part
+
+    def rejected(self) -> Iterator[Rejection]:
+        """Rejected rows in order."""
+        found = self.database.execute(
+            "SELECT number, id, path, reason FROM rejected ORDER BY number"
+        )
+        return (Rejection(*values) for values in found)
+
+    def first_rejected(self, count: int) -> list[Rejection]:
+        """Some rejected rows: those of the manifest first, none that was just left out."""
+        found = self.database.execute(
+            "SELECT number, id, path, reason FROM rejected WHERE stage < ? "
+            "ORDER BY stage, number LIMIT ?",
+            (Stage.SPLIT, count),
+        )
+        return [Rejection(*values) for values in found]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are in the table."""
+        return self._count("SELECT count(*) FROM rows")
+
+    def num_rejected(self, last: Stage = Stage.SPLIT) -> int:
+        """Rows that were rejected in a stage up to `last`."""
+        return self._count("SELECT count(*) FROM rejected WHERE stage <= ?", last)
+
+    def _count(self, query: str, *values: Any) -> int:
+        return self.database.execute(query, values).fetchone()[0]
+
+
+def _row(values: tuple[Any, ...]) -> ManifestRow:
+    return ManifestRow(*values[:_AUDIO], tuple(json.loads(values[_AUDIO])), *values[_AUDIO + 1 :])
