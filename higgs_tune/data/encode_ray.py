@@ -2,7 +2,7 @@
 
 Light rows (the names of recordings) stream through a pool of actors that hold a codec each; codes come
 back in the rows' order. What is in memory at a time does not grow with the number of rows: a clip per
-actor, and the codes of the blocks under way.
+actor, the codes of the blocks under way, and the names of one stream.
 """
 
 import logging
@@ -26,7 +26,7 @@ from higgs_tune.errors import ConfigError, ModelError
 _MAX_BLOCK_ROWS = 32  # coded by one actor in one go: what is done again when the actor dies
 _BLOCKS_PER_WORKER = 8  # at least, so that the actors end at about the same time
 # Rows that one stream is told of; the next one starts new actors, seconds after some days of audio.
-_STREAM_ROWS = 2**16
+_STREAM_ROWS = 2**17
 _MAX_RETRIES = 3  # of a block whose actor died
 _ENVIRONMENT = ENVIRONMENT | {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else Ray's core prints a warning about each of its own pools

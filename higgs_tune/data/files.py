@@ -11,7 +11,7 @@ from higgs_tune import files
 from higgs_tune.errors import DataError
 
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_SCRATCH_KIB = 16 * 1024  # of a scratch database that are kept in memory
+_SCRATCH_KIB = 8 * 1024  # of a scratch database that are kept in memory
 _SCRATCH_ERRORS = {
     "SQLITE_FULL",
     "SQLITE_CANTOPEN",

@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, fields
 from enum import IntEnum
 from itertools import islice
@@ -118,5 +118,7 @@ class RowTable:
         return self.database.execute(query, values).fetchone()[0]
 
 
-def _row(values: tuple[Any, ...]) -> ManifestRow:
-    return ManifestRow(*values[:_AUDIO], tuple(json.loads(values[_AUDIO])), *values[_AUDIO + 1 :])
+def _row(values: Sequence[Any]) -> ManifestRow:
+    found = list(values)
+    found[_AUDIO] = tuple(json.loads(found[_AUDIO]))
+    return ManifestRow(*found)

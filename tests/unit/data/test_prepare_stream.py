@@ -2,6 +2,8 @@
 
 import json
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from hashlib import sha256
@@ -128,3 +130,39 @@ def test_a_full_disk_of_temporary_files_is_named():
         fill(20, "INSERT INTO some VALUES (?)")
     with pytest.raises(sqlite3.OperationalError, match="no such table"):
         fill(20, "INSERT INTO missing VALUES (?)")
+
+
+_PLAN = """
+import json, re, sys
+from pathlib import Path
+from higgs_tune.data.manifest import open_manifest
+from higgs_tune.data.splits import assign_splits
+
+folder = Path(sys.argv[1])
+for count in map(int, sys.argv[2:]):
+    manifest = folder / f"{count}.jsonl"
+    with manifest.open("w") as file:
+        for n in range(count):
+            row = {"path": f"a/folder/{n}.wav", "text": f"Satz {n} " * 12, "speaker": f"s{n % 99}"}
+            if n % 10 == 0:
+                row["ref_audio"] = f"a/folder/{count - n - 1}.wav"
+            file.write(json.dumps(row) + "\\n")
+    with open_manifest(manifest, folder, 2000) as table:
+        assign_splits(table, 0.1, 0)
+        found = sum(len(part) for part in table.parts(256))
+    assert found == count
+    # Not ru_maxrss, which starts at what the parent process had.
+    (peak_kib,) = re.findall(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+    print(int(peak_kib) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_manifest(tmp_path: Path):
+    """Rows that are all in memory would take 40 MiB more, beside the 16 that sorting fills once."""
+    counts = [5_000, 50_000]
+    words = [sys.executable, "-c", _PLAN, str(tmp_path), *map(str, counts)]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    few, many = map(int, done.stdout.split())
+    assert many - few < 30, (
+        f"MiB of peak memory: {few} for {counts[0]} rows, {many} for {counts[1]}"
+    )
