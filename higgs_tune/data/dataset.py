@@ -1,6 +1,8 @@
 """A prepared dataset as training and validation read it: rows, loaded when they are asked for."""
 
+import hashlib
 import json
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,33 +17,55 @@ _EMBEDDED_PREFIX = "embedded:"
 _CACHED_GROUPS = 512  # row groups kept decoded: about 128 MiB of 10 s clips
 
 
+_OPEN_SHARDS = 64  # each takes a file handle and 75 kB of metadata
+# What is in memory of each row: 35 bytes. Audio counts in frames; the reference of a clip is left out
+# but for `last_audio`, which it is. Equal speakers and equal texts have equal numbers.
+_INDEX = np.dtype(
+    [
+        ("is_train", bool),
+        ("is_clip", bool),
+        ("has_reference", bool),
+        ("speaker", np.uint64),  # 0 is unknown
+        ("text", np.uint64),
+        ("num_chars", np.int32),  # of the text
+        ("longest_audio", np.int32),
+        ("num_frames", np.int32),
+        ("last_audio", np.int32),
+    ]
+)
+# The same for what texts measure: 20 bytes. A clip's reference counts apart.
+_SIZES = np.dtype(
+    [
+        ("text", np.int32),  # of a clip
+        ("longest_text", np.int32),
+        ("rows", np.int32),  # at most, as a conversation
+        ("reference_text", np.int32),  # 0 without a reference
+        ("reference_rows", np.int32),
+    ]
+)
+
+
 class Dataset:
-    """A prepared dataset: small columns in memory, codes read from memory-mapped shards."""
+    """A prepared dataset: some numbers of each row in memory, the rest in memory-mapped shards.
+
+    `index` is a structured array with a row's numbers at its place; its fields are those of `_INDEX`.
+    """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self.info: DatasetInfo = read_info(directory)
-        codebooks = self.info.codec.num_codebooks
-        self._shards = [ShardFile(path, codebooks) for path in list_shards(directory)]
-        self._starts = np.cumsum([0, *(shard.num_rows for shard in self._shards)])
+        self._paths = list_shards(directory)
+        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        names = ("split", "kind", "speaker", "text", "ref_text", "num_frames")
+        parts = list(self._numbers(_INDEX, names, _numbers))
+        self._starts = np.cumsum([0, *map(len, parts)])
         if self._starts[-1] != self.info.num_rows:
             raise DataError(
                 f"{directory}: dataset.json says {self.info.num_rows} rows, the shards hold "
                 f"{self._starts[-1]}. Delete the folder and run `higgs-tune data prepare` again."
             )
-        names = ("id", "split", "kind", "speaker", "text", "ref_text", "turns", "num_frames")
-        columns: dict[str, list] = {name: [] for name in names}
-        for shard in self._shards:
-            for name, column in shard.columns(names).to_pydict().items():
-                columns[name] += column
-        self.ids: list[str] = columns["id"]
-        self.splits: list[str] = columns["split"]
-        self.kinds: list[str] = columns["kind"]
-        self.speakers: list[str] = columns["speaker"]
-        self.texts: list[str] = columns["text"]
-        self.ref_texts: list[str | None] = columns["ref_text"]
-        self.turns: list[str | None] = columns["turns"]
-        self.num_frames: list[list[int]] = columns["num_frames"]
+        self.index = np.concatenate([np.zeros(0, _INDEX), *parts])
+        self.sizes = lru_cache(maxsize=2)(self._sizes)
         self._group = lru_cache(maxsize=_CACHED_GROUPS)(self._read_group)
 
     @staticmethod
@@ -59,20 +83,29 @@ class Dataset:
             raise DataError(f"data.path {path!r}: no such embedded dataset; there are {known}.")
         return Dataset(EMBEDDED / name)
 
-    def rows(self, split: str) -> list[int]:
+    @property
+    def ids(self) -> list[str]:
+        """The ids of all rows, read anew."""
+        places = range(len(self._paths))
+        return [name for place in places for (name,) in self._shard(place).values(["id"])]
+
+    def rows(self, split: str) -> np.ndarray:
         """Indices of the rows of "train" or "validation"."""
-        return [index for index, name in enumerate(self.splits) if name == split]
+        return np.flatnonzero(self.index["is_train"] == (split == "train"))
 
     def row(self, index: int) -> Row:
         """One row with its codes."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         inside = index - self._starts[shard]
-        starts = self._shards[shard].group_starts
+        starts = self._shard(shard).group_starts
         group = int(np.searchsorted(starts, inside, side="right")) - 1
         return self._group(shard, group)[inside - starts[group]]
 
+    def _open_shard(self, place: int) -> ShardFile:
+        return ShardFile(self._paths[place], self.info.codec.num_codebooks)
+
     def _read_group(self, shard: int, group: int) -> list[Row]:
-        return self._shards[shard].group(group)
+        return self._shard(shard).group(group)
 
     def usable(
         self,
@@ -80,45 +113,70 @@ class Dataset:
         max_frames: int | None = None,
         max_text: int | None = None,
         text_length: tasks.TextLength = len,
-    ) -> list[int]:
-        """Rows of a split whose audio and texts are within the limits."""
-        return [
-            index
-            for index in self.rows(split)
-            if within(max(self.own_frames(index), default=0), max_frames)
-            and (
-                max_text is None
-                or max(map(text_length, self._texts_of(index)), default=0) <= max_text
-            )
-        ]
+    ) -> np.ndarray:
+        """Indices of the rows of a split whose audio and texts are within the limits."""
+        rows = self.rows(split)
+        if max_frames is not None:
+            rows = rows[self.index["longest_audio"][rows] <= max_frames]
+        if max_text is not None:
+            rows = rows[self.sizes(text_length)["longest_text"][rows] <= max_text]
+        return rows
 
-    def own_frames(self, index: int) -> list[int]:
-        """Frames of each audio of a row, the reference of a clip left out."""
-        frames = self.num_frames[index]
-        return frames[:1] if self.kinds[index] == "clip" else frames
+    def _sizes(self, text_length: tasks.TextLength) -> np.ndarray:
+        """What the texts of each row measure, as a structured array with the fields of `_SIZES`."""
+        num_codebooks = self.info.codec.num_codebooks
 
-    def most_rows(self, index: int, text_length: tasks.TextLength) -> int:
-        """Rows that a row takes at most as a conversation, the reference of a clip left out."""
-        turns = self.turns[index]
-        num_turns = 2 if turns is None else len(json.loads(turns))
-        return tasks.most_rows(
-            self.own_frames(index),
-            self._texts_of(index),
-            num_turns,
-            self.info.codec.num_codebooks,
-            text_length,
-        )
+        def measure(
+            kind: str, text: str, ref_text: str | None, turns: str | None, frames: list[int]
+        ) -> tuple[int, ...]:
+            lengths = [text_length(part) for part in tasks.texts_of(text, turns)]
+            num_turns = 2 if turns is None else len(json.loads(turns))
+            own = _own_frames(kind, frames)
+            rows = tasks.most_rows(own, lengths, num_turns, num_codebooks)
+            is_clip = kind == "clip"
+            if not (is_clip and ref_text is not None):
+                return lengths[0] if is_clip else 0, max(lengths, default=0), rows, 0, 0
+            reference = text_length(ref_text)
+            reference_rows = tasks.most_rows(frames[1:2], [reference], 2, num_codebooks)
+            return lengths[0], lengths[0], rows, reference, reference_rows
 
-    def most_reference_rows(self, index: int, text_length: tasks.TextLength) -> int:
-        """Rows that the own reference of a clip adds at most."""
-        text, num_codebooks = self.ref_texts[index], self.info.codec.num_codebooks
-        assert text is not None, self.ids[index]
-        return tasks.most_rows(self.num_frames[index][1:2], [text], 2, num_codebooks, text_length)
+        names = ("kind", "text", "ref_text", "turns", "num_frames")
+        return np.concatenate([np.zeros(0, _SIZES), *self._numbers(_SIZES, names, measure)])
 
-    def _texts_of(self, index: int) -> list[str]:
-        return tasks.texts_of(self.texts[index], self.turns[index])
+    def _numbers(
+        self, kind: np.dtype, names: Sequence[str], numbers: Callable[..., tuple[int, ...]]
+    ) -> Iterator[np.ndarray]:
+        """Numbers of each row of a shard, made from some of its columns."""
+        for place in range(len(self._paths)):
+            rows = self._shard(place).values(names)
+            yield np.array([numbers(*values) for values in rows], dtype=kind)
 
 
-def within(value: int, limit: int | None) -> bool:
-    """Whether a value keeps to a limit, where there is one."""
-    return limit is None or value <= limit
+def _own_frames(kind: str, frames: list[int]) -> list[int]:
+    """Frames of each audio of a row, the reference of a clip left out."""
+    return frames[:1] if kind == "clip" else frames
+
+
+def _numbers(
+    split: str, kind: str, speaker: str, text: str, ref_text: str | None, frames: list[int]
+) -> tuple[int, ...]:
+    """A row's entry in the index."""
+    own = _own_frames(kind, frames)
+    return (
+        split == "train",
+        kind == "clip",
+        kind == "clip" and ref_text is not None,
+        _name_number(speaker),
+        _name_number(text),
+        len(text),
+        max(own, default=0),
+        sum(own),
+        frames[-1] if frames else 0,
+    )
+
+
+def _name_number(name: str) -> int:
+    """A number that is equal for equal names; two of 10 million differ but for 3 in a million cases."""
+    if not name:
+        return 0
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

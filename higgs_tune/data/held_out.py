@@ -37,28 +37,21 @@ def validation_sets(
         DataError: the validation split has no two usable clips with different texts.
     """
     usable = dataset.usable("validation", max_frames, max_text, text_length)
-    clips = [index for index in usable if dataset.kinds[index] == "clip"]
+    clips = usable[dataset.index["is_clip"][usable]]
     if max_rows is not None:
         clips = _fitting_in_pairs(dataset, clips, max_rows, text_length)
-    places = spread(
-        [dataset.texts[index] for index in clips],
-        [dataset.speakers[index] for index in clips],
-        num_val_clips,
-        seed,
-    )
-    chosen = sorted(clips[place] for place in places)
+    texts, speakers = dataset.index["text"][clips], dataset.index["speaker"][clips]
+    places = spread(texts, speakers, num_val_clips, seed)
+    chosen = sorted(clips[places].tolist())
     if len(chosen) < 2:
         raise DataError(
             f"{dataset.directory}: the validation split has {len(clips)} usable clips with "
-            f"{len({dataset.texts[index] for index in clips})} different texts, needed at least 2 "
+            f"{len(np.unique(texts))} different texts, needed at least 2 "
             "of each (chat rows do not validate). Prepare the dataset with a larger --val-fraction "
             "or --clips-from-chat, or raise data.max_frames."
         )
-    others = derange(
-        [dataset.texts[index] for index in chosen],
-        [dataset.num_frames[index][0] for index in chosen],
-    )
     rows = [dataset.row(index) for index in chosen]
+    others = derange([row.text for row in rows], [row.num_frames[0] for row in rows])
     return ValidationSets(
         transcribe=tuple(tasks.transcribe(row) for row in rows),
         transcribe_swapped=tuple(
@@ -70,12 +63,11 @@ def validation_sets(
 
 
 def _fitting_in_pairs(
-    dataset: Dataset, clips: list[int], max_rows: int, text_length: tasks.TextLength
-) -> list[int]:
+    dataset: Dataset, clips: np.ndarray, max_rows: int, text_length: tasks.TextLength
+) -> np.ndarray:
     """The clips without the longest ones, so that each one's audio fits with each other's text."""
-    num_rows = np.array([dataset.most_rows(index, text_length) for index in clips], dtype=np.int64)
-    texts = np.array([text_length(dataset.texts[index]) for index in clips], dtype=np.int64)
-    order = np.argsort(num_rows, kind="stable")
-    longest = np.maximum.accumulate((num_rows - texts)[order])
-    longest += np.maximum.accumulate(texts[order])
-    return sorted(clips[place] for place in order[longest <= max_rows])
+    sizes = dataset.sizes(text_length)[clips]
+    order = np.argsort(sizes["rows"], kind="stable")
+    longest = np.maximum.accumulate((sizes["rows"] - sizes["text"])[order])
+    longest += np.maximum.accumulate(sizes["text"][order])
+    return np.sort(clips[order[longest <= max_rows]])

@@ -11,11 +11,12 @@ import numpy as np
 from higgs_tune.config import TaskMix
 from higgs_tune.data import tasks
 from higgs_tune.data.conversation import Conversation
-from higgs_tune.data.dataset import Dataset, within
+from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.references import References
 from higgs_tune.errors import DataError
 
 _WINDOW_BATCHES = 16  # batches whose clips are sorted by length together
+_CLONE, _CHAT = tasks.CLIP_TASKS.index("clone"), len(tasks.CLIP_TASKS)  # numbers of tasks
 _ORDER, _TASK, _REFERENCE = range(3)  # independent random streams of one epoch
 
 
@@ -50,37 +51,36 @@ class TrainOrder:
         text_length: tasks.TextLength = len,
     ):
         self._dataset, self._batch_clips, self._seed = dataset, batch_clips, seed
+        index = dataset.index
         fitting = dataset.usable("train", max_frames, max_text, text_length)
-        limit = math.inf if max_rows is None else max_rows
-        num_rows = np.zeros(len(dataset.ids), dtype=np.int64)  # at most; 0 without a limit
+        num_rows = np.zeros(len(index), dtype=np.int64)  # at most; 0 without a limit
         if max_rows is not None:
-            for index in fitting:
-                num_rows[index] = dataset.most_rows(index, text_length)
-            fitting = [index for index in fitting if num_rows[index] <= limit]
-        clips = [index for index in fitting if dataset.kinds[index] == "clip"]
-        own_reference = {
-            index
-            for index in clips
-            if (text := dataset.ref_texts[index]) is not None
-            and within(dataset.num_frames[index][1], max_frames)
-            and (max_text is None or text_length(text) <= max_text)
-            and (
-                max_rows is None
-                or num_rows[index] + dataset.most_reference_rows(index, text_length) <= max_rows
-            )
-        }
-        self._references = References(dataset.texts, dataset.speakers, clips, num_rows, limit)
-        weights = np.zeros((len(dataset.ids), len(tasks.CLIP_TASKS)))
-        for index in clips:
-            weights[index] = [getattr(mix, task) for task in tasks.CLIP_TASKS]
-            needs_reference = dataset.ref_texts[index] is None
-            weights[index, 2] *= (
-                self._references.exist(index) if needs_reference else index in own_reference
-            )
-        self._rows = np.array(
-            [i for i in fitting if dataset.kinds[i] == "chat" or weights[i].sum() > 0],
-            dtype=np.int64,
+            num_rows = dataset.sizes(text_length)["rows"].astype(np.int64)
+            fitting = fitting[num_rows[fitting] <= max_rows]
+        is_clip = index["is_clip"][fitting]
+        clips = fitting[is_clip]
+        own_fits = np.ones(len(clips), dtype=bool)
+        if max_frames is not None:
+            own_fits &= index["last_audio"][clips] <= max_frames
+        if max_text is not None:
+            own_fits &= dataset.sizes(text_length)["reference_text"][clips] <= max_text
+        if max_rows is not None:
+            reference_rows = dataset.sizes(text_length)["reference_rows"]
+            own_fits &= num_rows[clips] + reference_rows[clips] <= max_rows
+        self._references = References(
+            index["text"],
+            index["speaker"],
+            clips,
+            num_rows,
+            math.inf if max_rows is None else max_rows,
         )
+        weights = np.zeros((len(fitting), len(tasks.CLIP_TASKS)))
+        weights[is_clip] = [getattr(mix, task) for task in tasks.CLIP_TASKS]
+        weights[is_clip, 2] *= np.where(
+            index["has_reference"][clips], own_fits, self._references.exist(clips)
+        )
+        kept = ~is_clip | (weights.sum(axis=1) > 0)
+        self._rows = fitting[kept]
         self.num_skipped = len(dataset.rows("train")) - len(self._rows)
         if not len(self._rows):
             raise DataError(
@@ -89,10 +89,7 @@ class TrainOrder:
                 f"positions {max_rows}, tasks {mix}). Raise the "
                 "limits or give a weight to a task that the rows can do."
             )
-        self._cumulative = np.cumsum(weights[self._rows], axis=1)
-        self._lengths = np.array(
-            [sum(dataset.own_frames(i)) + len(dataset.texts[i]) for i in self._rows]
-        )
+        self._cumulative = np.cumsum(weights[kept], axis=1)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     @property
@@ -106,39 +103,31 @@ class TrainOrder:
         places = (divmod(place, self.num_rows) for place in range(first, first + self._batch_clips))
         return [self._conversation(*self._epoch(epoch)[position]) for epoch, position in places]
 
-    def _conversation(self, index: int, task: str, reference: int) -> Conversation:
+    def _conversation(self, index: int, task: int, reference: int) -> Conversation:
         row = self._dataset.row(index)
-        if task == "clone":
+        if task == _CLONE:
             return tasks.clone(row, None if reference < 0 else self._dataset.row(reference))
-        return {"chat": tasks.chat, "transcribe": tasks.transcribe, "speak": tasks.speak}[task](row)
+        return {0: tasks.transcribe, 1: tasks.speak, _CHAT: tasks.chat}[int(task)](row)
 
-    def _draw_epoch(self, epoch: int) -> list[tuple[int, str, int]]:
-        """Row, task and reference row (-1: none) at each position of the epoch."""
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
+        """At each position of the epoch: row, number of its task, reference row (-1: none)."""
+        index = self._dataset.index
         draws = np.random.default_rng([self._seed, epoch, _TASK]).random((self.num_rows, 1))
-        chosen = (draws * self._cumulative[:, -1:] >= self._cumulative).sum(axis=1)
+        task = (draws * self._cumulative[:, -1:] >= self._cumulative).sum(axis=1)
+        task[~index["is_clip"][self._rows]] = _CHAT
         picks = np.random.default_rng([self._seed, epoch, _REFERENCE]).random(self.num_rows)
-        plan = []
-        lengths = self._lengths.copy()
-        for place, index in enumerate(self._rows.tolist()):
-            if self._dataset.kinds[index] == "chat":
-                plan.append((index, "chat", -1))
-                continue
-            task = tasks.CLIP_TASKS[chosen[place]]
-            reference = self._reference(index, picks[place]) if task == "clone" else -1
-            if task == "clone":
-                lengths[place] += self._dataset.num_frames[index if reference < 0 else reference][
-                    -1
-                ]
-            plan.append((index, task, reference))
-        return [plan[place] for place in self._permutation(epoch, lengths)]
+        lengths = (index["num_frames"] + index["num_chars"])[self._rows]
+        references = np.full(self.num_rows, -1)
+        for place in np.flatnonzero(task == _CLONE):
+            row = self._rows[place]
+            if not index["has_reference"][row]:
+                references[place] = self._references.draw(row, picks[place])
+            heard = row if references[place] < 0 else references[place]
+            lengths[place] += index["last_audio"][heard]
+        plan = np.stack([self._rows, task, references], axis=1)
+        return plan[self._permutation(epoch, lengths)]
 
-    def _reference(self, index: int, pick: float) -> int:
-        """Another text of the same speaker; -1 if the row has a reference of its own."""
-        if self._dataset.ref_texts[index] is not None:
-            return -1
-        return self._references.draw(index, pick)
-
-    def _permutation(self, epoch: int, lengths: np.ndarray) -> list[int]:
+    def _permutation(self, epoch: int, lengths: np.ndarray) -> np.ndarray:
         """All places in random order, so that each batch inside the epoch has similar lengths."""
         rng = np.random.default_rng([self._seed, epoch, _ORDER])
         places = rng.permutation(self.num_rows)
@@ -154,4 +143,4 @@ class TrainOrder:
             batches += np.split(part[np.argsort(lengths[part], kind="stable")], len(part) // size)
         shuffled = [batches[number] for number in rng.permutation(num_batches)]
         tail = places[head + len(body) :]
-        return np.concatenate([places[:head], *shuffled, tail]).tolist()
+        return np.concatenate([places[:head], *shuffled, tail])

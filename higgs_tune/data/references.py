@@ -1,8 +1,5 @@
 """Whose voice a clip is cloned from: another clip of its speaker."""
 
-from collections import defaultdict
-from collections.abc import Sequence
-
 import numpy as np
 
 
@@ -12,44 +9,54 @@ class References:
     A reference has another text than its target, and the two together fit the rows there are.
 
     Args:
-        clips: indices of the clips that may refer and be referred to.
-        num_rows: index → rows that the clip takes at most.
+        texts, speakers: a number for each text and each speaker; speaker 0 is unknown.
+        clips: indices of the clips that may refer and be referred to, rising.
+        num_rows: rows that each clip takes at most.
         max_rows: limit of a clip and its reference together.
     """
 
     def __init__(
         self,
-        texts: Sequence[str],
-        speakers: Sequence[str],
-        clips: Sequence[int],
+        texts: np.ndarray,
+        speakers: np.ndarray,
+        clips: np.ndarray,
         num_rows: np.ndarray,
         max_rows: float,
     ):
         self._texts, self._speakers = texts, speakers
         self._num_rows, self._max_rows = num_rows, max_rows
-        self._by_speaker: dict[str, list[int]] = defaultdict(list)
-        for index in clips:
-            if speakers[index]:
-                self._by_speaker[speakers[index]].append(index)
+        known = clips[speakers[clips] != 0]
+        self._members = known[np.argsort(speakers[known], kind="stable")]  # speaker by speaker
+        self._voices, self._starts = np.unique(speakers[self._members], return_index=True)
+        self._ends = np.append(self._starts[1:], len(self._members))
         # One of these two is the shortest clip with another text, whichever text that is.
-        self._shortest: dict[str, list[int]] = {}
-        for speaker, members in self._by_speaker.items():
-            first = min(members, key=num_rows.__getitem__)
-            others = [member for member in members if texts[member] != texts[first]]
-            self._shortest[speaker] = [first, *sorted(others, key=num_rows.__getitem__)[:1]]
+        by_length = known[np.lexsort((num_rows[known], speakers[known]))]
+        self._shortest = by_length[self._starts]
+        voice = np.searchsorted(self._voices, speakers[by_length])
+        is_other = texts[by_length] != texts[self._shortest[voice]]
+        with_other, places = np.unique(voice[is_other], return_index=True)
+        self._other = self._shortest.copy()  # itself where there is none: never another text
+        self._other[with_other] = by_length[is_other][places]
 
-    def exist(self, index: int) -> bool:
-        """Whether the clip has any reference."""
-        shortest = self._shortest.get(self._speakers[index], [])
-        return any(self._usable(index, member) for member in shortest)
+    def exist(self, clips: np.ndarray) -> np.ndarray:
+        """Whether each of these clips has any reference."""
+        found = np.zeros(len(clips), dtype=bool)
+        if len(self._voices):
+            speakers = self._speakers[clips]
+            voice = np.searchsorted(self._voices, speakers).clip(max=len(self._voices) - 1)
+            found = self._usable(clips, self._shortest[voice])
+            found |= self._usable(clips, self._other[voice])
+            found &= self._voices[voice] == speakers
+        return found
 
     def draw(self, index: int, pick: float) -> int:
-        """A reference of the clip; `pick` in [0, 1) is the chance."""
-        members = self._by_speaker[self._speakers[index]]
+        """A reference of a clip that has one; `pick` in [0, 1) is the chance."""
+        voice = np.searchsorted(self._voices, self._speakers[index])
+        members = self._members[self._starts[voice] : self._ends[voice]]
         start = int(pick * len(members))
-        candidates = members[start:] + members[:start]
-        return next(member for member in candidates if self._usable(index, member))
+        places = (place % len(members) for place in range(start, start + len(members)))
+        return next(int(members[p]) for p in places if self._usable(index, members[p]))
 
-    def _usable(self, index: int, member: int) -> bool:
-        fits = self._num_rows[index] + self._num_rows[member] <= self._max_rows
-        return bool(fits) and self._texts[member] != self._texts[index]
+    def _usable(self, clips: np.ndarray | int, members: np.ndarray | int) -> np.ndarray:
+        fits = self._num_rows[clips] + self._num_rows[members] <= self._max_rows
+        return fits & (self._texts[members] != self._texts[clips])

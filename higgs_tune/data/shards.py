@@ -161,9 +161,10 @@ class ShardFile:
         """Rows in this shard."""
         return int(self.group_starts[-1])
 
-    def columns(self, names: Sequence[str]) -> pa.Table:
-        """Some columns of all rows."""
-        return self._file.read(columns=list(names))
+    def values(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """Some columns, row by row."""
+        columns = self._file.read(columns=list(names))
+        return zip(*(columns.column(name).to_pylist() for name in names), strict=True)
 
     def group(self, index: int) -> list[Row]:
         """The rows of one row group; their codes are views of one buffer."""

@@ -5,16 +5,17 @@ from collections import Counter
 import numpy as np
 
 
-def spread(texts: list[str], speakers: list[str], count: int, seed: int) -> list[int]:
+def spread(texts: np.ndarray, speakers: np.ndarray, count: int, seed: int) -> list[int]:
     """Places of up to `count` clips: least used text first, then speaker, then at random.
 
-    No text fills more than half, so that each clip has one with another text to swap with.
+    No text fills more than half, so that each clip has one with another text to swap with. Equal texts
+    and speakers are equal numbers; which ones does not matter.
     """
-    if not texts:
+    if not len(texts):
         return []
     order = np.random.default_rng(seed).permutation(len(texts))
-    _, text = np.unique(np.array(texts, dtype=object)[order], return_inverse=True)
-    _, speaker = np.unique(np.array(speakers, dtype=object)[order], return_inverse=True)
+    _, text = np.unique(texts[order], return_inverse=True)
+    _, speaker = np.unique(speakers[order], return_inverse=True)
     text_uses, speaker_uses = np.zeros(len(order)), np.zeros(len(order))
     taken = np.zeros(len(order), dtype=bool)
     chosen: list[int] = []

@@ -77,18 +77,14 @@ _ROWS_PER_TURN = 8  # header, role, line break and end of turn are 5 with a Llam
 
 
 def most_rows(
-    num_frames: Iterable[int],
-    texts: Iterable[str],
-    num_turns: int,
-    num_codebooks: int,
-    length: TextLength,
+    num_frames: Iterable[int], text_lengths: Iterable[int], num_turns: int, num_codebooks: int
 ) -> int:
     """No fewer rows than `encode_conversation` makes of these parts.
 
     T frames take T + C + 3 rows, their delay and the two control tokens around them included.
     """
     audio = sum(frames + num_codebooks + 3 for frames in num_frames)
-    return 1 + _ROWS_PER_TURN * num_turns + audio + sum(map(length, texts))
+    return 1 + _ROWS_PER_TURN * num_turns + audio + sum(text_lengths)
 
 
 ClipTask = Literal["transcribe", "speak", "clone"]

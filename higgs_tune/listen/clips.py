@@ -54,11 +54,13 @@ def choose_clips(
     sets = validation_sets(
         dataset, data.num_val_clips, max_frames=data.max_frames, max_rows=max_rows, **limits
     )
-    place = {row_id: index for index, row_id in enumerate(dataset.ids)}
-    held_out = [place[talk.key.removesuffix(_SUFFIX)] for talk in sets.transcribe]
+    names = {talk.key.removesuffix(_SUFFIX): None for talk in sets.transcribe}
+    places = {row_id: index for index, row_id in enumerate(dataset.ids) if row_id in names}
+    held_out = [places[name] for name in names]
+    texts, speakers = dataset.index["text"], dataset.index["speaker"]
     numbers = spread(
-        [dataset.texts[index] for index in held_out],
-        [dataset.speakers[index] for index in held_out],
+        texts[held_out],
+        speakers[held_out],
         max(2, options.num_generated),  # it needs two texts for less than one half each
         seed,
     )[: options.num_generated]
@@ -66,13 +68,9 @@ def choose_clips(
     if options.task == "speak":
         return [Clip(dataset.row(index), None) for index in chosen]
     usable = dataset.usable("validation", data.max_frames, **limits)
-    candidates = [index for index in usable if dataset.kinds[index] == "clip"]
-    num_rows = np.zeros(len(dataset.ids), dtype=np.int64)
-    for index in candidates:
-        num_rows[index] = dataset.most_rows(index, text_length)
-    references = References(
-        dataset.texts, dataset.speakers, candidates, num_rows, max_rows=max_rows / 2
-    )
+    candidates = usable[dataset.index["is_clip"][usable]]
+    num_rows = dataset.sizes(text_length)["rows"].astype(np.int64)
+    references = References(texts, speakers, candidates, num_rows, max_rows=max_rows / 2)
     picks = np.random.default_rng(seed).random(len(chosen))
     return [
         Clip(dataset.row(index), _reference(dataset, index, references, pick))
@@ -84,7 +82,11 @@ def _reference(dataset: Dataset, index: int, references: References, pick: float
     row = dataset.row(index)
     if row.ref_text is not None:
         return own_reference(row)
-    return dataset.row(references.draw(index, pick)) if references.exist(index) else None
+    return (
+        dataset.row(references.draw(index, pick))
+        if references.exist(np.array([index]))[0]
+        else None
+    )
 
 
 def own_reference(row: Row) -> Row:

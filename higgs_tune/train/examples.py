@@ -1,6 +1,5 @@
 """Tokenised examples of a loop, each made once, and the lengths that its base can hold."""
 
-from functools import cache
 from typing import Any
 
 from higgs_tune.config import DataSettings
@@ -24,7 +23,7 @@ class Examples:
             "max_frames": data.max_frames,
             "max_text": data.max_text_tokens,
             "max_rows": self._max_rows,
-            "text_length": cache(lambda text: len(base.vocabulary.encode_text(text))),
+            "text_length": lambda text: len(base.vocabulary.encode_text(text)),
         }
 
     def encode(self, conversation: Conversation) -> Encoded:

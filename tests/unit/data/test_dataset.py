@@ -32,6 +32,25 @@ def test_rows_come_back_as_written(tmp_path: Path):
             assert a.dtype == np.uint16
 
 
+def test_more_shards_than_files_that_may_be_open(tmp_path: Path):
+    dataset = make(tmp_path, [clip(n) for n in range(300)], rows_per_shard=1)
+    code = (
+        "import resource, sys; from higgs_tune.data.dataset import Dataset;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150));"
+        "dataset = Dataset.open(sys.argv[1]);"
+        "assert [dataset.row(n).id for n in range(300)] == dataset.ids"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert dataset.row(299).id == "r299"
+
+
+def test_few_bytes_of_each_row_are_in_memory(tmp_path: Path):
+    dataset = make(tmp_path, [clip(n, text="long " * 999) for n in range(20)] + [chat(0)])
+    assert (dataset.index.itemsize, dataset.sizes(len).itemsize) == (35, 20), "as data.md says"
+    arrays = [value for value in vars(dataset).values() if isinstance(value, np.ndarray | list)]
+    assert sum(map(len, arrays)) < 30, "rows are in the index only"
+
+
 def test_content_hash_ignores_shards_and_sees_codes(tmp_path: Path):
     rows = [clip(n) for n in range(20)]
     one = make(tmp_path / "one", rows).info

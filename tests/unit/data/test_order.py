@@ -122,17 +122,18 @@ def test_rows_over_the_limits_are_skipped_and_counted(tmp_path: Path):
 def test_the_estimate_of_rows_is_never_below_the_encoded_ones(tmp_path: Path):
     rows = [clip(n) for n in range(5)] + [clip(5, ref_text="a reference"), chat(0)]
     dataset = make(tmp_path, rows)
-    for index, kind in enumerate(dataset.kinds):
-        row, most = dataset.row(index), dataset.most_rows(index, len)
-        if kind == "chat":
+    sizes = dataset.sizes(len)
+    for index, most in enumerate(sizes["rows"]):
+        row = dataset.row(index)
+        if row.kind == "chat":
             assert encoded_rows(tasks.chat(row)) <= most
             continue
         assert encoded_rows(tasks.transcribe(row)) <= most
         assert most - encoded_rows(tasks.speak(row)) <= 6
         for other in range(5):
-            both = most + dataset.most_rows(other, len)
+            both = most + sizes["rows"][other]
             if row.ref_text is not None:
-                both = most + dataset.most_reference_rows(index, len)
+                both = most + sizes["reference_rows"][index]
             assert encoded_rows(tasks.clone(row, dataset.row(other))) <= both
 
 
