@@ -121,6 +121,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER) as file:
+            names = file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise DataError(f"{path}: has several columns named {', '.join(twice)}.")
             for batch in file.iter_batches(_PARQUET_ROWS):
                 for fields in batch.to_pylist():
                     number += 1

@@ -311,6 +311,13 @@ def test_a_file_that_is_no_manifest_is_an_error(
         read(tmp_path / name, content)
 
 
+def test_parquet_columns_of_one_name_are_an_error(tmp_path: Path):
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["path", "text", "text"])
+    pq.write_table(table, tmp_path / "m.parquet")
+    with pytest.raises(DataError, match="has several columns named text"):
+        read_manifest(tmp_path / "m.parquet", tmp_path, 10)
+
+
 def test_a_missing_manifest_is_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"nothing\.csv: no such file"):
         read_manifest(tmp_path / "nothing.csv", tmp_path, 10)
