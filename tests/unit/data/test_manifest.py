@@ -1,7 +1,6 @@
 """Manifests of every kind become checked rows; what cannot be used is rejected with its reason."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from higgs_tune.data.manifest import open_manifest
-from higgs_tune.data.rows import ManifestRow, Rejection
 from higgs_tune.errors import DataError
-
-
-@dataclass
-class Manifest:
-    """What a manifest holds, in memory."""
-
-    rows: tuple[ManifestRow, ...]
-    rejected: tuple[Rejection, ...]
-
-
-def read_manifest(
-    path: Path, data_root: Path, max_text_chars: int, clips_from_chat: bool = False
-) -> Manifest:
-    with open_manifest(path, data_root, max_text_chars, clips_from_chat) as table:
-        found = Manifest(tuple(table.rows()), tuple(table.rejected()))
-        assert (table.num_rows, table.num_rejected()) == (len(found.rows), len(found.rejected))
-    return found
+from tests.unit.data.manifests import Manifest, read_manifest
 
 
 def read(path: Path, content: str | bytes, max_text_chars: int = 2000) -> Manifest:
@@ -309,13 +290,6 @@ def test_a_file_that_is_no_manifest_is_an_error(
 ):
     with pytest.raises(DataError, match=message):
         read(tmp_path / name, content)
-
-
-def test_parquet_columns_of_one_name_are_an_error(tmp_path: Path):
-    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["path", "text", "text"])
-    pq.write_table(table, tmp_path / "m.parquet")
-    with pytest.raises(DataError, match="has several columns named text"):
-        read_manifest(tmp_path / "m.parquet", tmp_path, 10)
 
 
 def test_a_missing_manifest_is_named(tmp_path: Path):

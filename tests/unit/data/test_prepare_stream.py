@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from higgs_tune.data import encode
@@ -20,6 +22,7 @@ from higgs_tune.data.options import PrepareOptions
 from higgs_tune.data.shards import ShardFile, list_shards, row_digest
 from higgs_tune.errors import DataError
 from tests.unit.data import plain_manifest as plain
+from tests.unit.data.manifests import read_manifest
 
 ROWS_PER_SHARD = 7
 
@@ -117,6 +120,13 @@ def test_a_prepared_folder_is_what_the_rules_say(
             np.testing.assert_equal(one.codes, codes(tuple(row["audio"])))
     assert info.content_hash == sha256(b"".join(sorted(digests))).hexdigest()
     assert (info.num_rows, info.num_rejected, info.split_rule) == (len(digests), len(listed), rule)
+
+
+def test_parquet_columns_of_one_name_are_an_error(tmp_path: Path):
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["path", "text", "text"])
+    pq.write_table(table, tmp_path / "m.parquet")
+    with pytest.raises(DataError, match="has several columns named text"):
+        read_manifest(tmp_path / "m.parquet", tmp_path, 10)
 
 
 def test_a_full_disk_of_temporary_files_is_named():
