@@ -116,6 +116,12 @@ class Storage:
         self.grad_sum[where] += self.grad[where]
         self.grad[where].zero_()
 
+    def leaf(self, where: Where) -> Tensor:
+        """The compute copy at an index of the buffers; autograd adds to the gradient there."""
+        leaf = self.compute[where].detach().requires_grad_()
+        leaf.grad = self.grad[where]
+        return leaf
+
     def gradient(self, where: Where) -> Tensor:
         """The step's gradient in fp32 at an index of the buffers."""
         grad = self.grad[where].float()

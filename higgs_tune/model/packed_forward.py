@@ -23,8 +23,8 @@ from higgs_tune.data.collate import CrossIndex, PackBatch
 from higgs_tune.model.adapter_layout import Linears
 from higgs_tune.model.dropout import Section
 from higgs_tune.model.losses import codebook_nll_sum, text_nll_sum
-from higgs_tune.model.packed_lora import PackWeights
 from higgs_tune.model.packed_ops import (
+    Adapters,
     adapted_linear,
     new_linear,
     new_scale,
@@ -97,7 +97,7 @@ def head_groups(base: HiggsAudioV2ForConditionalGeneration) -> dict[TargetPath, 
 
 
 def _mlp(
-    x_KND: Tensor, groups: list[Linears], weights: PackWeights | None, section: Section
+    x_KND: Tensor, groups: list[Linears], weights: Adapters | None, section: Section
 ) -> Tensor:
     inner = swiglu(adapted_linear(x_KND, groups[0], weights, (section,)))
     return adapted_linear(inner, groups[1], weights, (section,))
@@ -132,7 +132,7 @@ class _Cross:
     """The adapters of one cross_attention mode in one batch."""
 
     def __init__(
-        self, index: CrossIndex, weights: PackWeights, rope: _Rope, widths: list[int]
+        self, index: CrossIndex, weights: Adapters, rope: _Rope, widths: list[int]
     ) -> None:
         self.rows_J = index.adapters_J
         self._index, self._weights, self._rope, self._widths = index, weights, rope, widths
@@ -141,8 +141,7 @@ class _Cross:
 
     def _project(self, x_JND: Tensor, name: str, projections: str) -> Tensor:
         names = tuple(f"{name}.{p}_proj.weight" for p in projections)
-        matrices = self._weights.new_tensors(names, self._index.adapters)
-        return new_linear(x_JND, self._weights.bank.anchor, matrices)
+        return new_linear(x_JND, self._weights, names, self._index.adapters)
 
     def audio_self(
         self, prefix: str, h_JAD: Tensor, x_JAD: Tensor, eps: float
@@ -155,9 +154,8 @@ class _Cross:
         out = _attend(self._rope(q, position_SA), self._rope(k, position_SA), v, is_causal=True)
         h_JAD = h_JAD + self._project(self._audio.slots(out), name, "o")
         gain = f"{prefix}.audio_post_audio_attn_layer_norm.weight"
-        gains = self._weights.new_tensors((gain,), self._index.adapters)
         plain_JAD = rms_norm(h_JAD, h_JAD.new_ones(h_JAD.shape[2]), eps)
-        return h_JAD, new_scale(plain_JAD, self._weights.bank.anchor, gains)
+        return h_JAD, new_scale(plain_JAD, self._weights, gain, self._index.adapters)
 
     def text_to_audio(self, prefix: str, h_JTD: Tensor, x_JTD: Tensor, x_JAD: Tensor) -> Tensor:
         """Text rows read earlier audio rows; returns the new residual."""
@@ -174,7 +172,7 @@ class _Cross:
 
 
 def packed_nll(
-    base: HiggsAudioV2ForConditionalGeneration, batch: PackBatch, weights: PackWeights | None
+    base: HiggsAudioV2ForConditionalGeneration, batch: PackBatch, weights: Adapters | None
 ) -> tuple[Tensor, Tensor]:
     """Summed nats of every adapter's targets: float32, text (K,), audio (K, C).
 
@@ -188,7 +186,7 @@ def packed_nll(
 
 
 def packed_logits(
-    base: HiggsAudioV2ForConditionalGeneration, batch: PackBatch, weights: PackWeights | None
+    base: HiggsAudioV2ForConditionalGeneration, batch: PackBatch, weights: Adapters | None
 ) -> tuple[Tensor, Tensor]:
     """Logits at every adapter's labelled rows.
 

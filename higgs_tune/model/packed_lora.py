@@ -69,7 +69,7 @@ class AdapterBank:
         device: torch.device,
     ) -> None:
         self.num_slots = num_slots
-        self.device, self._dtype, self._groups = device, dtype, groups
+        self.device, self._dtype, self.groups = device, dtype, groups
         self._layouts: dict[int, Layout] = {}
         self.lora = Storage((num_slots, self._layout(max_rank).num_columns), dtype, device)
         self.seats: dict[int, Seat] = {}
@@ -161,7 +161,7 @@ class AdapterBank:
 
     def _layout(self, rank: int) -> Layout:
         if rank not in self._layouts:
-            self._layouts[rank] = lora_layout(self._groups, rank)
+            self._layouts[rank] = lora_layout(self.groups, rank)
         return self._layouts[rank]
 
 

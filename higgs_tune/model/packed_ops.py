@@ -19,11 +19,14 @@ from torch.nn import functional as F
 
 from higgs_tune.model.adapter_layout import Linears
 from higgs_tune.model.dropout import Section
+from higgs_tune.model.graph_weights import GraphWeights
 from higgs_tune.model.packed_lora import PackWeights, Run
+
+Adapters = PackWeights | GraphWeights
 
 
 def adapted_linear(
-    x_KND: Tensor, group: Linears, weights: PackWeights | None, sections: Sequence[Section]
+    x_KND: Tensor, group: Linears, weights: Adapters | None, sections: Sequence[Section]
 ) -> Tensor:
     """Apply the linears of one input group, each adapter's rows with its own LoRA.
 
@@ -37,6 +40,8 @@ def adapted_linear(
     if weights is None:
         outputs = [F.linear(x_KND, linear.weight, linear.bias) for linear in group.values()]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    if isinstance(weights, GraphWeights):
+        return weights.adapted_linear(x_KND, group)
     runs = weights.runs(group)
     masks: list[list[Tensor]] = [[] for _ in runs]
     if weights.masks is not None:
@@ -47,14 +52,22 @@ def adapted_linear(
     return _AdaptedLinear.apply(x_KND, weights.bank.anchor, list(group.values()), runs, masks)
 
 
-def new_linear(x_JND: Tensor, anchor: Tensor, matrices: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Multiply each adapter's rows by its own (O, D) matrix: (J, N, O)."""
-    return _NewLinear.apply(x_JND, anchor, matrices)
+def new_linear(
+    x_JND: Tensor, weights: Adapters, names: tuple[str, ...], adapters: Sequence[int]
+) -> Tensor:
+    """Multiply each adapter's rows by its own (O, D) matrices side by side: (J, N, ΣO)."""
+    if isinstance(weights, GraphWeights):
+        return weights.new_linear(x_JND, names, adapters)
+    matrices = weights.new_tensors(names, adapters)
+    return _NewLinear.apply(x_JND, weights.bank.anchor, matrices)
 
 
-def new_scale(x_JND: Tensor, anchor: Tensor, vectors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def new_scale(x_JND: Tensor, weights: Adapters, name: str, adapters: Sequence[int]) -> Tensor:
     """Multiply each adapter's rows elementwise by its own (D,) vector."""
-    return _NewScale.apply(x_JND, anchor, vectors)
+    if isinstance(weights, GraphWeights):
+        return weights.new_scale(x_JND, name, adapters)
+    vectors = weights.new_tensors((name,), adapters)
+    return _NewScale.apply(x_JND, weights.bank.anchor, vectors)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -71,6 +84,9 @@ def rotate(x_SLHE: Tensor, cos_SLE: Tensor, sin_SLE: Tensor) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up of the two halves of the last axis."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
     return _SwiGlu.apply(gate_up)
 
 

@@ -1,0 +1,92 @@
+"""The packed forward as one graph of torch.compile for each kind of pack."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import fields, replace
+
+import torch
+from torch._dynamo import maybe_mark_dynamic
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import HiggsAudioV2ForConditionalGeneration
+
+from higgs_tune.data.collate import CrossIndex, PackBatch
+from higgs_tune.data.tokens import IGNORE
+from higgs_tune.model.graph_weights import (
+    GraphInputs,
+    GraphPlan,
+    GraphWeights,
+    draw_masks,
+    graph_inputs,
+    graph_kind,
+    graph_plan,
+)
+from higgs_tune.model.packed_forward import packed_nll
+from higgs_tune.model.packed_lora import PackWeights
+
+Nll = tuple[Tensor, Tensor]
+
+
+class CompiledForward:
+    """Stands in for `packed_nll` of one base."""
+
+    def __init__(
+        self, base: HiggsAudioV2ForConditionalGeneration, backend: str = "inductor"
+    ) -> None:
+        self._base, self._backend = base, backend
+        self._graphs: dict[Hashable, Callable[..., Nll]] = {}
+
+    def __call__(self, batch: PackBatch, weights: PackWeights | None) -> Nll:
+        """As `packed_nll`; the first call of a kind compiles, for seconds to minutes."""
+        batch = _wide(batch)
+        _mark(batch)
+        if weights is None:
+            return self._graph(None, None)(batch, None)
+        masks = draw_masks(weights, batch, len(self._base.model.layers))
+        for own in masks.values():
+            for mask in own:
+                maybe_mark_dynamic(mask, 0)
+        kind = graph_kind(weights), tuple(masks)
+        plan = None if kind in self._graphs else graph_plan(weights)
+        return self._graph(kind, plan)(batch, graph_inputs(weights, masks))
+
+    def _graph(self, kind: Hashable, plan: GraphPlan | None) -> Callable[..., Nll]:
+        if kind not in self._graphs:
+            base = self._base
+
+            def forward(batch: PackBatch, inputs: GraphInputs | None) -> Nll:
+                weights = None if plan is None else GraphWeights.of(plan, inputs)
+                return packed_nll(base, batch, weights)
+
+            self._graphs[kind] = torch.compile(
+                forward, fullgraph=True, backend=self._backend, isolate_recompiles=True
+            )
+        return self._graphs[kind]
+
+
+def _wide(batch: PackBatch) -> PackBatch:
+    """At least two labelled rows of each kind, since widths of 0 and 1 would each be a graph of their own."""
+    text, audio = batch.text_rows_KM.shape[1], batch.audio_rows_KM.shape[1]
+    if min(text, audio) > 1:
+        return batch
+    text, audio = max(2 - text, 0), max(2 - audio, 0)
+    return replace(
+        batch,
+        text_rows_KM=F.pad(batch.text_rows_KM, (0, text)),
+        text_labels_KM=F.pad(batch.text_labels_KM, (0, text), value=IGNORE),
+        audio_rows_KM=F.pad(batch.audio_rows_KM, (0, audio)),
+        audio_labels_KMC=F.pad(batch.audio_labels_KMC, (0, 0, 0, audio), value=IGNORE),
+    )
+
+
+def _mark(batch: PackBatch | CrossIndex) -> None:
+    """Say which axes differ from batch to batch: all but adapters, which a graph is made for, and codebooks."""
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            letters = field.name.rsplit("_", 1)[1]
+            for axis in range(value.dim()):
+                if not (axis == 0 and letters[0] in "KJ") and letters[axis] != "C":
+                    maybe_mark_dynamic(value, axis)
+        elif isinstance(value, dict):
+            for cross in value.values():
+                _mark(cross)

@@ -1,0 +1,214 @@
+"""The adapters of a batch as tensors of a traced graph, which differentiates them itself.
+
+The eager operations add gradients to the bank as they go, which no graph can hold. Here each adapter's
+flat row is one leaf: the graph splits it into factors, so that its derivative is one concatenation, and
+autograd adds that to the bank's gradient row, which is the leaf's `grad`.
+
+Shape letters: as in model.packed_lora; J adapters of a cross_attention mode.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from higgs_tune.config import TargetPath
+from higgs_tune.data.collate import PackBatch, to_device
+from higgs_tune.model.adapter_layout import Layout, Linears
+from higgs_tune.model.dropout import Section
+from higgs_tune.model.packed_lora import PackWeights, Seat
+
+Pieces = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of what stands side by side in a row; no name: nobody reads it."""
+
+
+class AdapterPlan(NamedTuple):
+    """What a graph must know of an adapter."""
+
+    lora: Pieces
+    new: Pieces
+
+
+class GraphPlan(NamedTuple):
+    """What a graph must know of a pack: it serves every pack that has an equal one."""
+
+    adapters: tuple[AdapterPlan, ...]
+    joined: tuple[tuple[int, int], ...]  # [start, stop) of neighbours that may share a matmul
+
+
+class GraphInputs(NamedTuple):
+    """What differs from forward to forward, beside the batch."""
+
+    lora: list[Tensor]  # each adapter's row
+    new: list[Tensor]  # its new modules' row, empty where it has none
+    scale_K: Tensor
+    masks: dict[str, list[Tensor]]  # first linear of a group and adapter → dropout's, one a linear
+
+
+@dataclass(frozen=True, eq=False)
+class GraphWeights:
+    """Stands in for `PackWeights` in a traced forward."""
+
+    plan: GraphPlan
+    scale_K: Tensor
+    masks: dict[str, list[Tensor]]
+    factors: list[dict[str, Tensor]]  # each adapter's tensors by full name
+
+    @classmethod
+    def of(cls, plan: GraphPlan, inputs: GraphInputs) -> "GraphWeights":
+        """Split the rows; part of the graph."""
+        factors = [
+            _split(row, adapter.lora) | _split(new, adapter.new)
+            for adapter, row, new in zip(plan.adapters, inputs.lora, inputs.new, strict=True)
+        ]
+        return cls(plan, inputs.scale_K, inputs.masks, factors)
+
+    def adapted_linear(self, x_KND: Tensor, group: Linears) -> Tensor:
+        """As `packed_ops.adapted_linear`."""
+        outputs = [F.linear(x_KND, linear.weight, linear.bias) for linear in group.values()]
+        y_KNO = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        sizes = [stop - start for start, stop in self.plan.joined]
+        parts = [
+            self._add_lora(x_kND, y_kNO, range(*span), list(group))
+            for span, x_kND, y_kNO in zip(
+                self.plan.joined, x_KND.split(sizes), y_KNO.split(sizes), strict=True
+            )
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _add_lora(self, x_kND: Tensor, y_kNO: Tensor, every: range, names: list[str]) -> Tensor:
+        if f"{names[0]}.lora_A.weight" not in self.factors[every[0]]:
+            return y_kNO
+        masks = [self.masks.get(f"{names[0]} {k}") for k in every]
+        updates = []
+        for n, name in enumerate(names):
+            a_krD, b_kOr = (
+                torch.stack([self.factors[k][f"{name}.lora_{f}.weight"] for k in every])
+                for f in "AB"
+            )
+            kept = [own[n] for own in masks if own is not None]
+            read_kND = x_kND * torch.stack(kept) if kept else x_kND
+            updates.append((read_kND @ a_krD.mT * self.scale_K[every[0]]) @ b_kOr.mT)
+        return y_kNO + (updates[0] if len(updates) == 1 else torch.cat(updates, 2))
+
+    def new_linear(self, x_JND: Tensor, names: Sequence[str], adapters: Sequence[int]) -> Tensor:
+        """As `packed_ops.new_linear`."""
+        outputs = [
+            torch.cat([x_ND @ self.factors[k][name].mT for name in names], -1)
+            for x_ND, k in zip(x_JND.unbind(), adapters, strict=True)
+        ]
+        return torch.stack(outputs)
+
+    def new_scale(self, x_JND: Tensor, name: str, adapters: Sequence[int]) -> Tensor:
+        """As `packed_ops.new_scale`."""
+        return x_JND * torch.stack([self.factors[k][name] for k in adapters])[:, None]
+
+
+def graph_kind(weights: PackWeights) -> Hashable:
+    """Equal for packs whose plans are equal."""
+    seats = [weights.bank.seats[slot] for slot in weights.slots]
+    adapters = tuple((s.rank, s.paths, next(iter(s.new_layout.entries), "")) for s in seats)
+    return adapters, _joined(weights.bank.device, seats)
+
+
+def graph_plan(weights: PackWeights) -> GraphPlan:
+    """What a graph for these adapters must know."""
+    seats = [weights.bank.seats[slot] for slot in weights.slots]
+    adapters = [
+        AdapterPlan(_lora_pieces(seat), _pieces(seat.new_layout, list(seat.new_layout.entries)))
+        for seat in seats
+    ]
+    return GraphPlan(tuple(adapters), _joined(weights.bank.device, seats))
+
+
+def graph_inputs(weights: PackWeights, masks: dict[str, list[Tensor]]) -> GraphInputs:
+    """The adapters' rows, each with the bank's gradient row for its `grad`."""
+    bank = weights.bank
+    seats = [bank.seats[slot] for slot in weights.slots]
+    lora = [
+        bank.lora.leaf((slot, slice(seat.layout.num_columns)))
+        for slot, seat in zip(weights.slots, seats, strict=True)
+    ]
+    none = torch.empty(0, dtype=lora[0].dtype, device=bank.device)
+    new = [none if seat.new is None else seat.new.leaf((slice(None),)) for seat in seats]
+    drops = weights.masks is not None
+    scales = [seat.scale / (1 - seat.dropout if drops else 1) for seat in seats]
+    scale_K = to_device(torch.tensor(scales, dtype=none.dtype), bank.device)
+    return GraphInputs(lora, new, scale_K, masks)
+
+
+def draw_masks(
+    weights: PackWeights, batch: PackBatch, num_layers: int
+) -> dict[str, list[Tensor]]:
+    """The masks that the eager forward draws on its way, each adapter's in the same order."""
+    found: dict[str, list[Tensor]] = {}
+    if weights.masks is None:
+        return found
+    for path, group in weights.bank.groups:
+        first, linear = next(iter(group.items()))
+        labelled = first.endswith("head") or (
+            f"layers.{num_layers - 1}." in first and not first.endswith("q_proj")
+        )
+        sections = _sections(batch, path, labelled=labelled)
+        for k, slot in enumerate(weights.slots):
+            seat = weights.bank.seats[slot]
+            if seat.dropout and path in seat.paths:
+                keep, width = 1 - seat.dropout, linear.in_features
+                draws = [weights.masks.draw(k, keep, width, sections) for _ in group]
+                found[f"{first} {k}"] = draws
+    return found
+
+
+def _sections(batch: PackBatch, path: TargetPath, *, labelled: bool) -> list[Section]:
+    """What the rows of a linear of this path are."""
+    if labelled:
+        text = Section(batch.text_rows_KM.shape[1], batch.num_text_labelled_K)
+        audio = Section(batch.audio_rows_KM.shape[1], batch.num_audio_labelled_K)
+    else:
+        text = Section(batch.text_ids_KT.shape[1], batch.num_text_K)
+        audio = Section(batch.audio_codes_KAC.shape[1], batch.num_audio_K)
+    return [*([] if path.startswith("audio") else [text]), *([] if path.startswith("text") else [audio])]
+
+
+def _joined(device: torch.device, seats: Sequence[Seat]) -> tuple[tuple[int, int], ...]:
+    """[start, stop) of neighbours that share matmuls; on a CPU everybody multiplies alone."""
+    starts = [
+        k
+        for k, seat in enumerate(seats)
+        if k == 0
+        or device.type == "cpu"
+        or not seat.like(seats[k - 1])
+        or seat.paths != seats[k - 1].paths
+    ]
+    return tuple(zip(starts, [*starts[1:], len(seats)], strict=True))
+
+
+def _lora_pieces(seat: Seat) -> Pieces:
+    """The adapted factors; those of A that share an input as one."""
+    wanted = [e.name for e in seat.layout.entries.values() if e.path in seat.paths]
+    return _pieces(seat.layout, wanted)
+
+
+def _pieces(layout: Layout, wanted: Sequence[str]) -> Pieces:
+    """Cut a row into the wanted tensors and what lies between them."""
+    pieces: list[tuple[str, tuple[int, ...]]] = []
+    at = 0
+    for name in wanted:
+        entry = layout.entries[name]
+        if entry.offset > at:
+            pieces.append(("", (entry.offset - at,)))
+        pieces.append((name, entry.shape))
+        at = entry.columns.stop
+    if at < layout.num_columns:
+        pieces.append(("", (layout.num_columns - at,)))
+    return tuple(pieces)
+
+
+def _split(row_P: Tensor, pieces: Pieces) -> dict[str, Tensor]:
+    parts = row_P.split([math.prod(shape) for _, shape in pieces]) if pieces else ()
+    named = zip(parts, pieces, strict=True)
+    return {name: part.view(shape) for part, (name, shape) in named if name}
