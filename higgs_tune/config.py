@@ -33,6 +33,8 @@ class BaseSettings(Settings):
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", …
     # of whole models, as for generation; training computes attention with torch's SDPA
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    # torch.compile of training's forward: faster steps, but each kind of pack compiles first
+    compile: bool = False
     # a checkpoint without a text head: refuse it, or start the head from the token embedding
     text_head: Literal["checkpoint", "from_embedding"] = "checkpoint"
 

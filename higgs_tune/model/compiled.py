@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import fields, replace
+from threading import Lock
+from types import FunctionType
 
 import torch
-from torch._dynamo import maybe_mark_dynamic
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import HiggsAudioV2ForConditionalGeneration
@@ -34,32 +35,37 @@ class CompiledForward:
     ) -> None:
         self._base, self._backend = base, backend
         self._graphs: dict[Hashable, Callable[..., Nll]] = {}
+        self._lock = Lock()  # lanes ask at once
 
     def __call__(self, batch: PackBatch, weights: PackWeights | None) -> Nll:
         """As `packed_nll`; the first call of a kind compiles, for seconds to minutes."""
         batch = _wide(batch)
         _mark(batch)
         if weights is None:
-            return self._graph(None, None)(batch, None)
+            with self._lock:
+                graph = self._graph(len(batch.slots), None)
+            return graph(batch, None)
         masks = draw_masks(weights, batch, len(self._base.model.layers))
         for own in masks.values():
             for mask in own:
-                maybe_mark_dynamic(mask, 0)
+                torch._dynamo.maybe_mark_dynamic(mask, 0)
         kind = graph_kind(weights), tuple(masks)
-        plan = None if kind in self._graphs else graph_plan(weights)
-        return self._graph(kind, plan)(batch, graph_inputs(weights, masks))
+        with self._lock:
+            graph = self._graph(kind, None if kind in self._graphs else graph_plan(weights))
+        return graph(batch, graph_inputs(weights, masks))
 
     def _graph(self, kind: Hashable, plan: GraphPlan | None) -> Callable[..., Nll]:
         if kind not in self._graphs:
             base = self._base
 
             def forward(batch: PackBatch, inputs: GraphInputs | None) -> Nll:
-                weights = None if plan is None else GraphWeights.of(plan, inputs)
+                weights = None if inputs is None or plan is None else GraphWeights.of(plan, inputs)
                 return packed_nll(base, batch, weights)
 
-            self._graphs[kind] = torch.compile(
-                forward, fullgraph=True, backend=self._backend, isolate_recompiles=True
-            )
+            # Dynamo counts, and generalises from, what it compiled of one code object by its name
+            code = forward.__code__.replace(co_name=f"packed_nll_{len(self._graphs)}")
+            own = FunctionType(code, globals(), code.co_name, None, forward.__closure__)
+            self._graphs[kind] = torch.compile(own, fullgraph=True, backend=self._backend)
         return self._graphs[kind]
 
 
@@ -86,7 +92,7 @@ def _mark(batch: PackBatch | CrossIndex) -> None:
             letters = field.name.rsplit("_", 1)[1]
             for axis in range(value.dim()):
                 if not (axis == 0 and letters[0] in "KJ") and letters[axis] != "C":
-                    maybe_mark_dynamic(value, axis)
+                    torch._dynamo.maybe_mark_dynamic(value, axis)
         elif isinstance(value, dict):
             for cross in value.values():
                 _mark(cross)

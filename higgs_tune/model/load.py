@@ -1,7 +1,7 @@
 """Load a frozen base with its text head, tokenizer and control tokens, and check that they fit."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from higgs_tune.model.audio_attention import (
     CrossAttentionHiggsAudioV2ForConditionalGeneration,
     cross_attention_of,
 )
+from higgs_tune.model.compile_cache import prepare_compile
 from higgs_tune.model.snapshot import check_tensors, read_object, stored_tensors
 from higgs_tune.model.template import check_template
 
@@ -46,6 +47,7 @@ class Base:
     source: str  # what an adapter names as its base
     revision: str | None = None  # commit of a source that is a Hub id
     folder: Path | None = None  # where its files are, if it came from a checkpoint
+    compile: bool = False  # training's forward
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -105,8 +107,8 @@ def load_base(settings: BaseSettings) -> Base:
     """Load a checkpoint with its text head for training: frozen, in eval mode.
 
     Raises:
-        ConfigError: a Hub id without a revision, a GPU that is not there, or an attention that
-            training does not have.
+        ConfigError: a Hub id without a revision, a GPU that is not there, an attention that
+            training does not have, or no compiler for `base.compile`.
         ModelError: not a checkpoint of this model, one without text head, or with cross-attention
             modules of its own.
     """
@@ -115,7 +117,9 @@ def load_base(settings: BaseSettings) -> Base:
             f"base.attention: found {settings.attention}, but training has its own forward with "
             "torch's SDPA. Leave it at sdpa; it acts where whole models run, as in generation."
         )
-    base = load_checkpoint(settings)
+    if settings.compile:
+        prepare_compile(resolve_device(settings.device, "base.device"))
+    base = replace(load_checkpoint(settings), compile=settings.compile)
     found = cross_attention_of(base.model.config)
     if found != "off":
         raise ModelError(

@@ -134,10 +134,25 @@ class _Cross:
     def __init__(
         self, index: CrossIndex, weights: Adapters, rope: _Rope, widths: list[int]
     ) -> None:
-        self.rows_J = index.adapters_J
         self._index, self._weights, self._rope, self._widths = index, weights, rope, widths
         self._audio = _Layout(index.audio_from_slot_SA, index.audio_slot_from_seq_JA)
         self._text = _Layout(index.text_from_slot_ST, index.text_slot_from_seq_JT)
+
+    def take(self, x_KND: Tensor) -> Tensor:
+        """The rows of these adapters: (J, N, D)."""
+        if torch.compiler.is_compiling():
+            every = x_KND.unbind()
+            return torch.stack([every[k] for k in self._index.adapters])
+        return x_KND.index_select(0, self._index.adapters_J)
+
+    def put(self, x_KND: Tensor, own_JND: Tensor) -> Tensor:
+        """All adapters' rows with these adapters' replaced."""
+        if torch.compiler.is_compiling():  # Inductor fails on some fusions of a scatter
+            every = list(x_KND.unbind())
+            for k, own in zip(self._index.adapters, own_JND.unbind(), strict=True):
+                every[k] = own
+            return torch.stack(every)
+        return x_KND.index_copy(0, self._index.adapters_J, own_JND)
 
     def _project(self, x_JND: Tensor, name: str, projections: str) -> Tensor:
         names = tuple(f"{name}.{p}_proj.weight" for p in projections)
@@ -269,17 +284,14 @@ def _cross_attention(
     x_audio: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the new modules of the adapters that have some; the others' rows pass unchanged."""
-    rows = cross.rows_J
-    read = x_audio.index_select(0, rows)
+    read = cross.take(x_audio)
     if mode == "audio_self":
         eps = layer.audio_input_layernorm.variance_epsilon
-        h, x = cross.audio_self(prefix, h_audio.index_select(0, rows), read, eps)
-        h_audio, x_audio = h_audio.index_copy(0, rows, h), x_audio.index_copy(0, rows, x)
+        h, x = cross.audio_self(prefix, cross.take(h_audio), read, eps)
+        h_audio, x_audio = cross.put(h_audio, h), cross.put(x_audio, x)
     else:
-        own, asks = h_text.index_select(0, rows), x_text.index_select(0, rows)
-        h = cross.text_to_audio(prefix, own, asks, read)
+        h = cross.text_to_audio(prefix, cross.take(h_text), cross.take(x_text), read)
         norm = layer.input_layernorm
-        h_text = h_text.index_copy(0, rows, h)
         x = rms_norm(h, norm.weight, norm.variance_epsilon)
-        x_text = x_text.index_copy(0, rows, x)
+        h_text, x_text = cross.put(h_text, h), cross.put(x_text, x)
     return h_text, h_audio, x_text, x_audio

@@ -7,6 +7,7 @@ alone; neighbours may join, leave or diverge. Shape letters: K slots or adapters
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from higgs_tune.data.collate import PackBatch, TargetCounts, to_device
 from higgs_tune.model import targets as target_rules
 from higgs_tune.model.adapter_layout import Kind, Linears, Named
 from higgs_tune.model.audio_attention import initial_new_modules, new_module_shapes
+from higgs_tune.model.compiled import CompiledForward
 from higgs_tune.model.dropout import Masks
 from higgs_tune.model.load import Base
 from higgs_tune.model.packed_forward import decoder_layers, head_groups, layer_groups, packed_nll
@@ -75,6 +77,7 @@ class Engine:
         self.limits = limits
         self.device = next(base.model.parameters()).device
         self.num_codebooks: int = base.model.config.num_codebooks
+        self.nll = CompiledForward(base.model) if base.compile else partial(packed_nll, base.model)
         self.lora_groups = _lora_groups(base, limits.paths)
         dtype = next(base.model.parameters()).dtype
         self.bank = AdapterBank(
@@ -156,7 +159,7 @@ class Engine:
                     share_KC[k, 1 + codebook] = share / int(number)
         share_KC = to_device(share_KC, self.device)
         weights = self.bank.pack(batch.slots).training(self._masks(batch.slots))
-        text_sum_K, audio_sum_KC = packed_nll(self.base.model, batch, weights)
+        text_sum_K, audio_sum_KC = self.nll(batch, weights)
         loss = (text_sum_K * share_KC[:, 0]).sum() + (audio_sum_KC * share_KC[:, 1:]).sum()
         loss.backward()
         return text_sum_K.detach(), audio_sum_KC.detach()
@@ -193,7 +196,7 @@ class Engine:
     def evaluate(self, batch: PackBatch, *, bare: bool = False) -> tuple[Tensor, Tensor]:
         """Summed nats of a batch, text (K,) and audio (K, C); `bare` leaves the adapters out."""
         weights = None if bare else self.bank.pack(batch.slots)
-        return packed_nll(self.base.model, batch, weights)
+        return self.nll(batch, weights)
 
     def state(self, trial_id: str) -> AdapterState:
         """Copy what `add` needs to go on exactly."""

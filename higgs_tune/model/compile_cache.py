@@ -1,0 +1,39 @@
+"""What torch.compile needs of a machine: a compiler, and a cache that workers and sweeps share."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from higgs_tune.errors import ConfigError
+
+_MOST_RECOMPILES = 64  # of one kind of pack; torch gives up at 8
+
+
+def prepare_compile(device: torch.device) -> None:
+    """Check for a compiler and keep what it makes in one folder of the user.
+
+    `TORCHINDUCTOR_CACHE_DIR` names another folder. Several processes may share one.
+
+    Raises:
+        ConfigError: this machine cannot compile for the device.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler  # seconds that others are spared
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    if device.type == "cuda" and not has_triton():
+        raise ConfigError(
+            "base.compile: found true, but Triton does not work here, which torch.compile needs on "
+            "a GPU. Install triton and a GPU that it knows, or set base.compile to false."
+        )
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ConfigError(
+            "base.compile: found true, but no C++ compiler, which torch.compile needs. Install g++ "
+            "or name one in the environment variable CXX, or set base.compile to false."
+        ) from None
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "higgs-tune" / "inductor"))
+    torch._dynamo.config.recompile_limit = _MOST_RECOMPILES
