@@ -7,6 +7,7 @@ import torch
 
 from higgs_tune.errors import ConfigError
 
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _MOST_RECOMPILES = 64  # of one kind of pack; torch gives up at 8
 
 
@@ -20,6 +21,7 @@ def prepare_compile(device: torch.device) -> None:
     """
     from torch._inductor.cpp_builder import get_cpp_compiler  # seconds that others are spared
     from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
     from torch.utils._triton import has_triton
 
     if device.type == "cuda" and not has_triton():
@@ -35,5 +37,8 @@ def prepare_compile(device: torch.device) -> None:
             "or name one in the environment variable CXX, or set base.compile to false."
         ) from None
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "higgs-tune" / "inductor"))
+    if os.environ.get(_FOLDER, default_cache_dir()) == default_cache_dir():  # torch may have set it
+        os.environ[_FOLDER] = str(caches / "higgs-tune" / "inductor")
+    # else graphs with derivatives of our own, which are pure, would be traced again in each process
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     torch._dynamo.config.recompile_limit = _MOST_RECOMPILES

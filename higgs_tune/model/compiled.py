@@ -70,7 +70,7 @@ class CompiledForward:
 
 
 def _wide(batch: PackBatch) -> PackBatch:
-    """At least two labelled rows of each kind, since widths of 0 and 1 would each be a graph of their own."""
+    """At least two labelled rows of each kind: widths of 0 and 1 would each be a graph of its own."""
     text, audio = batch.text_rows_KM.shape[1], batch.audio_rows_KM.shape[1]
     if min(text, audio) > 1:
         return batch
@@ -85,7 +85,7 @@ def _wide(batch: PackBatch) -> PackBatch:
 
 
 def _mark(batch: PackBatch | CrossIndex) -> None:
-    """Say which axes differ from batch to batch: all but adapters, which a graph is made for, and codebooks."""
+    """Say which axes differ from batch to batch: not the adapters', which a graph is made for."""
     for field in fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):

@@ -141,9 +141,7 @@ def graph_inputs(weights: PackWeights, masks: dict[str, list[Tensor]]) -> GraphI
     return GraphInputs(lora, new, scale_K, masks)
 
 
-def draw_masks(
-    weights: PackWeights, batch: PackBatch, num_layers: int
-) -> dict[str, list[Tensor]]:
+def draw_masks(weights: PackWeights, batch: PackBatch, num_layers: int) -> dict[str, list[Tensor]]:
     """The masks that the eager forward draws on its way, each adapter's in the same order."""
     found: dict[str, list[Tensor]] = {}
     if weights.masks is None:
@@ -171,7 +169,10 @@ def _sections(batch: PackBatch, path: TargetPath, *, labelled: bool) -> list[Sec
     else:
         text = Section(batch.text_ids_KT.shape[1], batch.num_text_K)
         audio = Section(batch.audio_codes_KAC.shape[1], batch.num_audio_K)
-    return [*([] if path.startswith("audio") else [text]), *([] if path.startswith("text") else [audio])]
+    return [
+        *([] if path.startswith("audio") else [text]),
+        *([] if path.startswith("text") else [audio]),
+    ]
 
 
 def _joined(device: torch.device, seats: Sequence[Seat]) -> tuple[tuple[int, int], ...]:

@@ -46,11 +46,20 @@ def _engine(backend: str | None) -> Engine:
 
 
 def _batches(engine: Engine) -> list[tuple[PackBatch, dict[int, list[Encoded]]]]:
-    """Other lengths, other numbers of sequences, and one without any text target."""
+    """Other lengths, other numbers of sequences (from two), and one without any text target."""
     of_step: list[dict[int, list[Encoded]]] = [
-        {0: [example("transcribe", 0), example("speak", 1, 9)], 1: [example("clone", 2, 5, 4)]},
-        {0: [example("speak", 3, 4)], 1: [example("speak", 4, 12), example("clone", 5)]},
-        {0: [example("clone", 6), example("transcribe", 7)], 1: [example("transcribe", 8, 11, 9)]},
+        {
+            0: [example("transcribe", 0), example("speak", 1, 9)],
+            1: [example("clone", 2, 5, 4), example("speak", 9)],
+        },
+        {
+            0: [example("speak", 3, 4), example("speak", 10)],
+            1: [example("speak", 4, 12), example("clone", 5)],
+        },
+        {
+            0: [example("clone", 6), example("transcribe", 7)],
+            1: [example("transcribe", 8, 11, 9)] * 3,
+        },
     ]
     return [(collate(examples, engine.modes()), examples) for examples in of_step]
 
