@@ -19,6 +19,7 @@ def prepare_compile(device: torch.device) -> None:
     Raises:
         ConfigError: this machine cannot compile for the device.
     """
+    from torch._functorch import config as functorch
     from torch._inductor.cpp_builder import get_cpp_compiler  # seconds that others are spared
     from torch._inductor.exc import InvalidCxxCompiler
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -40,5 +41,5 @@ def prepare_compile(device: torch.device) -> None:
     if os.environ.get(_FOLDER, default_cache_dir()) == default_cache_dir():  # torch may have set it
         os.environ[_FOLDER] = str(caches / "higgs-tune" / "inductor")
     # else graphs with derivatives of our own, which are pure, would be traced again in each process
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    functorch.autograd_cache_allow_custom_autograd_functions = True
     torch._dynamo.config.recompile_limit = _MOST_RECOMPILES

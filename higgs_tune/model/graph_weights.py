@@ -96,7 +96,7 @@ class GraphWeights:
         return y_kNO + (updates[0] if len(updates) == 1 else torch.cat(updates, 2))
 
     def new_linear(self, x_JND: Tensor, names: Sequence[str], adapters: Sequence[int]) -> Tensor:
-        """As `packed_ops.new_linear`."""
+        """As `new_module_ops.new_linear`."""
         outputs = [
             torch.cat([x_ND @ self.factors[k][name].mT for name in names], -1)
             for x_ND, k in zip(x_JND.unbind(), adapters, strict=True)
@@ -104,8 +104,11 @@ class GraphWeights:
         return torch.stack(outputs)
 
     def new_scale(self, x_JND: Tensor, name: str, adapters: Sequence[int]) -> Tensor:
-        """As `packed_ops.new_scale`."""
+        """As `new_module_ops.new_scale`."""
         return x_JND * torch.stack([self.factors[k][name] for k in adapters])[:, None]
+
+
+Adapters = PackWeights | GraphWeights
 
 
 def graph_kind(weights: PackWeights) -> Hashable:

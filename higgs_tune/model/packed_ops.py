@@ -4,8 +4,7 @@ Autograd's own derivative of a strided slice, of a gather or of a decomposed nor
 tensors; on small steps those cost more than the matmuls. Gradients of adapters are added straight into
 the bank's gradient buffers, so a backward is not itself differentiable.
 
-Shape letters: as in model.packed_lora; J adapters of a cross_attention mode, S sequences, L length,
-H heads, E head size.
+Shape letters: as in model.packed_lora; S sequences, L length, H heads, E head size.
 """
 
 from collections.abc import Sequence
@@ -19,10 +18,8 @@ from torch.nn import functional as F
 
 from higgs_tune.model.adapter_layout import Linears
 from higgs_tune.model.dropout import Section
-from higgs_tune.model.graph_weights import GraphWeights
-from higgs_tune.model.packed_lora import PackWeights, Run
-
-Adapters = PackWeights | GraphWeights
+from higgs_tune.model.graph_weights import Adapters, GraphWeights
+from higgs_tune.model.packed_lora import Run
 
 
 def adapted_linear(
@@ -50,24 +47,6 @@ def adapted_linear(
                 keep, width = 1 - run.dropout, x_KND.shape[2]
                 own += [weights.masks.draw(run.rows, keep, width, sections) for _ in group]
     return _AdaptedLinear.apply(x_KND, weights.bank.anchor, list(group.values()), runs, masks)
-
-
-def new_linear(
-    x_JND: Tensor, weights: Adapters, names: tuple[str, ...], adapters: Sequence[int]
-) -> Tensor:
-    """Multiply each adapter's rows by its own (O, D) matrices side by side: (J, N, ΣO)."""
-    if isinstance(weights, GraphWeights):
-        return weights.new_linear(x_JND, names, adapters)
-    matrices = weights.new_tensors(names, adapters)
-    return _NewLinear.apply(x_JND, weights.bank.anchor, matrices)
-
-
-def new_scale(x_JND: Tensor, weights: Adapters, name: str, adapters: Sequence[int]) -> Tensor:
-    """Multiply each adapter's rows elementwise by its own (D,) vector."""
-    if isinstance(weights, GraphWeights):
-        return weights.new_scale(x_JND, name, adapters)
-    vectors = weights.new_tensors((name,), adapters)
-    return _NewScale.apply(x_JND, weights.bank.anchor, vectors)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -200,50 +179,6 @@ def _add_masked(
         _add_product(gradient, dz_kNr.mT, x_kND * mask, scale)
         if dx_kND is not None:
             dx_kND.add_((dz_kNr @ a).mul_(mask), alpha=scale)
-
-
-class _NewLinear(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_JND: Tensor, anchor: Tensor, matrices: Sequence[tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        x_JND = x_JND.contiguous()
-        y_JNO = x_JND.new_empty(*x_JND.shape[:2], len(matrices[0][0]))
-        for x, (weight, _), y in zip(x_JND, matrices, y_JNO, strict=True):
-            torch.mm(x, weight.t(), out=y)
-        ctx.save_for_backward(x_JND)
-        ctx.matrices = matrices
-        return y_JNO
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        (x_JND,) = ctx.saved_tensors
-        dx_JND = torch.empty_like(x_JND) if ctx.needs_input_grad[0] else None
-        for j, (weight, gradient) in enumerate(ctx.matrices):
-            dy = grads[0][j]
-            gradient.addmm_(dy.t(), x_JND[j])
-            if dx_JND is not None:
-                torch.mm(dy, weight, out=dx_JND[j])
-        return dx_JND, None, None
-
-
-class _NewScale(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_JND: Tensor, anchor: Tensor, vectors: Sequence[tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        ctx.save_for_backward(x_JND)
-        ctx.vectors = vectors
-        return x_JND * torch.stack([weight for weight, _ in vectors])[:, None]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        (x_JND,) = ctx.saved_tensors
-        total_JD = (grads[0] * x_JND).sum(1)
-        for (_, gradient), total in zip(ctx.vectors, total_JD, strict=True):
-            gradient.add_(total)
-        weight_JD = torch.stack([weight for weight, _ in ctx.vectors])
-        return grads[0] * weight_JD[:, None], None, None
 
 
 class _RmsNorm(Function):
