@@ -22,8 +22,8 @@ from higgs_tune.config import TargetPath
 from higgs_tune.data.collate import CrossIndex, PackBatch
 from higgs_tune.model.adapter_layout import Linears
 from higgs_tune.model.dropout import Section
-from higgs_tune.model.losses import codebook_nll_sum, text_nll_sum
 from higgs_tune.model.graph_weights import Adapters
+from higgs_tune.model.losses import codebook_nll_sum, text_nll_sum
 from higgs_tune.model.new_module_ops import new_linear, new_scale
 from higgs_tune.model.packed_ops import (
     adapted_linear,
