@@ -87,7 +87,7 @@ def our_step(base: Base, rank: int, num_adapters: int, *, split: bool = False) -
     def step(examples: Sequence[Sequence[Encoded]]) -> Tensor:
         counts = {slot: count_targets(own, num_codebooks) for slot, own in enumerate(examples)}
         num_rows = {slot: sum(e.num_rows for e in own) for slot, own in enumerate(examples)}
-        groups = engine.lanes.split(num_rows) if split else [tuple(num_rows)]
+        groups = engine.lanes.groups(num_rows) if split else [tuple(num_rows)]
 
         def accumulate(slots: Sequence[int]) -> tuple[Sequence[int], Tensor]:
             batch = collate({slot: examples[slot] for slot in slots}, engine.modes())

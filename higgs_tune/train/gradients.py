@@ -44,7 +44,7 @@ class Gradients:
             discard=self._engine.discard,
         )
         num_rows = {slot: sum(e.num_rows for e in own.examples) for slot, own in clips.items()}
-        return self.room.run(self._engine.lanes.split(num_rows), work)
+        return self.room.run(self._engine.lanes.groups(num_rows), work)
 
     def _parts(self, slot: int, clips: Clips) -> list[list[Encoded]]:
         budget = self.room.budget(slot, clips.token_budget)

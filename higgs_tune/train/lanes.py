@@ -21,15 +21,15 @@ class Lanes:
         self.count = torch.get_num_threads() if device.type == "cpu" else 1
         self._threads: ThreadPoolExecutor | None = None
 
-    def split(self, rows: Mapping[int, int]) -> list[tuple[int, ...]]:
-        """Group slots so that the lanes have about equal numbers of rows; the heaviest goes first."""
-        lanes: list[list[int]] = [[] for _ in range(min(self.count, len(rows)))]
-        loads = [0] * len(lanes)
-        for slot in sorted(rows, key=lambda slot: (-rows[slot], slot)):
-            lightest = loads.index(min(loads))
-            lanes[lightest].append(slot)
-            loads[lightest] += rows[slot]
-        return [tuple(sorted(lane)) for lane in lanes]
+    def groups(self, rows: Mapping[int, int]) -> list[tuple[int, ...]]:
+        """Slots to compute side by side: each by itself, those with the most rows first.
+
+        A lane takes the next as soon as it is free, so the last ones are short. With one lane all slots
+        are one group.
+        """
+        if self.count == 1:
+            return [tuple(sorted(rows))]
+        return [(slot,) for slot in sorted(rows, key=lambda slot: (-rows[slot], slot))]
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Results of all tasks in their order; a single one runs here, on every core."""

@@ -72,14 +72,14 @@ class Room:
         """Results of every slot.
 
         Args:
-            groups: the slots of each lane.
+            groups: the slots that may be computed at the same time as others.
         """
         done: dict[int, T | NoRoom] = {}
-        tasks = [partial(self._each, self._pieces(group), work) for group in groups]
+        pieces = [piece for group in groups for piece in self._pieces(group)]
+        tasks = [partial(self._once, piece, work) for piece in pieces]
         together = self._side_by_side and len(groups) > 1
-        lanes = self._lanes.run(tasks) if together else [task() for task in tasks]
         todo: list[Group] = []
-        for outcome in (outcome for lane in lanes for outcome in lane):
+        for outcome in self._lanes.run(tasks) if together else [task() for task in tasks]:
             if not isinstance(outcome, _Failed):
                 done |= outcome
                 continue
@@ -101,9 +101,6 @@ class Room:
                 done |= outcome
             todo = [piece for group in todo for piece in self._pieces(group)]
         return done
-
-    def _each(self, groups: Sequence[Group], work: Work[T]) -> list[dict[int, T] | _Failed]:
-        return [self._once(group, work) for group in groups]
 
     def _once(self, group: Group, work: Work[T]) -> dict[int, T] | _Failed:
         """Try it; what the attempt held is free when this returns, because its exception is."""

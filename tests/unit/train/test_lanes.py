@@ -18,10 +18,9 @@ def two_cores():
     torch.set_num_threads(before)
 
 
-def test_slots_are_split_by_rows_the_heaviest_first(two_cores):
-    assert Lanes(CPU).split({0: 10, 1: 90, 2: 50, 3: 45}) == [(0, 1), (2, 3)]
-    assert Lanes(CPU).split({7: 5}) == [(7,)]
-    assert Lanes(torch.device("cuda")).split({0: 1, 1: 1, 2: 1}) == [(0, 1, 2)]
+def test_lanes_take_slots_one_by_one_the_heaviest_first(two_cores):
+    assert Lanes(CPU).groups({0: 10, 1: 90, 2: 50, 3: 50}) == [(1,), (2,), (3,), (0,)]
+    assert Lanes(torch.device("cuda")).groups({1: 1, 0: 1, 2: 1}) == [(0, 1, 2)]
 
 
 def test_tasks_run_side_by_side_on_a_core_each_and_keep_their_order(two_cores):
