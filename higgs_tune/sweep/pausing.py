@@ -16,12 +16,13 @@ from ray.tune.schedulers import HyperBandForBOHB, PopulationBasedTraining, Trial
 
 from higgs_tune.config_space import Range
 from higgs_tune.metrics import STEP
+from higgs_tune.sweep.baselines import SparesBaselines, is_searched
 
 UNITS = "units_done"  # a bracket's time: whole units at every rung
 RATES = "rates"  # what a population changes, in the config of a Tune trial
 
 
-class Brackets(HyperBandForBOHB):
+class Brackets(SparesBaselines, HyperBandForBOHB):
     """Synchronous HyperBand for trials that come one by one.
 
     Tune's HyperBandScheduler halves a bracket as soon as everyone who is there has reached the rung.
@@ -70,7 +71,7 @@ class Brackets(HyperBandForBOHB):
                     yield trial
 
 
-class Population(PopulationBasedTraining):
+class Population(SparesBaselines, PopulationBasedTraining):
     """Population based training: at equal steps the worst copy the best and change their rates.
 
     Synchronous, so that trials compare at the same step, a sweep repeats, and a donor's checkpoint
@@ -78,7 +79,7 @@ class Population(PopulationBasedTraining):
     diverged or failed, and would clone a trial while it is being saved, after which Tune stops it;
     so here nothing happens before everyone who is left has been paused.
 
-    Trials 0 and 1, the baselines, run beside it: as copies they would be no baselines any more.
+    The baselines run beside it: as copies they would be no baselines any more.
     """
 
     def __init__(
@@ -111,20 +112,19 @@ class Population(PopulationBasedTraining):
         Tune refuses searchers, because they would be told of a configuration that is no more what
         trained; ours is told of every copy.
         """
-        if in_population(trial):
-            view: Any = SimpleNamespace(search_alg=None)
-            super().on_trial_add(view, trial)
+        view: Any = SimpleNamespace(search_alg=None)
+        super().on_trial_add(view, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Pause a trial that has reached the step at which all are compared."""
-        if not in_population(trial) or result[STEP] < self._next_perturbation_sync:
+        if not is_searched(trial) or result[STEP] < self._next_perturbation_sync:
             return TrialScheduler.CONTINUE
         self._save_trial_state(self._trial_state[trial], result[STEP], result, trial)
         return TrialScheduler.PAUSE
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Compare and copy when everyone waits; then whoever is paused and has trained least."""
-        members = [trial for trial in tune_controller.get_trials() if in_population(trial)]
+        members = [trial for trial in tune_controller.get_trials() if is_searched(trial)]
         left = [trial for trial in members if not trial.is_finished()]
         if left and all(trial.status == Trial.PAUSED for trial in left):
             states = [self._trial_state[trial] for trial in left]
@@ -158,11 +158,6 @@ class Population(PopulationBasedTraining):
         for name, bounds in self._ranges.items():
             config[RATES][name] = min(max(config[RATES][name], bounds.low), bounds.high)
         return config
-
-
-def in_population(trial: Trial) -> bool:
-    """Whether a trial may copy and be copied: all but the baselines."""
-    return trial.config["record"]["origin"] == "search"
 
 
 def has_room(tune_controller: Any, trial: Trial | None) -> bool:

@@ -18,18 +18,24 @@ from ray.tune.schedulers import (
 
 from higgs_tune.config import SchedulerSettings, SweepConfig, TrainSettings
 from higgs_tune.metrics import STEP, VAL_TEXT_NLL
-from higgs_tune.sweep import space
+from higgs_tune.sweep import space, study
+from higgs_tune.sweep.baselines import SparesBaselines
 from higgs_tune.sweep.pausing import Brackets, Population
 
 
 @dataclass(eq=False)
 class Earlier:
-    """Stands for a trial of an earlier run, of which a scheduler knows no more than its id."""
+    """Stands for a trial that an earlier run sampled: all that a scheduler knows of it."""
 
     trial_id: str
+    config = {"record": {"origin": "search"}}
 
 
-class Median(MedianStoppingRule):
+class Asha(SparesBaselines, AsyncHyperBandScheduler):
+    """Tune's ASHA beside the baselines."""
+
+
+class Median(SparesBaselines, MedianStoppingRule):
     """Tune's median rule without trials that cannot be ranked, and with what earlier runs recorded.
 
     A trial that did not end well has no metric in its last result, for which Tune's would fall.
@@ -125,7 +131,7 @@ def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) ->
             quantile_fraction=scheduler.quantile_fraction,
             **common,
         )
-    return AsyncHyperBandScheduler(
+    return Asha(
         time_attr=STEP,
         grace_period=grace_steps(scheduler, train),
         max_t=train.num_steps,
@@ -143,9 +149,12 @@ def replay(scheduler: TrialScheduler, tune_id: str, trial: FrozenTrial, *, ended
     Args:
         ended: the trial has ended, else it goes on as Tune's trial `tune_id`.
     """
+    record = study.record_of(trial)
+    if record is not None and record.origin != "search":
+        return
     if isinstance(scheduler, Median) and not ended:
         scheduler.earlier[tune_id] = trial.intermediate_values
-    elif isinstance(scheduler, Median | AsyncHyperBandScheduler):
+    elif isinstance(scheduler, Median | Asha):
         stand_in = cast(Trial, Earlier(tune_id))
         controller: Any = None
         scheduler.on_trial_add(controller, stand_in)

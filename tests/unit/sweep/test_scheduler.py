@@ -1,3 +1,4 @@
+import json
 import random
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from higgs_tune.sweep.scheduler import (
     past_warmup,
     replay,
 )
+from higgs_tune.sweep.study import RECORD, TrialRecord
+from tests.models import trial as trial_config
 
 
 def scheduler_of(name="asha", **settings):
@@ -25,16 +28,15 @@ def scheduler_of(name="asha", **settings):
     )
 
 
-def finished(values):
+def finished(values, record=None):
+    attributes = {} if record is None else {RECORD: json.dumps(record.to_dict())}
     return optuna.trial.create_trial(
-        state=optuna.trial.TrialState.PRUNED, intermediate_values=values
+        state=optuna.trial.TrialState.PRUNED, intermediate_values=values, user_attrs=attributes
     )
 
 
 def decide(scheduler, tune_id, step, value):
-    return scheduler.on_trial_result(
-        None, SimpleNamespace(trial_id=tune_id), {"step": step, "val/text/nll": value}
-    )
+    return scheduler.on_trial_result(None, Earlier(tune_id), {"step": step, "val/text/nll": value})
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_rungs_are_rebuilt_from_the_study():
     for index, value in enumerate((2.0, 2.1, 2.2)):
         replay(rebuilt, f"earlier-{index}", finished({25: 6.0, 50: value}), ended=True)
     for scheduler in (fresh, rebuilt):
-        scheduler.on_trial_add(None, SimpleNamespace(trial_id="new"))
+        scheduler.on_trial_add(None, Earlier("new"))
     assert decide(fresh, "new", 50, 4.0) == TrialScheduler.CONTINUE
     assert decide(rebuilt, "new", 50, 4.0) == TrialScheduler.STOP
 
@@ -67,14 +69,37 @@ def test_a_resumed_trial_is_not_judged_again_at_a_rung_it_passed():
     for index in range(5):
         replay(scheduler, f"earlier-{index}", finished({50: 2.0}), ended=True)
     replay(scheduler, "resumed", finished({25: 9.0, 50: 9.0}), ended=False)
-    scheduler.on_trial_add(None, SimpleNamespace(trial_id="resumed"))
+    scheduler.on_trial_add(None, Earlier("resumed"))
     assert decide(scheduler, "resumed", 75, 9.0) == TrialScheduler.CONTINUE
+
+
+@pytest.mark.parametrize("name", ["asha", "median", "hyperband", "pbt"])
+def test_baselines_are_neither_judged_nor_compared_with(name):
+    scheduler = scheduler_of(name)
+    before = scheduler.debug_string()
+    for origin, value in (("baseline", 9.0), ("baseline_fixed", 1.0)):
+        trial = SimpleNamespace(trial_id=origin, config={"record": {"origin": origin}})
+        scheduler.on_trial_add(None, trial)
+        for step in (50, 75, 100, 125, 150):
+            result = {"step": step, "val/text/nll": value}
+            assert scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
+        scheduler.on_trial_complete(None, trial, result)
+    assert scheduler.debug_string() == before
+
+
+def test_an_earlier_baseline_leaves_the_rungs_alone():
+    scheduler = scheduler_of()
+    before = scheduler.debug_string()
+    record = TrialRecord("t000", 0, "t000-by-hand", "baseline", None, trial_config())
+    trial = finished({50: 2.0}, record)
+    replay(scheduler, "earlier-0", trial, ended=True)
+    assert scheduler.debug_string() == before
 
 
 def test_a_diverged_trial_without_its_metric_leaves_the_rungs_alone():
     scheduler = scheduler_of()
     before = scheduler.debug_string()
-    trial = SimpleNamespace(trial_id="bad")
+    trial = Earlier("bad")
     scheduler.on_trial_add(None, trial)
     scheduler.on_trial_complete(None, trial, {"step": 50, "status": "diverged"})
     assert scheduler.debug_string() == before
