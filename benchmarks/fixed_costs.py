@@ -3,14 +3,14 @@
     python benchmarks/fixed_costs.py --out results/fixed_costs.json    # and results/fixed_costs.png
 
 Ours is the user's own command, `python sweeps/run.py`, on a tiny sweep; its times are those of the JSON
-lines that it prints, with the length of each round from metrics.jsonl. The same trials then run with stock
-transformers + PEFT under Ray Tune, a process a trial (plain) and with processes reused (strong), see
-stock_tune.py. The first run of each is not counted: it warms the disk's caches. "Between" is from the last
-validated result of a trial to the first step of the trial that takes its slot.
+lines that it prints and of workers.json. The same trials then run with stock transformers + PEFT under Ray
+Tune, a process a trial (plain) and with processes reused (strong), see stock_tune.py. The first run of each
+is not counted: it warms the disk's caches. "Between" is from the last validated result of a trial to the
+first step of the trial that takes its slot; of ours, the median of a sweep and only the time in which the
+pack did not train.
 """
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -27,43 +27,37 @@ from stock_base import REPORTED, STARTED
 from sweep_time import HERE, WAYS, Results, environment, our_trials, settings_file, timed
 
 from higgs_tune.files import write_json
-from higgs_tune.metrics import STEP
+from higgs_tune.metrics import TRAIN_TIME_S
 
 COSTS = {"command_to_first_step_s": "command to first step", "between_s": "between two trials"}
 
 
-def our_costs(started: float, events: Sequence[Mapping[str, Any]], results: Results) -> dict:
+def our_costs(
+    started: float,
+    events: Sequence[Mapping[str, Any]],
+    results: Results,
+    workers: Mapping[str, Any],
+) -> dict[str, Any]:
     """Fixed costs of our sweep.
 
     Args:
         started: when the command was given, as `time.time` says.
         events: what the sweep printed; "result" events have a time.
-        results: each trial's metrics; those of one round share its length, `round_s`.
+        results: each trial's metrics, with the seconds that its steps took.
+        workers: `workers.json`.
 
     Returns:
-        Seconds; of "between_s" and "rounds_s" (between rounds in which nobody joined) every one.
+        Seconds. The first step is dated from the first result back, so with a validation too many.
     """
-    length = {
-        (trial, line[STEP]): line["round_s"] for trial, found in results.items() for line in found
-    }
-    first = {trial: found[0][STEP] for trial, found in results.items()}
-    rounds: dict[float, tuple[float, bool]] = {}  # length → first result's time, someone is new
+    heard = {}
     for event in events:
-        if event["event"] != "result":
-            continue
-        trial, step = event["trial"], event[STEP]
-        heard, is_new = rounds.get(length[trial, step], (event["time"], False))
-        rounds[length[trial, step]] = min(heard, event["time"]), is_new or step == first[trial]
-    in_order = sorted(
-        (heard, heard - round_s, is_new) for round_s, (heard, is_new) in rounds.items()
-    )
-    gaps: dict[bool, list[float]] = {True: [], False: []}
-    for (ended, _, _), (_, begun, is_new) in itertools.pairwise(in_order):
-        gaps[is_new].append(begun - ended)
+        if event["event"] == "result":
+            heard.setdefault(event["trial"], event["time"])
+    begun = min(heard[trial] - found[0][TRAIN_TIME_S] for trial, found in results.items())
+    refills = [figures["refill_median_s"] for figures in workers.values()]
     return {
-        "command_to_first_step_s": in_order[0][1] - started,
-        "between_s": gaps[True],
-        "rounds_s": gaps[False],
+        "command_to_first_step_s": begun - started,
+        "between_s": [seconds for seconds in refills if seconds is not None],
     }
 
 
@@ -91,7 +85,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]
     settings = settings_file(folder, args)
     started, events = run_command(settings)
     trials, results = our_trials(folder / "ours")
-    ways = {"ours": our_costs(started, events, results)}
+    workers = json.loads((folder / "ours" / "workers.json").read_text())
+    ways = {"ours": our_costs(started, events, results, workers)}
     given = folder / "trials.json"
     write_json(given, {"trials": [t for t in trials if t["trial"]["cross_attention"] == "off"]})
     for way in args.ways:
@@ -109,14 +104,12 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     gaps = [gap for run in runs for gap in run["between_s"]]
     if not gaps:
         raise SystemExit("no trial followed another: raise --trials or lower --slots, --processes")
-    found = {
+    return {
         "command_to_first_step_s": round(median(firsts), 3),
         "between_s": round(median(gaps), 3),
         "every_command_to_first_step_s": [round(s, 3) for s in firsts],
         "every_between_s": [round(s, 3) for s in gaps],
     }
-    rounds = [gap for run in runs for gap in run.get("rounds_s", [])]
-    return found | ({"rounds_s": round(median(rounds), 3)} if rounds else {})
 
 
 def picture(ways: Mapping[str, Mapping[str, Any]]) -> Figure:

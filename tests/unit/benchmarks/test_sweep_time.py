@@ -1,6 +1,7 @@
 """What the sweep's comparison and the fixed costs make of what was run."""
 
 import argparse
+from typing import Any
 
 import fixed_costs
 import pytest
@@ -8,7 +9,7 @@ import sweep_time
 from stock_base import REPORTED, STARTED
 
 from higgs_tune.config_file import load_sweep
-from higgs_tune.metrics import STEP, VAL_TEXT_NLL
+from higgs_tune.metrics import STEP, TRAIN_TIME_S, VAL_TEXT_NLL
 
 ARGS = argparse.Namespace(
     clips=2, num_steps=40, report_every=20, trials=5, slots=2, gpus=0, seed=7, scheduler="asha",
@@ -45,27 +46,20 @@ def test_a_way_is_summed_up_by_its_best_and_its_pace():
     )
 
 
-def event(trial, step, time):
-    return {"event": "result", "trial": trial, STEP: step, "time": time}
-
-
-def test_our_gaps_are_those_between_rounds():
-    # two slots; each round takes 10 s; c takes the slot of a, which ends in the second round
-    rounds = {"a": (10.1, 10.2), "b": (10.1, 10.2, 10.3), "c": (10.3,)}
+def test_our_costs_are_those_of_the_first_result_and_of_the_refills():
     results = {
-        trial: [{STEP: 5 * (n + 1), "round_s": s} for n, s in enumerate(lengths)]
-        for trial, lengths in rounds.items()
+        "a": [{STEP: 5, TRAIN_TIME_S: 10.0}, {STEP: 10, TRAIN_TIME_S: 9.0}],
+        "b": [{STEP: 5, TRAIN_TIME_S: 10.0}],
+        "c": [{STEP: 5, TRAIN_TIME_S: 8.0}],
     }
-    events = [
-        {"event": "sweep_started", "time": 1003.0},
-        event("a", 5, 1022.1), event("b", 5, 1022.4),
-        event("a", 10, 1032.4), event("b", 10, 1032.5),
-        event("b", 15, 1043.3), event("c", 5, 1043.2),
-    ]  # fmt: skip
-    found = fixed_costs.our_costs(1000.0, events, results)
-    assert found["command_to_first_step_s"] == pytest.approx(12.0)
-    assert found["rounds_s"] == pytest.approx([0.1])
-    assert found["between_s"] == pytest.approx([0.5])
+    times = [("a", 5, 1022.1), ("b", 5, 1022.4), ("a", 10, 1032.4), ("c", 5, 1043.2)]
+    events: list[dict[str, Any]] = [{"event": "sweep_started", "time": 1003.0}]
+    for trial, step, time in times:
+        events.append({"event": "result", "trial": trial, STEP: step, "time": time})
+    workers = {"worker-0": {"refill_median_s": 0.1}, "worker-1": {"refill_median_s": None}}
+    found = fixed_costs.our_costs(1000.0, events, results, workers)
+    assert found["command_to_first_step_s"] == pytest.approx(12.1)
+    assert found["between_s"] == [0.1]
 
 
 def test_their_gaps_are_those_between_an_end_and_the_next_start():
