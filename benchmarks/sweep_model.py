@@ -10,7 +10,6 @@ import heapq
 import random
 from collections import deque
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, cast
 
 from ray.tune.experiment import Trial as TuneTrial
@@ -18,7 +17,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from higgs_tune.config import SchedulerSettings, SweepConfig, TrainSettings, TuneSettings
 from higgs_tune.metrics import STEP, VAL_TEXT_NLL
-from higgs_tune.sweep.scheduler import make_scheduler
+from higgs_tune.sweep.scheduler import Earlier, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ class _Sweep:
 
 
 def _stand_in(trial: _Trial) -> TuneTrial:
-    return cast(TuneTrial, SimpleNamespace(trial_id=str(trial.number)))  # all that ASHA reads
+    return cast(TuneTrial, Earlier(str(trial.number)))
 
 
 def simulate(

@@ -53,22 +53,9 @@ class Brackets(SparesBaselines, HyperBandForBOHB):
         return super().on_trial_result(tune_controller, trial, timed)
 
     def choose_trial_to_run(self, tune_controller: Any, allow_recurse: bool = True) -> Trial | None:
-        """The next paused trial of the earliest bracket that may go on, once a slot is free.
-
-        One that is pending needs no choosing, Tune starts it anyway; choosing it again until it runs, as
-        Tune does, would let processes start one after the other.
-        """
-        chosen = next(self._resting(), None)
-        if chosen is None:
-            chosen = super().choose_trial_to_run(tune_controller, allow_recurse)
-        return chosen if has_room(tune_controller, chosen) else None
-
-    def _resting(self) -> Iterator[Trial]:
-        """Paused trials that may go on."""
-        for bracket in (bracket for band in self._hyperbands for bracket in band if bracket):
-            for trial in bracket.current_trials():
-                if trial.status == Trial.PAUSED and trial in bracket.trials_to_unpause:
-                    yield trial
+        """The next trial of the earliest bracket that may go on, once a slot is free."""
+        trial = super().choose_trial_to_run(tune_controller, allow_recurse)
+        return trial if has_room(tune_controller, trial) else None
 
 
 class Population(SparesBaselines, PopulationBasedTraining):
@@ -123,15 +110,14 @@ class Population(SparesBaselines, PopulationBasedTraining):
         return TrialScheduler.PAUSE
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Compare and copy when everyone waits; then whoever is paused and has trained least."""
+        """Compare and copy when everyone waits; then whoever has trained least."""
         members = [trial for trial in tune_controller.get_trials() if is_searched(trial)]
         left = [trial for trial in members if not trial.is_finished()]
         if left and all(trial.status == Trial.PAUSED for trial in left):
             states = [self._trial_state[trial] for trial in left]
             if all(state.last_train_time >= self._next_perturbation_sync for state in states):
                 self._compare(tune_controller, left)
-        paused = [trial for trial in members if trial.status == Trial.PAUSED]
-        view: Any = SimpleNamespace(get_trials=lambda: paused)
+        view: Any = SimpleNamespace(get_trials=lambda: members)
         chosen = super().choose_trial_to_run(view)
         return chosen if has_room(tune_controller, chosen) else None
 
