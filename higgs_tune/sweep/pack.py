@@ -60,7 +60,7 @@ def _join(loop: Loop, seat: Seat) -> Result:
         with tempfile.TemporaryDirectory() as folder:
             write_files(seat.files, Path(folder))
             return {"account": loop.join(seat.trial_id, seat.config, Path(folder))}
-    except Exception as error:  # recorded as this trial's end, with its type and message
+    except Exception as error:  # recorded as the end of this trial, whose slot is free again
         logger.error("%s cannot join", seat.trial_id, exc_info=error)
         memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
         return {

@@ -122,11 +122,11 @@ class Engine:
                 self._write(resident, "exp_avg", state.exp_avg)
                 self._write(resident, "exp_avg_sq", state.exp_avg_sq)
                 resident.step = state.step
-        except ValueError:
+            self.alive_K[resident.slot] = True
+            self.bank.refresh_compute()
+        except BaseException:  # memory that runs out, too, must leave the slot to the next trial
             self.bank.clear(resident.slot)
             raise
-        self.alive_K[resident.slot] = True
-        self.bank.refresh_compute()
         self.residents[trial_id] = resident
         return resident
 

@@ -116,9 +116,10 @@ class PackLoop:
             config.seed,
             **self._examples.length_limits,
         )
-        resident = self.engine.add(trial_id, config, load_state(state_dir) if state_dir else None)
-        interval = load_interval(state_dir) if state_dir else {}
-        self._runs[trial_id] = Run(resident, order, Interval(**interval))
+        state = load_state(state_dir) if state_dir else None
+        interval = Interval(**(load_interval(state_dir) if state_dir else {}))
+        resident = self.engine.add(trial_id, config, state)
+        self._runs[trial_id] = Run(resident, order, interval)
         return resident.account | {"step": resident.step, "num_skipped": order.num_skipped}
 
     def leave(self, trial_id: str) -> None:

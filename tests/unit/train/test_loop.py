@@ -6,7 +6,8 @@ import torch
 
 from higgs_tune import metrics
 from higgs_tune.data.shards import CodecFacts
-from higgs_tune.errors import DataError
+from higgs_tune.errors import DataError, ModelError
+from higgs_tune.train.checkpoint import _INTERVAL
 from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
 from tests.models import DATA, NUM_CODEBOOKS, NUM_CODES, make_dataset, tiny_base, trial
@@ -224,3 +225,23 @@ def test_a_pack_in_two_lanes_trains_as_in_one(dataset):
         for metric, value in results[0][name].items():
             if metric.startswith(("val/", "train/")):
                 assert results[1][name][metric] == pytest.approx(value, rel=1e-4, abs=1e-5), metric
+
+
+def test_a_trial_that_cannot_join_leaves_its_slot_free(dataset, tmp_path, monkeypatch):
+    loop = loop_of(dataset, A, num_slots=1)
+
+    def no_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.engine.bank, "refresh_compute", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            loop.join("a", A)
+    loop.join("a", A)
+    loop.save("a", tmp_path)
+    loop.leave("a")
+    (tmp_path / _INTERVAL).write_text("{")
+    with pytest.raises(ModelError, match="not readable"):
+        loop.join("a", A, tmp_path)
+    loop.join("b", A)
+    assert report_of(loop, "b")["status"] == "running"
