@@ -63,4 +63,4 @@ async def beat(worker: Worker, roster: Roster, times: int) -> None:
 
 async def seat(worker: Worker, *names: str, version: int = 1, **changes: Any) -> None:
     for name in names:
-        assert await worker.join(name, trial(**changes), None, version)
+        assert await worker.join(name, trial(**changes), None, version, 0) == "seated"

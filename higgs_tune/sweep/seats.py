@@ -5,13 +5,14 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.errors import SweepError
 
 Files = dict[str, bytes]  # a checkpoint folder: relative path → content
 Result = dict[str, Any]
+Lease = Literal["seated", "full", "outdated"]
 Snapshot = Callable[[Path], None]  # writes a checkpoint into an empty folder
 DEFAULT_LOOP = "higgs_tune.train.sweep_pack:sweep_loop"
 CHECKPOINT_INFO = "checkpoint.json"  # beside the adapter: {"trial_id", "step"}

@@ -46,6 +46,7 @@ class TrialSource(Searcher):
         self._publish = publish
         self._deadline = deadline
         self._version = 0
+        self._attempt = 0  # counts Tune's loop: of two starts of a trial, the later has the higher
         self._named: tuple[str, ...] = ()  # whom the newest roster names
         self._max_seated: int | None = None
         self._trials: Sequence[Trial] = ()  # Tune's, whose status says who is paused
@@ -116,6 +117,10 @@ class TrialSource(Searcher):
     def watch(self, trials: Sequence[Trial]) -> None:
         """Look at Tune's trials, and tell the workers at once if one was paused or goes on."""
         self._trials = trials
+        self._attempt += 1
+        for trial in trials:
+            if trial.status in (Trial.PENDING, Trial.PAUSED):
+                trial.config["attempt"] = self._attempt
         if self._seated() != self._named:
             self.publish()
 
@@ -161,6 +166,7 @@ class TrialSource(Searcher):
             "worker": live.worker,
             "workers": self._workers,
             "roster_version": self._version,
+            "attempt": self._attempt,
         }
 
     def _unseat(self, tune_id: str) -> LiveTrial | None:

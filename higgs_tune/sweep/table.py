@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from higgs_tune.config import TrialConfig
-from higgs_tune.sweep.seats import Files, Result, Roster, Snapshot
+from higgs_tune.sweep.seats import Files, Lease, Result, Roster, Snapshot
 
 NUM_QUEUED = 1  # trials that wait for the next slot to be freed, so that it is filled at once
 
@@ -61,20 +61,33 @@ class Table:
         self._num_slots = num_slots
         self._strict = strict
         self._ahead = ahead if strict else 0
+        self._attempts: dict[str, int] = {}  # the newest with which each trial has come
         self._dealing: Report | None = None  # handed out; what follows from it is not known yet
         self._leaving: list[tuple[Seat, int | None]] = []  # from which step; None: not known yet
 
     def join(
-        self, trial_id: str, config: TrialConfig, files: Files | None, roster_version: int
-    ) -> bool:
-        """Lease a seat; False when all are taken. Replaces a seat of the same trial."""
+        self,
+        trial_id: str,
+        config: TrialConfig,
+        files: Files | None,
+        roster_version: int,
+        attempt: int,
+    ) -> Lease:
+        """Lease a seat, if one is free. Replaces a seat of the same trial.
+
+        Tune sometimes asks for a process for a trial and then gives it one that has become idle. The
+        first may come after the second all the same; its lower `attempt` tells.
+        """
+        if attempt < self._attempts.get(trial_id, 0):
+            return "outdated"
         others = [s for s in self.seats.values() if s.trial_id != trial_id and not s.ended]
         if len(others) >= self._num_slots + NUM_QUEUED:
-            return False
+            return "full"
         self.drop(trial_id)
         self.seats[trial_id] = Seat(trial_id, config, files, roster_version)
+        self._attempts[trial_id] = attempt
         self.absent.discard(trial_id)
-        return True
+        return "seated"
 
     def drop(self, trial_id: str) -> None:
         """Forget a trial; what it trains until it leaves the pack is thrown away."""

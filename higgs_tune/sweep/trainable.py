@@ -90,11 +90,9 @@ class PackTrial(Trainable):
             for name in [names[first], *names[:first], *names[first + 1 :]]:
                 try:
                     worker = ray.get_actor(name)
-                    if ray.get(
-                        worker.join.remote(
-                            self._trial_id, trial, files, self.config["roster_version"]
-                        )
-                    ):
+                    known = self.config["roster_version"], self.config["attempt"]
+                    lease = ray.get(worker.join.remote(self._trial_id, trial, files, *known))
+                    if lease != "full":  # if outdated, Tune lets this process go by itself
                         return worker
                 except (RayActorError, ValueError):  # it restarts, or is not registered yet
                     away.append(name)

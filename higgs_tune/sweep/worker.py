@@ -21,6 +21,7 @@ from higgs_tune.sweep.seats import (
     CHECKPOINT_INFO,
     DEFAULT_LOOP,
     Files,
+    Lease,
     Loop,
     Result,
     Roster,
@@ -94,16 +95,22 @@ class Worker:
         self._look()
 
     async def join(
-        self, trial_id: str, config: TrialConfig, files: Files | None, roster_version: int
-    ) -> bool:
-        """Lease a slot, or the place of the next to get one; False when all are taken."""
-        if not self._table.join(trial_id, config, files, roster_version):
-            return False
+        self,
+        trial_id: str,
+        config: TrialConfig,
+        files: Files | None,
+        roster_version: int,
+        attempt: int,
+    ) -> Lease:
+        """Lease a slot, or the place of the next to get one."""
+        lease = self._table.join(trial_id, config, files, roster_version, attempt)
+        if lease != "seated":
+            return lease
         self._let_go(trial_id, "another process took over this trial")
         if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
         self._heard(trial_id)
-        return True
+        return lease
 
     async def restore(self, trial_id: str, files: Files) -> None:
         """Start a trial that has joined from a checkpoint instead."""

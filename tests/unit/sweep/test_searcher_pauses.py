@@ -47,6 +47,19 @@ def test_a_trial_whose_pause_is_over_gets_a_slot_before_a_new_one(study, make_co
     assert searcher.suggest("c") is not None
 
 
+def test_of_two_starts_of_a_trial_the_later_has_the_higher_attempt(study, make_config):
+    searcher, _, _ = make_searcher(study, make_config())
+    config = searcher.suggest("a")
+    trial = status_of("a", "PENDING", config)
+    known = [config["attempt"]]
+    for status in ("PENDING", "RUNNING", "PAUSED", "PENDING"):
+        trial.status = status
+        searcher.watch([trial])
+        known.append(config["attempt"])
+    asked, again, running, paused, resumed = known
+    assert asked < again == running < paused < resumed
+
+
 def test_a_trial_that_is_stopped_in_its_pause_is_pruned_with_its_values(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")

@@ -27,7 +27,7 @@ def table_of(*names: str, slots: int, to_come: int = 0, **options: Any) -> Table
 
 
 def sit(table: Table, name: str, version: int = 1) -> None:
-    assert table.join(name, CONFIG, None, version)
+    assert table.join(name, CONFIG, None, version, 0) == "seated"
     table.seats[name].asks = True
 
 

@@ -22,7 +22,7 @@ class Clock:
 
 
 def trial(make_config, monkeypatch, answers) -> tuple[trainable.PackTrial, Clock]:
-    """A trial whose workers w0 and w1 answer `answers(name, time)`: True, False or an error."""
+    """A trial whose workers w0 and w1 answer `answers(name, time)`: a lease or an error."""
     clock = Clock()
 
     def get(name):
@@ -40,18 +40,26 @@ def trial(make_config, monkeypatch, answers) -> tuple[trainable.PackTrial, Clock
     config = make_config()
     raw = space.resolve(space.baseline_values(config, fixed_flag=False), config, 5).model_dump()
     made = object.__new__(trainable.PackTrial)
-    made.config = {"worker": 1, "workers": ["w0", "w1"], "trial": raw, "roster_version": 1}
+    made.config = {
+        "worker": 1,
+        "workers": ["w0", "w1"],
+        "trial": raw,
+        "roster_version": 1,
+        "attempt": 1,
+    }
     made._trial_id, made._name = "t000", "t000"
     return made, clock
 
 
 def test_a_free_slot_elsewhere_is_taken(make_config, monkeypatch):
-    made, _ = trial(make_config, monkeypatch, lambda name, now: name == "w0")
+    made, _ = trial(
+        make_config, monkeypatch, lambda name, now: "seated" if name == "w0" else "full"
+    )
     assert made._lease(None).name == "w0"
 
 
 def test_workers_that_stay_full_end_the_attempt(make_config, monkeypatch):
-    made, clock = trial(make_config, monkeypatch, lambda name, now: False)
+    made, clock = trial(make_config, monkeypatch, lambda name, now: "full")
     with pytest.raises(SweepError, match="no worker had a free slot for 120 s"):
         made._lease(None)
     assert 120 <= clock.now < 122
@@ -60,7 +68,7 @@ def test_workers_that_stay_full_end_the_attempt(make_config, monkeypatch):
 @pytest.mark.parametrize("error", [RayActorError(), ValueError("no such actor")])
 def test_a_worker_that_is_away_is_waited_for(make_config, monkeypatch, caplog, error):
     made, clock = trial(
-        make_config, monkeypatch, lambda name, now: error if now < 7200 else name == "w1"
+        make_config, monkeypatch, lambda name, now: error if now < 7200 else "seated"
     )
     assert made._lease(None).name == "w1"
     assert clock.now >= 7200

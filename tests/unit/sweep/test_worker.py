@@ -178,7 +178,7 @@ def test_a_trial_that_stops_asking_loses_its_slot_and_can_come_back(make_config)
         await tasks[1]
         with pytest.raises(SlotLostError, match="t0 has no slot"):
             await worker.next_result("t0")
-        assert await worker.join("t0", trial(), files, 1)
+        assert await worker.join("t0", trial(), files, 1, 0) == "seated"
         back, other = asking(worker, "t0"), asking(worker, "t1")
         assert (await other)["step"] == 50
         asking(worker, "t1")
@@ -191,12 +191,25 @@ def test_a_full_worker_refuses_and_a_newer_process_takes_over_its_own_trial(make
     async def scenario():
         worker = make_worker(make_config, slots=1)
         await seat(worker, "t0", "t1")
-        assert not await worker.join("t2", trial(), None, 1)
+        assert await worker.join("t2", trial(), None, 1, 0) == "full"
         old = asking(worker, "t0")
         await asyncio.sleep(0)
-        assert await worker.join("t0", trial(), None, 1)
+        assert await worker.join("t0", trial(), None, 1, 0) == "seated"
         with pytest.raises(SlotLostError, match="took over"):
             await old
+
+    run(scenario())
+
+
+def test_a_process_that_was_replaced_before_it_came_takes_nothing_over(make_config):
+    async def scenario():
+        worker = make_worker(make_config, slots=1)
+        await worker.sync(Roster(1, ("t0",), 0))
+        assert await worker.join("t0", trial(), None, 1, 7) == "seated"
+        answer = asking(worker, "t0")
+        await asyncio.sleep(0)
+        assert await worker.join("t0", trial(), None, 1, 6) == "outdated"
+        assert (await answer)["step"] == 25
 
     run(scenario())
 

@@ -99,7 +99,7 @@ def drive(make_config, seed: int, delay_s: float) -> tuple[list[tuple], list[tup
         async def client(name: str, version: int):
             await pause()
             budget = {"t3": 55, "t4": 51, "t6": 26}.get(name, 100)
-            assert await worker.join(name, trial(num_steps=budget), None, version)
+            assert await worker.join(name, trial(num_steps=budget), None, version, 0) == "seated"
             while True:
                 await pause()
                 result = await worker.next_result(name)
