@@ -25,6 +25,7 @@ from tests.integration.conftest import Start
 
 pytestmark = pytest.mark.integration
 RATE_HZ = 24_000
+ROWS_PER_SHARD = 2  # many files, so that a signal comes in the midst of them
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(manifest: Path, out: Path, codec: Path, num_workers: int) -> Any:
-    options = PrepareOptions(rows_per_shard=7)
+    options = PrepareOptions(rows_per_shard=ROWS_PER_SHARD)
     return prepare(manifest, out, codec=str(codec), num_workers=num_workers, options=options)
 
 
@@ -120,7 +121,7 @@ def test_an_actor_with_another_codec_is_refused(local_ray, manifest, codec_folde
 def start(manifest: Path, codec_folder: Path, tmp_path: Path, start_process: Start) -> Start:
     """Starts the command."""
     words = ["data", "prepare", str(manifest), "--out", str(tmp_path / "out")]
-    words += ["--codec", str(codec_folder), "--workers", "2", "--rows-per-shard", "7"]
+    words += ["--codec", str(codec_folder), "--workers", "2", "--rows-per-shard", str(ROWS_PER_SHARD)]
     return lambda: start_process(sys.executable, "-m", "higgs_tune.cli", *words)
 
 
@@ -141,7 +142,7 @@ def is_alive(process: psutil.Process) -> bool:
 def test_a_run_that_is_interrupted_and_then_killed_goes_on(start, whole, tmp_path):
     shards = tmp_path / "out" / "shards"
     done: dict[Path, int] = {}
-    for number, how in ((1, signal.SIGINT), (4, signal.SIGKILL)):
+    for number, how in ((2, signal.SIGINT), (12, signal.SIGKILL)):
         process = start()
         record = shards / f"part-{number:05d}.json"
         wait_until(lambda p=process, r=record: r.exists() or p.poll() is not None)
@@ -159,7 +160,7 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on(start, whole, tmp_pat
         wait_until(lambda w=workers: not any(is_alive(worker) for worker in w))
         before = done
         done = {path: path.stat().st_mtime_ns for path in shards.glob("*.json")}
-        assert number < len(done) < 9, "it was not in the midst"
+        assert number < len(done) < 30, "it was not in the midst"
         assert before.items() <= done.items(), "what was done is not done again"
     process = start()
     printed = process.communicate(timeout=120)[0]
