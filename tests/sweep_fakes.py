@@ -47,7 +47,7 @@ class FakeLoop:
         self._trained: dict[str, list[Any]] = {}
         self._configs: dict[str, TrialConfig] = {}
         self._unreported: set[str] = set()  # trained since their last report
-        self.train_s = self.validate_s = 0.0
+        self.train_s = self.prepare_s = self.validate_s = 0.0
         self.num_steps = 0  # of the pack
         self.log: list[tuple[str, str, int]] = []  # joined or left, who, after which of its steps
 

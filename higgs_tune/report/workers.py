@@ -4,6 +4,7 @@ from higgs_tune.report.results import Results
 
 _LABELS = {
     "train_s": "in forward, backward and optimizer",
+    "prepare_s": "reading and tokenising",
     "validate_s": "in validation",
     "join_s": "seating trials",
     "save_s": "taking snapshots",

@@ -1,10 +1,15 @@
-"""Where a worker's time goes, from its pack's first step to its last."""
+"""Where a worker's time goes, from its pack's first step to its last.
+
+A slot is refilled in the time from when its trial left it until the next sits in it, as far as there
+was one that could have: whatever its neighbours did meanwhile.
+"""
 
 from statistics import median
 from typing import Any
 
 KINDS: tuple[str, ...] = (
     "train_s",
+    "prepare_s",
     "validate_s",
     "save_s",
     "join_s",
@@ -23,16 +28,16 @@ class Meter:
         self._busy_slot_s = 0.0
         self._wanted_slot_s = self._wanted_tail_s = 0.0
         self._started = False
-        self._freed: list[float] = []  # `_standing_s` when each free slot lost its trial
+        self._freed: list[float] = []  # `_lacking_s` when each free slot lost its trial
         self._refills: list[float] = []
-        self._standing_s = 0.0  # time in which nothing trained although a trial was there
+        self._lacking_s = 0.0  # time in which a trial could have filled a slot that had none
 
     def add(self, seconds: dict[str, float], *, busy: int, wanted: int) -> None:
         """A stretch of time in which the same trials sat in the pack.
 
         Args:
             seconds: by kind; with `train_s` if the pack trained.
-            busy: slots with a trial in them.
+            busy: slots with a trial in them that has not been stopped.
             wanted: slots that the trials there, or to come, could have filled.
         """
         has_trained = "train_s" in seconds
@@ -40,13 +45,12 @@ class Meter:
         if not self._started:
             return
         total = sum(seconds.values())
-        trained = seconds.get("train_s", 0.0) + seconds.get("validate_s", 0.0)
         for kind, spent in seconds.items():
             self._tail[kind] += spent
         if "idle_s" in seconds:  # nobody waits for what is free now
             self._freed.clear()
         else:
-            self._standing_s += total - trained
+            self._lacking_s += total if wanted > busy else 0.0
             self._wanted_tail_s += wanted * total
         if has_trained:
             self._busy_slot_s += busy * total
@@ -58,12 +62,12 @@ class Meter:
 
     def freed(self, num_slots: int) -> None:
         """So many slots have lost their trials."""
-        self._freed += [self._standing_s] * num_slots
+        self._freed += [self._lacking_s] * num_slots
 
     def filled(self, num_slots: int) -> None:
         """So many slots have trials again, or for the first time."""
         for since in self._freed[:num_slots]:
-            self._refills.append(self._standing_s - since)
+            self._refills.append(self._lacking_s - since)
         del self._freed[:num_slots]
 
     def figures(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def advance(
     Returns:
         Results and snapshots of who was due, by trial, and seconds by kind.
     """
-    trained_s, validated_s = loop.train_s, loop.validate_s
+    trained_s, prepared_s, validated_s = loop.train_s, loop.prepare_s, loop.validate_s
     results = loop.advance(stop)
     started = time.monotonic()
     kept = [trial_id for trial_id, result in results.items() if result["status"] in KEPT]
@@ -39,6 +39,7 @@ def advance(
             loop.leave(trial_id)
     seconds = {
         "train_s": loop.train_s - trained_s,
+        "prepare_s": loop.prepare_s - prepared_s,
         "validate_s": loop.validate_s - validated_s,
         "save_s": time.monotonic() - started,
     }

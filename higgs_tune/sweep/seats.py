@@ -24,8 +24,13 @@ class Loop(Protocol):
     base_metrics: dict[str, float]
     preflight: dict[str, Any]
     content_hash: str  # of the dataset
-    train_s: float  # of all calls of `advance` so far
+    prepare_s: float  # of all calls of `advance` so far: reading and tokenising
     validate_s: float
+
+    @property
+    def train_s(self) -> float:
+        """Forward, backward and optimizer, of all calls of `advance` so far."""
+        ...
 
     def join(
         self, trial_id: str, config: TrialConfig, state_dir: Path | None = None

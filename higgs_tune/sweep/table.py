@@ -197,6 +197,11 @@ class Table:
         """How many slots could be busy now, by the trials that are there or to come."""
         return min(self._num_slots, self.num_unfinished() + self.roster.to_come)
 
+    def num_busy(self) -> int:
+        """Slots with a trial in them; one that was stopped is busy no more, even if it trains on."""
+        held = self.residents.items()
+        return sum(self.seats.get(trial_id) is seat for trial_id, seat in held)
+
     def num_unfinished(self) -> int:
         """Trials here that train, or will."""
         return sum(not seat.ended for seat in self.seats.values())

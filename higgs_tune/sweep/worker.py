@@ -216,16 +216,16 @@ class Worker:
             since = time.monotonic()
             while not self._closed:
                 self._look()
-                wanted, busy = self._table.num_wanted(), len(self._table.residents)
+                wanted, busy = self._table.num_wanted(), self._table.num_busy()
                 seconds: dict[str, float] = {}
-                num_filled = 0
+                num_filled = num_ended = 0
                 out, joining = self._table.take_changes()
                 if out or joining:
                     kind = "join_s"
                     num_filled = await self._change(loop, out, joining)
                 elif self._table.can_train():
                     kind = "other_s"
-                    seconds = await self._advance(loop)
+                    seconds, num_ended = await self._advance(loop)
                 else:
                     kind = "wait_s" if self._table.num_unfinished() else "idle_s"
                     self._wake.clear()
@@ -234,6 +234,7 @@ class Worker:
                 seconds[kind] = spent_s - sum(seconds.values())
                 self._meter.add(seconds, busy=busy, wanted=wanted)
                 self._meter.filled(num_filled)
+                self._meter.freed(num_ended)
         except Exception as error:  # the process's border: whatever it is, the trials must hear it
             self._break(error)
 
@@ -248,8 +249,12 @@ class Worker:
                 self._table.refused(seat, outcome)
         return sum("account" in outcome for outcome in outcomes)
 
-    async def _advance(self, loop: Loop) -> dict[str, float]:
-        """Let the pack train until a trial is due or something takes effect; seconds by kind."""
+    async def _advance(self, loop: Loop) -> tuple[dict[str, float], int]:
+        """Let the pack train until a trial is due or something takes effect.
+
+        Returns:
+            Seconds by kind, and how many trials have ended.
+        """
         table, stop_at = self._table, self._table.next_stop()
 
         def stop() -> bool:
@@ -257,8 +262,7 @@ class Worker:
             return self._look_up or (stop_at is not None and table.clock >= stop_at)
 
         results, snapshots, seconds = await self._on_pack(lambda: pack.advance(loop, stop))
-        self._meter.freed(len(table.reported(results, snapshots)))
-        return seconds
+        return seconds, len(table.reported(results, snapshots))
 
     async def _on_pack(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

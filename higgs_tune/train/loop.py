@@ -63,7 +63,7 @@ class PackLoop:
         self._dataset, self._data, self._world = dataset, data, world
         self._examples = Examples(base, data)
         self._runs: dict[str, Run] = {}
-        self.train_s = self.validate_s = 0.0  # of all calls of `advance` so far
+        self._steps_s = self.prepare_s = self.validate_s = 0.0  # of all calls of `advance` so far
         sets = validation_sets(dataset, data.num_val_clips, **self._examples.length_limits)
         self._validator = Validator(
             self.engine,
@@ -187,7 +187,7 @@ class PackLoop:
 
         def spend(since: float) -> None:
             spent_s = time.monotonic() - since
-            self.train_s += spent_s
+            self._steps_s += spent_s
             for run in pending.values():
                 if run.interval.num_steps:
                     run.interval.seconds += spent_s
@@ -225,6 +225,11 @@ class PackLoop:
             results[trial_id] = result
         return results
 
+    @property
+    def train_s(self) -> float:
+        """Seconds of all training steps so far, without the preparation of their examples."""
+        return self._steps_s - self.prepare_s
+
     def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float]]:
         """Validation metrics of adapters in the engine, as they are.
 
@@ -240,6 +245,7 @@ class PackLoop:
 
     def _train_step(self, active: dict[str, Run]) -> None:
         """One optimizer step of each active trial that has room for it."""
+        started = time.monotonic()
         clips: dict[int, Clips] = {}
         counts: dict[int, TargetCounts] = {}
         by_slot = {run.resident.slot: run for run in active.values()}
@@ -251,6 +257,7 @@ class PackLoop:
                 count_targets(examples, self.engine.num_codebooks)
             )
             clips[slot] = Clips(examples, config.batch_clips, config.token_budget)
+        self.prepare_s += time.monotonic() - started
         sums = agree(self._gradients.add(clips, counts), self._world)
         self._world.sum_gradients(self.engine.bank)
         fits = [t for t, run in active.items() if not isinstance(sums[run.resident.slot], NoRoom)]

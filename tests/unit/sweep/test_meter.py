@@ -22,16 +22,17 @@ def test_time_counts_from_the_first_step_to_the_last():
     assert figures["occupancy"] == pytest.approx((2 * 9 + 4) / (2 * 9 + 2 * 3 + 4), abs=1e-4)
 
 
-def test_a_slot_is_refilled_after_the_time_in_which_nothing_trained():
+def test_a_slot_is_refilled_after_all_the_time_in_which_a_trial_could_have_filled_it():
     meter = Meter()
-    meter.freed(1)
     meter.add(trained(8.0, save_s=0.1), busy=2, wanted=2)
-    meter.add({"wait_s": 0.3}, busy=2, wanted=2)
-    meter.add(trained(2.0), busy=2, wanted=2)
-    meter.add({"join_s": 0.2}, busy=2, wanted=2)
+    meter.freed(1)
+    meter.add({"wait_s": 0.3}, busy=1, wanted=2)
+    meter.add(trained(2.0), busy=1, wanted=2)  # its neighbour goes on
+    meter.add(trained(9.0), busy=1, wanted=1)  # nobody is there, nor to come
+    meter.add({"join_s": 0.2}, busy=1, wanted=2)
     meter.filled(2)  # the second slot was free from the start
     assert meter.figures()["num_refills"] == 1
-    assert meter.figures()["refill_max_s"] == pytest.approx(0.6)
+    assert meter.figures()["refill_max_s"] == pytest.approx(2.5)
 
 
 def test_a_slot_that_nobody_waits_for_is_not_counted_as_refilled():

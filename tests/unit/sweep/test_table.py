@@ -97,8 +97,11 @@ def test_what_a_stopped_trial_trained_on_is_thrown_away():
     table = table_of("t0", "t1", slots=2)
     report(table, "t0", at=25)
     table.next_report()
+    assert table.num_busy() == 2
     table.gone(Roster(2, ("t1",), 0))
     table.drop("t0")
+    assert len(table.residents) == 2
+    assert table.num_busy() == 1
     assert report(table, "t0", at=28, status="completed") == ["t0"]
     assert table.next_report() is None
     table.clock = 30

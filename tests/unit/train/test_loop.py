@@ -1,5 +1,7 @@
 """The loop: intervals, divergence, resume, evaluation."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,23 @@ def test_intervals_end_at_the_budget_and_report_true_steps(dataset):
     assert results[0][metrics.grad_share("attention")] == pytest.approx(1.0)
     assert results[0][metrics.PEAK_MEMORY_MIB] > 10
     assert loop.advance() == {}
+
+
+def test_the_preparation_of_examples_is_no_training(dataset, monkeypatch):
+    loop = loop_of(dataset, A)
+    loop.join("a", A)
+    encode = loop._examples.encode
+
+    def slow(conversation):
+        time.sleep(0.005)
+        return encode(conversation)
+
+    monkeypatch.setattr(loop._examples, "encode", slow)
+    result = loop.advance()["a"]
+    num_clips = result[metrics.STEP] * A.batch_clips
+    assert loop.prepare_s >= 0.005 * num_clips
+    assert loop.train_s > 0
+    assert loop.train_s + loop.prepare_s == pytest.approx(loop._steps_s)
 
 
 def test_trials_at_different_places_of_their_intervals_train_as_each_alone(dataset):
