@@ -7,8 +7,9 @@ Ours runs first, a search with ASHA on the embedded base. The two others (stock_
 trials that it ran, on the same batches, each as long as our sweep let it live: equal work, whatever order
 results come in. Theirs is spared what ours does besides: asking Optuna, checkpoints, validation
 after other clips' audio. Each way has a process and a Ray of its own, and its time is that of this
-process, start and end included. Trial 1 of a sweep is always one with audio_self, which the stock model
-lacks; here it is sampled as the others are.
+process, start and end included. With --repeats the order rotates, and times are medians. If the same trials
+end at losses that lie further apart than TOLERANCE in the median, it stops. Trial 1 of a sweep is
+always one with audio_self, which the stock model lacks; here it is sampled as the others are.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from higgs_tune.metrics import STEP, VAL_TEXT_NLL
 HERE = Path(__file__).resolve().parent
 QUICK = HERE.parent / "sweeps" / "quick.yaml"
 WAYS = {"ours": "ours", "plain": "plain: a process a trial", "strong": "strong: processes reused"}
+TOLERANCE = 0.03  # between two programs whose float32 sums are cut in other ways
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # trial → its results
 
 
@@ -128,18 +130,22 @@ def losses(results: Results) -> dict[str, float]:
 
 
 def compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
-    """How far the final losses of the same trials lie apart, relative."""
+    """How far the final losses of the same trials lie apart, relative; stops if that is too far."""
     if ours.keys() != theirs.keys():
         raise SystemExit(f"other trials than ours: {sorted(ours.keys() ^ theirs.keys())}")
     apart = [abs(theirs[trial] - ours[trial]) / ours[trial] for trial in ours]
-    return {"median": round(median(apart), 4), "largest": round(max(apart), 4)}
+    found = {"median": round(median(apart), 4), "largest": round(max(apart), 4)}
+    if found["median"] > TOLERANCE:
+        raise SystemExit(f"the same trials end at other losses, relative: {found}")
+    return found
 
 
-def summary(seconds: float, results: Results, steps: int) -> dict[str, Any]:
+def summary(times: Sequence[float], results: Results, steps: int) -> dict[str, Any]:
     """The figures of one way."""
-    final = losses(results)
+    final, seconds = losses(results), median(times)
     return {
         "wall_s": round(seconds, 2),
+        "every_wall_s": [round(each, 2) for each in times],
         "trials_per_hour": round(3600 * len(final) / seconds, 1),
         "steps": steps,
         "best_text_nll": round(min(final.values()), 4),
@@ -164,25 +170,37 @@ def picture(ways: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
-    """Run every way and compare what it reached."""
-    settings, given = settings_file(folder, args), folder / "trials.json"
-    seconds = timed("ours", "--sweep", settings)
-    trials, ours = our_trials(folder / "ours")
+    """Run every way as often as asked, and compare what they reached."""
+    names = ["ours", *args.ways]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, Results] = {}
+    trials: list[dict[str, Any]] = []
+    apart: dict[str, dict[str, float]] = {}
+    for repeat in range(args.repeats):
+        here = folder / str(repeat)
+        here.mkdir()
+        settings, given = settings_file(here, args), here / "trials.json"
+        first = repeat % len(names)  # of the rotating order; ours begins the first time
+        for name in names[first:] + names[:first]:
+            if name == "ours":
+                times[name].append(timed(name, "--sweep", settings))
+                trials, results = our_trials(here / "ours")
+            else:
+                write_json(given, {"trials": trials})
+                out = here / f"{name}.json"
+                options = ["--given", given, "--processes", args.processes, "--out", out]
+                times[name].append(timed(name, "--sweep", settings, *options))
+                results = json.loads(out.read_text())["results"]
+            found[name] = results
+            apart[name] = compare(losses(found["ours"]), losses(results))
+            print(f"{name}: {times[name][-1]:.1f} s; losses apart: {apart[name]}", flush=True)
     steps = sum(trial["stop_at"] for trial in trials)
-    write_json(given, {"trials": trials})
-    ways = {"ours": summary(seconds, ours, steps)}
-    print(f"ours: {seconds:.1f} s, {steps} steps of {len(trials)} trials", flush=True)
-    for way in args.ways:
-        out = folder / f"{way}.json"
-        seconds = timed(
-            way, "--sweep", settings, "--given", given, "--processes", args.processes, "--out", out
-        )
-        results = json.loads(out.read_text())["results"]
-        apart = compare(losses(ours), losses(results))
-        factor = ratio(seconds, ways["ours"]["wall_s"])
-        ways[way] = summary(seconds, results, steps) | {"ratio_to_ours": factor, "apart": apart}
-        print(f"{way}: {seconds:.1f} s, {factor} × ours; final losses apart: {apart}", flush=True)
-        print(f"  best text nll {ways[way]['best_text_nll']}, ours {ways['ours']['best_text_nll']}")
+    ways = {name: summary(times[name], found[name], steps) for name in names}
+    for name in args.ways:
+        ways[name]["ratio_to_ours"] = ratio(ways[name]["wall_s"], ways["ours"]["wall_s"])
+        ways[name]["apart"] = apart[name]
+        print(f"{name}: {ways[name]['ratio_to_ours']} × ours; best {ways[name]['best_text_nll']}")
+    print(f"ours: {len(trials)} trials, {steps} steps, best {ways['ours']['best_text_nll']}")
     return ways
 
 
@@ -201,6 +219,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=0, help="1: on a GPU")
     parser.add_argument("--scheduler", choices=("asha", "none"), default="asha")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--ways", nargs="*", choices=("plain", "strong"), default=["plain", "strong"]
     )

@@ -121,7 +121,14 @@ def test_an_actor_with_another_codec_is_refused(local_ray, manifest, codec_folde
 def start(manifest: Path, codec_folder: Path, tmp_path: Path, start_process: Start) -> Start:
     """Starts the command."""
     words = ["data", "prepare", str(manifest), "--out", str(tmp_path / "out")]
-    words += ["--codec", str(codec_folder), "--workers", "2", "--rows-per-shard", str(ROWS_PER_SHARD)]
+    words += [
+        "--codec",
+        str(codec_folder),
+        "--workers",
+        "2",
+        "--rows-per-shard",
+        str(ROWS_PER_SHARD),
+    ]
     return lambda: start_process(sys.executable, "-m", "higgs_tune.cli", *words)
 
 

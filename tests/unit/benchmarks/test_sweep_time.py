@@ -31,14 +31,16 @@ def lines(*values):
 
 def test_final_losses_are_compared_trial_by_trial():
     ours = sweep_time.losses({"a": lines(5.0, 4.0), "b": lines(2.0), "c": lines(1.0)})
-    theirs = sweep_time.losses({"a": lines(9.0, 4.4), "b": lines(2.0), "c": lines(0.5)})
-    assert sweep_time.compare(ours, theirs) == {"median": 0.1, "largest": 0.5}
+    theirs = sweep_time.losses({"a": lines(9.0, 4.04), "b": lines(2.0), "c": lines(0.5)})
+    assert sweep_time.compare(ours, theirs) == {"median": 0.01, "largest": 0.5}
+    with pytest.raises(SystemExit, match="end at other losses"):
+        sweep_time.compare(ours, {trial: 1.1 * loss for trial, loss in ours.items()})
     with pytest.raises(SystemExit, match="other trials"):
         sweep_time.compare(ours, {"a": 1.0})
 
 
 def test_a_way_is_summed_up_by_its_best_and_its_pace():
-    found = sweep_time.summary(90.0, {"a": lines(5.0, 4.0), "b": lines(2.0)}, 60)
+    found = sweep_time.summary([80.0, 200.0, 90.0], {"a": lines(5.0, 4.0), "b": lines(2.0)}, 60)
     assert (found["trials_per_hour"], found["best_trial"], found["best_text_nll"]) == (
         80.0,
         "b",
