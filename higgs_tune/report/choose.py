@@ -57,6 +57,8 @@ class Choice:
     runs: tuple[Trial, ...]  # its confirm runs, or the trial alone
     baseline_runs: tuple[Trial, ...]  # trial 0's, likewise; empty if it did not run the full budget
     confirm: ConfirmState
+    # the one of `runs` whose adapter is exported: the lowest text loss of those within the audio limit
+    adapter_run: Trial
     difference: Stat | None  # of val/text/nll to the baseline's, paired by seed; below 0 is better
 
     def stat(self, metric: str) -> Stat | None:
@@ -66,11 +68,6 @@ class Choice:
     def baseline_stat(self, metric: str) -> Stat | None:
         """The metric over `baseline_runs`."""
         return _stat(self.baseline_runs, metric)
-
-    @property
-    def adapter_run(self) -> Trial:
-        """The run whose adapter is exported: the lowest text loss of `runs`."""
-        return min(self.runs, key=_text_nll)
 
 
 def choose(results: Results) -> Choice | None:
@@ -86,7 +83,7 @@ def choose(results: Results) -> Choice | None:
     if state != "done":
         baseline = results.baseline
         baseline_runs = (baseline,) if baseline is not None and baseline.full_budget else ()
-        return _choice(first, (first,), baseline_runs, state)
+        return _choice(results, first, (first,), baseline_runs, state)
 
     groups = _groups(results)
     by_id = {trial.id: trial for trial in results.search}
@@ -96,7 +93,7 @@ def choose(results: Results) -> Choice | None:
     winner = min(held, key=lambda key: _mean(held[key], m.VAL_TEXT_NLL))
     baseline_id = results.baseline.id if results.baseline else ""
     baseline_runs = tuple(run for run in groups.get(baseline_id, ()) if run.full_budget)
-    return _choice(by_id[winner], held[winner], baseline_runs, "done")
+    return _choice(results, by_id[winner], held[winner], baseline_runs, "done")
 
 
 def confirm_state(results: Results, first: Trial | None = None) -> ConfirmState:
@@ -131,15 +128,22 @@ def _holds(results: Results, runs: tuple[Trial, ...]) -> bool:
 
 
 def _choice(
-    trial: Trial, runs: tuple[Trial, ...], baseline_runs: tuple[Trial, ...], state: ConfirmState
+    results: Results,
+    trial: Trial,
+    runs: tuple[Trial, ...],
+    baseline_runs: tuple[Trial, ...],
+    state: ConfirmState,
 ) -> Choice:
+    # runs whose mean is within the limit have one that is
+    best = min(runs, key=lambda run: (not results.feasible(run), _text_nll(run)))
     by_seed = {run.config.seed: _text_nll(run) for run in baseline_runs}
     pairs = [
         _text_nll(run) - by_seed[run.config.seed]
         for run in runs
         if run.config.seed in by_seed and trial.origin != "baseline"
     ]
-    return Choice(trial, runs, baseline_runs, state, Stat.of(pairs) if pairs else None)
+    difference = Stat.of(pairs) if pairs else None
+    return Choice(trial, runs, baseline_runs, state, best, difference)
 
 
 def _text_nll(trial: Trial) -> float:

@@ -143,3 +143,14 @@ def test_interval_is_students(tmp_path: Path) -> None:
     interval = Stat.of([1.0, 2.0, 3.0]).interval
     assert interval == pytest.approx((2 - 2.4844, 2 + 2.4844), abs=1e-3)
     assert Stat.of([1.0]).interval is None
+
+
+def test_the_exported_run_keeps_audio_itself(tmp_path: Path) -> None:
+    builder = confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.6, 2.5)})
+    limit = 1.05 * 3.93
+    for run_id, seed, text, audio in (("c004", 100, 2.0, limit + 0.1), ("c005", 101, 2.2, 3.8)):
+        options = {"origin": "confirm", "confirms": "t002"}
+        run(builder, run_id, text, audio=audio, seed=seed, **options)
+    choice = chosen(tmp_path)
+    assert (choice.trial.id, [r.id for r in choice.runs]) == ("t002", ["c004", "c005"])
+    assert choice.adapter_run.id == "c005"
