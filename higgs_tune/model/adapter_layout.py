@@ -3,6 +3,7 @@
 Shape letters: K slots, P columns.
 """
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -100,6 +101,7 @@ class Storage:
         self.grad = torch.zeros(shape, dtype=dtype, device=device)
         # fp32 sums over the micro-batches of a step, made when first needed
         self.grad_sum: Tensor | None = None
+        self._making_sum = threading.Lock()  # lanes may need it at the same moment
 
     def buffers(self) -> list[Tensor]:
         """Every buffer, each once."""
@@ -111,8 +113,9 @@ class Storage:
         """Make room for another micro-batch: bf16 gradients go to an fp32 sum, fp32 ones add up."""
         if self.grad.dtype == torch.float32:
             return
-        if self.grad_sum is None:
-            self.grad_sum = torch.zeros_like(self.grad, dtype=torch.float32)
+        with self._making_sum:
+            if self.grad_sum is None:
+                self.grad_sum = torch.zeros_like(self.grad, dtype=torch.float32)
         self.grad_sum[where] += self.grad[where]
         self.grad[where].zero_()
 

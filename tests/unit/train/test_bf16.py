@@ -1,29 +1,35 @@
 """A base in bf16: master weights and the gradients of a step stay in fp32."""
 
+import contextlib
+import threading
+from functools import partial
+
 import torch
 
 from higgs_tune.data.collate import collate, count_targets
 from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.lanes import Lanes
 from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 CONFIG = trial(rank=3, alpha=7.0)
 EXAMPLES = [example(("transcribe", "speak")[n % 2], n, 5 + n % 7, 4 + n % 5) for n in range(32)]
 
 
-def engine_of(dtype):
+def engine_of(dtype, num_slots=1):
     base = tiny_base(dtype=torch.bfloat16)  # the fp32 one has the rounded weights, too
     base.model.to(dtype)
-    engine = Engine(base, PackLimits.of([CONFIG], num_slots=1))
-    resident = engine.add("a", CONFIG)
-    generator = torch.Generator().manual_seed(0)
-    for view in engine.bank.views(resident.slot, "master").values():
-        view.copy_((0.1 * torch.randn(view.shape, generator=generator)).bfloat16())
+    engine = Engine(base, PackLimits.of([CONFIG], num_slots))
+    for name in "ab"[:num_slots]:
+        resident = engine.add(name, CONFIG)
+        generator = torch.Generator().manual_seed(0)
+        for view in engine.bank.views(resident.slot, "master").values():
+            view.copy_((0.1 * torch.randn(view.shape, generator=generator)).bfloat16())
     engine.bank.refresh_compute()
     return engine
 
 
-def total(bank):
-    return torch.cat([part.storage.gradient(part.where).flatten() for part in bank.parts(0)])
+def total(bank, slot=0):
+    return torch.cat([part.storage.gradient(part.where).flatten() for part in bank.parts(slot)])
 
 
 def gradients(engine):
@@ -74,3 +80,22 @@ def test_compute_weights_are_the_rounded_master_after_each_change():
     engine.remove("a")
     engine.add("a", CONFIG, state)
     check()
+
+
+def test_lanes_that_need_the_fp32_sum_at_once_share_one(monkeypatch):
+    bank = engine_of(torch.bfloat16, num_slots=2).bank
+    bank.lora.grad.fill_(1.0)
+    both = threading.Barrier(2)
+    zeros_like = torch.zeros_like
+
+    def slowly(*args, **kwargs):
+        with contextlib.suppress(threading.BrokenBarrierError):  # the other one waits elsewhere
+            both.wait(timeout=2)
+        return zeros_like(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros_like", slowly)
+    lanes = Lanes(torch.device("cpu"))
+    lanes.count = 2
+    lanes.run([partial(bank.keep_gradients, [slot]) for slot in (0, 1)])
+    for slot in (0, 1):
+        assert (total(bank, slot) == 1).all()
