@@ -154,9 +154,9 @@ DATA = DataSettings(tasks=TaskMix(transcribe=1, speak=1, clone=0.5), num_val_cli
 CODEC = CodecFacts("tiny", 24000, 25.0, NUM_CODEBOOKS, NUM_CODES)
 
 
-def make_dataset(directory: Path, codec: CodecFacts = CODEC) -> Dataset:
+def make_dataset(directory: Path, codec: CodecFacts = CODEC, seed: int = 0) -> Dataset:
     """24 training and 8 validation clips of three speakers, of ragged lengths."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     rows = [
         Row(
             id=f"r{n}",

@@ -148,7 +148,7 @@ def early_stop_reason(lines: Sequence[Line], run: RunSettings) -> str | None:
 
 
 def is_finished(out: Path, lines: Sequence[Line], trial: TrialConfig, run: RunSettings) -> bool:
-    """Whether a run has reached its end, with all that belongs to it written."""
+    """Whether a run has reached its end, its samples written; `keep_again` sees to its copies."""
     if not lines:
         return False
     step = lines[-1][metrics.STEP]

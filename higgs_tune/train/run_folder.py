@@ -14,7 +14,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,27 @@ from higgs_tune.train.samples import Sample
 METRICS, SAMPLES, SETTINGS = "metrics.jsonl", "samples.jsonl", "config.json"
 ADAPTER, BEST, KEPT, BOARD = "adapter", "best_adapter", "checkpoints", "tensorboard"
 Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a run began with, which whoever goes on with it must share."""
+
+    base: BaseSettings
+    data: DataSettings
+    trial: TrialConfig
+    content_hash: str  # of the dataset
+    clips_per_step: int
+    num_processes: int
+
+    def record(self) -> Line:
+        """Plain data for config.json."""
+        sections = {"base": self.base, "data": self.data, "trial": self.trial}
+        return {name: section.model_dump(mode="json") for name, section in sections.items()} | {
+            "content_hash": self.content_hash,
+            "clips_per_step": self.clips_per_step,
+            "num_processes": self.num_processes,
+        }
 
 
 @contextmanager
@@ -54,20 +75,14 @@ def check_new(out: Path) -> None:
         raise ConfigError(f"{out}: not empty. Give another --out, or --resume to go on there.")
 
 
-def rewind(
-    out: Path,
-    base: BaseSettings,
-    data: DataSettings,
-    trial: TrialConfig,
-    clips_per_step: int,
-) -> list[Line]:
+def rewind(out: Path, started: Started) -> list[Line]:
     """Take a run's folder back to its newest checkpoint, or to its start if it has none.
 
     Returns:
         The lines of its figures up to there.
 
     Raises:
-        ConfigError: there is no run here, or one of other settings.
+        ConfigError: there is no run here, or one of other settings or data.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file, needed a folder. Give another --out.")
@@ -77,7 +92,7 @@ def rewind(
             old.rename(adapter)
     if not (out / SETTINGS).exists():
         raise ConfigError(f"{out}: no {ADAPTER}/ to go on from. Leave out --resume to start.")
-    _check_same(out / SETTINGS, base, data, trial, clips_per_step)
+    _check_same(out / SETTINGS, started)
     # a line at the checkpoint's step is only its own if the checkpoint was made behind it
     last = -1
     if adapter.exists():
@@ -89,10 +104,11 @@ def rewind(
     return _lines(out / METRICS)
 
 
-def _check_same(
-    path: Path, base: BaseSettings, data: DataSettings, trial: TrialConfig, clips_per_step: int
-) -> None:
-    """Refuse to go on with other settings; only the device, and how a batch is shared, may change."""
+def _check_same(path: Path, started: Started) -> None:
+    """Refuse to go on with other settings or data.
+
+    Only the device may change, and how a batch is shared unless each process draws masks of its own.
+    """
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         raw = [saved[section] for section in ("base", "data", "trial")]
@@ -103,9 +119,9 @@ def _check_same(
             "Start again with another --out."
         ) from None
     pairs = (
-        ("base", validate(BaseSettings, raw[0], f"{path}, base"), base),
-        ("data", validate(DataSettings, raw[1], f"{path}, data"), data),
-        ("trial", validate(TrialConfig, raw[2], f"{path}, trial"), trial),
+        ("base", validate(BaseSettings, raw[0], f"{path}, base"), started.base),
+        ("data", validate(DataSettings, raw[1], f"{path}, data"), started.data),
+        ("trial", validate(TrialConfig, raw[2], f"{path}, trial"), started.trial),
     )
     differing = [
         f"{section}.{name} was {before!r}, now {getattr(now, name)!r}"
@@ -113,15 +129,29 @@ def _check_same(
         for name, before in then
         if before != getattr(now, name) and (section, name) != ("base", "device")
     ]
-    if not differing and clips_then != clips_per_step:
+    if not differing and clips_then != started.clips_per_step:
         differing = [
             f"processes × run.gradient_accumulation_steps × trial.batch_clips was {clips_then}, "
-            f"now {clips_per_step}"
+            f"now {started.clips_per_step}"
         ]
     if differing:
         raise ConfigError(
             f"{path.parent}: --resume with other settings: {'; '.join(differing)}. Give the "
             "settings of the first start, or another --out to start anew."
+        )
+    hash_then = saved.get("content_hash", started.content_hash)
+    if hash_then != started.content_hash:
+        raise ConfigError(
+            f"{path.parent}: --resume with other data: {started.data.path} has the content hash "
+            f"{started.content_hash[:12]}, the run began with {hash_then[:12]}. Put that data back, "
+            "or give another --out to start anew."
+        )
+    processes_then = saved.get("num_processes", started.num_processes)
+    if started.trial.dropout and processes_then != started.num_processes:
+        raise ConfigError(
+            f"{path.parent}: --resume in {started.num_processes} process(es), the run began in "
+            f"{processes_then}: with trial.dropout each draws masks of its own. Start "
+            f"{processes_then}, or give another --out to start anew."
         )
 
 
@@ -144,6 +174,13 @@ def keep(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
         kept = sorted((out / KEPT).glob("step-*"), key=lambda f: int(f.name.removeprefix("step-")))
         for folder in kept[: -run.keep_checkpoints]:
             shutil.rmtree(folder)
+
+
+def keep_again(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
+    """Do again what the end of a run may have been kept from; afterwards it is as `keep` left it."""
+    if read_step(out / ADAPTER) == lines[-1][metrics.STEP]:  # not one from behind an early stop
+        with writing(out):
+            keep(out, lines, run)
 
 
 def best_step(lines: Sequence[Line], audio_tolerance: float) -> int | None:

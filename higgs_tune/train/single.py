@@ -1,7 +1,8 @@
 """Train one configuration: a pack of one, with checkpoints, on one or several processes.
 
-What a step trains is a pure function of the settings, the seed and the step, and nothing is drawn
-while training. So a checkpoint of weights, moments, step and the interval's figures goes on exactly.
+What a step trains is a pure function of the settings, the seed and the step: its clips, and with dropout
+the masks of each process's forwards. So a checkpoint of weights, moments, step and the interval's figures
+goes on exactly. How many rows fit into a forward after memory has run out is not in it.
 """
 
 import signal
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from higgs_tune import metrics
 from higgs_tune.config import BaseSettings, DataSettings, RunSettings, TrialConfig
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.model.load import load_base
 from higgs_tune.train import run_folder as folder
 from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
@@ -26,6 +29,7 @@ def train_single(
     trial: TrialConfig,
     out: Path,
     *,
+    dataset: Dataset,
     resume: bool,
     watcher: Watcher,
     run: RunSettings,
@@ -37,6 +41,7 @@ def train_single(
     Args:
         out: new or empty folder, or with `resume` one that an earlier run left; `run_folder` says
             what is in it. Every process must be able to read it; the main one writes.
+        dataset: what `data.path` names, opened.
         world: the processes that train together, each with this call.
         device: of this process, where it is not `base.device`.
 
@@ -45,25 +50,35 @@ def train_single(
         "cancelled" with the number of the "signal" that asked for it.
 
     Raises:
-        ConfigError: `out` is in use, or `resume` finds nothing there or a run of other settings.
+        ConfigError: `out` is in use, or `resume` finds nothing there or a run of other settings or
+            data.
         DataError: the disk is full or `out` cannot be written.
     """
-    clips_per_step = world.size * run.gradient_accumulation_steps * trial.batch_clips
+    started = folder.Started(
+        base,
+        data,
+        trial,
+        content_hash=dataset.info.content_hash,
+        clips_per_step=world.size * run.gradient_accumulation_steps * trial.batch_clips,
+        num_processes=world.size,
+    )
 
     def open_folder() -> list[Line]:
         if resume:
-            return folder.rewind(out, base, data, trial, clips_per_step)
+            return folder.rewind(out, started)
         folder.check_new(out)
         return []
 
     with stop_signals() as request:
         lines = world.on_main(open_folder)
         if world.on_main(lambda: is_finished(out, lines, trial, run)):
+            world.on_main(lambda: folder.keep_again(out, lines, run))
             if world.is_main:
                 watcher.report(lines[-1])
             return lines[-1]
         here = base.model_copy(update={"device": device or base.device})
-        loop = PackLoop.load(here, data, PackLimits.of([trial], num_slots=1), world)
+        limits = PackLimits.of([trial], num_slots=1)
+        loop = PackLoop(load_base(here), dataset, data, limits, world)
         newest = out / folder.ADAPTER
         account = loop.join(
             _ID,
@@ -71,12 +86,8 @@ def train_single(
             newest if newest.exists() else None,
             batches_per_step=run.gradient_accumulation_steps,
         )
-        settings = {
-            "base": base.model_dump(mode="json"),
-            "data": data.model_dump(mode="json"),
-            "trial": trial.model_dump(mode="json"),
+        settings = started.record() | {
             "run": run.model_dump(mode="json"),
-            "clips_per_step": clips_per_step,
             "account": account,
             "preflight": loop.preflight,
         }

@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     from higgs_tune.train.recorder import Watcher
     from higgs_tune.train.single import train_single
 
-    found = Dataset.open(settings["data"].path).info.content_hash
+    dataset = Dataset.open(settings["data"].path)
+    found = dataset.info.content_hash
     world, device = join_world(settings["base"].device, settings["base"].dtype)
     if world.is_main and expected and found != expected:
         print(
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         result = train_single(
             **settings,
             out=args.out,
+            dataset=dataset,
             resume=args.resume,
             watcher=Watcher(display.line, display.step, display.samples),
             world=world,

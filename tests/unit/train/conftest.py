@@ -16,11 +16,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def run_single(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        single.PackLoop,
-        "load",
-        classmethod(lambda cls, _, data, *rest: cls(tiny_base(), dataset, data, *rest)),
-    )
+    monkeypatch.setattr(single, "load_base", lambda _: tiny_base())
     lines = []
 
     def start(
@@ -31,6 +27,7 @@ def run_single(dataset, tmp_path, monkeypatch):
         data=DATA,
         trial=TRIAL,
         out=tmp_path / "out",
+        dataset=dataset,
         **settings,
     ):
         return single.train_single(
@@ -38,6 +35,7 @@ def run_single(dataset, tmp_path, monkeypatch):
             data,
             trial,
             out,
+            dataset=dataset,
             resume=resume,
             watcher=Watcher(report, on_step),
             run=RunSettings(**{"num_samples": 0, "tensorboard": False} | settings),

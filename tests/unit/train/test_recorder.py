@@ -1,5 +1,6 @@
 """What a run keeps: its best, its checkpoints, its samples; when it stops early."""
 
+import errno
 import os
 import shutil
 import signal
@@ -13,8 +14,10 @@ from tensorboardX.proto.event_pb2 import Event
 
 from higgs_tune import metrics
 from higgs_tune.config import RunSettings
+from higgs_tune.errors import DataError
+from higgs_tune.train import checkpoint
 from higgs_tune.train.recorder import early_stop_reason
-from higgs_tune.train.run_folder import best_step
+from higgs_tune.train.run_folder import BEST, KEPT, best_step
 from tests.runs import assert_same_run, read_lines
 
 
@@ -135,3 +138,59 @@ def test_samples_change_nothing_of_the_training(run_single, uninterrupted):
     run, _, out = run_single
     run(num_samples=2, max_sample_tokens=4)
     assert_same_run(out, uninterrupted)
+
+
+def copies(out):
+    """The copies of checkpoints; without what holds clock times."""
+    folders = [out / BEST, out / KEPT]
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "training_state.json"
+    }
+
+
+KEEP = {"keep_checkpoints": 2, "audio_tolerance": 10.0}
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+def test_copies_that_failed_at_the_end_are_made_by_a_resume(
+    run_single, tmp_path, monkeypatch, patience
+):
+    run, _, out = run_single
+    settings = KEEP | {"early_stop_patience": patience, "early_stop_min_delta": 100.0}
+    end = 10 if patience else 20
+    assert run(out=tmp_path / "whole", **settings)["step"] == end
+    lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    assert best_step(lines, KEEP["audio_tolerance"]) == end, "the copy that fails must be the best"
+    copytree = shutil.copytree
+
+    def full(source, *args, **kwargs):
+        if checkpoint.read_step(source) == end:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copytree(source, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", full)
+        with pytest.raises(DataError, match=r"No space left on device.* --resume"):
+            run(**settings)
+    assert copies(out) != copies(tmp_path / "whole")
+    for _ in range(2):
+        assert run(resume=True, **settings)["step"] == end
+        assert copies(out) == copies(tmp_path / "whole")
+
+
+def test_a_checkpoint_behind_an_early_stop_is_no_copy_of_it(run_single):
+    run, _, out = run_single
+    strict = KEEP | {"early_stop_patience": 1, "early_stop_min_delta": 100.0}
+    run(**strict)
+    expected = copies(out)
+    run(
+        resume=True,
+        **KEEP,
+        on_step=lambda s: os.kill(os.getpid(), signal.SIGTERM) if s == 12 else 0,
+    )
+    assert checkpoint.read_step(out / "adapter") == 12
+    assert run(resume=True, **strict)["step"] == 10
+    assert copies(out) == expected

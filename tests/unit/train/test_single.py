@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from higgs_tune import metrics
-from higgs_tune.config import TaskMix
+from higgs_tune.config import BaseSettings, TaskMix
 from higgs_tune.errors import ConfigError, DataError
-from higgs_tune.train import checkpoint, single
-from tests.models import DATA
+from higgs_tune.train import checkpoint, run_folder, single
+from tests.models import DATA, make_dataset
 from tests.runs import TRIAL, assert_same_run, read_lines
 
 
@@ -223,3 +224,36 @@ def test_another_number_of_clips_a_step_is_another_run(run_single):
     run()
     with pytest.raises(ConfigError, match=r"gradient_accumulation_steps .* was 3, now 6"):
         run(resume=True, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_resume_on_other_data_is_refused(run_single, dataset, tmp_path, ended):
+    run, _, out = run_single
+    end = None if ended else signal.SIGTERM
+    run(on_step=lambda step: os.kill(os.getpid(), end) if end and step == 7 else None)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = make_dataset(tmp_path / "other", seed=1)
+    hashes = [info.content_hash[:12] for info in (other.info, dataset.info)]
+    assert hashes[0] != hashes[1]
+    message = rf"out: --resume with other data: .* content hash {hashes[0]}, .* with {hashes[1]}"
+    with pytest.raises(ConfigError, match=message):
+        run(resume=True, dataset=other)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    assert run(resume=True)["status"] == "completed"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_masks_of_other_processes_are_another_run(run_single, dataset, dropout):
+    run, _, out = run_single
+    config = TRIAL.model_copy(update={"dropout": dropout, "batch_clips": 4})
+    run(trial=config)
+    hash_now = dataset.info.content_hash
+    one = run_folder.Started(
+        BaseSettings(), DATA, config, hash_now, clips_per_step=4, num_processes=1
+    )
+    two = replace(one, num_processes=2)
+    if dropout:
+        with pytest.raises(ConfigError, match=r"--resume in 2 process\(es\), .* began in 1: with"):
+            run_folder.rewind(out, two)
+    else:
+        assert run_folder.rewind(out, two) == run_folder.rewind(out, one)
