@@ -15,6 +15,8 @@ SECTIONS: dict[str, type[Settings]] = {
     "trial": TrialConfig,
     "run": RunSettings,
 }
+# What best_config.yaml says beside them, about the sweep that found it; nothing here is trained by it.
+RECORDS = ("higgs_tune", "lora_config", "results", "command")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +41,12 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]
     """Section → its checked settings, and the content hash of the data that the file names.
 
     Raises:
-        ConfigError: a section is missing, or a setting is unknown or out of bounds.
+        ConfigError: a section is missing or unknown, or a setting is unknown or out of bounds.
     """
     raw = read_yaml(args.config)
+    for section in raw:
+        if section not in (*SECTIONS, *RECORDS):
+            raise ConfigError(f"{args.config}: {_unknown(section)}")
     missing = [key for key in ("base", "data", "trial") if not isinstance(raw.get(key), dict)]
     if missing:
         raise ConfigError(
@@ -51,10 +56,7 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]
     for text in args.set:
         section = text.split("=")[0].split(".")[0]
         if section not in SECTIONS:
-            near = did_you_mean(section, SECTIONS)
-            raise ConfigError(
-                f"--set {text}: unknown section {section!r}{near}; known here: {list(SECTIONS)}."
-            )
+            raise ConfigError(f"--set {text}: {_unknown(section)}")
     raw = apply_overrides(raw, args.set)
     expected = raw["data"].pop("content_hash", None)
     if args.data:
@@ -65,6 +67,12 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]
         name: validate(model, raw.get(name) or {}, f"{args.config}, {name}")
         for name, model in SECTIONS.items()
     }, expected
+
+
+def _unknown(section: object) -> str:
+    """Half an error message about a section that this command has not."""
+    near = did_you_mean(str(section), SECTIONS)
+    return f"unknown section {section!r}{near}; known here: {', '.join(SECTIONS)}."
 
 
 def run(args: argparse.Namespace) -> int:

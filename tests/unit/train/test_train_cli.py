@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from higgs_tune.errors import ConfigError
+from higgs_tune.report.build import build_report
 from higgs_tune.train import train_cli
+from tests.unit.report.builder import realistic
 
 BEST = {
     "higgs_tune": {"version": "0"},
@@ -77,3 +79,27 @@ def test_a_mistaken_setting_is_named(read, argument, message):
 def test_a_file_without_a_trial_is_refused(read):
     with pytest.raises(ConfigError, match="section trial is missing"):
         read(content={"base": {}, "data": {}})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "runs",
+            r"unknown section 'runs', did you mean 'run'\?; known here: base, data, trial, run\.",
+        ),
+        ("train", r"best_config.yaml: unknown section 'train', did you mean 'trial'"),
+        (3, r"unknown section 3; known"),
+    ],
+)
+def test_a_section_that_would_be_ignored_is_refused(read, name, message):
+    with pytest.raises(ConfigError, match=message):
+        read(content=BEST | {name: {"num_steps": 9}})
+
+
+def test_all_that_a_sweep_writes_is_known(read, tmp_path):
+    realistic(tmp_path / "quick")
+    build_report(tmp_path / "quick")
+    content = yaml.safe_load((tmp_path / "quick" / "best_config.yaml").read_text())
+    assert set(content) - set(train_cli.SECTIONS) == set(train_cli.RECORDS)
+    assert read(content=content)[1] == "c0ffee"
