@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all: written under another name, then renamed."""
 
+import errno
 import json
 import os
 import shutil
@@ -53,7 +54,8 @@ def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill an empty neighbour of `folder`, then swap the two. One writer at a time.
 
-    Between the two renames only `former(folder)` is whole: readers look there, too.
+    Between the two renames only `former(folder)` is whole: readers look there, too. All is on the
+    disk itself before the old folder goes, so that a power cut leaves one of the two whole.
     """
     draft = folder.with_name(f".{folder.name}.new")
     for leftover in (draft, former(folder)):
@@ -61,13 +63,29 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     draft.mkdir(parents=True)
     try:
         write(draft)
+        for path, _, names in os.walk(draft):
+            for name in (*names, ""):  # its files, then the folder that names them
+                _sync(Path(path, name))
     except BaseException:  # Ctrl-C, too, must leave no draft; a full disk needs its space
         shutil.rmtree(draft)
         raise
     if folder.exists():
         folder.rename(former(folder))
     draft.rename(folder)
+    _sync(folder.parent)
     shutil.rmtree(former(folder), ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or path.is_file():
+            raise  # else a network file system that cannot do this for a folder's names
+    finally:
+        os.close(handle)
 
 
 def share_weights(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """A file or folder appears whole or not at all, whatever stops the writer."""
 
 import errno
+import os
+import stat
 
 import pytest
 import torch
@@ -71,3 +73,62 @@ def test_the_former_folder_is_kept_aside_until_the_new_one_is_there(tmp_path, mo
     files.replace_folder(folder, lambda draft: (draft / "a").write_text("later"))
     assert (folder / "a").read_text() == "later"
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_is_on_the_disk_before_the_former_one_goes(tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    files.replace_folder(folder, lambda draft: (draft / "a").write_text("former"))
+    events = []
+    fsync, rename, rmtree = files.os.fsync, files.Path.rename, files.shutil.rmtree
+
+    def note_sync(handle):
+        events.append(("sync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def note_rename(path, target):
+        events.append(("rename", path.name))
+        return rename(path, target)
+
+    def note_rmtree(path, **options):
+        events.append(("rmtree", path.name))
+        rmtree(path, **options)
+
+    def write(draft):
+        (draft / "inner").mkdir()
+        (draft / "inner" / "b").write_text("later")
+        os.link(tmp_path / "elsewhere", draft / "a")  # as a trial's files are Tune's
+
+    (tmp_path / "elsewhere").write_text("later")
+    monkeypatch.setattr(files.os, "fsync", note_sync)
+    monkeypatch.setattr(files.Path, "rename", note_rename)
+    monkeypatch.setattr(files.shutil, "rmtree", note_rmtree)
+    files.replace_folder(folder, write)
+    places = [events.index(("rename", name)) for name in ("adapter", ".adapter.new")]
+    gone = len(events) - 1 - events[::-1].index(("rmtree", ".adapter.old"))
+    assert places[0] < places[1] < gone
+    for name in ("a", "inner/b", "inner", "."):
+        assert events.index(("sync", (folder / name).stat().st_ino)) < places[0], name
+    assert places[1] < events.index(("sync", tmp_path.stat().st_ino)) < gone
+
+
+def test_a_folder_that_the_disk_does_not_take_leaves_the_former_one(tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    files.replace_folder(folder, lambda draft: (draft / "a").write_text("former"))
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.replace_folder(folder, lambda draft: (draft / "a").write_text("later"))
+    assert (folder / "a").read_text() == "former"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_file_system_that_cannot_sync_names_is_written_all_the_same(tmp_path, monkeypatch):
+    fsync = files.os.fsync
+
+    def as_cifs(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", as_cifs)
+    files.replace_folder(tmp_path / "adapter", lambda draft: (draft / "a").write_text("later"))
+    assert (tmp_path / "adapter" / "a").read_text() == "later"
