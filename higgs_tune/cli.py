@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 NOTHING_FEASIBLE = 3
+# After an error of the system, such as a full disk, that no command has put into words.
+_KEPT = "What a sweep found is kept in its results folder; `higgs-tune report DIR` writes the report again."
+_AGAIN = "Mend that and run the command again."
 DEFAULT_SWEEP = Path("sweeps/quick.yaml")
 
 
@@ -95,11 +98,8 @@ def guarded(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        print(
-            f"error: {reason_of(error)}. What a sweep found is kept in its results folder; "
-            "`higgs-tune report DIR` writes the report again.",
-            file=sys.stderr,
-        )
+        of_sweep = args.run in (run_sweep_command, run_report)
+        print(f"error: {reason_of(error)}. {_KEPT if of_sweep else _AGAIN}", file=sys.stderr)
         return BAD_INPUT
 
 

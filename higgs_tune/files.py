@@ -4,9 +4,28 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from higgs_tune.errors import DataError, reason_of
+
+
+@contextmanager
+def writing(place: Path, advice: str) -> Iterator[None]:
+    """Name the place and the way on when a write in this block fails; safetensors has an error of its own.
+
+    Raises:
+        DataError: the disk is full, or a file or folder cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = reason_of(error) if isinstance(error, OSError) else error
+        raise DataError(f"{place}: cannot be written: {reason}. {advice}") from error
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

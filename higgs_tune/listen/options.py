@@ -6,6 +6,9 @@ from pydantic import Field
 
 from higgs_tune.config import Settings
 
+# What to do after a file could not be written; those before it are whole.
+AGAIN = "Free space, or give another --out, and run the command again."
+
 
 class SpeechOptions(Settings):
     """How speech is drawn from a model.

@@ -9,8 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from higgs_tune.data.files import write_file
+from higgs_tune.files import replace_file, writing
 from higgs_tune.listen.measures import log_mel
+from higgs_tune.listen.options import AGAIN
 from higgs_tune.report.ink import STYLE
 
 _LOUDEST, _SOFTEST = 4.5, -2.5  # log mel magnitudes at the ends of the colour scale
@@ -50,7 +51,8 @@ def draw_spectrogram(path: Path, wave: np.ndarray, rate_hz: int, least_seconds: 
         axes.tick_params(labelsize=7)
         axes.set_xlabel("s", fontsize=7, labelpad=1)
         axes.set_ylabel("Hz", fontsize=7, labelpad=1)
-        write_file(path, lambda temporary: _save(figure, temporary))
+        with writing(path, AGAIN):
+            replace_file(path, lambda temporary: _save(figure, temporary))
 
 
 def _hz(value: int) -> str:

@@ -1,5 +1,6 @@
 """Takes of one text: prompt, speech, WAV and a JSON file beside each."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from higgs_tune.data import tasks
 from higgs_tune.data.audio import read_clip
 from higgs_tune.data.codec import Codec, decode_clip, encode_clip
-from higgs_tune.data.files import write_file, write_json
 from higgs_tune.data.rows import text_problem
 from higgs_tune.data.shards import Row
 from higgs_tune.data.tokens import Vocabulary, encode_conversation
 from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.files import write_bytes, write_json, writing
 from higgs_tune.listen.generate import Prompt, Spoken, most_frames, prompt_before_audio, speak
-from higgs_tune.listen.options import SpeechOptions
+from higgs_tune.listen.options import AGAIN, SpeechOptions
 
 _MAX_TEXT_CHARS = 2000  # as `data prepare` takes by default
 
@@ -103,11 +104,15 @@ def wave_of(codes_TC: np.ndarray, codec: Codec) -> np.ndarray:
 
 
 def write_wav(path: Path, wave: np.ndarray, rate_hz: int) -> None:
-    """Write a 16-bit WAV, whole or not at all."""
-    write_file(
-        path,
-        lambda temporary: soundfile.write(temporary, wave, rate_hz, format="WAV", subtype="PCM_16"),
-    )
+    """Write a 16-bit WAV, whole or not at all.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    content = io.BytesIO()  # of a full disk libsndfile says "System error." only
+    soundfile.write(content, wave, rate_hz, format="WAV", subtype="PCM_16")
+    with writing(path, AGAIN):
+        write_bytes(path, content.getvalue())
 
 
 def make_take(
@@ -144,5 +149,6 @@ def make_take(
         "hit_length_limit": not spoken.reached_eos,
         "num_clipped_codes": spoken.num_clipped,
     }
-    write_json(path.with_suffix(".json"), record)
+    with writing(path.with_suffix(".json"), AGAIN):
+        write_json(path.with_suffix(".json"), record)
     return record

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,9 @@ from torch import nn
 from transformers import HiggsAudioV2ForConditionalGeneration
 from transformers.utils import logging as hf_logging
 
-from higgs_tune.config import BaseSettings
+from higgs_tune.config import BaseSettings, TrialConfig
 from higgs_tune.errors import ConfigError, ModelError
-from higgs_tune.files import share_weights
+from higgs_tune.files import share_weights, writing
 from higgs_tune.model.boson import boson_config, boson_name, check_modes
 from higgs_tune.model.load import Base, control_ids, load_checkpoint
 from higgs_tune.model.snapshot import header
@@ -50,13 +50,13 @@ def copy_adapter(adapter: Path, out: Path) -> None:
     Raises:
         ModelError: not an adapter of ours.
         ConfigError: `out` exists.
+        DataError: `out` cannot be written.
     """
     read_trial(adapter)
     header(adapter / WEIGHTS_NAME)
-    with _new_folder(out) as folder:
-        shutil.copytree(
-            adapter, folder, ignore=shutil.ignore_patterns(STATE_NAME), dirs_exist_ok=True
-        )
+    ignore = shutil.ignore_patterns(STATE_NAME)
+    with _new_folder(out) as folder, _writing(out):
+        shutil.copytree(adapter, folder, ignore=ignore, dirs_exist_ok=True)
 
 
 def adapter_base(
@@ -98,6 +98,7 @@ def export_merged(
 
     Raises:
         ConfigError: `out` exists.
+        DataError: `out` cannot be written.
         ModelError: not an adapter, not its base, or a model that the format cannot carry.
     """
     trial = read_trial(adapter)
@@ -112,22 +113,12 @@ def export_merged(
             ids, dtype = control_ids(base.tokenizer), base.model.dtype
             config = boson_config(base.model.config, ids, dtype, trial.cross_attention)
         model = merge(base.model, adapter)
-        if to == "boson":
-            _write_boson(model, config, folder)
-        else:
-            model.save_pretrained(folder, max_shard_size=MAX_SHARD)
-        assert base.folder is not None
-        patterns = _TOKENIZER_FILES + (_PROCESSOR_FILES if to == "native" else ())
-        for source in {path for pattern in patterns for path in base.folder.glob(pattern)}:
-            shutil.copy(source, folder)
-        note = {
-            "use_text_head": True,
-            "merged": {"base": base.source, "revision": settings.revision},
-            "cross_attention": trial.cross_attention,
-            "merged_trial": trial.model_dump(mode="json"),
-        }
-        (folder / MARK_NAME).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-        share_weights(folder)
+        with _writing(out):
+            if to == "boson":
+                _write_boson(model, config, folder)
+            else:
+                model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+            _write_company(base, trial, settings.revision, to, folder)
     return base
 
 
@@ -149,6 +140,28 @@ def merge(
     return merged.to(dtype=model.dtype).requires_grad_(False).eval()  # type: ignore[call-arg]
 
 
+def _write_company(
+    base: Base,
+    trial: TrialConfig,
+    revision: str | None,
+    to: Literal["native", "boson"],
+    folder: Path,
+) -> None:
+    """What stands beside weights and config: the base's tokenizer, and our mark."""
+    assert base.folder is not None
+    patterns = _TOKENIZER_FILES + (_PROCESSOR_FILES if to == "native" else ())
+    for source in {path for pattern in patterns for path in base.folder.glob(pattern)}:
+        shutil.copy(source, folder)
+    note = {
+        "use_text_head": True,
+        "merged": {"base": base.source, "revision": revision},
+        "cross_attention": trial.cross_attention,
+        "merged_trial": trial.model_dump(mode="json"),
+    }
+    (folder / MARK_NAME).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    share_weights(folder)
+
+
 def _write_boson(
     model: HiggsAudioV2ForConditionalGeneration, config: dict[str, Any], folder: Path
 ) -> None:
@@ -167,10 +180,16 @@ def _new_folder(out: Path) -> Iterator[Path]:
     if out.exists():
         raise ConfigError(f"--out: {out} exists. Give a folder that does not, nothing is replaced.")
     fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    fresh.mkdir(parents=True)
+    with _writing(out):
+        fresh.mkdir(parents=True)
     try:
         yield fresh
-        fresh.rename(out)
+        with _writing(out):
+            fresh.rename(out)
     finally:
         if fresh.exists():
             shutil.rmtree(fresh)
+
+
+def _writing(out: Path) -> AbstractContextManager[None]:
+    return writing(out, "Nothing was left there. Free space, or give another --out.")

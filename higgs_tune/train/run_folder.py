@@ -12,18 +12,16 @@ tensorboard/     the figures for TensorBoard
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from higgs_tune import metrics
+from higgs_tune import files, metrics
 from higgs_tune.config import BaseSettings, DataSettings, RunSettings, TrialConfig
 from higgs_tune.config_file import validate
-from higgs_tune.errors import ConfigError, DataError, reason_of
+from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.files import former, replace_folder, write_json, write_json_lines
 from higgs_tune.train.checkpoint import load_interval, read_step
 from higgs_tune.train.samples import Sample
@@ -54,17 +52,10 @@ class Started:
         }
 
 
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Name the folder and the way on when a write fails; safetensors has an error of its own."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = reason_of(error) if isinstance(error, OSError) else error
-        raise DataError(
-            f"{out}: cannot be written: {reason}. The last complete checkpoint is kept; free space "
-            "and go on with --resume."
-        ) from error
+def writing(out: Path) -> AbstractContextManager[None]:
+    """Name the run's folder and the way on when a write fails."""
+    kept = "The last complete checkpoint is kept; free space and go on with --resume."
+    return files.writing(out, kept)
 
 
 def check_new(out: Path) -> None:

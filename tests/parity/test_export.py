@@ -1,6 +1,7 @@
 """What is handed over loads with the stock library alone, and gives the adapted model's logits."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.export import adapter_base
 from tests.boson_reference import boson_logits
 from tests.checkpoints import SHARD_BYTES, boson_config, boson_names, write_boson, write_native
+from tests.full_disk import largest_file
 from tests.models import example, stock_inputs, tiny_base, trial
 
 EXAMPLES = [example("transcribe", 1, 9, 5), example("speak", 2, 6, 11), example("clone", 3, 4, 3)]
@@ -277,3 +279,26 @@ def test_the_revision_of_a_hub_base_travels_with_the_adapter(tmp_path):
     assert (found.path, found.revision) == ("owner/name", "0123abc")
     moved = adapter_base(tmp_path, "/models/here", None, "cpu")
     assert (moved.path, moved.revision) == ("/models/here", None)
+
+
+@pytest.mark.parametrize("extra", [[], ["--merge"], ["--format", "boson"]])
+def test_an_export_that_does_not_fit_is_one_error_and_leaves_nothing(tmp_path, capsys, extra):
+    base_folder = write_native(tmp_path / "base", tiny_base().model)
+    adapter = train(base_folder, tmp_path / "adapter")
+    arguments = ["export", str(adapter), "--out", str(tmp_path / "out"), *extra]
+    with largest_file(10_000):
+        assert cli.main(arguments) == cli.BAD_INPUT
+    error = capsys.readouterr().err
+    assert re.search(rf"^error: {tmp_path}/out: cannot be written: .*File too large", error, re.M)
+    assert "free space, or give another --out" in error.lower()
+    assert "sweep" not in error and "Traceback" not in error
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    assert cli.main(arguments) == 0
+
+
+def test_an_export_into_a_folder_that_cannot_be_made_is_one_error(tmp_path, capsys):
+    base_folder = write_native(tmp_path / "base", tiny_base().model)
+    adapter = train(base_folder, tmp_path / "adapter")
+    (tmp_path / "file").touch()
+    assert cli.main(["export", str(adapter), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "file/out: cannot be written: [Errno 20] Not a directory" in capsys.readouterr().err

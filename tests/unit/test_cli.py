@@ -122,6 +122,29 @@ def test_a_full_disk_is_one_line_that_says_what_is_kept(monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("export_cli", ["export", "a", "--out", "b"]),
+        ("train_cli", ["train", "--config", "c.yaml"]),
+        ("prepare_cli", ["data", "prepare", "m.csv", "--out", "b"]),
+    ],
+)
+def test_an_error_of_the_system_outside_of_a_sweep_speaks_of_none(
+    monkeypatch, capsys, module, arguments
+):
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error", "somewhere")
+
+    monkeypatch.setattr(getattr(cli, module), "run", fail)
+    assert cli.main(arguments) == cli.BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith("error: [Errno 5] Input/output error: 'somewhere'. ")
+    assert "run the command again" in error
+    assert "sweep" not in error and "report" not in error
+    assert error.count("\n") == 1
+
+
 def test_a_folder_whose_copy_does_not_fit_is_one_line_with_the_first_reason(
     tmp_path, monkeypatch, capsys
 ):
