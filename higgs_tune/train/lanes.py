@@ -32,7 +32,10 @@ class Lanes:
         return [(slot,) for slot in sorted(rows, key=lambda slot: (-rows[slot], slot))]
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Results of all tasks in their order; a single one runs here, on every core."""
+        """Results of all tasks in their order; a single one runs here, on every core.
+
+        The cores cut its sums otherwise than one core does: it rounds otherwise than in company.
+        """
         if len(tasks) < 2 or self.count < 2:
             return [task() for task in tasks]
         if self._threads is None:

@@ -1,7 +1,8 @@
 """Go on when memory runs out in a forward or a backward: fewer adapters at once, then shorter forwards.
 
 A CPU computes each adapter in forwards of its own from the start. A pack's shared matmuls gain little
-there, and so what an adapter computes does not depend on its company, to the last bit.
+there, and so what an adapter computes does not depend on whose company it is in, to the last bit. Alone
+it has all threads (see `lanes`), and with more than one its sums round otherwise than in company.
 """
 
 import gc
