@@ -119,15 +119,15 @@ def _row(number: int, fields: Any, data_root: Path) -> ManifestRow:
     if path is None:
         raise DataError(f"has no audio: needed one of the fields {', '.join(PATH)}, or messages")
     text = _text(fields, TEXT, TEXT_FILE, data_root)
-    if text is None:
+    if text is None and field(fields, TEXT, keep_empty=True) is None:
         raise DataError(f"has no text: needed one of the fields {', '.join(TEXT + TEXT_FILE)}")
     reference = audio_path(fields, REF_AUDIO)
     return ManifestRow(
         **identity,
         kind="clip",
-        text=text,
+        text=text or "",
         audio=(path,) if reference is None else (path, reference),
-        ref_text=reference and _text(fields, REF_TEXT, REF_TEXT_FILE, data_root),
+        ref_text=(reference and _text(fields, REF_TEXT, REF_TEXT_FILE, data_root)) or None,
     )
 
 
@@ -142,8 +142,8 @@ def _split(name: str | None) -> str | None:
 def _text(
     fields: Mapping[str, Any], names: tuple[str, ...], file_names: tuple[str, ...], data_root: Path
 ) -> str | None:
-    """The text, from its field or from the file that a field names."""
-    text = field(fields, names, keep_empty=True)
+    """The text, from the first field that has one, or from the file that a field names."""
+    text = field(fields, names)
     if text is not None:
         return text
     name = audio_path(fields, file_names)

@@ -7,7 +7,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,10 @@ from higgs_tune.errors import DataError
 
 _PARQUET_ROWS = 1024  # decoded at a time
 _PARQUET_BUFFER = 2**20  # bytes of a column read at a time: a row group may hold a million rows
+_NO_QUOTES = "TSV is read without quotes: write this file as .csv, or the text without them."
+_QUOTES = (
+    "A field that begins with a quotation mark ends with one, and those inside it are doubled."
+)
 
 
 def read_fields(path: Path) -> Iterator[tuple[int, Any]]:
@@ -28,8 +32,8 @@ def read_fields(path: Path) -> Iterator[tuple[int, Any]]:
     readers = {
         ".jsonl": _read_jsonl,
         ".json": _read_json,
-        ".csv": lambda path: _read_table(path, ","),
-        ".tsv": lambda path: _read_table(path, "\t"),
+        ".csv": _read_table,
+        ".tsv": _read_table,
         ".parquet": _read_parquet,
     }
     reader = readers.get(path.suffix.lower())
@@ -86,35 +90,67 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(samples, start=1)
 
 
-def _read_table(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
+def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
     _check_utf8(path)
+    is_tsv = path.suffix.lower() == ".tsv"
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
-        names = [name.strip().lower() for name in reader.fieldnames or []]
+        rows = _cells(path, file, is_tsv)
+        names = [name.strip().lower() for name in next(rows, (0, []))[1]]
         if not (set(names) & set(PATH) and set(names) & set(TEXT + TEXT_FILE)):
             raise DataError(
                 f"{path}: the first line names the columns {names}; needed one of {PATH} and one "
                 f"of {TEXT + TEXT_FILE}."
             )
-        reader.fieldnames = names
-        rows = iter(reader)
-        number = 0
-        while True:
-            number += 1
-            try:
-                fields: Any = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
+        before: list[str] = []
+        for number, (line, cells) in enumerate(rows, start=1):
+            fields: Any = dict(zip(names, cells, strict=False))
+            if is_tsv and len(cells) < len(names) and any(map(_opens_quote, before)):
                 raise DataError(
-                    f"{path}, line {reader.line_num}: not {path.suffix[1:]} ({error})."
-                ) from None
-            line = f"line {reader.line_num}"
-            if None in fields:
-                fields = DataError(f"{line} has more fields than the first line names")
-            elif None in fields.values():
-                fields = DataError(f"{line} has fewer fields than the first line names")
+                    f"{path}, line {line}: goes on with a quoted text of the line before. {_NO_QUOTES}"
+                )
+            if len(cells) != len(names):
+                more = "more" if len(cells) > len(names) else "fewer"
+                fields = DataError(f"line {line} has {more} fields than the first line names")
+            elif is_tsv and any(map(_is_quoted, cells)):
+                fields = DataError(f"line {line} has a text quoted as in CSV. {_NO_QUOTES}")
             yield number, fields
+            before = cells
+
+
+def _cells(path: Path, file: TextIO, is_tsv: bool) -> Iterator[tuple[int, list[str]]]:
+    """The line where each row begins, and the row's cells; blank lines are left out.
+
+    TSV has no quotes, as Common Voice writes it: read with them, a text that begins with a quotation
+    mark would take in the rows that follow.
+    """
+    reader = (
+        csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if is_tsv
+        else csv.reader(file, strict=True)
+    )
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {line}: not {path.suffix[1:]} ({error})."
+                + ("" if is_tsv else f" {_QUOTES}")
+            ) from None
+        if cells:
+            yield line, cells
+
+
+def _opens_quote(cell: str) -> bool:
+    return cell.startswith('"') and cell.count('"') % 2 == 1
+
+
+def _is_quoted(cell: str) -> bool:
+    """Whether a writer of CSV put the quotes around it: those inside are doubled."""
+    inside = cell[1:-1]
+    return cell[:1] == cell[-1:] == '"' and '""' in inside and '"' not in inside.replace('""', "")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:

@@ -73,16 +73,20 @@ class Rejection:
 def field(
     fields: Mapping[str, Any], names: tuple[str, ...], *, keep_empty: bool = False
 ) -> str | None:
-    """The first of `names` that has a value, as stripped text; empty counts as absent by default.
+    """The first of `names` that has a value, as stripped text; blank counts as absent.
+
+    Args:
+        keep_empty: where one is blank and none has a value, "" instead of None.
 
     Raises:
         DataError: the value is no text, or text that UTF-8 cannot hold.
     """
+    found = None
     for name in names:
         value = fields.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)  # ids and speakers are often numbers
-        if value is None or (value == "" and not keep_empty):
+        if value is None:
             continue
         if not isinstance(value, str):
             raise DataError(f"{name} is {type(value).__name__}, needed text")
@@ -90,8 +94,10 @@ def field(
             value.encode("utf-8")
         except UnicodeEncodeError:
             raise DataError(f"{name} has half a surrogate pair, which is no text") from None
-        return value.strip()
-    return None
+        if value := value.strip():
+            return value
+        found = "" if keep_empty else None
+    return found
 
 
 def audio_path(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:

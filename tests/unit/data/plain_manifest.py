@@ -20,7 +20,7 @@ Fields = list[dict[str, str | None]]
 
 
 def random_fields(rng: np.random.Generator) -> Fields:
-    """Repeated ids, references before and after, bad rows. "" is no value, but in ref_text."""
+    """Repeated ids, references before and after, bad rows. "" is no value."""
     count, num_speakers = int(rng.integers(12, 120)), int(rng.integers(1, 14))
     num_texts, has_split = int(rng.integers(count // 3, 2 * count)), rng.random() < 0.3
     odd = float(rng.choice([0, 0.02, 0.1]))
@@ -96,7 +96,7 @@ def read(fields: Fields) -> tuple[list[dict[str, Any]], dict[int, str]]:
                     "kind": "clip",
                     "text": raw["text"],
                     "audio": [raw["path"], raw["ref_audio"]] if raw["ref_audio"] else [raw["path"]],
-                    "ref_text": raw["ref_text"] if raw["ref_audio"] else None,
+                    "ref_text": (raw["ref_text"] or None) if raw["ref_audio"] else None,
                     "turns": None,
                     "start_index": 0,
                 }

@@ -34,30 +34,6 @@ def chat(*messages: tuple[str, Any], **fields: Any) -> dict[str, Any]:
 SPOKEN = ("assistant", {"type": "audio", "audio_url": "a.wav"})
 
 
-def test_csv_with_and_without_the_optional_columns(tmp_path: Path):
-    text = "id,path,text,speaker,split,language\nx,a.wav,Hallo,anna,dev,de\ny,b.wav,ja,7,train,\n"
-    first, second = read(tmp_path / "m.csv", "\ufeff" + text).rows
-    assert (first.id, first.audio, first.text, first.speaker) == ("x", ("a.wav",), "Hallo", "anna")
-    assert (first.split, first.language, first.kind) == ("validation", "de", "clip")
-    assert (second.split, second.language, second.speaker) == ("train", None, "7")
-    (plain,) = read(tmp_path / "n.tsv", "Audio_File\tTranscript\na.wav\tOne, two\n").rows
-    assert (plain.id, plain.text, plain.speaker, plain.split) == ("row000001", "One, two", "", None)
-
-
-def test_csv_with_a_wrong_number_of_fields_names_the_line(tmp_path: Path):
-    found = read(tmp_path / "m.csv", "path,text\na.wav,one,two\nb.wav\nc.wav,ok\n")
-    assert [row.audio for row in found.rows] == [("c.wav",)]
-    assert [r.reason for r in found.rejected] == [
-        "line 2 has more fields than the first line names",
-        "line 3 has fewer fields than the first line names",
-    ]
-
-
-def test_csv_without_the_needed_columns_is_an_error(tmp_path: Path):
-    with pytest.raises(DataError, match=r"the first line names the columns \['a\.wav', 'hello'\]"):
-        read(tmp_path / "m.csv", "a.wav,hello\n")
-
-
 def test_metadata_json_with_transcript_files_and_references(tmp_path: Path):
     (tmp_path / "a.txt").write_text(" Hello there.\n")
     samples = [
@@ -242,6 +218,8 @@ def test_chats_that_are_more_than_a_clip_stay_chats(tmp_path: Path, row: dict[st
         ({"audio": "a.wav"}, "has no text: needed one of the fields text"),
         ({"audio": "a.wav", "text": ["x"]}, "text is list, needed text"),
         ({"audio": "a.wav", "text": "   "}, "text is empty"),
+        ({"audio": "a.wav", "text": "", "sentence": None}, "text is empty"),
+        ({"audio": " ", "text": "x"}, "has no audio"),
         ({"audio": "a.wav", "text": "x" * 5000}, "text has 5000 characters, limit is 2000"),
         ({"audio": "a.wav", "text": "x \ud800"}, "half a surrogate pair"),
         ({"audio": "a.wav", "text": "x<|eot_id|>"}, "text holds the control token <|eot_id|>"),

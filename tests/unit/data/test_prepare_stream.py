@@ -53,7 +53,7 @@ def test_a_prepared_folder_is_what_the_rules_say(
     monkeypatch.setattr(encode, "load_codec", lambda *_: codec)
     rng = np.random.default_rng(seed)
     fields = plain.random_fields(rng)
-    if suffix == ".csv":  # it knows no null: a text that is there and empty
+    if suffix == ".csv":  # it knows no null
         fields = [{name: value or "" for name, value in row.items()} for row in fields]
     manifest, out = tmp_path / f"m{suffix}", tmp_path / "out"
     plain.write(manifest, fields)

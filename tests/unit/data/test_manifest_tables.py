@@ -1,0 +1,116 @@
+"""Manifests that are tables, CSV and TSV: quotes, columns, blank cells."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from higgs_tune.errors import DataError
+from tests.unit.data.manifests import Manifest, read_manifest
+
+
+def read(path: Path, content: str) -> Manifest:
+    path.write_bytes(content.encode())
+    return read_manifest(path, path.parent, 2000)
+
+
+def test_csv_with_and_without_the_optional_columns(tmp_path: Path):
+    text = "id,path,text,speaker,split,language\nx,a.wav,Hallo,anna,dev,de\ny,b.wav,ja,7,train,\n"
+    first, second = read(tmp_path / "m.csv", "\ufeff" + text).rows
+    assert (first.id, first.audio, first.text, first.speaker) == ("x", ("a.wav",), "Hallo", "anna")
+    assert (first.split, first.language, first.kind) == ("validation", "de", "clip")
+    assert (second.split, second.language, second.speaker) == ("train", None, "7")
+    (plain,) = read(tmp_path / "n.tsv", "Audio_File\tTranscript\na.wav\tOne, two\n").rows
+    assert (plain.id, plain.text, plain.speaker, plain.split) == ("row000001", "One, two", "", None)
+
+
+def test_csv_with_a_wrong_number_of_fields_names_the_line(tmp_path: Path):
+    found = read(tmp_path / "m.csv", "path,text\na.wav,one,two\nb.wav\nc.wav,ok\n")
+    assert [row.audio for row in found.rows] == [("c.wav",)]
+    assert [r.reason for r in found.rejected] == [
+        "line 2 has more fields than the first line names",
+        "line 3 has fewer fields than the first line names",
+    ]
+
+
+def test_csv_without_the_needed_columns_is_an_error(tmp_path: Path):
+    with pytest.raises(DataError, match=r"the first line names the columns \['a\.wav', 'hello'\]"):
+        read(tmp_path / "m.csv", "a.wav,hello\n")
+
+
+def test_tsv_has_no_quotes_and_no_row_takes_in_the_next(tmp_path: Path):
+    texts = ['"Ja, sagte er.', '"Nein".', 'Er sagte "ja"', '"Ja"', '""', 'a ""b""', '"', "it's"]
+    lines = [f"{n}.wav\t{text}\tanna\n" for n, text in enumerate(texts)]
+    found = read(tmp_path / "m.tsv", "path\tsentence\tclient_id\n" + "".join(lines))
+    assert [(row.audio[0], row.text) for row in found.rows] == [
+        (f"{n}.wav", text) for n, text in enumerate(texts)
+    ]
+    assert {row.speaker for row in found.rows} == {"anna"}
+
+
+def test_a_tsv_that_is_quoted_as_csv_gives_no_wrong_transcript(tmp_path: Path):
+    quoted = 'path\ttext\na.wav\t"""Ja"", sagte er"\nb.wav\tNein\n'
+    found = read(tmp_path / "m.tsv", quoted)
+    assert [row.text for row in found.rows] == ["Nein"]
+    assert [r.reason for r in found.rejected] == [
+        "line 2 has a text quoted as in CSV. TSV is read without quotes: write this file as .csv, "
+        "or the text without them."
+    ]
+    broken = 'path\ttext\na.wav\tJa\nb.wav\t"first\nsecond"\nc.wav\tNein\n'
+    with pytest.raises(DataError, match=r"m\.tsv, line 4: goes on with a quoted text of the line"):
+        read(tmp_path / "m.tsv", broken)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('path,text\na.wav,ok\nb.wav,"Ja" sagte er\n', r"line 3: not csv \(',' expected after"),
+        ('path,text\na.wav,ok\nb.wav,"Ja\nc.wav,x\n', r"line 3: not csv \(unexpected end of data"),
+        ('"path"x,text\na.wav,ok\n', r"line 1: not csv .* those inside it are doubled"),
+    ],
+)
+def test_csv_with_a_stray_quotation_mark_names_the_line(tmp_path: Path, content: str, message: str):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "m.csv", content)
+
+
+def test_csv_texts_may_hold_what_quotes_are_for(tmp_path: Path):
+    found = read(
+        tmp_path / "m.csv", 'path,text\r\n\r\na.wav,"one, ""two""\r\nthree"\r\nb.wav,x\r\n'
+    )
+    assert [row.text for row in found.rows] == ['one, "two"\r\nthree', "x"]
+    assert [row.number for row in found.rows] == [1, 2]
+
+
+def test_a_blank_cell_gives_way_to_a_filled_one(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("from the file")
+    table = "id,utt_id,path,file,text,sentence,transcript_file,ref_audio,ref_text,ref_transcript\n"
+    rows = [",x,,a.wav, ,,a.txt,,,", "y,,b.wav,, ,other,a.txt,,,", "z,,c.wav,,c,,,d.wav, ,d"]
+    found = read(tmp_path / "m.csv", table + "\n".join(rows))
+    assert not found.rejected
+    assert [(row.id, row.audio, row.text, row.ref_text) for row in found.rows] == [
+        ("x", ("a.wav",), "from the file", None),
+        ("y", ("b.wav",), "other", None),
+        ("z", ("c.wav", "d.wav"), "c", "d"),
+    ]
+    both = {"audio": "a.wav", "text": "", "transcript_file": "a.txt"}
+    assert [row.text for row in read(tmp_path / "m.jsonl", json.dumps(both)).rows] == [
+        "from the file"
+    ]
+
+
+def test_a_reference_with_a_blank_text_takes_it_from_its_own_row(tmp_path: Path):
+    (tmp_path / "blank.txt").write_text(" \n")
+    content = (
+        "path,text,ref_audio,ref_text,ref_text_file\n"
+        "a.wav,Ja,b.wav,,\nb.wav,Nein,,,\nc.wav,So,b.wav, ,blank.txt\nd.wav,Doch,e.wav,,\n"
+    )
+    found = read(tmp_path / "m.csv", content)
+    assert [(row.text, row.ref_text) for row in found.rows] == [
+        ("Ja", "Nein"),
+        ("Nein", None),
+        ("So", "Nein"),
+    ]
+    assert [
+        (r.path, "reference recording without its text" in r.reason) for r in found.rejected
+    ] == [("d.wav", True)]
