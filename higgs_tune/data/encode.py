@@ -289,10 +289,12 @@ def _check_rejected(
     if num_rejected <= allowed and table.num_rejected() < num_total:
         return
     (out / INFO_NAME).unlink(missing_ok=True)
-    shown = table.first_rejected(_NUM_SHOWN)
-    first = "; ".join(f"row {some.row}: {some.reason}" for some in shown)
+    how = "Mend the manifest or the recordings"
+    if list_shards(out):  # of the manifest as it is: `_claim` refuses another one
+        how = "Mend the recordings (what is encoded is kept), give a mended manifest a new --out"
+    first = "; ".join(f"row {r.row}: {r.reason}" for r in table.first_rejected(_NUM_SHOWN))
     raise DataError(
         f"{manifest}: {num_rejected} of {num_total} rows are rejected, {allowed} are allowed "
         f"(max_rejected {options.max_rejected:g}). First {first}. All are in {out / REJECTED_NAME}. "
-        "Mend them, or raise --max-rejected; what is encoded is kept."
+        f"{how}, or raise --max-rejected."
     )

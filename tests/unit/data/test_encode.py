@@ -174,14 +174,40 @@ def test_too_many_rejected_rows_leave_shards_but_no_dataset(tmp_path: Path, run,
     rows[2] |= {"text": ""} if stage == "manifest" else {"path": "nowhere.wav"}
     with pytest.raises(
         DataError, match=r"1 of 8 rows are rejected, 0 are allowed .*row 3: .*rejected\.jsonl"
-    ):
+    ) as caught:
         run(rows, max_rejected=0.1)
     out = tmp_path / "out"
+    how = str(caught.value).partition("rejected.jsonl. ")[2]
+    assert (
+        how
+        == {
+            "manifest": "Mend the manifest or the recordings, or raise --max-rejected.",
+            "audio": "Mend the recordings (what is encoded is kept), give a mended manifest a new "
+            "--out, or raise --max-rejected.",
+        }[stage]
+    )
     assert list(rejected(out)) == ["c2"]
     with pytest.raises(DataError, match=r"found no dataset\.json"):
         Dataset.open(str(out))
     assert len(list_shards(out)) == (0 if stage == "manifest" else 2)
     assert run(rows, max_rejected=1).num_rows == 7
+
+
+def test_what_is_encoded_is_kept_for_mended_recordings_and_not_for_a_mended_manifest(
+    tmp_path: Path, run, monkeypatch
+):
+    rows = make_root(tmp_path / "root", 8)
+    rows[2] |= {"path": "late.wav"}
+    with pytest.raises(DataError, match="1 of 8 rows are rejected"):
+        run(rows, max_rejected=0)
+    before = content(tmp_path / "out")
+    with pytest.raises(DataError, match=r"manifest rows changed since\. Give another --out"):
+        run([*rows[:2], *rows[3:]], max_rejected=0)
+    assert content(tmp_path / "out") == before
+    soundfile.write(tmp_path / "root" / "late.wav", speech(9), RATE_HZ)
+    seen = spy(monkeypatch)
+    assert run(rows, max_rejected=0).num_rows == 8
+    assert len(seen) == 4, "the other shard is not touched"
 
 
 def test_a_mended_manifest_is_prepared_where_nothing_was_encoded_yet(tmp_path: Path, run):
