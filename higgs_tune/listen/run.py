@@ -18,7 +18,7 @@ from higgs_tune.listen.evaluate import RECORDING, Bench, Judges, means, recordin
 from higgs_tune.listen.losses import validation_losses
 from higgs_tune.listen.options import EvaluateOptions, SpeechOptions
 from higgs_tune.listen.page import render_page
-from higgs_tune.listen.systems import check_codec, name_systems
+from higgs_tune.listen.systems import check_codec, check_data_codec, name_systems
 from higgs_tune.listen.voices import Recogniser, VoiceJudge
 from higgs_tune.model.load import Base, load_base
 from higgs_tune.report.listening import DATA, PAGE
@@ -62,7 +62,7 @@ def run_evaluation(
     dataset = Dataset.open(data.path)
     codec_name = codec or _codec_of(dataset, data.path)
     base = load_base(base_settings)
-    judges, missing = _judges(base, codec_name, codec_revision, asr)
+    judges, missing = _judges(base, dataset, codec_name, codec_revision, asr)
     systems = name_systems(adapters)
     progress("losses on held-out clips")
     losses = validation_losses(base, dataset, data, adapters)
@@ -118,12 +118,13 @@ def _codec_of(dataset: Dataset, path: str) -> str:
 
 
 def _judges(
-    base: Base, codec_name: str, codec_revision: str | None, asr: Asr | None
+    base: Base, dataset: Dataset, codec_name: str, codec_revision: str | None, asr: Asr | None
 ) -> tuple[Judges, list[str]]:
     """The judges that there are, and why others are missing."""
     device: torch.device = base.model.device
     codec = load_codec(codec_name, device, codec_revision)
     check_codec(codec, codec_name, base)
+    check_data_codec(codec, codec_name, dataset)
     notes: list[str] = []
     voice = recogniser = None
     try:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from higgs_tune.data.codec import Codec
+from higgs_tune.data.codec import Codec, weights_digest
+from higgs_tune.data.dataset import Dataset
 from higgs_tune.errors import DataError
 from higgs_tune.model.load import Base
 from higgs_tune.report.listening import WEIGHTS
@@ -60,4 +61,19 @@ def check_codec(codec: Codec, name: str, base: Base) -> None:
         raise DataError(
             f"codec {name}: {found[0]} codebooks of {found[1]}, the base {base.source} needs "
             f"{needed[0]} of {needed[1]}. Give the codec that belongs to the base with --codec."
+        )
+
+
+def check_data_codec(codec: Codec, name: str, dataset: Dataset) -> None:
+    """Refuse another codec than that of a dataset; to one that is not recorded, any will do.
+
+    Raises:
+        DataError: other weights, so that codes sound otherwise.
+    """
+    recorded, found = dataset.info.codec, weights_digest(codec)
+    if recorded.weights_sha256 not in (None, found):
+        raise DataError(
+            f"codec {name}: its weights are {found[:12]}…, but {dataset.directory} was coded with "
+            f"{recorded.id}, weights {recorded.weights_sha256[:12]}…. Give that codec with --codec, or "
+            "prepare the data again with this one."
         )

@@ -13,7 +13,6 @@ import torch
 from higgs_tune import cli
 from higgs_tune.config import DataSettings
 from higgs_tune.data.dataset import Dataset
-from higgs_tune.listen.systems import name_systems
 from higgs_tune.report import build_report
 from higgs_tune.train.checkpoint import adapted, save_adapter
 from higgs_tune.train.engine import Engine, PackLimits
@@ -134,11 +133,6 @@ def test_the_base_is_as_it_was_once_an_adapter_is_off(embedded, adapter):
             with adapted(embedded.model, adapter) as model:
                 assert not torch.allclose(model(input_ids=ids).logits, before, atol=1e-2)
             assert torch.equal(embedded.model(input_ids=ids).logits, before)
-
-
-def test_systems_are_named_by_their_folders():
-    names = [s.name for s in name_systems([Path("a/best"), Path("b c/adapter"), Path("x/best")])]
-    assert names == ["base", "best", "b-c", "best-2"]
 
 
 @pytest.fixture(scope="module")
