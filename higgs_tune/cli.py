@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="probe base and data for leaks and misaligned labels")
     check.add_argument("--base", default="embedded", help="embedded, a folder or a Hub id")
     check.add_argument("--revision", help="commit of a Hub id")
+    check.add_argument("--text-head", default="checkpoint", help="as base.text_head of a sweep")
     check.add_argument("--data", default="embedded:arabic", help="dataset folder or embedded:NAME")
     check.set_defaults(run=run_check)
 
@@ -203,7 +204,8 @@ def run_check(args: argparse.Namespace) -> int:
     from higgs_tune.train.engine import PackLimits
     from higgs_tune.train.loop import PackLoop
 
-    base = BaseSettings(path=args.base, revision=args.revision)
+    named = {"path": args.base, "revision": args.revision, "text_head": args.text_head}
+    base = validate(BaseSettings, named, "check")
     limits = PackLimits(num_slots=1, max_rank=1, paths=frozenset({"attention"}))
     loop = PackLoop.load(base, DataSettings(path=args.data), limits)
     print(json.dumps({"preflight": loop.preflight, "base": loop.base_metrics}, indent=1))

@@ -9,6 +9,7 @@ from typing import Any
 from higgs_tune.config import BaseSettings, DataSettings, SweepConfig
 from higgs_tune.config_file import ModelT, read_yaml, validate
 from higgs_tune.errors import ConfigError
+from higgs_tune.listen.bases import base_for
 from higgs_tune.listen.options import EvaluateOptions, SpeechOptions
 
 _SPEECH = {
@@ -36,8 +37,15 @@ def _add_options(
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", help="embedded, a folder or a Hub id (default: embedded)")
-    parser.add_argument("--revision", help="commit of a Hub id")
+    parser.add_argument(
+        "--base", help="embedded, a folder or a Hub id (default: the adapter's, else embedded)"
+    )
+    parser.add_argument("--revision", help="commit of a Hub id (default: the adapter's)")
+    parser.add_argument(
+        "--text-head",
+        help="of a base without one: checkpoint refuses it, from_embedding starts it from the token "
+        "embedding (default: from_embedding with an adapter, else checkpoint)",
+    )
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: float32)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--codec", help="embedded, a folder or a Hub id (default: embedded)")
@@ -90,13 +98,19 @@ def _options(args: argparse.Namespace, model: type[ModelT], names: Iterable[str]
     return validate(model, _given(args, {name: name for name in names}), "options")
 
 
-_BASE = {"path": "base", "revision": "revision", "dtype": "dtype", "device": "device"}
+_BASE = {
+    "path": "base",
+    "revision": "revision",
+    "dtype": "dtype",
+    "device": "device",
+    "text_head": "text_head",
+}
 
 
 def run_generate(args: argparse.Namespace) -> int:
     """Speak a text, once or several times."""
     options = _options(args, SpeechOptions, _SPEECH)
-    settings = validate(BaseSettings, _given(args, _BASE), "generate")
+    adapter = None if args.adapter == _NONE else Path(args.adapter)
     if (args.reference is None) != (args.reference_text is None):
         raise ConfigError("--reference and --reference-text: give both or neither.")
     if args.num_takes < 1:
@@ -108,7 +122,8 @@ def run_generate(args: argparse.Namespace) -> int:
     from higgs_tune.train.checkpoint import adapted
 
     paths = take_paths(args.out, args.num_takes)
-    base = load_checkpoint(settings)
+    adapters = [] if adapter is None else [adapter]
+    base = load_checkpoint(base_for(adapters, _given(args, _BASE), "generate"))
     codec_name = args.codec or "embedded"
     codec = load_codec(codec_name, base.model.device, args.codec_revision)
     check_codec(codec, codec_name, base)
@@ -121,10 +136,10 @@ def run_generate(args: argparse.Namespace) -> int:
         "reference": reference and str(reference.path),
         "reference_text": reference and reference.text,
         "base": base.source,
-        "adapter": None if args.adapter == _NONE else args.adapter,
+        "adapter": adapter and str(adapter),
         "codec": codec_name,
     }
-    with adapted(base.model, None if args.adapter == _NONE else Path(args.adapter)) as model:
+    with adapted(base.model, adapter) as model:
         for number, path in enumerate(paths):
             take = make_take(
                 model, base.vocabulary, prompt, codec, options, path,
@@ -180,7 +195,7 @@ def _subject(
     """Base, data, adapters and output folder that the arguments ask for."""
     adapters = [Path(name) for name in args.adapter if name != _NONE]
     data: dict[str, Any] = {}
-    base: dict[str, Any] = {}
+    stored_base: dict[str, Any] = {}
     out = args.out
     if args.results is not None:
         clashing = [n for n in ("data", "base", "revision", "adapter") if getattr(args, n)]
@@ -194,7 +209,7 @@ def _subject(
                 f"{best} is missing: the sweep has no best configuration. Give --adapter DIR and "
                 "--data instead of --results."
             )
-        base, data = sweep.base.model_dump(), sweep.data.model_dump()
+        stored_base, data = sweep.base.model_dump(), sweep.data.model_dump()
         adapters, out = [best], out or args.results / "listen"
     elif not args.adapter:
         raise ConfigError("give --adapter DIR (none for the base alone), or --results DIR.")
@@ -204,9 +219,6 @@ def _subject(
         data["path"] = args.data
     if args.results is None or args.num_clips is not None:  # else as many as the sweep validated on
         data["num_val_clips"] = options.num_clips
-    return (
-        validate(BaseSettings, base | _given(args, _BASE), "evaluate"),
-        validate(DataSettings, data, "evaluate"),
-        adapters,
-        out,
-    )
+    data_settings = validate(DataSettings, data, "evaluate")
+    base = base_for(adapters, stored_base | _given(args, _BASE), "evaluate")
+    return base, data_settings, adapters, out

@@ -240,8 +240,8 @@ def _check_weights(
     if not has_head and settings.text_head == "checkpoint":
         raise ModelError(
             f"{where} has no {_TEXT_HEAD}, so there is no text loss to tune. Use a checkpoint that was "
-            "saved with use_text_head=True, or set base.text_head to from_embedding to start the head "
-            "as a copy of the token embedding."
+            "saved with use_text_head=True, or set base.text_head (--text-head) to from_embedding to start "
+            "the head as a copy of the token embedding."
         )
     if not has_head:
         del needed[_TEXT_HEAD]

@@ -1,15 +1,17 @@
-"""A model that knows six examples by heart, and the embedded base."""
+"""A model that knows six examples by heart, the embedded base, and an adapter for it."""
 
 import pytest
 import torch
 
-from higgs_tune.config import BaseSettings
+from higgs_tune.config import BaseSettings, TrialConfig
 from higgs_tune.data.collate import collate, count_targets
 from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.model.load import Base, load_base
 from higgs_tune.model.packed_forward import packed_nll
-from tests.models import conversation, tiny_base, vocabulary
+from higgs_tune.train.checkpoint import save_adapter
+from higgs_tune.train.engine import Engine, PackLimits
+from tests.models import conversation, tiny_base, trial, vocabulary
 
 TALKS = [
     conversation(task, seed, num_frames=4 + 3 * seed, num_letters=3 + 2 * seed)
@@ -45,3 +47,31 @@ def by_heart() -> tuple[Base, list[Conversation]]:
 def embedded() -> Base:
     """The embedded base on the CPU."""
     return load_base(BaseSettings(device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def adapter_config() -> TrialConfig:
+    """A trial that trains every path of the base."""
+    targets = ("attention", "text_mlp", "audio_mlp", "text_head", "audio_head")
+    return trial(targets=targets, rank=2)
+
+
+@pytest.fixture(scope="session")
+def state(embedded, adapter_config):
+    """An adapter with random factors."""
+    engine = Engine(embedded, PackLimits.of([adapter_config], num_slots=1))
+    engine.add("a", adapter_config)
+    generator = torch.Generator().manual_seed(0)
+    for view in engine.bank.views(engine.residents["a"].slot, "master").values():
+        view.copy_(0.1 * torch.randn(view.shape, generator=generator))
+    return engine.state("a")
+
+
+@pytest.fixture(scope="session")
+def adapter(state, adapter_config, tmp_path_factory):
+    """The same on disk, exported without its training state."""
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    folder.mkdir()
+    save_adapter(folder, state, adapter_config, "embedded")
+    (folder / "training_state.safetensors").unlink()
+    return folder

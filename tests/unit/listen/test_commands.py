@@ -21,28 +21,6 @@ from tests.models import trial
 from tests.unit.report.builder import realistic
 
 WAV = Path(__file__).parents[3] / "higgs_tune" / "embedded" / "wav"
-CONFIG = trial(targets=("attention", "text_mlp", "audio_mlp", "text_head", "audio_head"), rank=2)
-
-
-@pytest.fixture(scope="session")
-def state(embedded):
-    """An adapter with random factors."""
-    engine = Engine(embedded, PackLimits.of([CONFIG], num_slots=1))
-    engine.add("a", CONFIG)
-    generator = torch.Generator().manual_seed(0)
-    for view in engine.bank.views(engine.residents["a"].slot, "master").values():
-        view.copy_(0.1 * torch.randn(view.shape, generator=generator))
-    return engine.state("a")
-
-
-@pytest.fixture(scope="session")
-def adapter(state, tmp_path_factory):
-    """The same on disk, exported without its training state."""
-    folder = tmp_path_factory.mktemp("trained") / "adapter"
-    folder.mkdir()
-    save_adapter(folder, state, CONFIG, "embedded")
-    (folder / "training_state.safetensors").unlink()
-    return folder
 
 
 def generate(out: Path, *more: str) -> int:
@@ -146,17 +124,17 @@ def evaluated(tmp_path_factory, adapter):
     return out, json.loads((out / "evaluate.json").read_text()), rows
 
 
-def test_losses_are_those_that_training_validates_with(evaluated, embedded, state):
+def test_losses_are_those_that_training_validates_with(evaluated, embedded, state, adapter_config):
     _, result, _ = evaluated
     loop = PackLoop(
         embedded,
         Dataset.open("embedded:arabic"),
         DataSettings(num_val_clips=8),
-        PackLimits.of([CONFIG], num_slots=1),
+        PackLimits.of([adapter_config], num_slots=1),
     )
     base, trained = (system["losses"] for system in result["systems"])
     assert base == pytest.approx(loop.base_metrics, rel=1e-5)
-    loop.engine.add("a", CONFIG, state)
+    loop.engine.add("a", adapter_config, state)
     assert trained == pytest.approx(loop.validate(["a"])["a"], rel=1e-5)
     assert trained["val/text/nll"] != pytest.approx(base["val/text/nll"], rel=1e-2)
 
