@@ -89,6 +89,14 @@ class Dataset:
         places = range(len(self._paths))
         return [name for place in places for (name,) in self._shard(place).values(["id"])]
 
+    def texts(self) -> Iterator[tuple[str, list[str]]]:
+        """The id and every text part of each row, read anew."""
+        names = ("id", "text", "ref_text", "turns")
+        for place in range(len(self._paths)):
+            for row_id, text, ref_text, turns in self._shard(place).values(names):
+                reference = [] if ref_text is None else [ref_text]
+                yield row_id, [*tasks.texts_of(text, turns), *reference]
+
     def rows(self, split: str) -> np.ndarray:
         """Indices of the rows of "train" or "validation"."""
         return np.flatnonzero(self.index["is_train"] == (split == "train"))

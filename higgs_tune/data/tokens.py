@@ -7,6 +7,7 @@ The sequence is Llama-3's: a header per turn, `<|eot_id|>` after it, and for eac
 Shape letters: L rows of the sequence, A audio rows among them, C codebooks.
 """
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from higgs_tune.data.conversation import AudioPart, Conversation, TextPart
 from higgs_tune.errors import DataError
 
 IGNORE = -100
+_NUM_SHOWN = 10  # unknown characters in an error
 CONTROL_TOKENS = {
     "begin_of_text": "<|begin_of_text|>",
     "start_header": "<|start_header_id|>",
@@ -45,6 +47,7 @@ class Vocabulary:
     stream_eos: int
     num_codebooks: int
     encode_text: Callable[[str], Sequence[int]]  # without special tokens
+    unknown: int | None = None  # what a text without a token of its own becomes, if anything does
 
     @property
     def control_ids(self) -> dict[int, str]:
@@ -119,7 +122,7 @@ def encode_conversation(conversation: Conversation, vocabulary: Vocabulary) -> E
 
     Raises:
         DataError: codes of another codebook count or outside the codebook, a control token inside a
-            text, or nothing to learn.
+            text, a character without a token, or nothing to learn.
     """
     voc = vocabulary
     ids: list[int] = [voc.begin_of_text]
@@ -172,6 +175,29 @@ def encode_conversation(conversation: Conversation, vocabulary: Vocabulary) -> E
     return encoded
 
 
+def unknown_in(text: str, vocabulary: Vocabulary) -> list[str]:
+    """The characters of a text that the vocabulary has no token for."""
+    unknown, encode = vocabulary.unknown, vocabulary.encode_text
+    if unknown is None or unknown not in encode(text):
+        return []
+    characters = sorted(set(unicodedata.normalize("NFC", text)))
+    return [one for one in characters if unknown in encode(one)] or [text]
+
+
+def unknown_problem(characters: Sequence[str]) -> str:
+    """What is said of characters that have no token, and what to do about them."""
+    shown = ", ".join(
+        f"{one!r} (U+{ord(one):04X})" if len(one) == 1 else repr(one)
+        for one in characters[:_NUM_SHOWN]
+    )
+    more = f" and {len(characters) - _NUM_SHOWN} more" if len(characters) > _NUM_SHOWN else ""
+    return (
+        f"the base's tokenizer has no token for {shown}{more}; all would be learnt as one and the same. "
+        "Write the texts without them (and prepare the data again), or use a base whose tokenizer knows "
+        "them. docs/reference/embedded.md lists what the embedded one knows."
+    )
+
+
 def _text_ids(part: TextPart, key: str, voc: Vocabulary) -> list[int]:
     ids = list(voc.encode_text(part.text))
     known = voc.control_ids
@@ -181,6 +207,8 @@ def _text_ids(part: TextPart, key: str, voc: Vocabulary) -> list[int]:
             f"{key}: a text holds the control token {control[0]}, which would break its sequence. "
             "Remove it from the text and prepare the data again."
         )
+    if voc.unknown in ids:
+        raise DataError(f"{key}: {unknown_problem(unknown_in(part.text, voc))}")
     return ids
 
 

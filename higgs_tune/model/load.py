@@ -100,6 +100,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: HiggsAudioV2Config
         stream_eos=config.audio_stream_eos_id,
         num_codebooks=config.num_codebooks,
         encode_text=lambda text: tokenizer.encode(text, add_special_tokens=False),
+        unknown=tokenizer.unk_token_id,  # type: ignore[arg-type]  # a list only of several tokens
     )
 
 

@@ -20,6 +20,7 @@ from higgs_tune.data.collate import TargetCounts, collate, count_targets
 from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.held_out import validation_sets
+from higgs_tune.data.known_texts import check_texts
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.errors import DataError
@@ -56,6 +57,7 @@ class PackLoop:
                 f"{codec.codebook_size}, the base {base.source} needs {config.num_codebooks} of "
                 f"{num_codes}. Prepare the data again with the codec of this base."
             )
+        check_texts(dataset, base.vocabulary)
         self.engine = Engine(base, limits, world.rank)
         self._gradients = Gradients(self.engine)
         self.content_hash: str = dataset.info.content_hash
