@@ -147,7 +147,7 @@ def make_searcher(study, config, checkpoints=None, **kwargs):
         on_copy=kwargs.pop("on_copy", lambda record, donor_id: None),
         checkpoint_of=lambda trial_id: (checkpoints or {}).get(trial_id),
         workers=["w0"],
-        publish=rosters.append,
+        publish=lambda roster, beat: rosters.append(roster),
         on_disk_error=kwargs.pop("on_disk_error", lambda error: None),
         **kwargs,
     )

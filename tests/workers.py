@@ -58,7 +58,7 @@ async def beat(worker: Worker, roster: Roster, times: int) -> None:
     """The driver's heartbeat; what waits to run may run before each."""
     for _ in range(times):
         await asyncio.sleep(0.002)
-        await worker.sync(roster)
+        await worker.sync(roster, beat=True)
 
 
 async def seat(worker: Worker, *names: str, version: int = 1, **changes: Any) -> None:

@@ -69,7 +69,7 @@ class SweepCallback(Callback):
         self._display.board.pause(paused)
         if time.monotonic() - self._beat >= BEAT_S:
             self._beat = time.monotonic()
-            self._source.publish()
+            self._source.publish(beat=True)
         self._display.board.to_come = 0 if self._source.over() else self._source.num_to_come()
         self._display.refresh()
 

@@ -96,10 +96,10 @@ class Workers:
         """Ask the restarted worker for what the dead one did not answer."""
         self.description = self._actors[0].describe.remote()
 
-    def publish(self, roster: Roster) -> None:
+    def publish(self, roster: Roster, beat: bool) -> None:
         """Tell everyone the roster; one that restarts just now hears it with the next heartbeat."""
         for actor in self._actors:
-            actor.sync.remote(roster)
+            actor.sync.remote(roster, beat=beat)
 
     def poll_figures(self) -> dict[str, dict[str, Any]] | None:
         """Now and then, where each worker's time went a while ago; asks them again."""

@@ -38,7 +38,7 @@ class TrialSource(Searcher):
         self,
         *,
         workers: Sequence[str],
-        publish: Callable[[Roster], None],
+        publish: Callable[[Roster, bool], None],
         deadline: float | None = None,
     ) -> None:
         super().__init__(metric=VAL_TEXT_NLL, mode="min")
@@ -124,8 +124,12 @@ class TrialSource(Searcher):
         if self._seated() != self._named:
             self.publish()
 
-    def publish(self) -> None:
-        """Tell the workers who is live; also called as the driver's heartbeat."""
+    def publish(self, *, beat: bool = False) -> None:
+        """Tell the workers who is live.
+
+        Args:
+            beat: this is the driver's heartbeat, by which the workers count time.
+        """
         paused = self.paused()
         to_come = 0 if self.over() else self.num_to_come()
         to_come += len(self._ready & paused.keys())
@@ -134,7 +138,7 @@ class TrialSource(Searcher):
             self._named = self._seated()
         for trial in paused.values():  # no roster without it is as new as its next lease
             trial.config["roster_version"] = self._version + 1
-        self._publish(Roster(self._version, self._named, to_come))
+        self._publish(Roster(self._version, self._named, to_come), beat)
 
     def _seated(self) -> tuple[str, ...]:
         paused = self.paused()

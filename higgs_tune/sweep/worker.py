@@ -66,6 +66,7 @@ class Worker:
         self._wake = asyncio.Event()
         self._look_up = False  # the pack is to stop after its current step
         self._closed = False
+        self._broken = False  # the process is about to end
         self._answers: dict[str, asyncio.Future[Result]] = {}  # of trials that ask for a result
         self._silent: dict[str, int] = {}  # trial → the driver's heartbeats since it was heard
         self._warned = False
@@ -83,14 +84,18 @@ class Worker:
         """Where the time went so far."""
         return self._meter.figures()
 
-    async def sync(self, roster: Roster) -> None:
-        """The driver's heartbeat: who is live, how many are to come."""
+    async def sync(self, roster: Roster, *, beat: bool = False) -> None:
+        """Who is live, how many are to come.
+
+        Args:
+            beat: the driver's heartbeat of once a second, not only news: time that someone is silent.
+        """
         if self._closed:  # everyone leaves by itself, perhaps with a last checkpoint
             return
         for trial_id in self._table.gone(roster):
             self._evict(trial_id, "the driver no longer runs this trial")
         missing = self._table.idle() | self._table.unheard()
-        self._silent = {trial_id: self._silent.get(trial_id, 0) + 1 for trial_id in missing}
+        self._silent = {trial_id: self._silent.get(trial_id, 0) + beat for trial_id in missing}
         self._give_up_waiting()
         self._look()
 
@@ -103,6 +108,8 @@ class Worker:
         attempt: int,
     ) -> Lease:
         """Lease a slot, or the place of the next to get one."""
+        if self._broken:
+            return "full"
         lease = self._table.join(trial_id, config, files, roster_version, attempt)
         if lease != "seated":
             return lease
@@ -269,6 +276,7 @@ class Worker:
 
     def _break(self, error: Exception) -> None:
         """Tell every trial, then end the process: a pack that failed cannot be trusted."""
+        self._broken = True
         logger.error("the pack failed", exc_info=error)
         for trial_id in list(self._table.seats):
             self._table.drop(trial_id)

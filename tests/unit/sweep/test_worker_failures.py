@@ -1,0 +1,111 @@
+"""What a worker does about trials that fall silent, cannot join or fail, and about its own end."""
+
+import asyncio
+
+import pytest
+
+from higgs_tune.errors import ModelError
+from higgs_tune.sweep.seats import Roster, SlotLostError
+from tests.sweep_fakes import FakeLoop
+from tests.workers import asking, beat, make_worker, never, run, seat, trial
+
+pytestmark = pytest.mark.usefixtures("fast_rounds")
+
+
+def test_a_trial_that_is_never_heard_of_does_not_hang_the_others(make_config, caplog):
+    async def scenario():
+        worker = make_worker(make_config, grace_beats=5)
+        await worker.sync(Roster(1, ("t0", "t1"), 0))
+        await seat(worker, "t0")
+        task = asking(worker, "t0")
+        await beat(worker, Roster(1, ("t0", "t1"), 0), 6)
+        assert (await task)["step"] == 25
+        assert (await worker.next_result("t0"))["step"] == 50  # it is not waited for twice
+        assert len([line for line in caplog.messages if "going on without" in line]) == 1
+
+    run(scenario())
+
+
+def test_news_of_others_is_no_heartbeat(make_config, caplog):
+    async def scenario():
+        worker = make_worker(make_config, grace_beats=5)
+        roster = Roster(1, ("t0", "t1"), 0)
+        await seat(worker, "t0")
+        task = asking(worker, "t0")
+        assert await never(task)
+        for _ in range(100):  # a hundred trials come and go within a second
+            await worker.sync(roster)
+        await beat(worker, roster, 4)
+        assert not task.done()
+        assert not [line for line in caplog.messages if "going on without" in line]
+        await beat(worker, roster, 1)
+        assert (await task)["step"] == 25
+
+    run(scenario())
+
+
+def test_a_trial_that_stops_asking_loses_its_slot_and_can_come_back(make_config):
+    async def scenario():
+        worker = make_worker(make_config, grace_beats=5)
+        roster = Roster(1, ("t0", "t1"), 0)
+        await worker.sync(roster)
+        await seat(worker, "t0", "t1")
+        tasks = [asking(worker, "t0"), asking(worker, "t1")]
+        await tasks[0]
+        files = await worker.save("t0")
+        await beat(worker, roster, 6)
+        await tasks[1]
+        with pytest.raises(SlotLostError, match="t0 has no slot"):
+            await worker.next_result("t0")
+        assert await worker.join("t0", trial(), files, 1, 0) == "seated"
+        back, other = asking(worker, "t0"), asking(worker, "t1")
+        assert (await other)["step"] == 50
+        asking(worker, "t1")
+        assert (await back)["step"] == 50
+
+    run(scenario())
+
+
+def test_a_trial_that_cannot_join_fails_alone(make_config):
+    async def scenario():
+        worker = make_worker(make_config)
+        await worker.sync(Roster(1, ("t0", "t1"), 0))
+        await seat(worker, "t0", batch_clips=13)
+        await seat(worker, "t1")
+        refused, fine = asking(worker, "t0"), asking(worker, "t1")
+        result = await refused
+        assert result["status"] == "out_of_memory"
+        assert result["reason"] == "MemoryError: 13 clips do not fit"
+        await worker.sync(Roster(2, ("t1",), 0))
+        assert (await fine)["status"] == "running"
+
+    run(scenario())
+
+
+def test_a_failed_round_reaches_every_trial_and_ends_the_process(make_config, monkeypatch):
+    def explode(self, stop):
+        raise RuntimeError("device lost")
+
+    async def scenario():
+        monkeypatch.setattr(FakeLoop, "advance", explode)
+        ended = asyncio.get_running_loop().create_future()
+        worker = make_worker(make_config, exit_process=ended.set_result)
+        await worker.sync(Roster(1, ("t0", "t1"), 0))
+        await seat(worker, "t0", "t1")
+        tasks = [asking(worker, "t0"), asking(worker, "t1")]
+        for task in tasks:
+            with pytest.raises(RuntimeError, match="device lost"):
+                await task
+        assert await worker.join("t0", trial(), None, 1, 1) == "full"  # it would fail once more
+        assert await asyncio.wait_for(ended, 10) == 1
+
+    run(scenario())
+
+
+def test_a_base_that_cannot_be_loaded_is_told_as_it_is(make_config):
+    async def scenario():
+        worker = make_worker(make_config, sections={"base": {"path": "broken"}})
+        with pytest.raises(ModelError, match="no such checkpoint"):
+            await worker.describe()
+
+    run(scenario())
