@@ -1,6 +1,7 @@
 """A pack loop with closed-form learning curves, and short cuts, for sweeps without a model."""
 
 import json
+import logging
 import math
 import os
 import random
@@ -27,7 +28,8 @@ class FakeLoop:
 
     An interval takes FAKE_ROUND_S seconds, with jitter. Learning rates above 5e-2 diverge at the second
     report, batch_clips 13 cannot join, an audio_loss_weight near 0 breaks the audio constraint, the
-    base "broken" cannot be loaded, "pid:FILE" notes the process that loads it. A checkpoint lists the
+    base "broken" cannot be loaded, "warns" warns, "pid:FILE" notes the process that loads it,
+    "odd:WHAT:FILE" is odd in "load", "data" or "base" for all but the first. A checkpoint lists the
     steps behind it: with whose seed, the how manieth, at which rate.
     """
 
@@ -42,6 +44,10 @@ class FakeLoop:
         self.base_metrics = dict(BASE)
         self.preflight: dict[str, Any] = {"ok": True}
         self.content_hash = "0" * 64
+        if config.base.path.startswith("odd:"):
+            self._be_odd(*config.base.path.split(":")[1:])
+        if config.base.path == "warns":
+            logging.getLogger("higgs_tune.tests").warning("memory ran out in a training step")
         self._config = config
         self._steps: dict[str, int] = {}
         self._trained: dict[str, list[Any]] = {}
@@ -50,6 +56,17 @@ class FakeLoop:
         self.train_s = self.prepare_s = self.validate_s = 0.0
         self.num_steps = 0  # of the pack
         self.log: list[tuple[str, str, int]] = []  # joined or left, who, after which of its steps
+
+    def _be_odd(self, what: str, file: str) -> None:
+        try:
+            open(file, "x").close()
+        except FileExistsError:
+            if what == "load":
+                raise RuntimeError("CUDA error: out of memory") from None
+            if what == "data":
+                self.content_hash = "1" * 64
+            if what == "base":
+                self.base_metrics["val/text/nll"] += 1.0
 
     def join(
         self, trial_id: str, config: TrialConfig, state_dir: Path | None = None

@@ -1,10 +1,12 @@
 """A worker without Ray: its actor's methods on one event loop, with the fake loop."""
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from typing import Any
 
 from higgs_tune.config import TrialConfig
+from higgs_tune.sweep.notices import Notices
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.worker import Worker
 
@@ -15,7 +17,12 @@ def run(scenario: "Coroutine[Any, Any, None]") -> None:
     async def bounded() -> None:
         await asyncio.wait_for(scenario, 60)
 
-    asyncio.run(bounded())
+    try:
+        asyncio.run(bounded())
+    finally:
+        package = logging.getLogger("higgs_tune")
+        for handler in [h for h in package.handlers if isinstance(h, Notices)]:
+            package.removeHandler(handler)
 
 
 def trial(**changes: Any) -> TrialConfig:
@@ -30,10 +37,10 @@ def trial(**changes: Any) -> TrialConfig:
     return TrialConfig.model_validate({**raw, **changes})
 
 
-def make_worker(make_config, *, slots=2, strict=True, **kwargs) -> Worker:
+def make_worker(make_config, *, slots=2, strict=True, accepted=True, **kwargs) -> Worker:
     kwargs.setdefault("exit_process", lambda code: None)
     sections = {"tune": {"ahead_fraction": 0.1}, **kwargs.pop("sections", {})}
-    return Worker(
+    worker = Worker(
         make_config(**sections),
         num_slots=slots,
         strict=strict,
@@ -41,6 +48,9 @@ def make_worker(make_config, *, slots=2, strict=True, **kwargs) -> Worker:
         loop_path="tests.sweep_fakes:FakeLoop",
         **kwargs,
     )
+    if accepted:
+        worker._accepted.set()
+    return worker
 
 
 async def never(task: "asyncio.Task[Any]") -> bool:

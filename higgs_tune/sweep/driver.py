@@ -23,6 +23,7 @@ from higgs_tune.sweep.seats import DEFAULT_LOOP
 from higgs_tune.sweep.slots import resolve_slots, slots_of
 from higgs_tune.sweep.stages import Sweep
 from higgs_tune.sweep.study import TrialRecord
+from higgs_tune.sweep.workers import Workers
 
 EXIT_NOTHING_FEASIBLE = 3
 
@@ -83,13 +84,13 @@ def _run(
                 config = resolve_slots(config)
                 record_slots(results, config)
                 display.note(f"{slots_of(config)} trials train together in each worker")
-            workers = runtime.Workers(config, is_own_cluster=cluster.is_own, loop_path=loop_path)
+            workers = Workers(config, is_own_cluster=cluster.is_own, loop_path=loop_path)
             try:
                 sweep = Sweep(config, results, workers, control, display)
                 _search(sweep, found)
                 if not control.stopping:
                     _confirm(sweep, found)
-                sweep.write_figures(workers.last_figures())
+                sweep.finish()
             finally:
                 workers.kill()
     except OSError as error:

@@ -22,7 +22,7 @@ LOCK = ".lock"  # held by the process that runs the sweep; the system frees it w
 # What a sweep that ended before its first result leaves; a new one of that name starts without.
 FILES = (
     "trials", "ray", "study.journal", "base.json", "env.json", "workers.json", "tune.log",
-    "sweep.yaml",
+    "workers.log", "sweep.yaml",
 )  # fmt: skip
 PROBE_BYTES = 4 * 1024 * 1024
 PACKAGES = ("higgs-tune", "torch", "torchaudio", "transformers", "peft", "ray", "optuna", "pyarrow")

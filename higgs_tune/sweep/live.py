@@ -113,6 +113,11 @@ class Display:
         if self._live is not None:
             self._live.console.print(text)
 
+    def warn(self, text: str) -> None:
+        """Something that a person should know of."""
+        self.event("warning", message=text)
+        self.note(text)
+
     def refresh(self, *, force: bool = False) -> None:
         """Draw the table anew, at most twice a second."""
         if self._live is None or (not force and time.monotonic() - self._refreshed < REFRESH_S):

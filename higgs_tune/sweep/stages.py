@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.exceptions import RayActorError, RayTaskError
 from ray.tune import (
     CheckpointConfig,
     FailureConfig,
@@ -17,20 +15,25 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from higgs_tune.config import SweepConfig
+from higgs_tune.errors import ConfigError, HiggsTuneError
 from higgs_tune.files import write_json
 from higgs_tune.metrics import VAL_AUDIO_NLL
-from higgs_tune.sweep import runtime
+from higgs_tune.sweep.basis import difference
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.control import Control, ControlStopper
 from higgs_tune.sweep.folder import disk_error, disk_fault
 from higgs_tune.sweep.live import Display
-from higgs_tune.sweep.records import TrialFiles
+from higgs_tune.sweep.records import TrialFiles, read_json
 from higgs_tune.sweep.scheduler import num_checkpoints
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.source import TrialSource
 from higgs_tune.sweep.study import TrialRecord
 from higgs_tune.sweep.table import NUM_QUEUED
 from higgs_tune.sweep.trainable import PackTrial
+from higgs_tune.sweep.workers import Workers
+
+BASE = "base.json"
+WORKERS_LOG = "workers.log"
 
 
 class Sweep:
@@ -40,7 +43,7 @@ class Sweep:
         self,
         config: SweepConfig,
         results: Path,
-        workers: runtime.Workers,
+        workers: Workers,
         control: Control,
         display: Display,
     ) -> None:
@@ -50,39 +53,61 @@ class Sweep:
         self._workers = workers
         self._control = control
         self._display = display
-        self._base: dict[str, Any] | None = None
+        self._base = read_json(results / BASE)  # of this or an earlier run
+        self._base_from = str(results / BASE)  # who said so
 
     def audio_limit(self) -> float:
         """The highest val/audio/nll_per_code that is still feasible."""
-        if self._base is None:  # whoever asks has a result, so the base was evaluated before
-            self._base = ray.get(self._workers.description)
+        assert self._base is not None  # no worker trains before its base was accepted
         start: float = self._base["metrics"][VAL_AUDIO_NLL]
         return start * (1 + self.config.objective.audio_tolerance)
 
     def check_workers(self) -> None:
-        """Write base.json once the base is there, and workers.json now and then."""
-        self._check_base()
+        """Hear the workers, and write workers.json now and then."""
+        self.hear_workers()
         self.write_figures(self._workers.poll_figures())
+
+    def hear_workers(self) -> None:
+        """Take what the workers say.
+
+        Raises:
+            HiggsTuneError: a worker cannot be used.
+        """
+        self._workers.hear(self._accept, self._warned, self._display.warn)
+
+    def finish(self) -> None:
+        """Write what the workers have to say at the end."""
+        self.write_figures(self._workers.last_figures())
+        try:
+            self.hear_workers()
+        except HiggsTuneError as error:
+            self._control.fail(error)
 
     def write_figures(self, figures: dict[str, dict[str, Any]] | None) -> None:
         """Write where the workers' time went, if they have said."""
         if figures:
             write_json(self.results / "workers.json", figures)
 
-    def _check_base(self) -> None:
-        """Write base.json once the base is there; end the sweep if it cannot be loaded."""
-        if self._base is not None or not ray.wait([self._workers.description], timeout=0)[0]:
-            return
-        try:
-            self._base = ray.get(self._workers.description)
-        except RayTaskError as error:
-            self._control.fail(error.cause if isinstance(error.cause, Exception) else error)
-            return
-        except RayActorError:
-            self._workers.describe_again()
-            return
-        write_json(self.results / "base.json", self._base)
-        self._display.event("base_loaded", metrics=self._base["metrics"])
+    def _accept(self, worker: str, description: dict[str, Any]) -> None:
+        """Compare base and data with what was there first, which base.json holds."""
+        node = description.pop("node")
+        if self._base is None:
+            write_json(self.results / BASE, description)
+            self._base, self._base_from = description, f"{worker} on node {node}"
+        found = difference(self._base, description)
+        if found is not None:
+            raise ConfigError(
+                f"{worker} on node {node}: {found} (as in {self._base_from}). All losses of a sweep "
+                "must be of the same base and data: put the same there, or start another sweep "
+                "with --name NAME."
+            )
+        self._display.event("base_loaded", worker=worker, node=node, metrics=description["metrics"])
+
+    def _warned(self, worker: str, texts: list[str]) -> None:
+        with (self.results / WORKERS_LOG).open("a", encoding="utf-8") as file:
+            file.writelines(f"{worker} {text}\n" for text in texts)
+        for text in texts:
+            self._display.warn(f"{worker} {text}")
 
     def copied(self, record: TrialRecord, donor_id: str) -> None:
         """A trial of a population took over another's weights."""

@@ -14,9 +14,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import ray
+
 from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.errors import HiggsTuneError, SweepError
 from higgs_tune.sweep import pack
 from higgs_tune.sweep.meter import Meter
+from higgs_tune.sweep.notices import Notices
 from higgs_tune.sweep.seats import (
     CHECKPOINT_INFO,
     DEFAULT_LOOP,
@@ -50,11 +54,8 @@ class Worker:
         grace_beats: int = 120,
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
-        self._config = config
-        self._num_slots = num_slots
         self._strict = strict
-        self._device = device
-        self._loop_path = loop_path
+        self._build = lambda: import_loop(loop_path)(config, num_slots=num_slots, device=device)
         self._grace_beats = grace_beats
         self._exit_process = exit_process
         ahead = round(config.tune.ahead_fraction * config.train.report_every_steps)
@@ -70,15 +71,43 @@ class Worker:
         self._answers: dict[str, asyncio.Future[Result]] = {}  # of trials that ask for a result
         self._silent: dict[str, int] = {}  # trial → the driver's heartbeats since it was heard
         self._warned = False
+        self._notices = Notices()
+        logging.getLogger("higgs_tune").addHandler(self._notices)
+        self._news = asyncio.Event()  # a notice is there
+        self._accepted = asyncio.Event()  # the driver knows what was loaded, and agrees
 
     async def describe(self) -> dict[str, Any]:
-        """Load the base if that has not happened; what base.json says of it and the data."""
-        loop = await self._loaded()
+        """Load the base if that has not happened; what base.json says of it and the data, and the node.
+
+        Raises:
+            HiggsTuneError: they cannot be loaded; says on which node.
+        """
+        node = ray.util.get_node_ip_address()
+        try:
+            loop = await self._loaded()
+        except HiggsTuneError as error:
+            raise type(error)(f"on node {node}: {error}") from error
+        except Exception as error:  # e.g. another process has taken the GPU's memory
+            cause = f"{type(error).__name__}: {error}"
+            raise SweepError(f"on node {node} cannot load base and data: {cause}") from error
         return {
+            "node": node,
             "metrics": dict(loop.base_metrics),
             "preflight": dict(loop.preflight),
             "content_hash": loop.content_hash,
         }
+
+    async def serve(self) -> list[str]:
+        """Train the trials that join, from now on; answers when there are new warnings.
+
+        The driver always has one such call out, which fails when this process dies.
+        """
+        loop = asyncio.get_running_loop()
+        self._notices.tell(lambda: loop.call_soon_threadsafe(self._news.set))
+        self._accepted.set()
+        await self._news.wait()
+        self._news.clear()
+        return self._notices.take()
 
     async def figures(self) -> dict[str, Any]:
         """Where the time went so far."""
@@ -211,15 +240,11 @@ class Worker:
             self._loading = asyncio.get_running_loop().run_in_executor(self._thread, self._build)
         return await self._loading
 
-    def _build(self) -> Loop:
-        return import_loop(self._loop_path)(
-            self._config, num_slots=self._num_slots, device=self._device
-        )
-
     async def _run(self) -> None:
         """Train whoever sits at the table, until the sweep ends."""
         try:
             loop = await self._loaded()
+            await self._accepted.wait()
             since = time.monotonic()
             while not self._closed:
                 self._look()

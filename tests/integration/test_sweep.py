@@ -149,7 +149,7 @@ def test_a_finished_sweep_can_be_extended_and_finished_trials_stay(first, tmp_pa
 
 def test_resuming_a_finished_sweep_runs_nothing(first, tmp_path, monkeypatch):
     shutil.copytree(first.results, tmp_path / "s")
-    monkeypatch.delattr("higgs_tune.sweep.runtime.Workers")
+    monkeypatch.delattr("higgs_tune.sweep.driver.Workers")
     before = trials_of(tmp_path / "s")
     outcome = run(tmp_path, resume=True, confirm={"num_configs": 1, "num_seeds": 2})
     assert (outcome.exit_code, outcome.best_trial) == (0, first.best_trial)

@@ -8,10 +8,8 @@ import sys
 
 import pytest
 
-from higgs_tune.errors import ModelError
 from higgs_tune.sweep.seats import CHECKPOINT_INFO, Roster, SlotLostError, import_loop
-from tests.sweep_fakes import FakeLoop
-from tests.workers import asking, beat, make_worker, never, run, seat, trial
+from tests.workers import asking, make_worker, never, run, seat, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 

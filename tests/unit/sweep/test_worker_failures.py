@@ -1,10 +1,11 @@
 """What a worker does about trials that fall silent, cannot join or fail, and about its own end."""
 
 import asyncio
+import logging
 
 import pytest
 
-from higgs_tune.errors import ModelError
+from higgs_tune.errors import DataError, HiggsTuneError
 from higgs_tune.sweep.seats import Roster, SlotLostError
 from tests.sweep_fakes import FakeLoop
 from tests.workers import asking, beat, make_worker, never, run, seat, trial
@@ -102,10 +103,70 @@ def test_a_failed_round_reaches_every_trial_and_ends_the_process(make_config, mo
     run(scenario())
 
 
-def test_a_base_that_cannot_be_loaded_is_told_as_it_is(make_config):
+def test_nobody_trains_before_the_driver_has_accepted_what_was_loaded(make_config):
     async def scenario():
-        worker = make_worker(make_config, sections={"base": {"path": "broken"}})
-        with pytest.raises(ModelError, match="no such checkpoint"):
-            await worker.describe()
+        worker = make_worker(make_config, accepted=False)
+        await worker.sync(Roster(1, ("t0",), 0))
+        await seat(worker, "t0")
+        task = asking(worker, "t0")
+        assert (await worker.describe())["content_hash"] == "0" * 64
+        assert await never(task)
+        serving = asyncio.create_task(worker.serve())
+        assert (await task)["step"] == 25
+        assert not serving.done()
+
+    run(scenario())
+
+
+def test_what_a_worker_warns_about_is_told_once(make_config):
+    async def scenario():
+        logger = logging.getLogger("higgs_tune.train.room")
+        worker = make_worker(make_config, accepted=False)
+        logger.warning("before anyone %s", "listens")
+        first = await worker.serve()
+        assert len(first) == 1
+        assert first[0].endswith("WARNING higgs_tune.train.room: before anyone listens")
+        second = asyncio.create_task(worker.serve())
+        assert await never(second)
+        await asyncio.to_thread(logger.warning, "from the pack's thread")
+        assert [text[-22:] for text in await second] == ["from the pack's thread"]
+
+    run(scenario())
+
+
+def test_why_the_pack_failed_is_told_before_the_process_ends(make_config, monkeypatch):
+    def explode(self, stop):
+        raise RuntimeError("device lost")
+
+    async def scenario():
+        monkeypatch.setattr(FakeLoop, "advance", explode)
+        worker = make_worker(make_config)
+        await worker.sync(Roster(1, ("t0",), 0))
+        serving = asyncio.create_task(worker.serve())
+        await seat(worker, "t0")
+        with pytest.raises(RuntimeError, match="device lost"):
+            await worker.next_result("t0")
+        (text,) = await serving
+        assert "the pack failed" in text
+        assert "in explode" in text
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DataError("data.path: no such folder"), r"^on node \S+: data\.path: no such folder$"),
+        (RuntimeError("CUDA"), r"^on node \S+ cannot load base and data: RuntimeError: CUDA$"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_with_its_node(make_config, monkeypatch, error, message):
+    def fail(self, config, **_):
+        raise error
+
+    async def scenario():
+        monkeypatch.setattr(FakeLoop, "__init__", fail)
+        with pytest.raises(HiggsTuneError, match=message):
+            await make_worker(make_config).describe()
 
     run(scenario())

@@ -1,0 +1,36 @@
+"""What this package warns about in a worker's process, kept until the driver takes it."""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+MAX_KEPT = 1000
+
+
+class Notices(logging.Handler):
+    """Collects warnings and errors as text, from any thread."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._texts: deque[str] = deque(maxlen=MAX_KEPT)
+        self._tell: Callable[[], object] | None = None
+
+    def tell(self, tell: Callable[[], object]) -> None:
+        """Call `tell` for each new text, and now if there are some."""
+        self._tell = tell
+        if self._texts:
+            tell()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self._texts.append(self.format(record))
+        if self._tell is not None:
+            self._tell()
+
+    def take(self) -> list[str]:
+        """Every text once."""
+        texts = []
+        while self._texts:
+            texts.append(self._texts.popleft())
+        return texts

@@ -1,0 +1,199 @@
+"""The worker actors of a sweep, as the driver sees them."""
+
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from higgs_tune.config import SweepConfig
+from higgs_tune.errors import ConfigError, HiggsTuneError, SweepError
+from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.slots import slots_of
+from higgs_tune.sweep.worker import Worker
+
+FIGURES_S = 10.0  # how often the workers are asked where their time went
+PATIENCE_S = 15.0  # after that a person is told that a worker's process is not there
+
+
+@dataclass
+class Member:
+    """One worker and what it was asked last."""
+
+    name: str  # for people
+    actor: Any
+    answer: "ray.ObjectRef[Any]"  # of `describe`, or of `serve` once that was accepted
+    figures: "ray.ObjectRef[dict[str, Any]]"
+    since: float  # when its process was asked for, or was found dead
+    accepted: bool = False
+    is_waited_for: bool = False  # a person was told
+
+
+class Workers:
+    """Starts them, accepts what they have loaded, and hears what they say."""
+
+    def __init__(self, config: SweepConfig, *, is_own_cluster: bool, loop_path: str) -> None:
+        tune = config.tune
+        total = ray.cluster_resources()
+        num_cpus = tune.cpus_per_worker or max(1, int(total.get("CPU", 1)) // tune.num_workers)
+        for name, each, have in (
+            ("cpus_per_worker", num_cpus, total.get("CPU", 0)),
+            ("gpus_per_worker", tune.gpus_per_worker, total.get("GPU", 0)),
+        ):
+            if is_own_cluster and tune.num_workers * each > have:
+                raise ConfigError(
+                    f"tune.num_workers ({tune.num_workers}) × tune.{name} ({each}) is more than "
+                    f"this machine has ({have:g}). Lower one of them."
+                )
+        device = config.base.device
+        if device == "auto":
+            device = "cuda" if tune.gpus_per_worker else "cpu"
+        self._needs = f"{num_cpus} CPU, {tune.gpus_per_worker:g} GPU"
+        run = uuid.uuid4().hex[:8]  # a second sweep in the same process must not find these
+        self.names = [f"{config.name}-worker-{n}-{run}" for n in range(tune.num_workers)]
+        remote: Any = ray.remote(Worker)
+        actors = [
+            remote.options(
+                name=name,
+                num_cpus=num_cpus,
+                num_gpus=tune.gpus_per_worker,
+                max_restarts=-1,
+            ).remote(
+                config,
+                num_slots=slots_of(config),
+                strict=tune.num_workers == 1,
+                device=device,
+                loop_path=loop_path,
+            )
+            for name in self.names
+        ]
+        self._asked_at = time.monotonic()
+        self._members = [
+            Member(
+                f"worker-{number}",
+                actor,
+                actor.describe.remote(),
+                actor.figures.remote(),
+                self._asked_at,
+            )
+            for number, actor in enumerate(actors)
+        ]
+        self._figures: dict[str, dict[str, Any]] = {}
+
+    def publish(self, roster: Roster, beat: bool) -> None:
+        """Tell everyone the roster; one that restarts just now hears it with the next heartbeat."""
+        for member in self._members:
+            member.actor.sync.remote(roster, beat=beat)
+
+    def hear(
+        self,
+        accept: Callable[[str, dict[str, Any]], None],
+        warned: Callable[[str, list[str]], None],
+        waits: Callable[[str], None],
+    ) -> None:
+        """Take what the workers have answered by now, and never wait for it.
+
+        Args:
+            accept: gets a worker's name and what it has loaded, before it trains; raises to refuse it.
+            warned: gets a worker's name and its new warnings.
+            waits: gets, once, which worker's process is not there, and what it needs.
+
+        Raises:
+            HiggsTuneError: a worker cannot load its base or its data, or `accept` refuses them.
+        """
+        for member in self._members:
+            if not _is_there(member.answer):
+                self._check_start(member, waits)
+                continue
+            try:
+                answer = ray.get(member.answer)
+            except RayActorError as error:
+                if error.actor_init_failed:
+                    raise SweepError(f"{member.name} cannot start: {error}") from None
+                if member.accepted:  # it was there, and is not any more
+                    member.since, member.is_waited_for = time.monotonic(), False
+                member.accepted = False
+                member.answer = member.actor.describe.remote()
+                member.figures = member.actor.figures.remote()
+                self._check_start(member, waits)
+                continue
+            except RayTaskError as error:
+                if isinstance(error.cause, HiggsTuneError):
+                    raise type(error.cause)(f"{member.name} {error.cause}") from None
+                raise
+            if member.accepted:
+                warned(member.name, answer)
+            else:
+                accept(member.name, answer)
+                member.accepted = True
+            member.answer = member.actor.serve.remote()
+
+    def _check_start(self, member: Member, waits: Callable[[str], None]) -> None:
+        """Say once that a worker's process is not there; one that answers loads its base."""
+        late = time.monotonic() - member.since >= PATIENCE_S
+        if member.accepted or member.is_waited_for or not late or _lives(member):
+            return
+        member.is_waited_for = True
+        have = ray.cluster_resources()
+        waits(
+            f"waiting for {member.name} (of {len(self._members)}): it needs {self._needs}; "
+            f"the cluster has {have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU in all",
+        )
+
+    def poll_figures(self) -> dict[str, dict[str, Any]] | None:
+        """Now and then, where each worker's time went a while ago; asks them again."""
+        if time.monotonic() - self._asked_at < FIGURES_S:
+            return None
+        figures = self._take_figures(timeout_s=0)
+        self._ask_figures()
+        return figures
+
+    def last_figures(self) -> dict[str, dict[str, Any]]:
+        """Where each worker's time went until now."""
+        self._ask_figures()
+        return self._take_figures(timeout_s=5)
+
+    def _ask_figures(self) -> None:
+        self._asked_at = time.monotonic()
+        for member in self._members:
+            if member.accepted:  # else its first answer says that its process is there
+                member.figures = member.actor.figures.remote()
+
+    def _take_figures(self, timeout_s: float) -> dict[str, dict[str, Any]]:
+        """What the workers have answered; one that does not keeps its former figures."""
+        asked = [member.figures for member in self._members]
+        ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
+        for member in self._members:
+            if _is_there(member.figures):
+                with suppress(RayActorError):  # it restarts, and counts anew
+                    self._figures[member.name] = ray.get(member.figures)
+        return self._figures
+
+    def close(self) -> None:
+        """Let every trial that waits for a result go."""
+        for member in self._members:
+            member.actor.close.remote()
+
+    def kill(self) -> None:
+        """End the processes."""
+        for member in self._members:
+            ray.kill(member.actor)
+
+
+def _is_there(answer: "ray.ObjectRef[Any]") -> bool:
+    return bool(ray.wait([answer], timeout=0)[0])
+
+
+def _lives(member: Member) -> bool:
+    """Whether its process has answered since it was last found dead."""
+    if not _is_there(member.figures):
+        return False
+    try:
+        ray.get(member.figures)
+    except RayActorError:
+        return False
+    return True

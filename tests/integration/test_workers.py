@@ -1,0 +1,57 @@
+"""Sweeps whose workers are not all alike, or have something to say."""
+
+import json
+
+import pytest
+
+from higgs_tune.errors import ConfigError, SweepError
+from higgs_tune.sweep.records import read_json
+from tests.integration.test_sweep import run, trials_of
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
+TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 2, "cpus_per_worker": 1}
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("load", SweepError, r"worker-\d on node \S+ cannot load base and data: .*CUDA error"),
+        ("data", ConfigError, r"worker-\d on node \S+: its dataset has content_hash 1{64}, needed"),
+        (
+            "base",
+            ConfigError,
+            r"its base has val/text/nll 10\.0000, needed is 9\.0000 \(as in work",
+        ),
+    ],
+)
+def test_a_worker_that_is_not_like_the_first_ends_the_sweep(tmp_path, what, error, message):
+    with pytest.raises(error, match=message) as found:
+        run(tmp_path, base={"path": f"odd:{what}:{tmp_path / 'first'}"}, tune=TWO)
+    assert "worker-" in str(found.value)
+    ended = [read_json(path) or {} for path in tmp_path.glob("s/trials/*/status.json")]
+    assert {status["status"] for status in ended} <= {"cancelled"}
+
+
+def test_a_resumed_sweep_refuses_data_that_was_prepared_again(tmp_path):
+    run(tmp_path, tune={"num_trials": 3, "seed": 3})
+    base, trials = (tmp_path / "s/base.json"), trials_of(tmp_path / "s")
+    other = json.dumps({**(read_json(base) or {}), "content_hash": "1" * 64})
+    base.write_text(other)
+    with pytest.raises(ConfigError, match=r"content_hash 0{64}, needed is 1{64} .*base\.json") as e:
+        run(tmp_path, resume=True, tune={"num_trials": 5, "seed": 3})
+    assert "--name NAME" in str(e.value)
+    assert base.read_text() == other
+    after = trials_of(tmp_path / "s")
+    assert {name: after[name] for name in trials} == trials
+    assert {trial["metrics"] == [] for name, trial in after.items() if name not in trials} <= {True}
+
+
+def test_warnings_of_a_worker_reach_the_display_and_workers_log(tmp_path, capsys):
+    run(tmp_path, base={"path": "warns"}, tune={"num_trials": 3, "seed": 3})
+    (line,) = (tmp_path / "s/workers.log").read_text().splitlines()
+    assert line.startswith("worker-0 ")
+    assert line.endswith("WARNING higgs_tune.tests: memory ran out in a training step")
+    events = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert [e["message"] for e in events if e["event"] == "warning"] == [line]
+    accepted = [e for e in events if e["event"] == "base_loaded"]
+    assert [e["worker"] for e in accepted] == ["worker-0"]

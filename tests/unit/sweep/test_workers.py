@@ -1,0 +1,179 @@
+"""What the driver makes of its workers' answers, without Ray."""
+
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import ActorUnavailableError, RayTaskError
+
+from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.sweep import workers as module
+from higgs_tune.sweep.workers import PATIENCE_S, Workers
+
+DEAD = ActorUnavailableError("its node is gone", None)
+
+
+class Actor:
+    """Notes what it is asked; an answer is there once it stands in `answers`."""
+
+    def __init__(self):
+        self.asked = []
+        self.answers = {}
+
+    def __getattr__(self, method):
+        return SimpleNamespace(remote=lambda *_, **__: self._ask(method))
+
+    def _ask(self, method):
+        self.asked.append(method)
+        return (self, len(self.asked) - 1)
+
+    def answer(self, method, value):
+        """Answer the newest call of that method."""
+        newest = max(n for n, asked in enumerate(self.asked) if asked == method)
+        self.answers[newest] = value
+
+    def count(self, method):
+        return self.asked.count(method)
+
+
+@pytest.fixture
+def crew(make_config, monkeypatch):
+    """Two workers and their actors, a clock, and what `hear` was told."""
+    actors, now = [], [0.0]
+
+    def create(*_, **__):
+        actors.append(Actor())
+        return actors[-1]
+
+    def get(reference):
+        value = reference[0].answers[reference[1]]
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def wait(references, num_returns=1, timeout=None):
+        ready = [r for r in references if r[1] in r[0].answers]
+        return ready, [r for r in references if r not in ready]
+
+    options = SimpleNamespace(remote=create)
+    monkeypatch.setattr(
+        module,
+        "ray",
+        SimpleNamespace(
+            cluster_resources=lambda: {"CPU": 2.0},
+            remote=lambda _: SimpleNamespace(options=lambda **_: options),
+            get=get,
+            wait=wait,
+        ),
+    )
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    config = make_config(tune={"num_workers": 2, "slots_per_worker": 2, "gpus_per_worker": 1})
+    workers = Workers(config, is_own_cluster=False, loop_path="unused")
+    heard = SimpleNamespace(accepted=[], warned=[], waits=[], refuse=None)
+
+    def accept(name, description):
+        if heard.refuse is not None:
+            raise heard.refuse
+        heard.accepted.append((name, description))
+
+    def hear():
+        workers.hear(accept, lambda *what: heard.warned.append(what), heard.waits.append)
+
+    return SimpleNamespace(workers=workers, actors=actors, now=now, heard=heard, hear=hear)
+
+
+def test_every_worker_is_described_and_serves_only_once_it_was_accepted(crew):
+    crew.hear()
+    assert [actor.count("describe") for actor in crew.actors] == [1, 1]
+    crew.actors[1].answer("describe", {"n": 1})
+    crew.hear()
+    assert crew.heard.accepted == [("worker-1", {"n": 1})]
+    assert [actor.count("serve") for actor in crew.actors] == [0, 1]
+    crew.heard.refuse = ConfigError("worker-0: other data")
+    crew.actors[0].answer("describe", {"n": 0})
+    with pytest.raises(ConfigError, match="worker-0: other data"):
+        crew.hear()
+    assert crew.actors[0].count("serve") == 0
+
+
+def test_what_a_worker_cannot_load_names_it(crew):
+    error = DataError("on node 10.0.0.2: data.path: no such folder")
+    crew.actors[1].answer("describe", RayTaskError("describe", "traceback", error, ip="10.0.0.2"))
+    with pytest.raises(DataError, match=r"^worker-1 on node 10\.0\.0\.2: data\.path: no such"):
+        crew.hear()
+
+
+def test_a_worker_that_died_is_described_again_before_it_serves(crew):
+    actor = crew.actors[1]
+    actor.answer("describe", {"n": 1})
+    crew.hear()
+    actor.answer("serve", DEAD)
+    crew.hear()
+    assert (actor.count("describe"), actor.count("serve")) == (2, 1)
+    actor.answer("describe", {"n": 2})
+    crew.hear()
+    assert crew.heard.accepted == [("worker-1", {"n": 1}), ("worker-1", {"n": 2})]
+    assert actor.count("serve") == 2
+
+
+def test_each_warning_is_handed_on_once(crew):
+    actor = crew.actors[0]
+    actor.answer("describe", {})
+    crew.hear()
+    actor.answer("serve", ["memory ran out"])
+    crew.hear()
+    crew.hear()
+    assert crew.heard.warned == [("worker-0", ["memory ran out"])]
+    assert actor.count("serve") == 2
+
+
+def test_a_person_is_told_once_which_process_is_missing_and_what_it_needs(crew):
+    crew.actors[0].answer("figures", {})  # it is there, and loads
+    crew.now[0] = PATIENCE_S - 0.1
+    crew.hear()
+    assert crew.heard.waits == []
+    crew.now[0] = PATIENCE_S
+    crew.hear()
+    crew.hear()
+    assert crew.heard.waits == [
+        "waiting for worker-1 (of 2): it needs 1 CPU, 1 GPU; the cluster has 2 CPU, 0 GPU in all"
+    ]
+
+
+def test_a_worker_that_was_taken_away_is_waited_for_and_said_to_be(crew):
+    actor = crew.actors[0]
+    actor.answer("describe", {})
+    crew.actors[1].answer("figures", {})
+    crew.now[0] = 100.0
+    crew.hear()
+    for second in range(40):  # nobody answers while its node is away
+        crew.now[0] = 200.0 + second
+        actor.answer("describe" if second else "serve", DEAD)
+        actor.answer("figures", DEAD)
+        crew.hear()
+    assert [text[:29] for text in crew.heard.waits] == ["waiting for worker-0 (of 2): "]
+
+
+def test_a_worker_that_does_not_answer_keeps_its_former_figures(crew):
+    for actor in crew.actors:
+        actor.answer("describe", {})
+        actor.answer("figures", {"wall_s": 1.0})
+    crew.hear()
+    crew.now[0] = 10.0
+    assert crew.workers.poll_figures() == {"worker-0": {"wall_s": 1.0}, "worker-1": {"wall_s": 1.0}}
+    crew.actors[0].answer("figures", {"wall_s": 2.0})
+    crew.actors[1].answer("figures", DEAD)
+    crew.now[0] = 20.0
+    assert crew.workers.poll_figures() == {"worker-0": {"wall_s": 2.0}, "worker-1": {"wall_s": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ({"gpus_per_worker": 1}, r"tune\.num_workers \(1\) × tune\.gpus_per_worker \(1\)"),
+        ({"num_workers": 2, "cpus_per_worker": 4}, r"tune\.cpus_per_worker \(4\) is more than"),
+    ],
+)
+def test_workers_that_this_machine_cannot_hold_are_refused(make_config, monkeypatch, tune, message):
+    monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(ConfigError, match=message):
+        Workers(make_config(tune=tune), is_own_cluster=True, loop_path="unused")
