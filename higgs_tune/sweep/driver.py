@@ -108,6 +108,8 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
     """Reconcile the study with an earlier run, then run what is missing of the search."""
     unfinished = study.unfinished(found)
     records = [record for trial in unfinished if (record := study.record_of(trial)) is not None]
+    for record in records:
+        sweep.files.mend_copy(record)
     checkpoints = [sweep.files.checkpoint_of(record.trial_id) for record in records]
     scheduler = make_scheduler(sweep.config, [known[1] for known in checkpoints if known])
     newest = study.latest(found.get_trials(deepcopy=False))

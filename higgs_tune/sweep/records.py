@@ -118,11 +118,27 @@ class TrialFiles:
         donor, folder = self.folder(donor_id), self.folder(record.trial_id)
         known = read_json(donor / "config.json")
         assert known is not None
-        self.checkpoint(record.trial_id, donor / ADAPTER)
         write_json(folder / "config.json", {**record.to_dict(), "account": known["account"]})
         lines = read_metrics(donor / "metrics.jsonl")
         write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         self._num_steps[record.trial_id] = max((line[STEP] for line in lines), default=-1)
+        self.checkpoint(
+            record.trial_id, donor / ADAPTER
+        )  # last: by it `mend_copy` knows it is whole
+
+    def mend_copy(self, record: TrialRecord) -> None:
+        """Do what a crash left undone of `copied` after the study had recorded it.
+
+        Until the copy reports by itself, its checkpoint is the donor's and says so.
+        """
+        if not record.config.schedule:
+            return
+        change, known = record.config.schedule[-1], self.checkpoint_of(record.trial_id)
+        if known is not None and known[1] > change.step:
+            return
+        info = None if known is None else read_json(known[0] / CHECKPOINT_INFO)
+        if info is None or info["trial_id"] != change.copied_from:
+            self.copied(record, change.copied_from)
 
     def checkpoint_of(self, trial_id: str) -> tuple[Path, int] | None:
         """A trial's last checkpoint and its step."""

@@ -146,11 +146,12 @@ class StudySearcher(TrialSource):
             with self._recording():
                 former, trial = replace(live), self._ask_fixed(None)
                 live.trial = trial
-                self._store(trial, live.record)
                 assert donor.trial is not None
                 known = self._study.trials[donor.trial.number].intermediate_values
                 for known_step, value in sorted(known.items()):
                     trial.report(value, known_step)
+                # From here on a resumed sweep takes this entry, and finishes what is missing of it.
+                self._store(trial, live.record)
                 self._tell(former, "pruned", f"became a copy of {donor_id} at step {step}")
                 live.reported, live.last = set(known), dict(donor.last)
                 self._on_copy(live.record, donor_id)

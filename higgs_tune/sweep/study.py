@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from higgs_tune.config import TrialConfig
 from higgs_tune.errors import ConfigError
 from higgs_tune.metrics import STEP
+from higgs_tune.sweep.space import same_but_seed
 
 JOURNAL = "study.journal"
 STALE = "the process that ran it ended before it could record the end"
@@ -126,14 +127,21 @@ def feasible(trial: FrozenTrial) -> bool:
 
 
 def best_records(study: optuna.Study, num_records: int) -> list[TrialRecord]:
-    """The best feasible full-budget trials, one per configuration, the best first."""
+    """The best feasible full-budget trials, one per configuration, the best first.
+
+    A configuration runs again with another seed when the space is exhausted.
+    """
     done = [
         trial
         for trial in latest(study.get_trials(deepcopy=False)).values()
         if trial.state == TrialState.COMPLETE and feasible(trial)
     ]
-    ranked = [record_of(trial) for trial in sorted(done, key=lambda trial: trial.values[0])]
-    return [record for record in ranked if record is not None][:num_records]
+    best: list[TrialRecord] = []
+    for trial in sorted(done, key=lambda trial: trial.values[0]):
+        record = record_of(trial)
+        if record is not None and not any(same_but_seed(record.config, b.config) for b in best):
+            best.append(record)
+    return best[:num_records]
 
 
 def ending(result: Mapping[str, Any], error: bool) -> tuple[str, str | None]:

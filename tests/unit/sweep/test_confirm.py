@@ -29,6 +29,24 @@ def test_a_baseline_among_the_best_is_confirmed_once(tmp_path, make_config):
     assert [record.confirms for record in records] == ["t000", "t001"]
 
 
+def test_a_configuration_that_ran_twice_is_one_of_the_best_once(study, make_config, monkeypatch):
+    searcher, _, _ = make_searcher(study, make_config())
+    for name, text in (("a", 9.0), ("b", 8.0)):
+        searcher.suggest(name)
+        finish(searcher, name, text)
+
+    def ask():
+        study.enqueue_trial({"rank": 4, "learning_rate": 1e-3, "cross_attention": "off"})
+        return study.ask()
+
+    monkeypatch.setattr(searcher, "_ask", ask)  # an exhausted space
+    for name, text in (("c", 2.0), ("d", 1.0)):
+        searcher.suggest(name)
+        finish(searcher, name, text)
+    best = studies.best_records(study, 3)
+    assert [record.trial_id for record in best] == ["t003", "t001", "t000"]
+
+
 def test_nothing_is_confirmed_when_nothing_is_feasible(tmp_path, make_config):
     assert confirmed(tmp_path, make_config, [(1.0, 9.9)], num_configs=2, num_seeds=2) == []
 
