@@ -5,13 +5,31 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from higgs_tune.errors import HiggsTuneError, SweepError
 from higgs_tune.sweep.seats import Files, Loop, Result, Snapshot, read_files, write_files
 from higgs_tune.sweep.table import Seat
 
 logger = logging.getLogger(__name__)
 
 KEPT = ("running", "completed")  # the statuses of which a checkpoint is worth keeping
+
+
+def description(loop: Loop) -> dict[str, Any]:
+    """What base.json says of a loop's base and data."""
+    return {
+        "metrics": dict(loop.base_metrics),
+        "preflight": dict(loop.preflight),
+        "content_hash": loop.content_hash,
+    }
+
+
+def load_error(error: Exception, node: str) -> HiggsTuneError:
+    """Why base and data cannot be loaded on a node, also if, say, its GPU's memory is taken."""
+    if isinstance(error, HiggsTuneError):
+        return type(error)(f"on node {node}: {error}")
+    return SweepError(f"on node {node} cannot load base and data: {type(error).__name__}: {error}")
 
 
 def change(loop: Loop, out: Sequence[Seat], joining: Sequence[Seat]) -> list[Result]:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import ray
 
 from higgs_tune.config import SweepConfig, TrialConfig
-from higgs_tune.errors import HiggsTuneError, SweepError
 from higgs_tune.sweep import pack
 from higgs_tune.sweep.meter import Meter
 from higgs_tune.sweep.notices import Notices
@@ -77,25 +76,13 @@ class Worker:
         self._accepted = asyncio.Event()  # the driver knows what was loaded, and agrees
 
     async def describe(self) -> dict[str, Any]:
-        """Load the base if that has not happened; what base.json says of it and the data, and the node.
-
-        Raises:
-            HiggsTuneError: they cannot be loaded; says on which node.
-        """
+        """Load the base if that has not happened; what base.json says of it and the data, and the node."""
         node = ray.util.get_node_ip_address()
         try:
             loop = await self._loaded()
-        except HiggsTuneError as error:
-            raise type(error)(f"on node {node}: {error}") from error
-        except Exception as error:  # e.g. another process has taken the GPU's memory
-            cause = f"{type(error).__name__}: {error}"
-            raise SweepError(f"on node {node} cannot load base and data: {cause}") from error
-        return {
-            "node": node,
-            "metrics": dict(loop.base_metrics),
-            "preflight": dict(loop.preflight),
-            "content_hash": loop.content_hash,
-        }
+        except Exception as error:
+            raise pack.load_error(error, node) from error
+        return pack.description(loop) | {"node": node}
 
     async def serve(self) -> list[str]:
         """Train the trials that join, from now on; answers when there are new warnings.
@@ -282,11 +269,7 @@ class Worker:
         return sum("account" in outcome for outcome in outcomes)
 
     async def _advance(self, loop: Loop) -> tuple[dict[str, float], int]:
-        """Let the pack train until a trial is due or something takes effect.
-
-        Returns:
-            Seconds by kind, and how many trials have ended.
-        """
+        """Train until a trial is due or something takes effect; seconds by kind, how many ended."""
         table, stop_at = self._table, self._table.next_stop()
 
         def stop() -> bool:
