@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import higgs_tune
 from higgs_tune.config import BaseSettings, DataSettings, SweepConfig
 from higgs_tune.config_file import load_sweep, validate
 from higgs_tune.data import prepare_cli
@@ -155,11 +154,11 @@ def _show_summary(summary: "Summary") -> None:
 def _sweep_config(args: argparse.Namespace) -> SweepConfig:
     """The settings of the sweep that the arguments ask for."""
     if args.config is not None or not args.resume:
-        config = load_sweep(args.config or _default_sweep(), args.set)
+        config = load_sweep(args.config or DEFAULT_SWEEP, args.set)
         where = {"name": args.name or _pick_name(config, resume=args.resume)}
     else:
         place = [text for text in args.set if text.startswith(("name=", "results_dir="))]
-        config = load_sweep(_default_sweep(), place)
+        config = load_sweep(DEFAULT_SWEEP, place)
         where = {"name": args.name or _pick_name(config, resume=True)}
         where["results_dir"] = config.results_dir  # the stored one is where the folder once was
         stored = Path(config.results_dir, where["name"], "sweep.yaml")
@@ -167,13 +166,6 @@ def _sweep_config(args: argparse.Namespace) -> SweepConfig:
             others = [text for text in args.set if text not in place]
             config = load_sweep(stored, others)
     return validate(SweepConfig, config.model_dump() | where, "--name")
-
-
-def _default_sweep() -> Path:
-    """The checkout's quick sweep, or the copy that comes with the installed package."""
-    package = Path(higgs_tune.__file__).parent
-    copies = (DEFAULT_SWEEP, package / DEFAULT_SWEEP, package.parent / DEFAULT_SWEEP)
-    return next((path for path in copies if path.exists()), DEFAULT_SWEEP)
 
 
 def _pick_name(config: SweepConfig, *, resume: bool) -> str:

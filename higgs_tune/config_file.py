@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+import higgs_tune
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import ConfigError, did_you_mean
 
@@ -121,12 +122,24 @@ def _yaml_value(text: str) -> Any:
 def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
     """Read, override and check a sweep's YAML.
 
+    Args:
+        path: of a file; where there is none, `sweeps/NAME.yaml` is the one that comes with the package.
+
     Raises:
         ConfigError: unreadable file, unknown key (the nearest known one is named) or value out of bounds.
     """
     overrides = list(overrides)
+    path = _shipped(path)
     raw = apply_overrides(read_yaml(path), overrides)
     return validate(SweepConfig, raw, f"{path} with --set" if overrides else str(path))
+
+
+def _shipped(path: Path) -> Path:
+    """The file itself; else the checkout's, or the installed package's, of the same relative path."""
+    package = Path(higgs_tune.__file__).parent
+    is_ours = path.parent == Path("sweeps")
+    copies = (path, package / path, package.parent / path) if is_ours else ()
+    return next((copy for copy in copies if copy.exists()), path)
 
 
 def to_yaml(settings: BaseModel) -> str:

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import higgs_tune
 from higgs_tune import cli
 from higgs_tune.config import SweepConfig
 from higgs_tune.config_file import load_sweep, to_yaml, validate
+from higgs_tune.errors import ConfigError
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -75,13 +77,21 @@ def test_the_default_sweep_is_found_outside_a_checkout(tmp_path, monkeypatch):
     assert settings("--name", expected.name) == expected
 
 
-def test_an_installed_package_has_its_own_copy_of_the_default_sweep(tmp_path, monkeypatch):
+def test_an_installed_package_has_its_own_copies_of_the_sweeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    copy = tmp_path / "site" / "higgs_tune" / "sweeps" / "quick.yaml"
-    copy.parent.mkdir(parents=True)
-    copy.write_text("space: {rank: [3]}")
-    monkeypatch.setattr(cli.higgs_tune, "__file__", str(copy.parents[1] / "__init__.py"))
+    copies = tmp_path / "site" / "higgs_tune" / "sweeps"
+    copies.mkdir(parents=True)
+    (copies / "quick.yaml").write_text("space: {rank: [3]}")
+    (copies / "human.yaml").write_text("space: {rank: [5]}")
+    monkeypatch.setattr(higgs_tune, "__file__", str(copies.parent / "__init__.py"))
     assert settings("--name", "s").space.rank == (3,)
+    named = ("--config", "sweeps/human.yaml", "--name", "s")
+    assert settings(*named).space.rank == (5,)
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "human.yaml").write_text("space: {rank: [7]}")
+    assert settings(*named).space.rank == (7,)
+    with pytest.raises(ConfigError, match=r"human\.yaml: no such file"):
+        settings("--config", "human.yaml", "--name", "s")
 
 
 def ended(monkeypatch, *, exit_code: int, best_id: str | None) -> int:
