@@ -17,11 +17,6 @@ TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 2, "cpus_per_worke
     [
         ("load", SweepError, r"worker-\d on node \S+ cannot load base and data: .*CUDA error"),
         ("data", ConfigError, r"worker-\d on node \S+: its dataset has content_hash 1{64}, needed"),
-        (
-            "base",
-            ConfigError,
-            r"its base has val/text/nll 10\.0000, needed is 9\.0000 \(as in work",
-        ),
     ],
 )
 def test_a_worker_that_is_not_like_the_first_ends_the_sweep(tmp_path, what, error, message):
