@@ -31,6 +31,13 @@ def local_folder(settings: BaseSettings) -> Path | None:
     return None
 
 
+def named_here(path: str) -> str:
+    """What names an adapter's base on this machine: the embedded base lies elsewhere on each."""
+    folder = Path(path)
+    is_embedded = folder.parts[-3:] == EMBEDDED_BASE.parts[-3:] and not folder.exists()
+    return "embedded" if is_embedded else path
+
+
 def check_pinned(settings: BaseSettings) -> None:
     """Refuse a Hub id without a revision; a folder that only other machines have passes.
 

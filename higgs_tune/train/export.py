@@ -16,6 +16,7 @@ from torch import nn
 from transformers import HiggsAudioV2ForConditionalGeneration
 from transformers.utils import logging as hf_logging
 
+from higgs_tune.base_source import named_here
 from higgs_tune.config import BaseSettings, TrialConfig
 from higgs_tune.errors import ConfigError, ModelError
 from higgs_tune.files import share_weights, writing
@@ -71,8 +72,8 @@ def adapter_base(
         config = PeftConfig.from_pretrained(str(adapter))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{adapter}: no readable adapter_config.json: {error}") from error
-    named = path or config.base_model_name_or_path
-    assert named is not None
+    assert config.base_model_name_or_path is not None
+    named = path or named_here(config.base_model_name_or_path)
     return BaseSettings(
         path=named,
         revision=revision or (None if path else config.revision),

@@ -69,6 +69,13 @@ def test_an_adapter_is_evaluated_on_the_base_that_it_names(tmp_path, headless, a
     assert (base["path"], base["text_head"]) == (str(headless), "from_embedding")
 
 
+def test_the_embedded_base_of_another_machine_is_the_one_here(adapter_of):
+    adapter = adapter_of("/elsewhere/lib/higgs_tune/embedded/base")
+    assert base_for([adapter], {}, "generate").path == "embedded"
+    with pytest.raises(ModelError, match="the base that it names is not here"):
+        base_for([adapter_of("/elsewhere/base", "other")], {}, "generate")
+
+
 def test_adapters_of_one_base_under_two_names_are_evaluated_together(tmp_path, adapter_of):
     first, second = adapter_of("embedded", "first"), adapter_of(EMBEDDED_BASE, "second")
     assert base_for([first, second], {}, "evaluate").path == "embedded"
