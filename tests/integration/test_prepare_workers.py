@@ -26,7 +26,7 @@ from tests.integration.conftest import Start
 
 pytestmark = pytest.mark.integration
 RATE_HZ = 24_000
-ROWS_PER_SHARD = 2  # many files, so that a signal comes in the midst of them
+ROWS_PER_SHARD = 7
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on(
 ):
     shards = tmp_path / "out" / "shards"
     done: dict[Path, int] = {}
-    for number, how in ((2, signal.SIGINT), (12, signal.SIGKILL)):
+    for number, how in ((1, signal.SIGINT), (4, signal.SIGKILL)):
         process = start()
         record = shards / f"part-{number:05d}.json"
         wait_until(lambda p=process, r=record: r.exists() or p.poll() is not None)
@@ -170,7 +170,7 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on(
         wait_until(lambda w=workers: not any(is_alive(worker) for worker in w))
         before = done
         done = {path: path.stat().st_mtime_ns for path in shards.glob("*.json")}
-        assert number < len(done) < 30, "it was not in the midst"
+        assert number < len(done) < 9, "it was not in the midst"
         assert before.items() <= done.items(), "what was done is not done again"
     run(manifest, tmp_path / "out", codec_folder, num_workers=1)
     assert re.search(r"\d+ of 60 rows were done before", capsys.readouterr().err)
