@@ -80,7 +80,7 @@ class Worker:
         node = ray.util.get_node_ip_address()
         try:
             loop = await self._loaded()
-        except Exception as error:
+        except Exception as error:  # raised again, with the node, as one that Ray can carry
             raise pack.load_error(error, node) from error
         return pack.description(loop) | {"node": node}
 
