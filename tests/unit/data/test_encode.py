@@ -1,88 +1,20 @@
-"""Preparing a dataset: what comes out, what is rejected, and what a run that stopped left behind."""
+"""Preparing a dataset: what comes out, and what is rejected."""
 
 import argparse
-import errno
-import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from higgs_tune.config import TaskMix
-from higgs_tune.data import clips, encode, files, prepare_cli
-from higgs_tune.data.codec import MelRvqCodec, MelRvqCodecConfig, encode_clip, load_codec
+from higgs_tune.data import encode, prepare_cli
+from higgs_tune.data.codec import encode_clip, load_codec
 from higgs_tune.data.dataset import Dataset
-from higgs_tune.data.options import PrepareOptions
 from higgs_tune.data.order import TrainOrder
-from higgs_tune.data.shards import DatasetInfo, list_shards
+from higgs_tune.data.shards import list_shards
 from higgs_tune.errors import ConfigError, DataError
-
-RATE_HZ = 24000
-
-
-@pytest.fixture(scope="module")
-def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A codec that codes something: the shipped one's structure with random weights."""
-    folder = tmp_path_factory.mktemp("codec")
-    config = MelRvqCodecConfig(num_quantizers=2, codebook_size=16, num_features=8, num_mels=20)
-    codec = MelRvqCodec(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        codec.set_filters()
-        for name, weight in codec.named_parameters():
-            if name in ("projection", "codebooks"):
-                weight.normal_(generator=generator)
-    codec.save_pretrained(folder)
-    return folder
-
-
-def speech(seed: int, seconds: float = 0.4, rate_hz: int = RATE_HZ) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 0.1, round(seconds * rate_hz)).astype(np.float32)
-
-
-def make_root(folder: Path, count: int) -> list[dict[str, Any]]:
-    """`count` recordings and a row for each."""
-    folder.mkdir(exist_ok=True)
-    rows = []
-    for n in range(count):
-        soundfile.write(folder / f"{n}.wav", speech(n), RATE_HZ)
-        rows.append({"id": f"c{n}", "path": f"{n}.wav", "text": f"text {n}", "speaker": "s"})
-    return rows
-
-
-def write_manifest(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    path = folder / "m.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def run(tmp_path: Path, codec_folder: Path) -> Callable[..., DatasetInfo]:
-    """Write a manifest of rows into tmp_path/root and prepare it."""
-
-    def prepare(rows: list[dict[str, Any]], out: str = "out", **options: Any) -> DatasetInfo:
-        return encode.prepare(
-            write_manifest(tmp_path / "root", rows),
-            tmp_path / out,
-            codec=str(codec_folder),
-            options=PrepareOptions(**({"rows_per_shard": 4} | options)),
-        )
-
-    return prepare
-
-
-def rejected(out: Path) -> dict[str, str]:
-    lines = (out / "rejected.jsonl").read_text().splitlines()
-    return {line["id"]: line["reason"] for line in map(json.loads, lines)}
-
-
-def content(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+from tests.unit.data.recordings import RATE_HZ, make_root, rejected, speech, write_manifest
 
 
 def test_prepared_clips_hold_the_codes_of_their_recordings(tmp_path: Path, codec_folder: Path, run):
@@ -193,143 +125,11 @@ def test_too_many_rejected_rows_leave_shards_but_no_dataset(tmp_path: Path, run,
     assert run(rows, max_rejected=1).num_rows == 7
 
 
-def test_what_is_encoded_is_kept_for_mended_recordings_and_not_for_a_mended_manifest(
-    tmp_path: Path, run, monkeypatch
-):
-    rows = make_root(tmp_path / "root", 8)
-    rows[2] |= {"path": "late.wav"}
-    with pytest.raises(DataError, match="1 of 8 rows are rejected"):
-        run(rows, max_rejected=0)
-    before = content(tmp_path / "out")
-    with pytest.raises(DataError, match=r"manifest rows changed since\. Give another --out"):
-        run([*rows[:2], *rows[3:]], max_rejected=0)
-    assert content(tmp_path / "out") == before
-    soundfile.write(tmp_path / "root" / "late.wav", speech(9), RATE_HZ)
-    seen = spy(monkeypatch)
-    assert run(rows, max_rejected=0).num_rows == 8
-    assert len(seen) == 4, "the other shard is not touched"
-
-
-def test_a_mended_manifest_is_prepared_where_nothing_was_encoded_yet(tmp_path: Path, run):
-    rows = make_root(tmp_path / "root", 6)
-    with pytest.raises(DataError, match="1 of 6 rows are rejected"):
-        run([rows[0] | {"text": ""}, *rows[1:]], max_rejected=0)
-    assert run(rows, max_rejected=0).num_rows == 6
-
-
 def test_a_dataset_of_rejected_rows_only_is_refused(tmp_path: Path, run):
     (tmp_path / "root").mkdir()
     rows = [{"path": f"{n}.wav", "text": f"text {n}"} for n in range(5)]
     with pytest.raises(DataError, match="5 of 5 rows are rejected"):
         run(rows, max_rejected=5)
-
-
-def test_a_recording_that_was_mended_is_encoded_on_the_next_run(tmp_path: Path, run, monkeypatch):
-    rows = make_root(tmp_path / "root", 12)
-    good = (tmp_path / "root" / "5.wav").read_bytes()
-    (tmp_path / "root" / "5.wav").write_bytes(b"")
-    assert run(rows, max_rejected=1).num_rows == 11
-    (tmp_path / "root" / "5.wav").write_bytes(good)
-    seen = spy(monkeypatch)
-    assert run(rows, max_rejected=1).num_rows == 12
-    assert len(seen) == 4, "the other two shards are not touched"
-    assert rejected(tmp_path / "out") == {}
-
-
-def spy(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
-    """Record the clips that are encoded; interrupt in the midst of one."""
-    seen: list[int] = []
-    real = clips.encode_clip
-
-    def watched(codec: Any, wave: np.ndarray, rate_hz: int) -> np.ndarray:
-        if len(seen) == stop_after:
-            raise KeyboardInterrupt
-        seen.append(len(wave))
-        return real(codec, wave, rate_hz)
-
-    monkeypatch.setattr(clips, "encode_clip", watched)
-    return seen
-
-
-@pytest.mark.parametrize("stop_after", [0, 3, 4, 9])
-def test_a_run_that_was_cut_off_goes_on_and_gives_the_same_bytes(
-    tmp_path: Path, run, monkeypatch, stop_after: int
-):
-    rows = make_root(tmp_path / "root", 11)
-    rows.append({"id": "bad", "path": "nowhere.wav", "text": "bad"})
-    run(rows, "whole", max_rejected=1)
-    with monkeypatch.context() as patch:
-        spy(patch, stop_after)
-        with pytest.raises(KeyboardInterrupt):
-            run(rows, max_rejected=1)
-    assert not (tmp_path / "out" / "dataset.json").exists()
-    (tmp_path / "out" / "shards").mkdir(exist_ok=True)
-    (tmp_path / "out" / "shards" / "part-00002.parquet.7.tmp").write_text("of a killed process")
-    num_done = 4 * (stop_after // 4)
-    assert len(list_shards(tmp_path / "out")) == num_done // 4
-    seen = spy(monkeypatch)
-    run(rows, max_rejected=1)
-    assert len(seen) == 11 - num_done
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-    seen.clear()
-    run(rows, max_rejected=1)
-    assert seen == []
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-
-
-def test_a_folder_of_other_data_is_left_alone(tmp_path: Path, run):
-    rows = make_root(tmp_path / "root", 6)
-    run(rows)
-    before = content(tmp_path / "out")
-    with pytest.raises(DataError, match=r"from something else: max_seconds changed since"):
-        run(rows, max_seconds=20)
-    with pytest.raises(DataError, match=r"from something else: manifest rows changed since"):
-        run([*rows[:5], rows[5] | {"text": "other"}])
-    assert content(tmp_path / "out") == before
-    (tmp_path / "out" / "prepare.json").unlink()
-    with pytest.raises(DataError, match="holds a dataset that this command did not make"):
-        run(rows)
-
-
-def test_more_rejected_rows_may_be_allowed_afterwards(tmp_path: Path, run):
-    rows = make_root(tmp_path / "root", 8)
-    run(rows, max_rejected=0)
-    run(rows, max_rejected=3)
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_named_and_finished_shards_stay(tmp_path: Path, run, monkeypatch, code: int):
-    rows = make_root(tmp_path / "root", 8)
-    real = encode.write_shard
-
-    def full(path: Path, *args: Any) -> None:
-        if path.name == "part-00001.parquet":
-
-            def fill(temporary: Path) -> None:
-                temporary.write_bytes(b"half")
-                raise OSError(code, os.strerror(code))
-
-            files.write_file(path, fill)
-        real(path, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(encode, "write_shard", full)
-        with pytest.raises(DataError, match=r"part-00001\.parquet: no space left on the disk"):
-            run(rows)
-    left = {path.name for path in (tmp_path / "out" / "shards").iterdir()}
-    assert left == {"part-00000.parquet", "part-00000.json"}
-    assert run(rows).num_rows == 8
-
-
-def test_an_out_folder_that_cannot_be_written_is_named_before_encoding(
-    tmp_path: Path, run, monkeypatch
-):
-    rows = make_root(tmp_path / "root", 4)
-    (tmp_path / "out").write_text("a file")
-    seen = spy(monkeypatch)
-    with pytest.raises(DataError, match=r"out/prepare\.json: cannot be written"):
-        run(rows)
-    assert seen == []
 
 
 def test_a_missing_data_root_is_named(tmp_path: Path):
