@@ -10,7 +10,7 @@ from torch import Tensor
 from higgs_tune.data.collate import TargetCounts, collate, split_micro_batches
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.train.engine import Engine
-from higgs_tune.train.room import Group, NoRoom, Room, Work
+from higgs_tune.train.room import Ended, Group, Room, Work
 
 
 class Clips(NamedTuple):
@@ -30,7 +30,7 @@ class Gradients:
 
     def add(
         self, clips: Mapping[int, Clips], counts: Mapping[int, TargetCounts]
-    ) -> dict[int, Tensor | NoRoom]:
+    ) -> dict[int, Tensor | Ended]:
         """Add up the gradients of all micro-batches of these slots.
 
         Returns:

@@ -4,7 +4,6 @@ This is the only training loop. A sweep's worker drives it with many residents, 
 one. Shape letters: K adapters, C codebooks.
 """
 
-import math
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from higgs_tune.train.imbalance import preflight
 from higgs_tune.train.interval import Interval
 from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.progress import Run
-from higgs_tune.train.room import NoRoom, agree
+from higgs_tune.train.room import Ended, agree, raise_if_all_failed
 from higgs_tune.train.validation import Validator
 
 
@@ -182,8 +181,12 @@ class PackLoop:
                 call or from a checkpoint.
 
         Returns:
-            Trial id → metrics of those that were due, with "status" running, completed, diverged or
-            out_of_memory, and a "reason". Nothing when stopped.
+            Trial id → metrics of those that were due, with "status" running, completed, diverged,
+            out_of_memory or failed, and a "reason". Nothing when stopped.
+
+        Raises:
+            Exception: a step or a validation failed for every unfinished resident, so this is not
+                about one of them.
         """
         pending = {trial_id: run for trial_id, run in self._runs.items() if not run.reported_done}
 
@@ -205,25 +208,18 @@ class PackLoop:
         spend(started)
         due = {trial_id: run for trial_id, run in pending.items() if run.due}
         results: dict[str, dict[str, Any]] = {}
-        alive = [t for t, run in due.items() if healthy[run.resident.slot] and run.no_room is None]
+        alive = [t for t, run in due.items() if healthy[run.resident.slot] and run.ended is None]
         started = time.monotonic()
         validated = self._validator.validate(alive) if alive else {}
+        raise_if_all_failed(validated, len(pending))
         self.validate_s += time.monotonic() - started
         for trial_id, run in due.items():
             figures = validated.get(trial_id, {})
-            if isinstance(figures, NoRoom):
-                run.no_room, figures = figures, {}
+            if isinstance(figures, Ended):
+                run.ended, figures = figures, {}
             result = self._train_metrics(run) | figures
-            bad = [n for n, v in result.items() if n.startswith("val/") and not math.isfinite(v)]
-            if run.no_room is not None:
-                result |= {"status": "out_of_memory", "reason": run.no_room.reason}
-            elif not healthy[run.resident.slot]:
-                result |= {"status": "diverged", "reason": "a gradient was not finite"}
-            elif bad:
-                result |= {"status": "diverged", "reason": f"{bad[0]} is not finite"}
-            else:
-                result |= {"status": "completed" if run.done else "running", "reason": ""}
-            run.reported_done = run.done or run.no_room is not None
+            result |= run.outcome(result, healthy[run.resident.slot])
+            run.reported_done = run.done or run.ended is not None
             results[trial_id] = result
         return results
 
@@ -240,8 +236,8 @@ class PackLoop:
         """
         found: dict[str, dict[str, float]] = {}
         for trial_id, figures in self._validator.validate(trial_ids).items():
-            if isinstance(figures, NoRoom):
-                raise MemoryError(figures.reason)
+            if isinstance(figures, Ended):
+                raise figures.error
             found[trial_id] = figures
         return found
 
@@ -262,12 +258,13 @@ class PackLoop:
         self.prepare_s += time.monotonic() - started
         sums = agree(self._gradients.add(clips, counts), self._world)
         self._world.sum_gradients(self.engine.bank)
-        fits = [t for t, run in active.items() if not isinstance(sums[run.resident.slot], NoRoom)]
+        raise_if_all_failed(sums, len(by_slot))
+        fits = [t for t, run in active.items() if not isinstance(sums[run.resident.slot], Ended)]
         norm_K = self.engine.optim_step(fits)
         for slot, run in by_slot.items():
             sum_C = sums[slot]
-            if isinstance(sum_C, NoRoom):
-                run.no_room = sum_C
+            if isinstance(sum_C, Ended):
+                run.ended = sum_C
                 continue
             num_rows = sum(e.num_rows for e in clips[slot].examples)
             run.interval.add(sum_C, norm_K[slot], counts[slot], num_rows)

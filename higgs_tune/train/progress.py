@@ -1,11 +1,14 @@
 """How far a trial in the pack has come."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.train.engine import Resident
 from higgs_tune.train.interval import Interval
-from higgs_tune.train.room import NoRoom
+from higgs_tune.train.room import Ended
 
 
 @dataclass
@@ -16,7 +19,7 @@ class Run:
     order: TrainOrder
     interval: Interval = field(default_factory=Interval)
     reported_done: bool = False
-    no_room: NoRoom | None = None  # it cannot train on
+    ended: Ended | None = None  # it cannot train on
 
     @property
     def done(self) -> bool:
@@ -33,4 +36,15 @@ class Run:
     @property
     def due(self) -> bool:
         """Whether its next report is at the step where it stands, or it cannot go further."""
-        return self.no_room is not None or self.next_report <= self.resident.step
+        return self.ended is not None or self.next_report <= self.resident.step
+
+    def outcome(self, figures: Mapping[str, Any], has_finite_gradients: bool) -> dict[str, str]:
+        """The "status" with which it comes out of a validation, and the "reason"."""
+        bad = [n for n, v in figures.items() if n.startswith("val/") and not math.isfinite(v)]
+        if self.ended is not None:
+            return {"status": self.ended.status, "reason": self.ended.reason}
+        if not has_finite_gradients:
+            return {"status": "diverged", "reason": "a gradient was not finite"}
+        if bad:
+            return {"status": "diverged", "reason": f"{bad[0]} is not finite"}
+        return {"status": "completed" if self.done else "running", "reason": ""}

@@ -1,4 +1,7 @@
-"""Go on when memory runs out in a forward or a backward: fewer adapters at once, then shorter forwards.
+"""Go on when a forward or a backward fails for some adapters of a pack.
+
+When memory runs out: fewer adapters at once, then shorter forwards. An adapter that not even a single clip
+fits, or that fails of another error by itself, ends; its neighbours' step is done again without it.
 
 A CPU computes each adapter in forwards of its own from the start. A pack's shared matmuls gain little
 there, and so what an adapter computes does not depend on whose company it is in, to the last bit. Alone
@@ -7,10 +10,11 @@ it has all threads (see `lanes`), and with more than one its sums round otherwis
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -24,10 +28,23 @@ Group = tuple[int, ...]  # slots
 
 
 @dataclass(frozen=True)
-class NoRoom:
-    """Not even a single clip of this adapter fits."""
+class Ended:
+    """This adapter cannot go on: a MemoryError if not even a single clip fits, or an error of its own."""
 
-    reason: str
+    error: Exception  # holds no tensors
+
+    @property
+    def status(self) -> str:
+        """The trial's status."""
+        return "out_of_memory" if isinstance(self.error, MemoryError) else "failed"
+
+    @property
+    def reason(self) -> str:
+        """What happened, in a line."""
+        line = _first_line(self.error)
+        return (
+            line if isinstance(self.error, MemoryError) else f"{type(self.error).__name__}: {line}"
+        )
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ class Work(Generic[T]):
 @dataclass(frozen=True)
 class _Failed:
     group: Group
-    message: str
+    error: Exception
 
 
 class Room:
@@ -69,13 +86,13 @@ class Room:
         """Padded rows in one forward of an adapter, `setting` if memory allows."""
         return min(setting, self._budgets.get(slot, setting))
 
-    def run(self, groups: Sequence[Group], work: Work[T]) -> dict[int, T | NoRoom]:
+    def run(self, groups: Sequence[Group], work: Work[T]) -> dict[int, T | Ended]:
         """Results of every slot.
 
         Args:
             groups: the slots that may be computed at the same time as others.
         """
-        done: dict[int, T | NoRoom] = {}
+        done: dict[int, T | Ended] = {}
         pieces = [piece for group in groups for piece in self._pieces(group)]
         tasks = [partial(self._once, piece, work) for piece in pieces]
         together = self._side_by_side and len(groups) > 1
@@ -85,8 +102,8 @@ class Room:
                 done |= outcome
                 continue
             work.discard(outcome.group)
-            if together:  # once more, while nobody else needs memory
-                if self._side_by_side:
+            if together:  # once more, while nobody else computes
+                if self._side_by_side and isinstance(outcome.error, MemoryError):
                     self._side_by_side = False
                     self._warn(outcome, work, "the CPU's lanes wait for each other")
                 todo.append(outcome.group)
@@ -104,32 +121,40 @@ class Room:
         return done
 
     def _once(self, group: Group, work: Work[T]) -> dict[int, T] | _Failed:
-        """Try it; what the attempt held is free when this returns, because its exception is."""
+        """Try it; what a failed attempt held is free when this returns."""
         try:
             return work.attempt(group)
-        except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
-            if not is_out_of_memory(error):
-                raise
-            return _Failed(group, str(error).splitlines()[0] if str(error) else "out of memory")
+        except Exception as error:  # ends one adapter, or is raised by the loop if all have it
+            if is_out_of_memory(error):
+                return _Failed(group, MemoryError(_first_line(error) or "out of memory"))
+            traceback.clear_frames(error.__traceback__)
+            return _Failed(group, error)
 
     def _pieces(self, group: Group) -> list[Group]:
         width = self.width or len(group)
         return [group[first : first + width] for first in range(0, len(group), width)]
 
     def _smaller(
-        self, failed: _Failed, work: Work[T], done: dict[int, T | NoRoom]
+        self, failed: _Failed, work: Work[T], done: dict[int, T | Ended]
     ) -> Sequence[Group]:
         """What to try instead; nothing, and an end in `done`, if there is nothing smaller."""
-        group = failed.group
+        group, memory = failed.group, isinstance(failed.error, MemoryError)
+        if len(group) > 1 and not memory:
+            return [(slot,) for slot in group]
         if len(group) > 1:
             self.width = -(-len(group) // 2)
             self._warn(failed, work, f"{self.width} at a time from now on, till a trial leaves")
             return self._pieces(group)
         assert len(group) == 1
         slot = group[0]
+        if not memory:
+            logger.error("a %s of one adapter failed", work.name, exc_info=failed.error)
+            done[slot] = Ended(failed.error)
+            return []
         several = [part for part in work.parts(slot) if len(part) > 1]
         if not several:
-            done[slot] = NoRoom(f"one clip does not fit in a {work.name}: {failed.message}")
+            reason = f"one clip does not fit in a {work.name}: {failed.error}"
+            done[slot] = Ended(MemoryError(reason))
             return []
         rows = max(len(part) * max(e.num_rows for e in part) for part in several)
         self._budgets[slot] = rows // 2
@@ -143,7 +168,7 @@ class Room:
             len(failed.group),
             done,
             work.advice,
-            failed.message,
+            failed.error,
         )
 
     def _give_back(self) -> None:
@@ -152,14 +177,25 @@ class Room:
             torch.cuda.empty_cache()
 
 
-def agree(results: dict[int, T | NoRoom], world: World) -> dict[int, T | NoRoom]:
-    """The results, with no room in any process where one had none."""
-    agreed: dict[int, T | NoRoom] = {}
+def agree(results: dict[int, T | Ended], world: World) -> dict[int, T | Ended]:
+    """The results, with an end in every process where one has run out of memory."""
+    if world.size > 1:  # they train one adapter, so an error is nobody else's
+        raise_if_all_failed(results, len(results))
+    agreed: dict[int, T | Ended] = {}
     for slot, result in results.items():
-        lost = world.any(isinstance(result, NoRoom))
-        elsewhere = lost and not isinstance(result, NoRoom)
-        agreed[slot] = NoRoom("memory ran out in another process") if elsewhere else result
+        lost = world.any(isinstance(result, Ended))
+        elsewhere = lost and not isinstance(result, Ended)
+        missing = Ended(MemoryError("memory ran out in another process"))
+        agreed[slot] = missing if elsewhere else result
     return agreed
+
+
+def raise_if_all_failed(results: Mapping[Any, T | Ended], num_residents: int) -> None:
+    """Raise the error that strikes everyone: it is the process's, not one adapter's."""
+    ended = [result for result in results.values() if isinstance(result, Ended)]
+    errors = [e.error for e in ended if not isinstance(e.error, MemoryError)]
+    if errors and len(errors) == num_residents:
+        raise errors[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -170,3 +206,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "DefaultCPUAllocator: can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

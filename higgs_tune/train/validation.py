@@ -16,7 +16,7 @@ from higgs_tune.data.collate import PackBatch, collate, count_targets, split_mic
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.parallel import ALONE, World
-from higgs_tune.train.room import NoRoom, Room, Work, agree
+from higgs_tune.train.room import Ended, Room, Work, agree
 
 _TOKEN_BUDGET = 1024  # rows of one adapter in one forward; more leaves a CPU's caches
 _CACHED_LAYOUTS = 8  # combinations of residents whose batches are kept
@@ -50,11 +50,11 @@ class Validator:
             MemoryError: not even one clip fits.
         """
         found = self._figures((0,), bare=True)[0]
-        if isinstance(found, NoRoom):
-            raise MemoryError(found.reason)
+        if isinstance(found, Ended):
+            raise found.error
         return found
 
-    def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float] | NoRoom]:
+    def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float] | Ended]:
         """Metrics of each of these residents, or why there are none."""
         slots = {t: self._engine.residents[t].slot for t in trial_ids}
         figures = self._figures(tuple(sorted(slots.values())), bare=False)
@@ -62,7 +62,7 @@ class Validator:
 
     def _figures(
         self, slots: tuple[int, ...], *, bare: bool
-    ) -> dict[int, dict[str, float] | NoRoom]:
+    ) -> dict[int, dict[str, float] | Ended]:
         work = Work[dict[str, Tensor]](
             name="validation",
             advice="tune.slots_per_worker or data.max_frames",
@@ -70,9 +70,9 @@ class Validator:
             parts=lambda slot: [part for _, part in self._parts(slot)],
             discard=lambda slots: self._layouts.clear(),
         )
-        figures: dict[int, dict[str, float] | NoRoom] = {}
+        figures: dict[int, dict[str, float] | Ended] = {}
         for slot, found in agree(self.room.run([slots], work), self._world).items():
-            if isinstance(found, NoRoom):
+            if isinstance(found, Ended):
                 figures[slot] = found
                 continue
             totals = {n: self._world.sum(t.cpu()).tolist() for n, t in found.items()}

@@ -11,7 +11,8 @@ from higgs_tune import metrics
 from higgs_tune.model import packed_forward
 from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.loop import PackLoop
-from higgs_tune.train.room import Room, is_out_of_memory
+from higgs_tune.train.parallel import World
+from higgs_tune.train.room import Ended, Room, agree, is_out_of_memory
 from tests.models import DATA, make_dataset, tiny_base, trial
 
 TRIALS = {
@@ -223,12 +224,61 @@ def test_every_way_of_saying_out_of_memory_is_understood(dataset, clean, monkeyp
     same([results], clean, "bc")
 
 
-def test_another_error_is_not_taken_for_memory(dataset, monkeypatch):
-    assert not is_out_of_memory(ValueError("out of memory"))
-    loop = loop_of(dataset)
-    limit_clips(monkeypatch, lambda slots, num: False, RuntimeError("shapes differ"))
-    with pytest.raises(RuntimeError, match="shapes differ"):
+@pytest.mark.parametrize("method", ["forward_backward", "evaluate"])
+@pytest.mark.parametrize("lanes, like_gpu", [(1, False), (2, False), (1, True)])
+def test_a_trial_that_fails_by_itself_ends_alone(
+    dataset, clean, monkeypatch, caplog, method, lanes, like_gpu
+):
+    loop = loop_of(dataset, lanes=lanes, like_gpu=like_gpu)
+    limit_clips(monkeypatch, lambda slots, num: 1 not in slots, ValueError("odd\nsize"), method)
+    ended = {}
+    while "b" not in ended:
+        ended = loop.advance()
+    assert ended["b"]["status"] == "failed"
+    assert ended["b"]["reason"] == "ValueError: odd"
+    assert metrics.VAL_TEXT_NLL not in ended["b"]
+    assert "of one adapter failed" in caplog.text and "in limited" in caplog.text  # where
+    results = [ended] if len(ended) > 1 else []
+    results += [loop.advance() for _ in range(2 - len(results))]
+    rounding = {"rel": 2e-3, "abs": 2e-3} if like_gpu else {}
+    same(results, clean, "ac", **rounding)
+    assert all(room.width in (1, None) and room._side_by_side for room in rooms(loop))
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_an_error_that_does_not_come_back_changes_nothing(dataset, clean, monkeypatch, lanes):
+    loop = loop_of(dataset, lanes=lanes, like_gpu=lanes == 1)
+    errors = iter([ValueError("once")])
+    plain = Engine.forward_backward
+
+    def failing(self, batch, counts):
+        result = plain(self, batch, counts)
+        for error in errors:
+            raise error
+        return result
+
+    monkeypatch.setattr(Engine, "forward_backward", failing)
+    same([loop.advance() for _ in range(2)], clean, TRIALS, rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("names", ["a", "abc"])
+@pytest.mark.parametrize("method", ["forward_backward", "evaluate"])
+def test_an_error_that_strikes_everyone_is_raised(dataset, monkeypatch, method, names):
+    loop = loop_of(dataset, names)
+    error = RuntimeError("shapes differ")
+    limit_clips(monkeypatch, lambda slots, num: False, error, method)
+    with pytest.raises(RuntimeError, match="shapes differ") as raised:
         loop.advance()
+    assert "limited" in [entry.name for entry in raised.traceback]
+
+
+def test_another_error_is_not_taken_for_memory():
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_of_several_processes_an_error_is_raised_where_it_happens():
+    with pytest.raises(ValueError, match="odd"):
+        agree({0: Ended(ValueError("odd"))}, World(size=2))
 
 
 def test_memory_is_given_back_after_the_attempt_is_gone(dataset, monkeypatch):
