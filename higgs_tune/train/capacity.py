@@ -1,5 +1,7 @@
 """How many trials of a sweep a worker can hold, by the memory model and the machine."""
 
+from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING
 
 from higgs_tune.config import CrossAttention, SweepConfig
@@ -20,29 +22,36 @@ def largest_step(config: SweepConfig) -> StepShape:
     return StepShape.of(max(config.space.batch_clips), clip_rows, config.train.token_budget)
 
 
-def predict_sweep(
+def predict_modes(
     config: SweepConfig, shape: "HiggsAudioV2Config", num_slots: int, step: StepShape
-) -> Memory:
-    """Memory of the sweep's largest trials, with the cross_attention that needs most."""
+) -> list[Memory]:
+    """Memory of the sweep's largest trials, for each of its cross_attention modes."""
     dropout = config.space.dropout
     if isinstance(dropout, Range):
         dropout = dropout.high
     highest = max(dropout) if isinstance(dropout, tuple) else dropout
-    found = []
-    for mode in config.space.cross_attention:
-        # the second baseline runs beside the others in every sweep
-        modes: list[CrossAttention] = [mode] * num_slots
-        if mode == "off":
-            modes[0] = "audio_self"
-        limits = sweep_limits(config, num_slots)
-        found.append(predict(shape, config.base.dtype, limits, modes, step, highest))
-    return max(found, key=lambda memory: memory.total)
+    limits = sweep_limits(config, num_slots)
+
+    @cache
+    def memory_of(modes: tuple[CrossAttention, ...]) -> Memory:
+        return predict(shape, config.base.dtype, limits, modes, step, highest)
+
+    # the second baseline runs beside the others in every sweep
+    return [
+        memory_of(("audio_self" if mode == "off" else mode, *[mode] * (num_slots - 1)))
+        for mode in config.space.cross_attention
+    ]
+
+
+def largest(memories: Iterable[Memory]) -> Memory:
+    """The one that needs most."""
+    return max(memories, key=lambda memory: memory.total)
 
 
 def slots_on_gpu(config: SweepConfig, shape: "HiggsAudioV2Config", free_bytes: int) -> int:
     """The trials that fit side by side into a GPU's free memory; 0 if not even one does."""
-    one, two = (predict_sweep(config, shape, n, largest_step(config)) for n in (1, 2))
-    return slots_that_fit(one, two, free_bytes)
+    ones, twos = (predict_modes(config, shape, n, largest_step(config)) for n in (1, 2))
+    return slots_that_fit(ones, twos, free_bytes)
 
 
 def slots_on_cpu(
@@ -52,7 +61,7 @@ def slots_on_cpu(
 
     Every slot needs its adapter; activations are those of as many adapters as there are CPUs.
     """
-    one = predict_sweep(config, shape, 1, largest_step(config))
+    one = largest(predict_modes(config, shape, 1, largest_step(config)))
     room = free_bytes * (1 - RESERVE) - one.base
     computing = one.total - one.base - one.adapters
     for slots in range(SLOTS_PER_CPU * num_cpus, 0, -1):

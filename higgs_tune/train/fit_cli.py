@@ -52,23 +52,31 @@ def fit(
     """Predicted bytes with one slot and with the sweep's slots, and the slots that fit."""
     import torch  # seconds
 
-    from higgs_tune.train.capacity import predict_sweep
-    from higgs_tune.train.memory import GIB, RESERVE, StepShape, slots_that_fit
+    from higgs_tune.train.capacity import largest, predict_modes
+    from higgs_tune.train.memory import (
+        GIB,
+        RESERVE,
+        StepShape,
+        memory_of_slots,
+        slots_that_fit,
+    )
 
     shape = base_shape(config.base, base_config)
     step = StepShape.of(max(config.space.batch_clips), clip_rows, config.train.token_budget)
-    by_slots = {n: predict_sweep(config, shape, n, step) for n in (1, 2)}
-    fitting = slots_that_fit(by_slots[1], by_slots[2], int(gpu_gib * GIB))
+    ones, twos = (predict_modes(config, shape, n, step) for n in (1, 2))
+    fitting = slots_that_fit(ones, twos, int(gpu_gib * GIB))
     setting = config.tune.slots_per_worker
     wanted = max(1, fitting) if setting == "auto" else setting
-    if wanted not in by_slots:
-        by_slots[wanted] = predict_sweep(config, shape, wanted, step)
+    by_slots = {
+        n: largest(memory_of_slots(one, two, n) for one, two in zip(ones, twos, strict=True))
+        for n in sorted({1, wanted})
+    }
     return {
         "dtype": config.base.dtype,
         "rows_per_adapter": step.num_rows,
         "micro_batches": step.num_micro_batches,
         "slots": {
-            str(n): asdict(by_slots[n]) | {"total": by_slots[n].total} for n in sorted({1, wanted})
+            str(n): asdict(memory) | {"total": memory.total} for n, memory in by_slots.items()
         },
         "gpu_gib": gpu_gib,
         "reserve": RESERVE,

@@ -142,9 +142,9 @@ def predict(
 ) -> Memory:
     """Memory of an engine with all its slots taken, at the peak of one optimizer step.
 
-    Every layer adds the same bytes, so one to three layers are run and the rest is a straight line. It
-    stays one if its slope holds all that a layer can add, i.e. the activations too: whatever else may
-    become the peak then grows no faster. Otherwise all layers are run.
+    Every layer adds the same bytes, so of a deep model one to three layers are run, and the rest is a
+    straight line. It stays one if its slope holds all that a layer can add, i.e. the activations too:
+    whatever else may become the peak then grows no faster. Otherwise all layers are run.
 
     Args:
         config: of the base; nothing else of it is read.
@@ -154,7 +154,7 @@ def predict(
         dropout: of every adapter; its masks are kept for the backward.
     """
     num_layers = config.num_hidden_layers
-    if num_layers > 3:
+    if num_layers > 1 + 2 + 3:
         plain = config.to_dict()
         few = [HiggsAudioV2Config.from_dict({**plain, "num_hidden_layers": n}) for n in (1, 2, 3)]
         one, two, three = (
@@ -267,11 +267,24 @@ def _example(step: StepShape, num_codebooks: int) -> Encoded:
     )
 
 
-def slots_that_fit(one: Memory, two: Memory, gpu_bytes: int) -> int:
-    """How many adapters a device holds, from the predictions for one and for two slots.
+def memory_of_slots(one: Memory, two: Memory, num_slots: int) -> Memory:
+    """The prediction for any number of slots, by those for one and for two.
 
     All but the base grows by the same bytes with every slot.
     """
-    each = two.total - one.total
-    room = gpu_bytes * (1 - RESERVE) - one.total
-    return 0 if room < 0 else 1 + int(room // each)
+    parts = zip(astuple(one), astuple(two), strict=True)
+    return Memory(*(first + (num_slots - 1) * (second - first) for first, second in parts))
+
+
+def slots_that_fit(ones: Sequence[Memory], twos: Sequence[Memory], gpu_bytes: int) -> int:
+    """How many adapters a device holds, whichever of several kinds they are.
+
+    Args:
+        ones: the prediction for one slot, of each kind.
+        twos: for two slots.
+    """
+    fitting = []
+    for one, two in zip(ones, twos, strict=True):
+        room = gpu_bytes * (1 - RESERVE) - one.total
+        fitting.append(0 if room < 0 else 1 + int(room // (two.total - one.total)))
+    return min(fitting)

@@ -3,11 +3,18 @@
 from pathlib import Path
 
 import pytest
+from transformers import HiggsAudioV2Config
 
 from higgs_tune.config_file import load_sweep
-from higgs_tune.train.capacity import largest_step, predict_sweep, slots_on_cpu, slots_on_gpu
+from higgs_tune.train import capacity
+from higgs_tune.train.capacity import (
+    largest_step,
+    predict_modes,
+    slots_on_cpu,
+    slots_on_gpu,
+)
 from higgs_tune.train.fit_cli import base_shape
-from higgs_tune.train.memory import RESERVE
+from higgs_tune.train.memory import RESERVE, memory_of_slots
 
 QUICK = Path(__file__).parents[3] / "sweeps" / "quick.yaml"
 SMALL = ["train.token_budget=256", "space.batch_clips=[2]", "space.cross_attention=[off]"]
@@ -20,22 +27,37 @@ def config():
 
 @pytest.fixture(scope="module")
 def shape(config):
-    return base_shape(config.base, None)
+    """The embedded base's, with one layer."""
+    embedded = base_shape(config.base, None)
+    return HiggsAudioV2Config.from_dict({**embedded.to_dict(), "num_hidden_layers": 1})
 
 
 @pytest.fixture(scope="module")
 def by_slots(config, shape):
-    return {n: predict_sweep(config, shape, n, largest_step(config)) for n in (1, 2, 3)}
+    return {n: predict_modes(config, shape, n, largest_step(config))[0] for n in (1, 2)}
 
 
-def test_a_gpu_holds_what_is_predicted_and_not_one_more(config, shape, by_slots):
+@pytest.fixture
+def predicted(monkeypatch, by_slots):
+    """Nothing is predicted twice."""
+    monkeypatch.setattr(capacity, "predict_modes", lambda config, shape, n, step: [by_slots[n]])
+
+
+def test_every_further_slot_needs_the_same(config, shape):
+    searched = load_sweep(QUICK, [*SMALL, "space.cross_attention=[off, text_to_audio]"])
+    by_slots = (predict_modes(searched, shape, n, largest_step(searched)) for n in (1, 2, 3))
+    for one, two, three in zip(*by_slots, strict=True):
+        assert memory_of_slots(one, two, 3) == three
+
+
+def test_a_gpu_holds_what_is_predicted_and_not_one_more(config, shape, by_slots, predicted):
     for slots in (1, 2):
         just_enough = int(by_slots[slots].total / (1 - RESERVE)) + 1
         assert slots_on_gpu(config, shape, just_enough) == slots
     assert slots_on_gpu(config, shape, by_slots[1].total) == 0  # the reserve is missing
 
 
-def test_a_cpu_holds_two_for_each_core_or_what_memory_allows(config, shape, by_slots):
+def test_a_cpu_holds_two_for_each_core_or_what_memory_allows(config, shape, by_slots, predicted):
     one = by_slots[1]
     assert slots_on_cpu(config, shape, 1 << 40, 3) == 6
     computing = one.total - one.base - one.adapters
@@ -59,6 +81,6 @@ def test_masks_of_dropout_are_counted(config, shape, by_slots):
         QUICK,
         [*SMALL, "space.dropout={low: 0, high: 0.1}"],
     )
-    with_masks = predict_sweep(searched, shape, 1, largest_step(searched))
+    (with_masks,) = predict_modes(searched, shape, 1, largest_step(searched))
     assert with_masks.activations > by_slots[1].activations
     assert with_masks.adapters == by_slots[1].adapters

@@ -10,7 +10,6 @@ from higgs_tune.config import BaseSettings
 from higgs_tune.config_file import load_sweep
 from higgs_tune.model.load import load_base
 from higgs_tune.train.fit_cli import fit
-from higgs_tune.train.memory import GIB
 from tests.checkpoints import write_boson
 
 SWEEPS = Path(__file__).parents[3] / "sweeps"
@@ -46,8 +45,9 @@ def test_the_real_sweep_asks_for_a_revision_before_anything_is_downloaded(capsys
 
 
 def test_the_command_prints_parts_that_add_up(capsys) -> None:
-    words = ["fit", "--config", str(SWEEPS / "quick.yaml"), "--gpu-gib", "24"]
-    assert cli.main([*words, "--json"]) == 0
+    words = ["fit", "--config", str(SWEEPS / "quick.yaml"), "--clip-rows", "100"]
+    words += ["--set", "space.cross_attention=[audio_self]"]
+    assert cli.main([*words, "--gpu-gib", "24", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["slots"].keys() == {"1", "4"}
     for parts in found["slots"].values():
@@ -60,18 +60,6 @@ def test_the_command_prints_parts_that_add_up(capsys) -> None:
     assert cli.main([*words, "--gpu-gib", "0.2"]) == 0
     table = capsys.readouterr().out
     assert "total" in table and "tune.slots_per_worker is 4: too many" in table
-
-
-def test_what_is_said_to_fit_does_and_one_more_does_not() -> None:
-    config = load_sweep(SWEEPS / "quick.yaml")
-    slots = fit(config, None, 0.4, 400)["slots_that_fit"]
-    totals = [
-        fit(load_sweep(SWEEPS / "quick.yaml", [f"tune.slots_per_worker={n}"]), None, 0.4, 400)[
-            "slots"
-        ][str(n)]["total"]
-        for n in (slots, slots + 1)
-    ]
-    assert totals[0] <= 0.4 * 0.95 * GIB < totals[1]
 
 
 @pytest.mark.parametrize(

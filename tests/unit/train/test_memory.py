@@ -113,7 +113,7 @@ def test_prediction_is_within_a_tenth_of_the_allocators_peak(case: str, dtype: s
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("rows", [1, 40])
 def test_the_line_through_few_layers_meets_the_whole_model(case: str, rows: int) -> None:
-    config = small_config(num_layers=6)
+    config = small_config(num_layers=7)
     limits = PackLimits(
         **({"num_slots": 1, "max_rank": 16, "paths": frozenset(ALL_LINEAR)} | CASES[case][0])
     )
@@ -133,6 +133,12 @@ def test_full_size_has_the_published_number_of_parameters_and_of_adapter_columns
 
 
 def test_slots_that_fit_counts_the_base_once() -> None:
-    one, two = (Memory(10, 2 * k, 3 * k, 0, 0) for k in (1, 2))
-    found = [slots_that_fit(one, two, room) for room in (15, 16, 21, 22, 100)]
+    ones, twos = ([Memory(10, 2 * k, 3 * k, 0, 0)] for k in (1, 2))
+    found = [slots_that_fit(ones, twos, room) for room in (15, 16, 21, 22, 100)]
     assert found == [0, 1, 1, 2, 17]
+    ones.append(
+        Memory(12, 0, 1, 0, 0)
+    )  # another kind, which needs more for the first and less for all
+    twos.append(Memory(12, 0, 2, 0, 0))
+    found = [slots_that_fit(ones, twos, room) for room in (13, 15, 16, 100)]
+    assert found == [0, 0, 1, 17]
