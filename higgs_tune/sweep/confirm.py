@@ -8,7 +8,7 @@ import optuna
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.sweep import space, study
-from higgs_tune.sweep.source import FINISHED, TrialSource
+from higgs_tune.sweep.source import TrialSource
 from higgs_tune.sweep.study import TrialRecord
 
 
@@ -69,7 +69,7 @@ class ConfirmSource(TrialSource):
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next of the list, None while all slots are taken, or FINISHED."""
         if self.over():
-            return FINISHED
+            return self.nothing()
         if self.is_full():
             return None
         record = self._records.pop(0)

@@ -22,7 +22,29 @@ UNITS = "units_done"  # a bracket's time: whole units at every rung
 RATES = "rates"  # what a population changes, in the config of a Tune trial
 
 
-class Brackets(SparesBaselines, HyperBandForBOHB):
+class Pausing(SparesBaselines):
+    """Goes before a scheduler of Tune that pauses trials."""
+
+    _keeps = False
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Take a trial in; before the first, let as many processes idle as may run.
+
+        Tune keeps idle processes for trials that it has decided to start, and one besides. Starting one
+        takes seconds, and everybody in a bracket or a population pauses at the same step.
+        """
+        if not self._keeps and tune_controller is not None:
+            cache = tune_controller._tune_controller._actor_cache  # there is no public way
+            num_processes = tune_controller.search_alg.searcher.max_concurrent
+            cache.increase_max(trial.placement_group_factory, num_processes)
+            self._keeps = True
+        # Tune's population refuses searchers, because they would be told of a configuration that is no
+        # more what trained; ours is told of every copy.
+        view: Any = SimpleNamespace(search_alg=None)
+        super().on_trial_add(view, trial)
+
+
+class Brackets(Pausing, HyperBandForBOHB):
     """Synchronous HyperBand for trials that come one by one.
 
     Tune's HyperBandScheduler halves a bracket as soon as everyone who is there has reached the rung.
@@ -58,7 +80,7 @@ class Brackets(SparesBaselines, HyperBandForBOHB):
         return trial if has_room(tune_controller, trial) else None
 
 
-class Population(SparesBaselines, PopulationBasedTraining):
+class Population(Pausing, PopulationBasedTraining):
     """Population based training: at equal steps the worst copy the best and change their rates.
 
     Synchronous, so that trials compare at the same step, a sweep repeats, and a donor's checkpoint
@@ -92,15 +114,6 @@ class Population(SparesBaselines, PopulationBasedTraining):
             synch=True,
             **metric,
         )
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Take a trial into the population.
-
-        Tune refuses searchers, because they would be told of a configuration that is no more what
-        trained; ours is told of every copy.
-        """
-        view: Any = SimpleNamespace(search_alg=None)
-        super().on_trial_add(view, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Pause a trial that has reached the step at which all are compared."""

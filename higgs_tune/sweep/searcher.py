@@ -22,7 +22,7 @@ from higgs_tune.config import RateChange, SweepConfig, TrialConfig
 from higgs_tune.metrics import STEP, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.sweep import space
 from higgs_tune.sweep import study as studies
-from higgs_tune.sweep.source import FINISHED, LiveTrial, TrialSource
+from higgs_tune.sweep.source import LiveTrial, TrialSource
 from higgs_tune.sweep.study import TrialRecord, ending
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,12 @@ class StudySearcher(TrialSource):
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial's config for Tune, None while all slots are taken, or FINISHED."""
         if self.over() or self._broken:
-            return FINISHED
+            return self.nothing()
         if self.is_full():
             return None
         with self._recording():
             return self._next(trial_id)
-        return FINISHED
+        return self.nothing()
 
     def _next(self, trial_id: str) -> dict[str, Any]:
         if self._queue:

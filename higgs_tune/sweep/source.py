@@ -99,6 +99,13 @@ class TrialSource(Searcher):
             self._stopped = True
         return self._stopped or self.num_to_come() == 0
 
+    def nothing(self) -> dict[str, Any] | None:
+        """What to suggest when no further trial is to come: the end, once every trial has come to its own.
+
+        Tune ends idle processes when the search is over, also those that paused trials will need.
+        """
+        return None if self.live else FINISHED
+
     def stop(self) -> None:
         """Suggest no further trial."""
         self._stopped = True

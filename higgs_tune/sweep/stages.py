@@ -142,7 +142,7 @@ class Sweep:
             tune_config=TuneConfig(
                 search_alg=source,
                 scheduler=scheduler,
-                num_samples=source.num_to_come(),
+                num_samples=-1,  # the source knows when it is over
                 max_concurrent_trials=tune.num_workers * (slots_of(self.config) + NUM_QUEUED),
                 reuse_actors=True,
                 trial_name_creator=_trial_id,

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.tune.experiment import Trial
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.errors import SweepError
+from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.records import TrialFiles
 from tests.integration.test_sweep import run, trials_of
 
@@ -79,6 +81,22 @@ def test_the_same_seed_gives_the_same_trials(tmp_path, name):
         assert left[trial_id]["record"] == right[trial_id]["record"]
         for part in ("status", "step", "reason"):
             assert left[trial_id]["status"][part] == right[trial_id]["status"][part]
+
+
+@pytest.mark.parametrize("name", ["hyperband", "pbt"])
+def test_a_pause_ends_no_process(tmp_path, monkeypatch, name):
+    pids, pauses = set(), []
+    original = SweepCallback.on_trial_result
+
+    def noted(self, iteration, trials, trial, result, **info):
+        pids.add(result["pid"])
+        pauses.extend(other for other in trials if other.status == Trial.PAUSED)
+        original(self, iteration, trials, trial, result, **info)
+
+    monkeypatch.setattr(SweepCallback, "on_trial_result", noted)
+    run(tmp_path, tune=tune(EVERY[name], num_trials=7, slots_per_worker=2))
+    assert pauses
+    assert len(pids) == 3  # one waits for the next free slot
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -7,7 +7,8 @@ import optuna
 from optuna.trial import TrialState
 
 from higgs_tune.sweep import study as studies
-from higgs_tune.sweep.searcher import FINISHED, MAX_DUPLICATES
+from higgs_tune.sweep.searcher import MAX_DUPLICATES
+from higgs_tune.sweep.source import FINISHED
 from tests.sweep_fakes import AUDIO_LIMIT, finish, make_searcher, report
 
 
@@ -120,7 +121,19 @@ def test_a_duplicate_is_dropped_and_another_is_drawn(study, make_config, monkeyp
     dropped = [trial for trial in study.trials if "duplicate_of" in trial.user_attrs]
     assert [trial.user_attrs["duplicate_of"] for trial in dropped] == ["t002", "t002"]
     assert {trial.state for trial in dropped} == {TrialState.FAIL}
-    assert searcher.suggest("e") == FINISHED
+    assert searcher.suggest("e") is None
+
+
+def test_the_search_is_over_when_its_last_trial_has_ended(study, make_config):
+    searcher, _, _ = make_searcher(study, make_config(tune={"num_trials": 2}))
+    for name in "ab":
+        searcher.suggest(name)
+    finish(searcher, "a", 2.0)
+    assert (
+        searcher.suggest("c") is None
+    )  # Tune would end the processes that paused trials will need
+    finish(searcher, "b", 2.0)
+    assert searcher.suggest("c") == FINISHED
 
 
 def test_an_exhausted_space_gives_a_replicate_instead_of_asking_for_ever(
