@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 @pytest.fixture(scope="module")
 def population(tmp_path_factory):
-    """Two baselines and six others, compared at steps 50 and 100, in four slots."""
+    """Two baselines and six others, compared at steps 50 and 100, in two slots."""
     folder = tmp_path_factory.mktemp("population")
     return run(
         folder,

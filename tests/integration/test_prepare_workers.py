@@ -82,7 +82,7 @@ def test_any_number_of_actors_gives_the_bytes_of_one_process(
             return code_on_cluster(source, rules, rows, num_workers=1, device="cpu")
 
         monkeypatch.setattr("higgs_tune.data.encode.code_here", on_one_actor)
-        monkeypatch.setattr(encode_ray, "_STREAM_ROWS", 25)
+        monkeypatch.setattr(encode_ray, "_STREAM_ROWS", 40)
     run(manifest, tmp_path / "out", codec_folder, num_workers)
     assert content(tmp_path / "out") == content(whole)
 

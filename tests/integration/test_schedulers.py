@@ -71,9 +71,7 @@ def check_nobody_was_lost(results: Path, num_trials: int = 8) -> None:
 def test_the_same_seed_gives_the_same_trials(tmp_path, name):
     scheduler = EVERY[name]
     left, right = (
-        trials_of(
-            run(tmp_path / side, tune=tune(scheduler, num_trials=7, slots_per_worker=3)).results
-        )
+        trials_of(run(tmp_path / side, tune=tune(scheduler, num_trials=7)).results)
         for side in ("left", "right")
     )
     assert list(left) == list(right)
@@ -94,7 +92,7 @@ def test_a_pause_ends_no_process(tmp_path, monkeypatch, name):
         original(self, iteration, trials, trial, result, **info)
 
     monkeypatch.setattr(SweepCallback, "on_trial_result", noted)
-    run(tmp_path, tune=tune(EVERY[name], num_trials=7, slots_per_worker=2))
+    run(tmp_path, tune=tune(EVERY[name], num_trials=7))
     assert pauses
     assert len(pids) == 3  # one waits for the next free slot
 
@@ -104,7 +102,7 @@ def test_trials_that_diverge_hold_nobody_up(tmp_path, name):
     outcome = run(
         tmp_path,
         space={"learning_rate": {"low": 1e-2, "high": 0.3}},
-        tune=tune(EVERY[name], slots_per_worker=2, seed=1),
+        tune=tune(EVERY[name], seed=1),
     )
     statuses = [trial["status"]["status"] for trial in trials_of(outcome.results).values()]
     assert set(statuses) <= {"completed", "pruned", "diverged"}
@@ -122,7 +120,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, name):
         original(self, trial_id, content)
 
     original = TrialFiles.result
-    sections = {"tune": tune(EVERY[name], slots_per_worker=3)}
+    sections = {"tune": tune(EVERY[name])}
     with monkeypatch.context() as patch:
         patch.setattr(TrialFiles, "result", result)
         with pytest.raises(SweepError, match=r"No space left on device.*--resume"):
@@ -145,7 +143,7 @@ def test_no_trial_is_lost_when_the_worker_dies(tmp_path, name):
     outcome = run(
         tmp_path,
         base={"path": f"pid:{pids}"},
-        tune=tune(EVERY[name], slots_per_worker=2),
+        tune=tune(EVERY[name]),
     )
     assert len(pids.read_text().splitlines()) == 2
     check_nobody_was_lost(outcome.results)

@@ -46,7 +46,8 @@ def config_of(folder: Path, **sections: Any) -> SweepConfig:
         "confirm": {"num_configs": 0},
         **sections,
     }
-    return validate(SweepConfig, raw, "test")
+    few = {"slots_per_worker": 2}  # every trial's process takes seconds to start
+    return validate(SweepConfig, {**raw, "tune": {**few, **raw["tune"]}}, "test")
 
 
 def trials_of(results: Path) -> dict[str, dict[str, Any]]:

@@ -28,7 +28,7 @@ def sweep(tmp_path: Path, start_process: Start) -> Start:
         {
             "name": "s",
             "results_dir": str(tmp_path / "results"),
-            "tune": {"num_trials": 10, "seed": 3},
+            "tune": {"num_trials": 7, "seed": 3, "slots_per_worker": 2},
             "confirm": {"num_configs": 1, "num_seeds": 1},
         },
         "test",
@@ -78,7 +78,7 @@ def test_an_interrupted_then_killed_sweep_is_resumed_without_losing_a_trial(swee
     assert "already holds a sweep. Give --resume" in output
 
     process = sweep("--resume")
-    wait_until(lambda: len(steps_of(results)) >= 6, process)
+    wait_until(lambda: len(steps_of(results)) >= 5, process)
     process.kill()
     process.wait()
     assert len(statuses_of(results)) < len(steps_of(results))
@@ -89,7 +89,7 @@ def test_an_interrupted_then_killed_sweep_is_resumed_without_losing_a_trial(swee
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     statuses = statuses_of(results)
-    assert sorted(n for n in statuses if n[0] == "t") == [f"t{n:03d}" for n in range(10)]
+    assert sorted(n for n in statuses if n[0] == "t") == [f"t{n:03d}" for n in range(7)]
     assert set(statuses.values()) <= {"completed", "pruned"}
     assert sum(name[0] == "c" for name in statuses) == 2
     for name, steps in steps_of(results).items():
