@@ -22,7 +22,8 @@ from higgs_tune.config import TrialConfig
 from higgs_tune.config_file import validate
 from higgs_tune.errors import ModelError
 from higgs_tune.files import share_weights
-from higgs_tune.model.audio_attention import MODULE_NAMES, with_cross_attention
+from higgs_tune.model.audio_attention import with_cross_attention
+from higgs_tune.model.new_modules import MODULE_NAMES
 from higgs_tune.model.snapshot import header
 from higgs_tune.model.targets import lora_regex
 from higgs_tune.train.engine import AdapterState

@@ -17,10 +17,10 @@ from higgs_tune.config import TargetPath, TrialConfig
 from higgs_tune.data.collate import PackBatch, TargetCounts, to_device
 from higgs_tune.model import targets as target_rules
 from higgs_tune.model.adapter_layout import Kind, Linears, Named
-from higgs_tune.model.audio_attention import initial_new_modules, new_module_shapes
 from higgs_tune.model.compiled import CompiledForward
 from higgs_tune.model.dropout import Masks
 from higgs_tune.model.load import Base
+from higgs_tune.model.new_modules import initial_new_modules, new_module_shapes
 from higgs_tune.model.packed_forward import decoder_layers, head_groups, layer_groups, packed_nll
 from higgs_tune.model.packed_lora import AdapterBank
 from higgs_tune.train.lanes import Lanes
