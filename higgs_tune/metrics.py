@@ -1,5 +1,9 @@
 """Names of the reported metrics: `split/modality/what`, in nats unless said otherwise."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 VAL_TEXT_NLL = "val/text/nll"  # per text token of the target, held-out clips, right audio
 VAL_TEXT_NLL_SWAPPED = "val/text/nll_swapped"  # the same texts after another clip's audio
 VAL_AUDIO_GAIN = "val/text/audio_gain"  # nll_swapped - nll: above 0, text uses audio
@@ -31,3 +35,16 @@ def val_codebook_nll(codebook: int) -> str:
 
 
 STATUSES = ("completed", "pruned", "diverged", "out_of_memory", "failed", "cancelled")
+# Another kind of GPU rounds otherwise in bfloat16; another base or other clips differ by far more.
+BASE_TOLERANCE = 0.01  # relative, and in nats
+
+
+def base_difference(expected: Mapping[str, Any], found: Mapping[str, float]) -> str | None:
+    """What says that an untouched base is another one, by its validations; None when nothing does."""
+    for metric, value in expected.items():
+        if not metric.startswith("val/") or value is None:  # null in a file: not finite
+            continue
+        now = found.get(metric, math.nan)
+        if not math.isclose(now, value, rel_tol=BASE_TOLERANCE, abs_tol=BASE_TOLERANCE):
+            return f"its base has {metric} {now:.4f}, needed is {value:.4f}"
+    return None

@@ -12,7 +12,7 @@ tensorboard/     the figures for TensorBoard
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,6 +143,16 @@ def _check_same(path: Path, started: Started) -> None:
             f"{path.parent}: --resume in {started.num_processes} process(es), the run began in "
             f"{processes_then}: with trial.dropout each draws masks of its own. Start "
             f"{processes_then}, or give another --out to start anew."
+        )
+
+
+def check_base(out: Path, lines: Sequence[Line], base_metrics: Mapping[str, float]) -> None:
+    """Refuse to go on with other weights than the run began with, which its first line measured."""
+    found = metrics.base_difference(lines[0], base_metrics) if lines else None
+    if found is not None:
+        raise ConfigError(
+            f"{out}: --resume on another base: {found}. Put the weights of the first start back, or "
+            "give another --out to start anew."
         )
 
 

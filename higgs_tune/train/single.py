@@ -50,8 +50,8 @@ def train_single(
         "cancelled" with the number of the "signal" that asked for it.
 
     Raises:
-        ConfigError: `out` is in use, or `resume` finds nothing there or a run of other settings or
-            data.
+        ConfigError: `out` is in use, or `resume` finds nothing there or a run of other settings,
+            data or weights of the base.
         DataError: the disk is full or `out` cannot be written.
     """
     started = folder.Started(
@@ -79,6 +79,7 @@ def train_single(
         here = base.model_copy(update={"device": device or base.device})
         limits = PackLimits.of([trial], num_slots=1)
         loop = PackLoop(load_base(here), dataset, data, limits, world)
+        folder.check_base(out, lines, loop.base_metrics)
         newest = out / folder.ADAPTER
         account = loop.join(
             _ID,

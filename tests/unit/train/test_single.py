@@ -16,7 +16,7 @@ from higgs_tune import metrics
 from higgs_tune.config import BaseSettings, TaskMix
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.train import checkpoint, run_folder, single
-from tests.models import DATA, make_dataset
+from tests.models import DATA, make_dataset, tiny_base
 from tests.runs import TRIAL, assert_same_run, read_lines
 
 
@@ -238,6 +238,21 @@ def test_a_resume_on_other_data_is_refused(run_single, dataset, tmp_path, ended)
     message = rf"out: --resume with other data: .* content hash {hashes[0]}, .* with {hashes[1]}"
     with pytest.raises(ConfigError, match=message):
         run(resume=True, dataset=other)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    assert run(resume=True)["status"] == "completed"
+
+
+def test_a_resume_on_other_weights_is_refused(run_single, monkeypatch):
+    run, _, out = run_single
+    run(on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 7 else None)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = tiny_base()
+    with torch.no_grad():
+        other.model.text_lm_head.weight.mul_(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(single, "load_base", lambda _: other)
+        with pytest.raises(ConfigError, match=r"out: --resume on another base: .* val/text/nll"):
+            run(resume=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
     assert run(resume=True)["status"] == "completed"
 
