@@ -27,7 +27,7 @@ class FakeLoop:
     """Text nll falls towards a floor that depends on the configuration; no neighbour matters.
 
     An interval takes FAKE_ROUND_S seconds, with jitter. Learning rates above 5e-2 diverge at the second
-    report, batch_clips 13 cannot join, an audio_loss_weight near 0 breaks the audio constraint, the
+    report, batch_clips 13 cannot join, 17 fails, an audio_loss_weight near 0 breaks the audio constraint, the
     base "broken" cannot be loaded, "warns" warns, "pid:FILE" notes the process that loads it,
     "odd:WHAT:FILE" is odd in "load", "data" or "base" for all but the first. A checkpoint lists the
     steps behind it: with whose seed, the how manieth, at which rate.
@@ -112,6 +112,9 @@ class FakeLoop:
         config, step = self._configs[trial_id], self._steps[trial_id]
         self._unreported.discard(trial_id)
         metrics = {"step": step, **curve(config, step), "tokens_per_s": random.random()}
+        if config.batch_clips == 17:
+            del metrics["val/text/nll"]
+            return {**metrics, "status": "failed", "reason": "ValueError: odd size"}
         if config.learning_rate > 5e-2 and step >= 2 * config.report_every_steps:
             nan = {"val/text/nll": math.nan, "val/audio/nll_per_code": math.nan}
             return {**metrics, **nan, "status": "diverged", "reason": f"NaN at step {step}"}

@@ -150,6 +150,10 @@ class SweepCallback(Callback):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             self._control.fail(disk_error(self._results, cause))
         self._last.setdefault(record.trial_id, {})
+        lost = self._source.lost.pop(record.trial_id, None)
+        if lost is not None:
+            self._end(record.trial_id, "cancelled", lost)
+            return
         self._end(record.trial_id, "failed", f"{type(cause).__name__}: {cause}")
         self._num_failed += 1
         if self._num_reported == 0 and self._num_failed >= 4:

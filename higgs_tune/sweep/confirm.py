@@ -67,7 +67,7 @@ class ConfirmSource(TrialSource):
         return len(self._records)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next of the list, None while all slots are taken, or FINISHED."""
+        """The next of the list; None while there is none, or FINISHED."""
         if self.over():
             return self.nothing()
         if self.is_full():
@@ -80,6 +80,8 @@ class ConfirmSource(TrialSource):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Free the seat."""
+        if error and trial_id in self.live:
+            self.lose_if_idle(trial_id)
         self._unseat(trial_id)
 
     def cancel_live(self, reason: str) -> None:

@@ -30,8 +30,8 @@ class Pausing(SparesBaselines):
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Take a trial in; before the first, let as many processes idle as may run.
 
-        Tune keeps idle processes for trials that it has decided to start, and one besides. Starting one
-        takes seconds, and everybody in a bracket or a population pauses at the same step.
+        Tune keeps an idle process only for a trial that it has decided to start, or a single one.
+        Starting one takes seconds, and everybody in a bracket or a population pauses at the same step.
         """
         if not self._keeps and tune_controller is not None:
             cache = tune_controller._tune_controller._actor_cache  # there is no public way

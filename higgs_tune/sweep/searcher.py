@@ -63,7 +63,7 @@ class StudySearcher(TrialSource):
         return len(self._queue) + max(0, self._config.tune.num_trials - self._next_index)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next trial's config for Tune, None while all slots are taken, or FINISHED."""
+        """The next trial's config for Tune; None while there is none, or FINISHED."""
         if self.over() or self._broken:
             return self.nothing()
         if self.is_full():
@@ -104,6 +104,10 @@ class StudySearcher(TrialSource):
         if live is None:
             return
         status, reason = ending(result or {"status": live.status, **live.last}, error)
+        if error:
+            self.lose_if_idle(trial_id)
+            if live.record.trial_id in self.lost:
+                status, reason = "cancelled", self.lost[live.record.trial_id]
         if not self._broken:
             with self._recording():
                 self._report(live, result or {})

@@ -52,6 +52,7 @@ class TrialSource(Searcher):
         self._trials: Sequence[Trial] = ()  # Tune's, whose status says who is paused
         self._ready: set[str] = set()  # Tune's ids of trials whose pause is over
         self._stopped = False
+        self.lost: dict[str, str] = {}  # trials that a resumed sweep goes on with → why
         self.live: dict[str, LiveTrial] = {}  # by Tune's trial id
 
     def num_to_come(self) -> int:
@@ -105,6 +106,17 @@ class TrialSource(Searcher):
         Tune ends idle processes when the search is over, also those that paused trials will need.
         """
         return None if self.live else FINISHED
+
+    def lose_if_idle(self, tune_id: str) -> None:
+        """Note a trial that Tune gives up, because the idle process that it was given had died.
+
+        Tune hears of that death when the trial is to start, counts it twice, and ends the trial whatever
+        tune.max_failures says. The trial has done nothing wrong.
+        """
+        status = {trial.trial_id: trial.status for trial in self._trials}
+        if status.get(tune_id) == Trial.PENDING:
+            reason = "an idle process died that was to go on with it; --resume goes on with it"
+            self.lost[self.live[tune_id].record.trial_id] = reason
 
     def stop(self) -> None:
         """Suggest no further trial."""

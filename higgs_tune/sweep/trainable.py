@@ -31,6 +31,7 @@ class PackTrial(Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Lease a slot, preferably on the worker that the driver chose."""
+        self._reset_error: Exception | None = None
         self._trial_id: str = config["id"]
         self._name: str = config["name"]
         self._status = "running"
@@ -43,6 +44,7 @@ class PackTrial(Trainable):
 
     def step(self) -> dict[str, Any]:
         """Wait for the trial's next report."""
+        self._raise_reset_error()
         call = self._worker.next_result.options(name=f"{self._name} · next result")
         result: dict[str, Any] = self._answer(call.remote(self._trial_id))
         self._status = result["status"]
@@ -64,13 +66,24 @@ class PackTrial(Trainable):
     def load_checkpoint(self, checkpoint: dict[str, Any] | str | None) -> None:
         """Send a checkpoint back to the worker."""
         assert isinstance(checkpoint, str)
+        self._raise_reset_error()
         files = read_files(Path(checkpoint))
         self._answer(self._worker.restore.remote(self._trial_id, files))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Become another trial in the same process."""
-        self.setup(new_config)
+        """Become another trial in the same process.
+
+        An error waits until the trial runs: Tune does not try a trial again whose reset failed.
+        """
+        try:
+            self.setup(new_config)
+        except Exception as error:  # raised by the next call
+            self._reset_error = error
         return True
+
+    def _raise_reset_error(self) -> None:
+        if self._reset_error is not None:
+            raise self._reset_error
 
     def _answer(self, reference: Any) -> Any:
         """What the worker answers; its death is this trial's failure, not this process's own."""

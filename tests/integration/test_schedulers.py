@@ -97,6 +97,38 @@ def test_a_pause_ends_no_process(tmp_path, monkeypatch, name):
     assert len(pids) == 3  # one waits for the next free slot
 
 
+@pytest.mark.parametrize("name", ["hyperband", "pbt"])
+def test_a_trial_that_should_go_on_in_a_process_that_died_is_not_lost(tmp_path, monkeypatch, name):
+    pid_of: dict[str, int] = {}
+    killed: list[int] = []
+    original = SweepCallback.on_trial_result
+
+    def noted(self, iteration, trials, trial, result, **info):
+        pid_of[trial.trial_id] = result["pid"]
+        busy = {pid_of.get(t.trial_id) for t in trials if t.status == Trial.RUNNING}
+        idle = [pid_of[t.trial_id] for t in trials if t.status == Trial.PAUSED]
+        if not killed and (victims := [pid for pid in idle if pid not in busy]):
+            killed.append(victims[0])
+            os.kill(victims[0], signal.SIGKILL)
+        original(self, iteration, trials, trial, result, **info)
+
+    sections = {"tune": tune(EVERY[name])}
+    with monkeypatch.context() as patch:
+        patch.setattr(SweepCallback, "on_trial_result", noted)
+        first = run(tmp_path, **sections)
+    assert killed
+    statuses = [trial["status"]["status"] for trial in trials_of(first.results).values()]
+    assert set(statuses) <= {"completed", "pruned", "cancelled"}
+    check_nobody_was_lost(run(tmp_path, resume=True, **sections).results)
+
+
+@pytest.mark.parametrize("name", ["hyperband", "pbt"])
+def test_a_time_limit_lets_paused_trials_come_to_their_end(tmp_path, name):
+    outcome = run(tmp_path, tune=tune(EVERY[name], num_trials=500, time_limit_s=1.0))
+    assert 2 < outcome.num_trials < 500
+    check_nobody_was_lost(outcome.results, outcome.num_trials)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_trials_that_diverge_hold_nobody_up(tmp_path, name):
     outcome = run(

@@ -157,13 +157,13 @@ def test_resuming_a_finished_sweep_runs_nothing(first, tmp_path, monkeypatch):
     assert trials_of(tmp_path / "s") == before
 
 
-def test_trials_that_diverge_or_break_the_constraint_or_cannot_join_end_as_such(tmp_path):
+def test_trials_that_diverge_or_fail_or_break_the_constraint_or_cannot_join_end_as_such(tmp_path):
     outcome = run(
         tmp_path,
         space={
             "learning_rate": {"low": 1e-2, "high": 1.0},
             "audio_loss_weight": {"low": 0.0, "high": 0.02},
-            "batch_clips": [8, 13],
+            "batch_clips": [8, 13, 17],
         },
         tune={"num_trials": 14, "seed": 1},
     )
@@ -171,9 +171,9 @@ def test_trials_that_diverge_or_break_the_constraint_or_cannot_join_end_as_such(
     by_status: dict[str, list[str]] = {}
     for name, status in ended.items():
         by_status.setdefault(status["status"], []).append(name)
-    assert {"diverged", "out_of_memory"} <= set(by_status)
+    assert {"diverged", "failed", "out_of_memory"} <= set(by_status)
     newest = studies.latest(study_of(outcome).trials)
-    for name in by_status["diverged"] + by_status["out_of_memory"]:
+    for name in by_status["diverged"] + by_status["failed"] + by_status["out_of_memory"]:
         trial = newest[int(name[1:])]
         assert trial.state == TrialState.FAIL
         assert trial.user_attrs["reason"] == ended[name]["reason"]

@@ -74,3 +74,13 @@ def test_a_worker_that_is_away_is_waited_for(make_config, monkeypatch, caplog, e
     assert clock.now >= 7200
     reminders = [line for line in caplog.messages if line == "t000 waits for w1, w0"]
     assert 100 < len(reminders) <= 120
+
+
+def test_an_error_of_a_reset_is_the_running_trials(make_config, monkeypatch):
+    made, _ = trial(make_config, monkeypatch, lambda name, now: "full")
+    config = {**made.config, "id": "t001", "name": "t001", "restore_from": ""}
+    made.config = config
+    assert made.reset_config(config)
+    for call in (made.step, lambda: made.load_checkpoint("anywhere")):
+        with pytest.raises(SweepError, match="t001: no worker had a free slot"):
+            call()
