@@ -1,5 +1,7 @@
 """The device that a setting names."""
 
+import resource
+
 import torch
 
 from higgs_tune.errors import ConfigError
@@ -30,3 +32,10 @@ def resolve_device(name: str, setting: str) -> torch.device:
             "counted from 0."
         )
     return device
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most that this process has held so far: of a GPU's memory, or of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux

@@ -4,14 +4,12 @@ This is the only training loop. A sweep's worker drives it with many residents, 
 one. Shape letters: K adapters, C codebooks.
 """
 
-import resource
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from higgs_tune import metrics
 from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
@@ -22,6 +20,7 @@ from higgs_tune.data.held_out import validation_sets
 from higgs_tune.data.known_texts import check_texts
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tokens import Encoded
+from higgs_tune.device import peak_memory_mib
 from higgs_tune.errors import DataError
 from higgs_tune.model.load import Base, load_base
 from higgs_tune.train.checkpoint import load_interval, load_state, save_adapter, save_interval
@@ -34,6 +33,8 @@ from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.progress import Run
 from higgs_tune.train.room import Ended, agree, raise_if_all_failed
 from higgs_tune.train.validation import Validator
+
+logger = logging.getLogger(__name__)
 
 
 class PackLoop:
@@ -211,7 +212,7 @@ class PackLoop:
         alive = [t for t, run in due.items() if healthy[run.resident.slot] and run.ended is None]
         started = time.monotonic()
         validated = self._validator.validate(alive) if alive else {}
-        raise_if_all_failed(validated, len(pending))
+        raise_if_all_failed(validated, len(pending), probe=self._validator.bare)
         self.validate_s += time.monotonic() - started
         for trial_id, run in due.items():
             figures = validated.get(trial_id, {})
@@ -219,6 +220,9 @@ class PackLoop:
                 run.ended, figures = figures, {}
             result = self._train_metrics(run) | figures
             result |= run.outcome(result, healthy[run.resident.slot])
+            if run.ended is not None:
+                logger.error("%s: %s", trial_id, result["reason"], exc_info=run.ended.error)
+                run.ended.error.__traceback__ = None  # whose frames hold on to the pack
             run.reported_done = run.done or run.ended is not None
             results[trial_id] = result
         return results
@@ -233,6 +237,7 @@ class PackLoop:
 
         Raises:
             MemoryError: not even one clip at a time fits.
+            Exception: whatever else a forward fails of, twice.
         """
         found: dict[str, dict[str, float]] = {}
         for trial_id, figures in self._validator.validate(trial_ids).items():
@@ -277,16 +282,13 @@ class PackLoop:
         run.interval.gather(self._world)
         result: dict[str, Any] = {metrics.STEP: run.resident.step, **run.interval.metrics()}
         if run.interval.num_steps:
-            result[metrics.PEAK_MEMORY_MIB] = self._world.highest(self._peak_memory_mib())
+            result[metrics.PEAK_MEMORY_MIB] = self._world.highest(
+                peak_memory_mib(self.engine.device)
+            )
             for path, share in self.engine.gradient_shares(run.resident.trial_id).items():
                 result[metrics.grad_share(path)] = share
         run.interval = run.interval.next()
         return result
-
-    def _peak_memory_mib(self) -> float:
-        if self.engine.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.engine.device) / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
 
     def _single_nll(self, example: Encoded) -> tuple[float, float]:
         batch = collate({0: [example]}).to(self.engine.device)

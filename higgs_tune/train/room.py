@@ -1,7 +1,8 @@
 """Go on when a forward or a backward fails for some adapters of a pack.
 
-When memory runs out: fewer adapters at once, then shorter forwards. An adapter that not even a single clip
-fits, or that fails of another error by itself, ends; its neighbours' step is done again without it.
+When memory runs out: fewer adapters at once, then shorter forwards. After another error: once more, one
+adapter at a time. An adapter of which not even a single clip fits, or that fails by itself twice, ends; its
+neighbours go on.
 
 A CPU computes each adapter in forwards of its own from the start. A pack's shared matmuls gain little
 there, and so what an adapter computes does not depend on whose company it is in, to the last bit. Alone
@@ -31,7 +32,7 @@ Group = tuple[int, ...]  # slots
 class Ended:
     """This adapter cannot go on: a MemoryError if not even a single clip fits, or an error of its own."""
 
-    error: Exception  # holds no tensors
+    error: Exception
 
     @property
     def status(self) -> str:
@@ -97,24 +98,25 @@ class Room:
         tasks = [partial(self._once, piece, work) for piece in pieces]
         together = self._side_by_side and len(groups) > 1
         todo: list[Group] = []
+        tried: set[int] = set()  # slots that have failed, not for memory
         for outcome in self._lanes.run(tasks) if together else [task() for task in tasks]:
             if not isinstance(outcome, _Failed):
                 done |= outcome
                 continue
             work.discard(outcome.group)
-            if together:  # once more, while nobody else computes
-                if self._side_by_side and isinstance(outcome.error, MemoryError):
+            if together and isinstance(outcome.error, MemoryError):
+                if self._side_by_side:
                     self._side_by_side = False
                     self._warn(outcome, work, "the CPU's lanes wait for each other")
-                todo.append(outcome.group)
+                todo.append(outcome.group)  # while nobody else needs memory
             else:
-                todo += self._smaller(outcome, work, done)
+                todo += self._instead(outcome, work, done, tried)
         while todo:
             self._give_back()
             outcome = self._once(todo.pop(0), work)
             if isinstance(outcome, _Failed):
                 work.discard(outcome.group)
-                todo = [*self._smaller(outcome, work, done), *todo]
+                todo = [*self._instead(outcome, work, done, tried), *todo]
             else:
                 done |= outcome
             todo = [piece for group in todo for piece in self._pieces(group)]
@@ -127,30 +129,48 @@ class Room:
         except Exception as error:  # ends one adapter, or is raised by the loop if all have it
             if is_out_of_memory(error):
                 return _Failed(group, MemoryError(_first_line(error) or "out of memory"))
-            traceback.clear_frames(error.__traceback__)
+            cause: BaseException | None = error
+            while cause is not None:
+                traceback.clear_frames(cause.__traceback__)
+                cause = cause.__cause__ or cause.__context__
             return _Failed(group, error)
 
     def _pieces(self, group: Group) -> list[Group]:
         width = self.width or len(group)
         return [group[first : first + width] for first in range(0, len(group), width)]
 
+    def _instead(
+        self, failed: _Failed, work: Work[T], done: dict[int, T | Ended], tried: set[int]
+    ) -> Sequence[Group]:
+        """What to try next; nothing, and an end in `done`, if nothing is left to try."""
+        if isinstance(failed.error, MemoryError):
+            return self._smaller(failed, work, done)
+        if tried.issuperset(failed.group):
+            assert len(failed.group) == 1
+            done[failed.group[0]] = Ended(failed.error)
+            return []
+        logger.warning(
+            "a %s of %d adapter(s) failed: done again, one at a time",
+            work.name,
+            len(failed.group),
+            exc_info=failed.error,
+        )
+        if len(failed.group) > 1:
+            self.width = 1  # what fails in company only must not fail in every step
+        tried.update(failed.group)
+        return [(slot,) for slot in failed.group]
+
     def _smaller(
         self, failed: _Failed, work: Work[T], done: dict[int, T | Ended]
     ) -> Sequence[Group]:
-        """What to try instead; nothing, and an end in `done`, if there is nothing smaller."""
-        group, memory = failed.group, isinstance(failed.error, MemoryError)
-        if len(group) > 1 and not memory:
-            return [(slot,) for slot in group]
+        """What may fit; nothing, and an end in `done`, if there is nothing smaller."""
+        group = failed.group
         if len(group) > 1:
             self.width = -(-len(group) // 2)
             self._warn(failed, work, f"{self.width} at a time from now on, till a trial leaves")
             return self._pieces(group)
         assert len(group) == 1
         slot = group[0]
-        if not memory:
-            logger.error("a %s of one adapter failed", work.name, exc_info=failed.error)
-            done[slot] = Ended(failed.error)
-            return []
         several = [part for part in work.parts(slot) if len(part) > 1]
         if not several:
             reason = f"one clip does not fit in a {work.name}: {failed.error}"
@@ -190,12 +210,23 @@ def agree(results: dict[int, T | Ended], world: World) -> dict[int, T | Ended]:
     return agreed
 
 
-def raise_if_all_failed(results: Mapping[Any, T | Ended], num_residents: int) -> None:
-    """Raise the error that strikes everyone: it is the process's, not one adapter's."""
+def raise_if_all_failed(
+    results: Mapping[Any, T | Ended], num_residents: int, probe: Callable[[], Any] | None = None
+) -> None:
+    """Raise the error that strikes everyone: it is the process's, not one adapter's.
+
+    Args:
+        probe: where not all residents took part: computes what needs no adapter, and raises if that
+            fails as well.
+    """
     ended = [result for result in results.values() if isinstance(result, Ended)]
     errors = [e.error for e in ended if not isinstance(e.error, MemoryError)]
-    if errors and len(errors) == num_residents:
+    if not errors or len(errors) < len(results):
+        return
+    if len(errors) == num_residents:
         raise errors[0]
+    if probe is not None:
+        probe()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

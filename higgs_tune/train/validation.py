@@ -48,6 +48,7 @@ class Validator:
 
         Raises:
             MemoryError: not even one clip fits.
+            Exception: whatever else a forward fails of, twice.
         """
         found = self._figures((0,), bare=True)[0]
         if isinstance(found, Ended):

@@ -1,11 +1,13 @@
 """A run of `higgs-tune train` on a tiny base, in this process."""
 
 import pytest
+import torch
 
 from higgs_tune.config import BaseSettings, RunSettings
 from higgs_tune.train import single
 from higgs_tune.train.recorder import Watcher
 from tests.models import DATA, make_dataset, tiny_base
+from tests.packs import TRIALS, loop_of
 from tests.runs import TRIAL
 
 
@@ -50,3 +52,18 @@ def uninterrupted(run_single, tmp_path):
     run(out=tmp_path / "whole")
     lines.clear()
     return tmp_path / "whole"
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def clean(dataset):
+    torch.set_num_threads(1)
+    loop = loop_of(dataset)
+    return [loop.advance() for _ in range(2)], {name: loop.engine.state(name) for name in TRIALS}

@@ -8,13 +8,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgs_tune.config import ALL_LINEAR
+from higgs_tune.config import ALL_LINEAR, CrossAttention
 from higgs_tune.model.load import Base
 from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.memory import (
     Memory,
     StepShape,
     fill_slots,
+    memory_of_slots,
     predict,
     run_fake,
     run_step,
@@ -121,6 +122,21 @@ def test_the_line_through_few_layers_meets_the_whole_model(case: str, rows: int)
     modes = CROSS.get(case, ["off"] * limits.num_slots)
     whole = run_fake(config, "bfloat16", limits, modes, step)
     assert predict(config, "bfloat16", limits, modes, step) == whole
+
+
+@pytest.mark.parametrize("rows", [1, 40])  # the optimizer's peak, and the backward's
+def test_the_line_through_two_slots_meets_any_number(rows: int) -> None:
+    step = StepShape(2, text_rows=2 * rows, audio_rows=rows, text_targets=rows, num_micro_batches=2)
+
+    def of(num_slots: int) -> Memory:
+        limits = PackLimits(
+            num_slots, max_rank=16, paths=frozenset({*ALL_LINEAR, "text_head", "audio_attention"})
+        )
+        modes: list[CrossAttention] = ["audio_self", *["off"] * (num_slots - 1)]
+        return predict(small_config(1), "bfloat16", limits, modes, step, dropout=0.1)
+
+    for num_slots in (3, 6):
+        assert memory_of_slots(of(1), of(2), num_slots) == of(num_slots)
 
 
 def test_full_size_has_the_published_number_of_parameters_and_of_adapter_columns() -> None:

@@ -9,91 +9,19 @@ import torch
 
 from higgs_tune import metrics
 from higgs_tune.model import packed_forward
-from higgs_tune.train.engine import Engine, PackLimits
-from higgs_tune.train.loop import PackLoop
-from higgs_tune.train.parallel import World
-from higgs_tune.train.room import Ended, Room, agree, is_out_of_memory
-from tests.models import DATA, make_dataset, tiny_base, trial
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.room import Room, is_out_of_memory
+from tests.packs import OUT_OF_MEMORY, TRIALS, limit_clips, loop_of, same
 
-TRIALS = {
-    "a": trial(seed=1, dropout=0.2),
-    "b": trial(seed=2, rank=2, targets=("attention",), batch_clips=4),
-    "c": trial(seed=3, rank=8, targets=("text_mlp", "text_head"), batch_clips=2),
-}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ERRORS = {
-    "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "device": OUT_OF_MEMORY,
     "host": MemoryError(),
     "host tensor": RuntimeError(
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def loop_of(dataset, names="abc", *, like_gpu=False, lanes=1):
-    loop = PackLoop(tiny_base(), dataset, DATA, PackLimits.of(list(TRIALS.values()), 3))
-    loop.engine.lanes.count = lanes
-    if like_gpu:
-        for room in rooms(loop):
-            room.width = None
-    for name in names:
-        loop.join(name, TRIALS[name])
-    return loop
-
-
-def rooms(loop) -> tuple[Room, Room]:
-    return loop._gradients.room, loop._validator.room
-
-
-def figures(result):
-    """What a trial's result says of the trial, not of the machine."""
-    machine = (metrics.PEAK_MEMORY_MIB, metrics.TOKENS_PER_S, metrics.TRAIN_TIME_S)
-    return {name: value for name, value in result.items() if name not in machine}
-
-
-@pytest.fixture(scope="module")
-def clean(dataset):
-    torch.set_num_threads(1)
-    loop = loop_of(dataset)
-    return [loop.advance() for _ in range(2)], {name: loop.engine.state(name) for name in TRIALS}
-
-
-def same(results, clean, names, **tolerance):
-    for ours, theirs in zip(results, clean[0], strict=False):
-        for name in names:
-            mine, others = figures(ours[name]), figures(theirs[name])
-            assert mine.keys() == others.keys()
-            for key, value in others.items():
-                if tolerance and isinstance(value, float):
-                    value = pytest.approx(value, **tolerance)
-                assert mine[key] == value, (name, key)
-
-
-def limit_clips(monkeypatch, allowed, error=ERRORS["device"], method="forward_backward"):
-    """Fail every forward for which `allowed(slots, sequences)` is false; returns what was asked for."""
-    plain, asked = getattr(Engine, method), []
-
-    def limited(self, batch, *args, **kwargs):
-        asked.append((batch.slots, len(batch.seq_from_slot_RL)))
-        result = plain(self, batch, *args, **kwargs)  # leaves gradients behind
-        if not allowed(*asked[-1]):
-            raise error
-        return result
-
-    monkeypatch.setattr(Engine, method, limited)
-    return asked
 
 
 def fail_once(monkeypatch, number, *, backward):
@@ -224,61 +152,8 @@ def test_every_way_of_saying_out_of_memory_is_understood(dataset, clean, monkeyp
     same([results], clean, "bc")
 
 
-@pytest.mark.parametrize("method", ["forward_backward", "evaluate"])
-@pytest.mark.parametrize("lanes, like_gpu", [(1, False), (2, False), (1, True)])
-def test_a_trial_that_fails_by_itself_ends_alone(
-    dataset, clean, monkeypatch, caplog, method, lanes, like_gpu
-):
-    loop = loop_of(dataset, lanes=lanes, like_gpu=like_gpu)
-    limit_clips(monkeypatch, lambda slots, num: 1 not in slots, ValueError("odd\nsize"), method)
-    ended = {}
-    while "b" not in ended:
-        ended = loop.advance()
-    assert ended["b"]["status"] == "failed"
-    assert ended["b"]["reason"] == "ValueError: odd"
-    assert metrics.VAL_TEXT_NLL not in ended["b"]
-    assert "of one adapter failed" in caplog.text and "in limited" in caplog.text  # where
-    results = [ended] if len(ended) > 1 else []
-    results += [loop.advance() for _ in range(2 - len(results))]
-    rounding = {"rel": 2e-3, "abs": 2e-3} if like_gpu else {}
-    same(results, clean, "ac", **rounding)
-    assert all(room.width in (1, None) and room._side_by_side for room in rooms(loop))
-
-
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_an_error_that_does_not_come_back_changes_nothing(dataset, clean, monkeypatch, lanes):
-    loop = loop_of(dataset, lanes=lanes, like_gpu=lanes == 1)
-    errors = iter([ValueError("once")])
-    plain = Engine.forward_backward
-
-    def failing(self, batch, counts):
-        result = plain(self, batch, counts)
-        for error in errors:
-            raise error
-        return result
-
-    monkeypatch.setattr(Engine, "forward_backward", failing)
-    same([loop.advance() for _ in range(2)], clean, TRIALS, rel=2e-3, abs=2e-3)
-
-
-@pytest.mark.parametrize("names", ["a", "abc"])
-@pytest.mark.parametrize("method", ["forward_backward", "evaluate"])
-def test_an_error_that_strikes_everyone_is_raised(dataset, monkeypatch, method, names):
-    loop = loop_of(dataset, names)
-    error = RuntimeError("shapes differ")
-    limit_clips(monkeypatch, lambda slots, num: False, error, method)
-    with pytest.raises(RuntimeError, match="shapes differ") as raised:
-        loop.advance()
-    assert "limited" in [entry.name for entry in raised.traceback]
-
-
 def test_another_error_is_not_taken_for_memory():
     assert not is_out_of_memory(ValueError("out of memory"))
-
-
-def test_of_several_processes_an_error_is_raised_where_it_happens():
-    with pytest.raises(ValueError, match="odd"):
-        agree({0: Ended(ValueError("odd"))}, World(size=2))
 
 
 def test_memory_is_given_back_after_the_attempt_is_gone(dataset, monkeypatch):

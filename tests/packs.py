@@ -1,0 +1,64 @@
+"""A pack of three trials that goes wrong on purpose, and what it does when nothing goes wrong."""
+
+import pytest
+import torch
+
+from higgs_tune import metrics
+from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.room import Room
+from tests.models import DATA, tiny_base, trial
+
+TRIALS = {
+    "a": trial(seed=1, dropout=0.2),
+    "b": trial(seed=2, rank=2, targets=("attention",), batch_clips=4),
+    "c": trial(seed=3, rank=8, targets=("text_mlp", "text_head"), batch_clips=2),
+}
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def loop_of(dataset, names="abc", *, like_gpu=False, lanes=1):
+    loop = PackLoop(tiny_base(), dataset, DATA, PackLimits.of(list(TRIALS.values()), 3))
+    loop.engine.lanes.count = lanes
+    if like_gpu:
+        for room in rooms(loop):
+            room.width = None
+    for name in names:
+        loop.join(name, TRIALS[name])
+    return loop
+
+
+def rooms(loop) -> tuple[Room, Room]:
+    return loop._gradients.room, loop._validator.room
+
+
+def figures(result):
+    """What a trial's result says of the trial, not of the machine."""
+    machine = (metrics.PEAK_MEMORY_MIB, metrics.TOKENS_PER_S, metrics.TRAIN_TIME_S)
+    return {name: value for name, value in result.items() if name not in machine}
+
+
+def same(results, clean, names, **tolerance):
+    for ours, theirs in zip(results, clean[0], strict=False):
+        for name in names:
+            mine, others = figures(ours[name]), figures(theirs[name])
+            assert mine.keys() == others.keys()
+            for key, value in others.items():
+                if tolerance and isinstance(value, float):
+                    value = pytest.approx(value, **tolerance)
+                assert mine[key] == value, (name, key)
+
+
+def limit_clips(monkeypatch, allowed, error=OUT_OF_MEMORY, method="forward_backward"):
+    """Fail every forward for which `allowed(slots, sequences)` is false; returns what was asked for."""
+    plain, asked = getattr(Engine, method), []
+
+    def limited(self, batch, *args, **kwargs):
+        asked.append((batch.slots, len(batch.seq_from_slot_RL)))
+        result = plain(self, batch, *args, **kwargs)  # leaves gradients behind
+        if not allowed(*asked[-1]):
+            raise error
+        return result
+
+    monkeypatch.setattr(Engine, method, limited)
+    return asked
