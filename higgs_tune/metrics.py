@@ -36,7 +36,7 @@ def val_codebook_nll(codebook: int) -> str:
 
 STATUSES = ("completed", "pruned", "diverged", "out_of_memory", "failed", "cancelled")
 # Another kind of GPU rounds otherwise in bfloat16; another base or other clips differ by far more.
-BASE_TOLERANCE = 0.01  # relative, and in nats
+_BASE_TOLERANCE = 0.01  # relative, and in nats
 
 
 def base_difference(expected: Mapping[str, Any], found: Mapping[str, float]) -> str | None:
@@ -45,6 +45,6 @@ def base_difference(expected: Mapping[str, Any], found: Mapping[str, float]) -> 
         if not metric.startswith("val/") or value is None:  # null in a file: not finite
             continue
         now = found.get(metric, math.nan)
-        if not math.isclose(now, value, rel_tol=BASE_TOLERANCE, abs_tol=BASE_TOLERANCE):
+        if not math.isclose(now, value, rel_tol=_BASE_TOLERANCE, abs_tol=_BASE_TOLERANCE):
             return f"its base has {metric} {now:.4f}, needed is {value:.4f}"
     return None
