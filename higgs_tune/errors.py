@@ -44,3 +44,13 @@ def reason_of(error: OSError) -> str:
     if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
         return error.args[0][0][2]  # (source, target, reason) of each
     return str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a device or on the host."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator: can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+    )

@@ -85,7 +85,9 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
         for path, _, names in os.walk(draft):
             for name in (*names, ""):  # its files, then the folder that names them
                 _sync(Path(path, name))
-    except BaseException:  # Ctrl-C, too, must leave no draft; a full disk needs its space
+    except (
+        BaseException
+    ):  # raised again; Ctrl-C, too, leaves no draft, whose space a full disk needs
         shutil.rmtree(draft)
         raise
     if folder.exists():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.errors import HiggsTuneError, SweepError
+from higgs_tune.errors import HiggsTuneError, SweepError, is_out_of_memory
 from higgs_tune.sweep.seats import Files, Loop, Result, Snapshot, read_files, write_files
 from higgs_tune.sweep.table import Seat
 
@@ -72,17 +72,24 @@ def files_of(snapshot: Snapshot) -> Files:
 
 
 def _join(loop: Loop, seat: Seat) -> Result:
-    """Seat a trial in the loop, or say why it cannot be: the others go on without it."""
+    """Seat a trial in the loop, or say why it cannot be: the others go on without it.
+
+    Raises:
+        OSError: its checkpoint cannot be put down here, which is the machine's fault and not its own.
+    """
+    if seat.files is None:
+        return _seat(loop, seat, None)
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(seat.files, Path(folder))
+        return _seat(loop, seat, Path(folder))
+
+
+def _seat(loop: Loop, seat: Seat, folder: Path | None) -> Result:
     try:
-        if seat.files is None:
-            return {"account": loop.join(seat.trial_id, seat.config, None)}
-        with tempfile.TemporaryDirectory() as folder:
-            write_files(seat.files, Path(folder))
-            return {"account": loop.join(seat.trial_id, seat.config, Path(folder))}
-    except Exception as error:  # recorded as the end of this trial, whose slot is free again
+        return {"account": loop.join(seat.trial_id, seat.config, folder)}
+    except Exception as error:  # logged, and this trial's recorded end; `join` has freed the slot
         logger.error("%s cannot join", seat.trial_id, exc_info=error)
-        memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
         return {
-            "status": "out_of_memory" if memory else "failed",
+            "status": "out_of_memory" if is_out_of_memory(error) else "failed",
             "reason": f"{type(error).__name__}: {error}",
         }

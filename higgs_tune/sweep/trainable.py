@@ -58,6 +58,7 @@ class PackTrial(Trainable):
 
         A trial that ended badly has nothing to keep: its folder stays empty.
         """
+        self._raise_reset_error()
         if self._status not in RANKED:
             return
         files: Files = self._answer(self._worker.save.remote(self._trial_id))
@@ -77,7 +78,7 @@ class PackTrial(Trainable):
         """
         try:
             self.setup(new_config)
-        except Exception as error:  # raised by the next call
+        except Exception as error:  # raised by the next call, as whatever it is
             self._reset_error = error
         return True
 

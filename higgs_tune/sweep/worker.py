@@ -254,7 +254,7 @@ class Worker:
                 self._meter.add(seconds, busy=busy, wanted=wanted)
                 self._meter.filled(num_filled)
                 self._meter.freed(num_ended)
-        except Exception as error:  # the process's border: whatever it is, the trials must hear it
+        except Exception as error:  # logged; every trial hears it, and the process ends
             self._break(error)
 
     async def _change(self, loop: Loop, out: list[Seat], joining: list[Seat]) -> int:

@@ -124,7 +124,7 @@ class Engine:
                 resident.step = state.step
             self.alive_K[resident.slot] = True
             self.bank.refresh_compute()
-        except BaseException:  # memory that runs out, too, must leave the slot to the next trial
+        except BaseException:  # raised again; whatever it is, the slot is left to the next trial
             self.bank.clear(resident.slot)
             raise
         self.residents[trial_id] = resident

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from higgs_tune.data.tokens import Encoded
+from higgs_tune.errors import is_out_of_memory
 from higgs_tune.train.lanes import Lanes
 from higgs_tune.train.parallel import World
 
@@ -126,11 +127,15 @@ class Room:
         """Try it; what a failed attempt held is free when this returns."""
         try:
             return work.attempt(group)
-        except Exception as error:  # ends one adapter, or is raised by the loop if all have it
+        except (
+            Exception
+        ) as error:  # kept, logged, and raised by the loop unless it is one adapter's
             if is_out_of_memory(error):
                 return _Failed(group, MemoryError(_first_line(error) or "out of memory"))
+            seen: set[int] = set()  # `raise error from error` makes a ring
             cause: BaseException | None = error
-            while cause is not None:
+            while cause is not None and id(cause) not in seen:
+                seen.add(id(cause))
                 traceback.clear_frames(cause.__traceback__)
                 cause = cause.__cause__ or cause.__context__
             return _Failed(group, error)
@@ -227,16 +232,6 @@ def raise_if_all_failed(
         raise errors[0]
     if probe is not None:
         probe()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a device or on the host."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -81,6 +81,10 @@ def test_an_error_of_a_reset_is_the_running_trials(make_config, monkeypatch):
     config = {**made.config, "id": "t001", "name": "t001", "restore_from": ""}
     made.config = config
     assert made.reset_config(config)
-    for call in (made.step, lambda: made.load_checkpoint("anywhere")):
+    for call in (
+        made.step,
+        lambda: made.load_checkpoint("anywhere"),
+        lambda: made.save_checkpoint("anywhere"),
+    ):
         with pytest.raises(SweepError, match="t001: no worker had a free slot"):
             call()

@@ -1,11 +1,13 @@
 """What a worker does about trials that fall silent, cannot join or fail, and about its own end."""
 
 import asyncio
+import errno
 import logging
 
 import pytest
 
 from higgs_tune.errors import DataError, HiggsTuneError
+from higgs_tune.sweep import pack
 from higgs_tune.sweep.seats import Roster, SlotLostError
 from tests.sweep_fakes import FakeLoop
 from tests.workers import asking, beat, make_worker, never, run, seat, trial
@@ -79,6 +81,37 @@ def test_a_trial_that_cannot_join_fails_alone(make_config):
         assert result["reason"] == "MemoryError: 13 clips do not fit"
         await worker.sync(Roster(2, ("t1",), 0))
         assert (await fine)["status"] == "running"
+
+    run(scenario())
+
+
+def test_memory_of_the_host_that_runs_out_in_a_join_is_called_that(make_config, monkeypatch):
+    def full(self, *args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes")
+
+    async def scenario():
+        monkeypatch.setattr(FakeLoop, "join", full)
+        worker = make_worker(make_config)
+        await worker.sync(Roster(1, ("t0",), 0))
+        await seat(worker, "t0")
+        assert (await asking(worker, "t0"))["status"] == "out_of_memory"
+
+    run(scenario())
+
+
+def test_a_checkpoint_that_the_machine_cannot_put_down_is_no_trials_end(make_config, monkeypatch):
+    def full(files, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def scenario():
+        monkeypatch.setattr(pack, "write_files", full)
+        ended = asyncio.get_running_loop().create_future()
+        worker = make_worker(make_config, exit_process=ended.set_result)
+        await worker.sync(Roster(1, ("t0",), 0))
+        assert await worker.join("t0", trial(), {"a": b""}, 1, 0) == "seated"
+        with pytest.raises(OSError, match="No space left"):  # which Tune tries again
+            await asking(worker, "t0")
+        assert await asyncio.wait_for(ended, 10) == 1
 
     run(scenario())
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from higgs_tune import metrics
+from higgs_tune.errors import is_out_of_memory
 from higgs_tune.model import packed_forward
 from higgs_tune.train.engine import Engine
-from higgs_tune.train.room import Room, is_out_of_memory
+from higgs_tune.train.room import Room
 from tests.packs import OUT_OF_MEMORY, TRIALS, limit_clips, loop_of, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")

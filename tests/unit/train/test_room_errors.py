@@ -97,3 +97,11 @@ def test_an_error_that_strikes_everyone_is_raised(dataset, monkeypatch, method, 
 def test_of_several_processes_an_error_is_raised_where_it_happens():
     with pytest.raises(ValueError, match="odd"):
         agree({0: Ended(ValueError("odd"))}, World(size=2))
+
+
+def test_an_error_that_is_its_own_cause_ends_its_trial(dataset, monkeypatch):
+    error = ValueError("odd")
+    error.__cause__ = error
+    loop = loop_of(dataset)
+    limit_clips(monkeypatch, lambda slots, num: 1 not in slots, error)
+    assert loop.advance()["b"]["status"] == "failed"
