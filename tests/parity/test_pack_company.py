@@ -14,6 +14,7 @@ from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.loop import PackLoop
 from tests.models import DATA, NUM_CODEBOOKS, example, make_dataset, tiny_base, trial
+from tests.threads import torch_threads
 
 STEPS = {"num_steps": 50, "report_every_steps": 25}
 TRIALS = {  # ranks, alphas, rates, targets, modes, batches, accumulation, dropout: all mixed
@@ -64,10 +65,8 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 def loop_of(dataset, *names, num_slots=6, lanes=1):

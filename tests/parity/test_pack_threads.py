@@ -14,6 +14,7 @@ from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
 from tests.models import trial
 from tests.runs import CLOCKS
+from tests.threads import torch_threads
 
 STEPS = {"num_steps": 2, "report_every_steps": 1, "learning_rate": 1e-3}
 TRIALS = {
@@ -40,10 +41,8 @@ TRIALS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 @pytest.fixture(scope="module")

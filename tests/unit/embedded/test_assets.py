@@ -1,5 +1,4 @@
 import csv
-import importlib.util
 import json
 import unicodedata
 from pathlib import Path
@@ -19,10 +18,6 @@ from higgs_tune.embedded.make.phrases import LANGUAGES, phrases
 EMBEDDED = Path(higgs_tune.__file__).parent / "embedded"
 HUMAN = ("english", "spanish", "french", "italian", "russian")
 CORPORA = ("arabic", *HUMAN, "pretrain")
-
-needs_espeak = pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="extra `embedded` not installed"
-)
 
 
 def rows(corpus: str, split: str) -> list[Row]:
@@ -145,7 +140,6 @@ def test_authored_texts_are_the_same_every_time_and_unique() -> None:
         assert len(set(texts)) == 100
 
 
-@needs_espeak
 def test_voices_of_the_two_arabic_splits_sound_apart() -> None:
     from higgs_tune.embedded.make.espeak import Espeak
     from higgs_tune.embedded.make.voices import (

@@ -1,7 +1,6 @@
 """A run of `higgs-tune train` on a tiny base, in this process."""
 
 import pytest
-import torch
 
 from higgs_tune.config import BaseSettings, RunSettings
 from higgs_tune.train import single
@@ -9,6 +8,7 @@ from higgs_tune.train.recorder import Watcher
 from tests.models import DATA, make_dataset, tiny_base
 from tests.packs import TRIALS, loop_of
 from tests.runs import TRIAL
+from tests.threads import torch_threads
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,13 @@ def uninterrupted(run_single, tmp_path):
 
 @pytest.fixture
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")
 def clean(dataset):
-    torch.set_num_threads(1)
-    loop = loop_of(dataset)
-    return [loop.advance() for _ in range(2)], {name: loop.engine.state(name) for name in TRIALS}
+    with torch_threads(1):
+        loop = loop_of(dataset)
+        results = [loop.advance() for _ in range(2)]
+        return results, {name: loop.engine.state(name) for name in TRIALS}

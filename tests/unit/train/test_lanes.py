@@ -6,16 +6,15 @@ import pytest
 import torch
 
 from higgs_tune.train.lanes import Lanes
+from tests.threads import torch_threads
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def two_cores():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 def test_lanes_take_slots_one_by_one_the_heaviest_first(two_cores):
