@@ -127,6 +127,9 @@ class FakeLoop:
         self._unreported.discard(trial_id)
         self.log.append(("leave", trial_id, self.num_steps))
 
+    def check(self) -> None:
+        pass
+
     def snapshot(self, trial_id: str) -> Callable[[Path], None]:
         state = json.dumps({"step": self._steps[trial_id], "trained": self._trained[trial_id]})
 

@@ -75,7 +75,8 @@ def _join(loop: Loop, seat: Seat) -> Result:
     """Seat a trial in the loop, or say why it cannot be: the others go on without it.
 
     Raises:
-        OSError: its checkpoint cannot be put down here, which is the machine's fault and not its own.
+        OSError: a file cannot be read or written here, which is the machine's fault and not the trial's.
+        Exception: the base cannot be computed either.
     """
     if seat.files is None:
         return _seat(loop, seat, None)
@@ -87,9 +88,13 @@ def _join(loop: Loop, seat: Seat) -> Result:
 def _seat(loop: Loop, seat: Seat, folder: Path | None) -> Result:
     try:
         return {"account": loop.join(seat.trial_id, seat.config, folder)}
+    except OSError:  # of a checkpoint that is damaged `join` says so otherwise
+        raise
     except Exception as error:  # logged, and this trial's recorded end; `join` has freed the slot
+        reason = f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            logger.warning("%s finds no memory for its slot: %s", seat.trial_id, reason)
+            return {"status": "out_of_memory", "reason": reason}
         logger.error("%s cannot join", seat.trial_id, exc_info=error)
-        return {
-            "status": "out_of_memory" if is_out_of_memory(error) else "failed",
-            "reason": f"{type(error).__name__}: {error}",
-        }
+        loop.check()
+        return {"status": "failed", "reason": reason}

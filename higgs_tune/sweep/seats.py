@@ -46,6 +46,10 @@ class Loop(Protocol):
         """Free a resident's slot."""
         ...
 
+    def check(self) -> None:
+        """Compute the base without any adapter; raises if this process cannot even do that."""
+        ...
+
     def snapshot(self, trial_id: str) -> Snapshot:
         """What writes a resident's adapter and training state as they are now, at any time."""
         ...

@@ -59,6 +59,7 @@ class Table:
         self.clock = 0  # optimizer steps of the pack
         self.absent: set[str] = set()  # on the roster, but waited for too long
         self._num_slots = num_slots
+        self._capacity = num_slots  # fewer, until somebody leaves, after memory has run out
         self._strict = strict
         self._ahead = ahead if strict else 0
         self._attempts: dict[str, int] = {}  # the newest with which each trial has come
@@ -148,7 +149,7 @@ class Table:
         out = self._due_to_leave()
         self._leaving = [(s, since) for s, since in self._leaving if since is None or s not in out]
         for seat in out:
-            del self.residents[seat.trial_id]
+            self._vacate(seat)
         joining = self._due_to_join()
         self.residents.update((seat.trial_id, seat) for seat in joining)
         return out, joining
@@ -182,14 +183,20 @@ class Table:
                 seat.reports.append(Report(self.clock, trial_id, result, snapshot))
             if result["status"] != "running":
                 seat.ended = True
-                del self.residents[trial_id]
+                self._vacate(seat)
                 ended.append(trial_id)
         return ended
 
     def refused(self, seat: Seat, result: Result) -> None:
-        """A seat that was to join the pack cannot."""
-        seat.ended = True
+        """A seat that was to join the pack cannot.
+
+        If memory is what it lacks and others are there, it waits until one of them leaves.
+        """
         del self.residents[seat.trial_id]
+        if result["status"] == "out_of_memory" and self.residents:
+            self._capacity = len(self.residents)
+            return
+        seat.ended = True
         if self.seats.get(seat.trial_id) is seat:
             seat.reports.append(Report(self.clock, seat.trial_id, result, None))
 
@@ -239,6 +246,11 @@ class Table:
     def _takes_effect(self, report: Report) -> int:
         return report.due + self._ahead
 
+    def _vacate(self, seat: Seat) -> None:
+        """A resident's slot is free."""
+        del self.residents[seat.trial_id]
+        self._capacity = self._num_slots
+
     def _waiting(self) -> list[Seat]:
         """Seats without a slot, in the order in which they get one."""
         seats = [
@@ -260,7 +272,7 @@ class Table:
     def _due_to_join(self) -> list[Seat]:
         ready = [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
         ready = [seat for seat in ready if seat.trial_id not in self.residents]
-        return ready[: self._num_slots - len(self.residents)]
+        return ready[: self._capacity - len(self.residents)]
 
     def _skip_to_next_change(self) -> None:
         """Nobody trains, so the clock goes to the next step at which that can change."""

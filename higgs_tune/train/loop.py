@@ -131,6 +131,10 @@ class PackLoop:
         self._gradients.room.forget([slot])
         self._validator.room.forget([slot])
 
+    def check(self) -> None:
+        """Compute the base without any adapter; raises if not even that works in this process."""
+        self._validator.bare()
+
     def save(self, trial_id: str, directory: Path) -> None:
         """Write the trial's adapter in PEFT's format and its training state into an empty folder.
 
@@ -212,7 +216,7 @@ class PackLoop:
         alive = [t for t, run in due.items() if healthy[run.resident.slot] and run.ended is None]
         started = time.monotonic()
         validated = self._validator.validate(alive) if alive else {}
-        raise_if_all_failed(validated, len(pending), probe=self._validator.bare)
+        raise_if_all_failed(validated, len(pending), probe=self.check)
         self.validate_s += time.monotonic() - started
         for trial_id, run in due.items():
             figures = validated.get(trial_id, {})

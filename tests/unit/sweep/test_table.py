@@ -185,3 +185,38 @@ def test_a_trial_that_sits_down_again_takes_its_slot_after_it_was_freed():
     sit(table, "t0")
     table.next_report()
     assert changes(table) == (["t0"], ["t0"])
+
+
+@pytest.mark.parametrize("leaves", ["ends", "stopped"])
+def test_who_finds_no_memory_waits_until_somebody_leaves(leaves):
+    table = table_of("t0", "t1", "t2", slots=3)
+    lacking = {"status": "out_of_memory", "reason": "MemoryError: full"}
+    table.refused(table.seats["t2"], lacking)
+    assert table.can_train()
+    assert not table.needs_a_look()
+    assert changes(table) == ([], [])
+    if leaves == "ends":
+        report(table, "t0", at=25, status="completed")
+        assert changes(table) == ([], ["t2"])
+    else:
+        report(table, "t0", at=25)
+        assert table.next_report() is not None
+        table.drop("t0")
+        table.gone(Roster(2, ("t1", "t2"), 0))
+        assert table.next_report() is None
+        table.clock = 30
+        assert changes(table) == (["t0"], ["t2"])
+    assert not table.seats["t2"].reports
+
+
+def test_who_finds_no_memory_with_nobody_else_there_ends():
+    table = table_of("t0", "t1", slots=2)
+    lacking = {"status": "out_of_memory", "reason": "MemoryError: full"}
+    first, second = table.seats["t0"], table.seats["t1"]
+    table.refused(first, lacking)  # `second` joins with it
+    table.refused(second, lacking)
+    assert second.ended
+    assert changes(table) == ([], ["t0"])  # now with the pack to itself
+    table.refused(first, lacking)
+    assert first.ended
+    assert first.reports[0].result == lacking

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from higgs_tune.errors import DataError, HiggsTuneError
+from higgs_tune.errors import DataError, HiggsTuneError, ModelError
 from higgs_tune.sweep import pack
 from higgs_tune.sweep.seats import Roster, SlotLostError
 from tests.sweep_fakes import FakeLoop
@@ -69,18 +69,89 @@ def test_a_trial_that_stops_asking_loses_its_slot_and_can_come_back(make_config)
     run(scenario())
 
 
-def test_a_trial_that_cannot_join_fails_alone(make_config):
+def broken_join(error, num_beside=0):
+    """A FakeLoop.join that fails with so many trials there."""
+    join = FakeLoop.join
+
+    def joined(self, *args):
+        if len(self._steps) >= num_beside:
+            raise error
+        return join(self, *args)
+
+    return joined
+
+
+def test_a_trial_that_cannot_join_fails_alone(make_config, monkeypatch):
     async def scenario():
+        error = ModelError("its file is damaged")
         worker = make_worker(make_config)
         await worker.sync(Roster(1, ("t0", "t1"), 0))
-        await seat(worker, "t0", batch_clips=13)
-        await seat(worker, "t1")
-        refused, fine = asking(worker, "t0"), asking(worker, "t1")
+        monkeypatch.setattr(FakeLoop, "join", broken_join(error, num_beside=1))
+        await seat(worker, "t0", "t1")
+        fine, refused = asking(worker, "t0"), asking(worker, "t1")
         result = await refused
+        assert result["status"] == "failed"
+        assert result["reason"] == "ModelError: its file is damaged"
+        await worker.sync(Roster(2, ("t0",), 0))
+        assert (await fine)["status"] == "running"
+
+    run(scenario())
+
+
+def test_a_trial_without_memory_beside_others_waits_until_one_leaves(make_config, monkeypatch):
+    async def scenario():
+        worker = make_worker(make_config, slots=3)
+        await worker.sync(Roster(1, ("t0", "t1"), 0))
+        error = MemoryError("its new modules")
+        monkeypatch.setattr(FakeLoop, "join", broken_join(error, num_beside=1))
+        await seat(worker, "t0", "t1")
+        asking(worker, "t1")
+        for step in (25, 50, 75, 100):
+            assert (await worker.next_result("t0"))["step"] == step
+        await worker.sync(Roster(2, ("t1",), 0))
+        loop = await worker._loaded()
+        assert isinstance(loop, FakeLoop)
+        while len(loop.log) < 3:
+            await asyncio.sleep(0.002)
+        assert [entry[:2] for entry in loop.log] == [
+            ("join", "t0"),
+            ("leave", "t0"),
+            ("join", "t1"),
+        ]
+
+    run(scenario())
+
+
+def test_a_trial_that_finds_no_memory_with_nobody_beside_it_ends(make_config):
+    async def scenario():
+        worker = make_worker(make_config)
+        await worker.sync(Roster(1, ("t0",), 0))
+        await seat(worker, "t0", batch_clips=13)
+        result = await worker.next_result("t0")
         assert result["status"] == "out_of_memory"
         assert result["reason"] == "MemoryError: 13 clips do not fit"
-        await worker.sync(Roster(2, ("t1",), 0))
-        assert (await fine)["status"] == "running"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("sick", ["check", "file"])
+def test_a_join_that_fails_by_the_machines_fault_is_no_trials_end(make_config, monkeypatch, sick):
+    def not_even_the_base(self):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    error = {"check": ValueError("t0"), "file": OSError(errno.EIO, "Input/output error")}[sick]
+    monkeypatch.setattr(FakeLoop, "join", broken_join(error))
+    if sick == "check":
+        monkeypatch.setattr(FakeLoop, "check", not_even_the_base)
+
+    async def scenario():
+        ended = asyncio.get_running_loop().create_future()
+        worker = make_worker(make_config, exit_process=ended.set_result)
+        await worker.sync(Roster(1, ("t0",), 0))
+        await seat(worker, "t0")
+        with pytest.raises((RuntimeError, OSError), match=r"illegal memory|Input/output"):
+            await worker.next_result("t0")
+        assert await asyncio.wait_for(ended, 10) == 1
 
     run(scenario())
 

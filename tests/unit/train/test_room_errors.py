@@ -1,6 +1,7 @@
 """Errors that are not about memory: a trial's own end it alone, everyone's end the process."""
 
 import pytest
+import torch
 
 from higgs_tune import metrics
 from higgs_tune.train.engine import Engine
@@ -105,3 +106,13 @@ def test_an_error_that_is_its_own_cause_ends_its_trial(dataset, monkeypatch):
     loop = loop_of(dataset)
     limit_clips(monkeypatch, lambda slots, num: 1 not in slots, error)
     assert loop.advance()["b"]["status"] == "failed"
+
+
+def test_a_check_tells_a_process_that_cannot_even_compute_the_base(dataset, monkeypatch):
+    loop = loop_of(dataset, "ab")
+    before = loop.engine.state("a").weights
+    loop.check()
+    assert all(torch.equal(loop.engine.state("a").weights[n], w) for n, w in before.items())
+    limit_clips(monkeypatch, lambda slots, num: False, ValueError("device lost"), "evaluate")
+    with pytest.raises(ValueError, match="device lost"):
+        loop.check()
