@@ -28,7 +28,7 @@ from higgs_tune.sweep.scheduler import num_checkpoints
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.source import TrialSource
 from higgs_tune.sweep.study import TrialRecord
-from higgs_tune.sweep.table import NUM_QUEUED
+from higgs_tune.sweep.table import num_seats
 from higgs_tune.sweep.trainable import PackTrial
 from higgs_tune.sweep.workers import Workers
 
@@ -143,7 +143,7 @@ class Sweep:
                 search_alg=source,
                 scheduler=scheduler,
                 num_samples=-1,  # the source knows when it is over
-                max_concurrent_trials=tune.num_workers * (slots_of(self.config) + NUM_QUEUED),
+                max_concurrent_trials=tune.num_workers * num_seats(slots_of(self.config)),
                 reuse_actors=True,
                 trial_name_creator=_trial_id,
                 trial_dirname_creator=_trial_id,

@@ -19,7 +19,13 @@ from typing import Any
 from higgs_tune.config import TrialConfig
 from higgs_tune.sweep.seats import Files, Lease, Result, Roster, Snapshot
 
-NUM_QUEUED = 1  # trials that wait for the next slot to be freed, so that it is filled at once
+
+def num_seats(num_slots: int) -> int:
+    """How many trials a worker takes: one a slot, and some that wait, so that a freed slot is filled at once.
+
+    Trials that start together end together, and the more slots the more of them.
+    """
+    return num_slots + max(1, num_slots // 4)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Table:
         self.clock = 0  # optimizer steps of the pack
         self.absent: set[str] = set()  # on the roster, but waited for too long
         self._num_slots = num_slots
+        self._num_seats = num_seats(num_slots)
         self._capacity = num_slots  # fewer, until somebody leaves, after memory has run out
         self._strict = strict
         self._ahead = ahead if strict else 0
@@ -82,7 +89,7 @@ class Table:
         if attempt < self._attempts.get(trial_id, 0):
             return "outdated"
         others = [s for s in self.seats.values() if s.trial_id != trial_id and not s.ended]
-        if len(others) >= self._num_slots + NUM_QUEUED:
+        if len(others) >= self._num_seats:
             return "full"
         self.drop(trial_id)
         self.seats[trial_id] = Seat(trial_id, config, files, roster_version)
@@ -224,7 +231,7 @@ class Table:
     def _is_complete(self) -> bool:
         """Whether everyone on the roster sits and asks, and nobody else could be sent."""
         live = set(self.roster.live)
-        full = len(live) >= self._num_slots + NUM_QUEUED or self.roster.to_come == 0
+        full = len(live) >= self._num_seats or self.roster.to_come == 0
         return full and not self.idle() and live - self.absent == set(self.seats)
 
     def _is_open(self) -> bool:

@@ -129,6 +129,14 @@ def test_a_full_budget_frees_the_slot_for_the_trial_that_is_queued():
     assert changes(table) == ([], ["t2"])
 
 
+def test_a_large_pack_has_somebody_for_each_of_two_slots_freed_at_one_step():
+    names = [f"t{n}" for n in range(10)]
+    table = table_of(*names, slots=8, to_come=5)
+    assert table.join("t10", CONFIG, None, 1, 0) == "full"
+    report(table, "t0", "t1", at=25, status="completed")
+    assert changes(table) == ([], ["t8", "t9"])
+
+
 def test_one_that_sits_down_while_a_decision_is_awaited_is_not_there_before_it_takes_effect():
     table = table_of("t0", "t1", "t2", slots=2, to_come=1)
     report(table, "t0", at=25, status="completed")
