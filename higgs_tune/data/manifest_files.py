@@ -5,7 +5,7 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -101,6 +101,7 @@ def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
                 f"{path}: the first line names the columns {names}; needed one of {PATH} and one "
                 f"of {TEXT + TEXT_FILE}."
             )
+        _check_names(path, [name for name in names if name])
         before: list[str] = []
         for number, (line, cells) in enumerate(rows, start=1):
             fields: Any = dict(zip(names, cells, strict=False))
@@ -143,6 +144,13 @@ def _cells(path: Path, file: TextIO, is_tsv: bool) -> Iterator[tuple[int, list[s
             yield line, cells
 
 
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(
+            f"{path}: has several columns named {', '.join(twice)}. Rename all but one of each."
+        )
+
+
 def _opens_quote(cell: str) -> bool:
     return cell.startswith('"') and cell.count('"') % 2 == 1
 
@@ -158,8 +166,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER) as file:
             names = file.schema_arrow.names
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise DataError(f"{path}: has several columns named {', '.join(twice)}.")
+            _check_names(path, names)
             for batch in file.iter_batches(_PARQUET_ROWS):
                 for fields in batch.to_pylist():
                     number += 1

@@ -1,6 +1,6 @@
 """`higgs-tune evaluate` from settings to files: evaluate.json, clips.jsonl, evaluate.html, audio/."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,12 @@ import torch
 from higgs_tune.config import BaseSettings, DataSettings
 from higgs_tune.data.codec import load_codec
 from higgs_tune.data.dataset import Dataset
-from higgs_tune.data.files import write_json, write_json_lines
 from higgs_tune.errors import ConfigError
-from higgs_tune.files import write_text
+from higgs_tune.files import write_json, write_json_lines, write_text, writing
 from higgs_tune.listen.clips import choose_clips
 from higgs_tune.listen.evaluate import RECORDING, Bench, Judges, means, recording_rows, system_rows
 from higgs_tune.listen.losses import validation_losses
-from higgs_tune.listen.options import EvaluateOptions, SpeechOptions
+from higgs_tune.listen.options import AGAIN, EvaluateOptions, SpeechOptions
 from higgs_tune.listen.page import render_page
 from higgs_tune.listen.systems import check_codec, check_data_codec, name_systems
 from higgs_tune.listen.voices import Recogniser, VoiceJudge
@@ -102,10 +101,20 @@ def run_evaluation(
         "recording": recorded,
         "systems": results,
     }
-    write_json_lines(out / CLIPS, rows)
-    write_json(out / DATA, result)
-    write_text(out / PAGE, render_page(result, rows))
+    write_result(out, result, rows)
     return out / PAGE
+
+
+def write_result(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the figures, a line for each clip, and the page.
+
+    Raises:
+        DataError: a file cannot be written; each of the others is whole.
+    """
+    with writing(out, AGAIN):
+        write_json_lines(out / CLIPS, rows)
+        write_json(out / DATA, result)
+        write_text(out / PAGE, render_page(result, rows))
 
 
 def _codec_of(dataset: Dataset, path: str) -> str:

@@ -73,9 +73,11 @@ def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:
         return f"Trial 0, the configuration set by hand, was not beaten ({runs})."
     difference = choice.difference
     if difference is None:
+        if not choice.baseline_runs:
+            return "Trial 0 did not run its full budget, so there is no fair comparison with it."
         return (
-            "Trial 0 did not run the full budget with the same seed, so there is no fair comparison "
-            "with it."
+            "Trial 0 ran with another seed. Whether the difference is more than chance only the confirm "
+            "stage tells (confirm.num_configs)."
         )
     size = f"{nats(abs(difference.mean))} nats per token"
     direction = "lower" if difference.mean < 0 else "higher"

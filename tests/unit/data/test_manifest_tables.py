@@ -38,6 +38,13 @@ def test_csv_without_the_needed_columns_is_an_error(tmp_path: Path):
         read(tmp_path / "m.csv", "a.wav,hello\n")
 
 
+@pytest.mark.parametrize("name, comma", [("m.csv", ","), ("m.tsv", "\t")])
+def test_a_column_that_is_there_twice_is_an_error(tmp_path: Path, name: str, comma: str):
+    rows = "path,text,speaker, Text,,\na.wav,hello,anna,other,,\n".replace(",", comma)
+    with pytest.raises(DataError, match=r"m\.[ct]sv: has several columns named text\. Rename"):
+        read(tmp_path / name, rows)
+
+
 def test_tsv_has_no_quotes_and_no_row_takes_in_the_next(tmp_path: Path):
     texts = ['"Ja, sagte er.', '"Nein".', 'Er sagte "ja"', '"Ja"', '""', 'a ""b""', '"', "it's"]
     lines = [f"{n}.wav\t{text}\tanna\n" for n, text in enumerate(texts)]

@@ -9,6 +9,7 @@ import soundfile
 from higgs_tune import cli
 from higgs_tune.errors import DataError
 from higgs_tune.listen.picture import draw_spectrogram
+from higgs_tune.listen.run import write_result
 from higgs_tune.listen.takes import write_wav
 from tests.full_disk import largest_file
 
@@ -36,6 +37,15 @@ def test_clips_that_do_not_fit_leave_what_stood_there(tmp_path):
         assert re.search(message, str(caught.value))
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
     assert (tmp_path / "a.wav").read_bytes() == former
+
+
+def test_figures_that_do_not_fit_are_one_error_that_promises_nothing(tmp_path):
+    rows = [{"clip": "a" * 3000}]
+    with largest_file(2000), pytest.raises(DataError) as caught:
+        write_result(tmp_path, {}, rows)
+    message = rf"^{tmp_path}: cannot be written: .*File too large.* another --out.* again\.$"
+    assert re.search(message, str(caught.value))
+    assert not list(tmp_path.iterdir())
 
 
 def test_speech_that_does_not_fit_is_one_error(tmp_path, capsys):

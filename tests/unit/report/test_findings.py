@@ -65,6 +65,17 @@ def test_best_that_is_worse_than_an_infeasible_trial_0_is_called_that(tmp_path: 
     assert "Trial 0 could not be chosen: it let audio loss rise beyond its limit." in said
 
 
+@pytest.mark.parametrize("num_steps, said", [(150, "ran with another seed"), (75, "did not run")])
+def test_without_a_confirm_stage_single_runs_are_not_compared(
+    tmp_path: Path, num_steps: int, said: str
+) -> None:
+    builder = Builder(tmp_path, sweep_config(confirm={"num_configs": 0})).start()
+    rows = curve(CONFIG, 3.0, 0.4, 3.9, 150)[: num_steps // 25]
+    builder.trial("t000", CONFIG, rows, origin="baseline")
+    builder.trial("t001", trial_config(seed=7), curve(CONFIG, 2.0, 0.4, 3.9, 150))
+    assert f"Trial 0 {said}" in sentence(findings(tmp_path), "found")
+
+
 def test_text_loss_that_rose_is_not_said_to_have_fallen(tmp_path: Path) -> None:
     found = pairs(tmp_path, [9.0, 9.1], [8.0, 8.1], gain=0.0)
     assert "fell" not in sentence(found, "listening")
