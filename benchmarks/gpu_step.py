@@ -60,6 +60,8 @@ class Side:
         batches: Sequence[Batch],
         device: torch.device,
         base_bytes: int,
+        *,
+        count_syncs: bool = True,
     ) -> "Side":
         """Build a side and do its first steps."""
         side = cls(adapters, device)
@@ -67,7 +69,7 @@ class Side:
         others = torch.cuda.memory_allocated(device) - base_bytes if cuda else 0
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        side.attempt(lambda: side.start(build(), batches))
+        side.attempt(lambda: side.start(build(), batches, count_syncs=count_syncs))
         if cuda:
             side.peak_bytes = torch.cuda.max_memory_allocated(device) - others
         return side
@@ -83,11 +85,13 @@ class Side:
             self.step = None
             free_memory()
 
-    def start(self, step: Step, batches: Sequence[Batch]) -> None:
+    def start(self, step: Step, batches: Sequence[Batch], *, count_syncs: bool) -> None:
         """The checked steps, then one whose host syncs are counted."""
         for batch in batches[:NUM_CHECKED]:
             self.losses.append([float(loss) for loss in step(batch[: self.adapters])])
-        self.host_syncs = count_host_syncs(lambda: step(batches[0][: self.adapters]), self.device)
+        if count_syncs:
+            first = batches[0][: self.adapters]
+            self.host_syncs = count_host_syncs(lambda: step(first), self.device)
         self.step = step
 
     def timed(self, batch: Batch) -> None:
@@ -152,7 +156,8 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """Measure each number of adapters; yields its record. Ends with the first that does not fit.
 
-    With `split` our pack is spread over the cores of a CPU, and its host syncs are not seen.
+    With `split` our pack is spread over the cores of a CPU, and its host syncs are not seen; those of a
+    compiled step are counted on a GPU only.
     """
     parameter = next(base.model.parameters())
     device, dtype = parameter.device, parameter.dtype
@@ -172,7 +177,8 @@ def compare(
     for adapters in args.adapters:
         predicted = predicted_bytes(base, args.rank, adapters, batches[0][0])
         make = partial(our_step, base, args.rank, adapters, split=split)
-        ours = Side.made(make, adapters, batches, device, base_bytes)
+        countable = not base.compile or device.type == "cuda"
+        ours = Side.made(make, adapters, batches, device, base_bytes, count_syncs=countable)
         if stock is None:
             stock = Side.made(partial(stock_step, base, args.rank), 1, batches, device, base_bytes)
         compared = check_losses(ours, stock, dtype)

@@ -26,9 +26,9 @@ from higgs_tune.config import BaseSettings
 from higgs_tune.model.load import Base, load_base
 
 
-def embedded_base(device: str) -> Base:
+def embedded_base(device: str, *, compile: bool = False) -> Base:
     """The embedded base; a text of random numbers, as random_base.py makes it, is as many ids."""
-    base = load_base(BaseSettings(device=device))
+    base = load_base(BaseSettings(device=device, compile=compile))
     vocabulary = base.vocabulary
     first = max(vocabulary.control_ids) + 1
 
@@ -91,6 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text-share", type=float, default=0.15, help="of a clip's rows")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="base.compile in ours")
     parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
     args = parser.parse_args()
     args.clips = 1
@@ -101,7 +102,7 @@ def main() -> None:
     """Measure, print a line for each pack, write JSON and a picture."""
     args = arguments()
     torch.set_num_threads(args.threads)
-    base = embedded_base(args.device)
+    base = embedded_base(args.device, compile=args.compile)
     device = next(base.model.parameters()).device
     packs: list[dict[str, Any]] = []
     result = {"machine": machine(device), "settings": settings_of(args), "packs": packs}

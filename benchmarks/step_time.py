@@ -1,16 +1,18 @@
 """Time of one optimizer step: ours (a pack of one) against stock transformers + PEFT.
 
-    python benchmarks/step_time.py [--clips 8] [--repeats 15] [--out results/step_time.json]
+    python benchmarks/step_time.py [--clips 8] [--repeats 15] [--compile] [--out results/step_time.json]
 
-The embedded base and its clips; same labels, same start, AdamW on both sides. The two alternate in one
+The embedded base and its clips; same labels, same start, AdamW on all sides. They alternate in one
 process, and the figure is the ratio of medians. Losses are compared first: a faster step that computes
-something else would be no result.
+something else would be no result. With --compile ours also runs with `base.compile`, whose first step, which
+compiles, is told apart.
 """
 
 import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from higgs_tune.model.load import load_base
 
 
 def picture(times: dict[str, list[float]]) -> Figure:
-    """Every step of both sides, in the order in which they were taken."""
+    """Every step of each side, in the order in which they were taken."""
     figure, (axes,) = new_figure()
     for color, (name, taken) in zip(COLORS, times.items(), strict=False):
         axes.plot([1000 * t for t in taken], marker="o", color=color, label=name)
@@ -42,9 +44,11 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    base = load_base(BaseSettings())
+    base = load_base(BaseSettings(compile=args.compile))
+    eager = replace(base, compile=False)
     device = next(base.model.parameters()).device
     facts = machine(device)
     num_codebooks = base.model.config.num_codebooks
@@ -55,11 +59,17 @@ def main() -> None:
     ]
     batches = [b for b in batches if count_targets(b, num_codebooks).text]
     batches = [b for b in batches if count_targets(b, num_codebooks).audio_C.all()]
-    steps = {"ours": our_step(base, args.rank, 1), "stock": stock_step(base, args.rank)}
-    first = [float(step([batches[0]])[0]) for step in steps.values()]
-    if not abs(first[0] - first[1]) < 1e-3 * abs(first[1]):
-        raise SystemExit(f"the first losses differ: ours {first[0]}, stock {first[1]}")
-    times: dict[str, list[float]] = {"ours": [], "stock": []}
+    steps = {"ours": our_step(eager, args.rank, 1), "stock": stock_step(base, args.rank)}
+    if args.compile:
+        steps["ours compiled"] = our_step(base, args.rank, 1)
+    first, first_s = {}, {}
+    for name, step in steps.items():
+        started = time.perf_counter()
+        first[name] = float(step([batches[0]])[0])
+        first_s[name] = round(time.perf_counter() - started, 1)
+    if not all(abs(loss - first["stock"]) < 1e-3 * abs(first["stock"]) for loss in first.values()):
+        raise SystemExit(f"the first losses differ: {first}")
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for examples in batches[1:]:
         for name, step in steps.items():
             synchronise(device)
@@ -67,11 +77,15 @@ def main() -> None:
             step([examples])
             synchronise(device)
             times[name].append(time.perf_counter() - started)
-    ours, theirs = (statistics.median(times[name]) for name in ("ours", "stock"))
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
     result = {
-        "ours_s": round(ours, 4),
-        "stock_s": round(theirs, 4),
-        "ratio": round(theirs / ours, 2),
+        "step_s": {name: round(seconds, 4) for name, seconds in medians.items()},
+        "stock_to_ours": {
+            name: round(medians["stock"] / seconds, 2)
+            for name, seconds in medians.items()
+            if name != "stock"
+        },
+        "first_step_s": first_s,
         "clips": args.clips,
         "rows_per_step": round(statistics.mean(sum(e.num_rows for e in b) for b in batches)),
         "repeats": len(times["ours"]),
