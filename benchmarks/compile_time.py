@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import machine, save, settings_of
+from output import machine, save, settings_of
 from sides import start_of, synchronise, trial_of
 from step_time import picture
 

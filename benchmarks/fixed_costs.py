@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
-from results import COLORS, machine, new_figure, num_cpus, save, settings_of
+from output import COLORS, machine, new_figure, num_cpus, save, settings_of
 from stock_base import REPORTED, STARTED
 from sweep_time import HERE, WAYS, Results, environment, our_trials, settings_file, timed
 

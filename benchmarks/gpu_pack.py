@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from gpu_step import NUM_BATCHES, adapter_counts, compare, free_memory
 from matplotlib.figure import Figure
+from output import COLORS, machine, new_figure, ratio, save, settings_of
 from random_base import PRESETS, random_base, random_clips
-from results import COLORS, machine, new_figure, ratio, save, settings_of
 from sides import our_step, predicted_bytes, stock_step, synchronise
 
 from higgs_tune.device import resolve_device

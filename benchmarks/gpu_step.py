@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from host_syncs import count_host_syncs
+from output import machine, settings_of
 from random_base import PRESETS, random_base, random_clips, step_flops
-from results import machine, settings_of
 from sides import Step, our_step, predicted_bytes, stock_step, synchronise
 
 from higgs_tune.data.tokens import Encoded

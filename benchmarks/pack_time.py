@@ -20,7 +20,7 @@ import torch
 from gpu_step import adapter_counts, compare
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
-from results import COLORS, machine, new_figure, num_cpus, ratio, save, settings_of
+from output import COLORS, machine, new_figure, num_cpus, ratio, save, settings_of
 
 from higgs_tune.config import BaseSettings
 from higgs_tune.model.load import Base, load_base

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
-from results import COLORS, machine, new_figure, ratio, save, settings_of
+from output import COLORS, machine, new_figure, ratio, save, settings_of
 from sweep_model import Costs, Failures, Search, simulate
 
 from higgs_tune.config import SchedulerSettings

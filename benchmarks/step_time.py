@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from results import COLORS, machine, new_figure, save, settings_of
+from output import COLORS, machine, new_figure, save, settings_of
 from sides import our_step, stock_step, synchronise
 
 from higgs_tune.config import BaseSettings, TaskMix

@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
-from results import COLORS, machine, new_figure, num_cpus, ratio, save, settings_of
+from output import COLORS, machine, new_figure, num_cpus, ratio, save, settings_of
 
 from higgs_tune.config_file import load_sweep, to_yaml
 from higgs_tune.files import write_json, write_text
