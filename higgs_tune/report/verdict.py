@@ -74,10 +74,12 @@ def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:
     difference = choice.difference
     if difference is None:
         if not choice.baseline_runs:
-            return "Trial 0 did not run its full budget, so there is no fair comparison with it."
+            who = "None of trial 0's confirm runs" if choice.confirm == "done" else "Trial 0 never"
+            return f"{who} reached the full budget, so there is no fair comparison with it."
+        why = "is switched off" if choice.confirm == "skipped" else "has not finished"
         return (
-            "Trial 0 ran with another seed. Whether the difference is more than chance only the confirm "
-            "stage tells (confirm.num_configs)."
+            "Trial 0 ran with another seed. How much of the difference is chance the confirm stage would "
+            f"tell, which {why}."
         )
     size = f"{nats(abs(difference.mean))} nats per token"
     direction = "lower" if difference.mean < 0 else "higher"

@@ -14,6 +14,10 @@ from higgs_tune.sweep.table import Seat
 logger = logging.getLogger(__name__)
 
 KEPT = ("running", "completed")  # the statuses of which a checkpoint is worth keeping
+NO_MEMORY = (
+    "%s finds no memory for its slot and waits until a neighbour leaves. "
+    "To avoid it, lower tune.slots_per_worker. (%s)"
+)
 
 
 def description(loop: Loop) -> dict[str, Any]:
@@ -75,8 +79,8 @@ def _join(loop: Loop, seat: Seat) -> Result:
     """Seat a trial in the loop, or say why it cannot be: the others go on without it.
 
     Raises:
-        OSError: a file cannot be read or written here, which is the machine's fault and not the trial's.
-        Exception: the base cannot be computed either.
+        Exception: it is the machine's fault and not the trial's: a file cannot be written or read here,
+            or not even the base can be computed.
     """
     if seat.files is None:
         return _seat(loop, seat, None)
@@ -88,13 +92,21 @@ def _join(loop: Loop, seat: Seat) -> Result:
 def _seat(loop: Loop, seat: Seat, folder: Path | None) -> Result:
     try:
         return {"account": loop.join(seat.trial_id, seat.config, folder)}
-    except OSError:  # of a checkpoint that is damaged `join` says so otherwise
-        raise
-    except Exception as error:  # logged, and this trial's recorded end; `join` has freed the slot
+    except (
+        Exception
+    ) as error:  # raised again, or this trial's recorded end; `join` has freed the slot
         reason = f"{type(error).__name__}: {error}"
         if is_out_of_memory(error):
-            logger.warning("%s finds no memory for its slot: %s", seat.trial_id, reason)
             return {"status": "out_of_memory", "reason": reason}
+        if _is_of_files(error):
+            raise
         logger.error("%s cannot join", seat.trial_id, exc_info=error)
-        loop.check()
+        if not isinstance(error, HiggsTuneError):
+            loop.check()
         return {"status": "failed", "reason": reason}
+
+
+def _is_of_files(error: Exception) -> bool:
+    """Whether the machine could not read or write; a file that is missing is the checkpoint's own fault."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)

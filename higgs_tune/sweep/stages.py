@@ -143,7 +143,8 @@ class Sweep:
                 search_alg=source,
                 scheduler=scheduler,
                 num_samples=-1,  # the source knows when it is over
-                max_concurrent_trials=tune.num_workers * num_seats(slots_of(self.config)),
+                max_concurrent_trials=tune.num_workers
+                * num_seats(slots_of(self.config), strict=tune.num_workers == 1),
                 reuse_actors=True,
                 trial_name_creator=_trial_id,
                 trial_dirname_creator=_trial_id,

@@ -20,12 +20,12 @@ from higgs_tune.config import TrialConfig
 from higgs_tune.sweep.seats import Files, Lease, Result, Roster, Snapshot
 
 
-def num_seats(num_slots: int) -> int:
-    """How many trials a worker takes: one a slot, and some that wait, so that a freed slot is filled at once.
+def num_seats(num_slots: int, *, strict: bool) -> int:
+    """How many trials a worker takes: one a slot, and some that wait to fill a freed slot at once.
 
-    Trials that start together end together, and the more slots the more of them.
+    The more slots the more end together. Among several workers each keeps one, as others may have room.
     """
-    return num_slots + max(1, num_slots // 4)
+    return num_slots + (max(1, num_slots // 4) if strict else 1)
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Seat:
     account: dict[str, Any] | None = None  # of its modules; goes out with its first result
     step: int = 0  # of the result handed out last
     snapshot: Snapshot | None = None  # as of that result
+    refused_after: int | None = None  # so many departures it found no memory for its slot
     reports: deque[Report] = field(default_factory=deque)  # not handed out yet
 
 
@@ -65,8 +66,8 @@ class Table:
         self.clock = 0  # optimizer steps of the pack
         self.absent: set[str] = set()  # on the roster, but waited for too long
         self._num_slots = num_slots
-        self._num_seats = num_seats(num_slots)
-        self._capacity = num_slots  # fewer, until somebody leaves, after memory has run out
+        self._num_seats = num_seats(num_slots, strict=strict)
+        self._num_departures = 0  # from the pack
         self._strict = strict
         self._ahead = ahead if strict else 0
         self._attempts: dict[str, int] = {}  # the newest with which each trial has come
@@ -194,22 +195,26 @@ class Table:
                 ended.append(trial_id)
         return ended
 
-    def refused(self, seat: Seat, result: Result) -> None:
-        """A seat that was to join the pack cannot.
+    def refused(self, seat: Seat, result: Result) -> bool:
+        """A seat that was to join the pack cannot; whether it waits to try again.
 
-        If memory is what it lacks and others are there, it waits until one of them leaves.
+        If memory is what it lacks and others are there, it does so until one of them leaves.
         """
         del self.residents[seat.trial_id]
         if result["status"] == "out_of_memory" and self.residents:
-            self._capacity = len(self.residents)
-            return
+            seat.refused_after = self._num_departures
+            return True
         seat.ended = True
+        self._num_departures += 1
         if self.seats.get(seat.trial_id) is seat:
             seat.reports.append(Report(self.clock, seat.trial_id, result, None))
+        return False
 
     def num_wanted(self) -> int:
-        """How many slots could be busy now, by the trials that are there or to come."""
-        return min(self._num_slots, self.num_unfinished() + self.roster.to_come)
+        """How many slots could be busy now, by the trials there or, if memory is not short, to come."""
+        num_lacking = sum(self._lacks_memory(seat) for seat in self.seats.values())
+        to_come = 0 if num_lacking else self.roster.to_come
+        return min(self._num_slots, self.num_unfinished() - num_lacking + to_come)
 
     def num_busy(self) -> int:
         """Slots with a trial in them; one that was stopped is busy no more, even if it trains on."""
@@ -254,16 +259,20 @@ class Table:
         return report.due + self._ahead
 
     def _vacate(self, seat: Seat) -> None:
-        """A resident's slot is free."""
+        """A resident's slot is free, and its memory."""
         del self.residents[seat.trial_id]
-        self._capacity = self._num_slots
+        self._num_departures += 1
+
+    def _lacks_memory(self, seat: Seat) -> bool:
+        return seat.refused_after == self._num_departures and not seat.ended
 
     def _waiting(self) -> list[Seat]:
-        """Seats without a slot, in the order in which they get one."""
+        """Seats without a slot that may have one, in the order in which they get it."""
         seats = [
             seat
             for seat in self.seats.values()
-            if not seat.ended and self.residents.get(seat.trial_id) is not seat
+            if self.residents.get(seat.trial_id) is not seat
+            and not (seat.ended or self._lacks_memory(seat))
         ]
         return sorted(seats, key=lambda seat: (seat.since or 0, seat.trial_id))
 
@@ -279,7 +288,7 @@ class Table:
     def _due_to_join(self) -> list[Seat]:
         ready = [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
         ready = [seat for seat in ready if seat.trial_id not in self.residents]
-        return ready[: self._capacity - len(self.residents)]
+        return ready[: self._num_slots - len(self.residents)]
 
     def _skip_to_next_change(self) -> None:
         """Nobody trains, so the clock goes to the next step at which that can change."""

@@ -123,7 +123,7 @@ class Worker:
         roster_version: int,
         attempt: int,
     ) -> Lease:
-        """Lease a slot, or the place of the next to get one."""
+        """Lease a slot, or a place among the next to get one."""
         if self._broken:
             return "full"
         lease = self._table.join(trial_id, config, files, roster_version, attempt)
@@ -264,8 +264,10 @@ class Worker:
         for seat, outcome in zip(joining, outcomes, strict=True):
             if "account" in outcome:
                 seat.account = outcome["account"]
-            else:
-                self._table.refused(seat, outcome)
+                continue
+            first = seat.refused_after is None
+            if self._table.refused(seat, outcome) and first:
+                logger.warning(pack.NO_MEMORY, seat.trial_id, outcome["reason"])
         return sum("account" in outcome for outcome in outcomes)
 
     async def _advance(self, loop: Loop) -> tuple[dict[str, float], int]:

@@ -103,7 +103,7 @@ class PackLoop:
         *,
         batches_per_step: int = 1,
     ) -> dict[str, Any]:
-        """Add a trial, fresh or from a folder that `save` wrote.
+        """Add a trial, fresh or from a folder that a snapshot wrote.
 
         Args:
             batches_per_step: how often each process takes `batch_clips` clips for one optimizer step.
@@ -111,13 +111,8 @@ class PackLoop:
         Returns:
             Its account: trainable "parameters", "modules" per target path, and the "step" it starts at.
         """
-        order = TrainOrder(
-            self._dataset,
-            self._data.tasks,
-            config.batch_clips * batches_per_step * self._world.size,
-            config.seed,
-            **self._examples.length_limits,
-        )
+        num_clips = config.batch_clips * batches_per_step * self._world.size
+        order = self.train_order(num_clips, config.seed)
         state = load_state(state_dir) if state_dir else None
         interval = Interval(**(load_interval(state_dir) if state_dir else {}))
         resident = self.engine.add(trial_id, config, state)
@@ -133,17 +128,17 @@ class PackLoop:
 
     def check(self) -> None:
         """Compute the base without any adapter; raises if not even that works in this process."""
-        self._validator.bare()
-
-    def save(self, trial_id: str, directory: Path) -> None:
-        """Write the trial's adapter in PEFT's format and its training state into an empty folder.
-
-        With several processes, `gather` comes first.
-        """
-        self.snapshot(trial_id)(directory)
+        try:
+            self._validator.bare()
+        except MemoryError as error:  # its neighbours have it
+            logger.warning("no memory to compute the base beside the pack: %s", error)
 
     def snapshot(self, trial_id: str) -> Callable[[Path], None]:
-        """What `save` does, for the trial as it is now: call it whenever, on whatever thread."""
+        """What writes the trial's adapter in PEFT's format and its training state into an empty folder.
+
+        It writes them as they are now: call it whenever, on whatever thread. With several processes,
+        `gather` comes first.
+        """
         run = self._runs[trial_id]
         run.interval.gather()
         state, interval = self.engine.state(trial_id), run.interval.state()
@@ -249,6 +244,11 @@ class PackLoop:
                 raise figures.error
             found[trial_id] = figures
         return found
+
+    def train_order(self, batch_clips: int, seed: int) -> TrainOrder:
+        """What a trial trains on; a DataError if the tasks and limits leave no row."""
+        limits = self._examples.length_limits
+        return TrainOrder(self._dataset, self._data.tasks, batch_clips, seed, **limits)
 
     def _train_step(self, active: dict[str, Run]) -> None:
         """One optimizer step of each active trial that has room for it."""

@@ -84,7 +84,9 @@ class Recorder:
 
         def write() -> None:
             with folder.writing(self._out):
-                folder.save_checkpoint(self._out, lambda fresh: self._loop.save(self._id, fresh))
+                folder.save_checkpoint(
+                    self._out, lambda fresh: self._loop.snapshot(self._id)(fresh)
+                )
 
         self._world.on_main(write)
         self._saved = position

@@ -18,7 +18,13 @@ def sweep_limits(config: SweepConfig, num_slots: int) -> PackLimits:
 
 
 def sweep_loop(config: SweepConfig, *, num_slots: int, device: str) -> PackLoop:
-    """A loop whose slots can hold every trial of a sweep, the two baselines included."""
+    """A loop whose slots can hold every trial of a sweep, the two baselines included.
+
+    Raises:
+        ConfigError, DataError, ModelError, LeakError: see `PackLoop.load`, `TrainOrder`.
+    """
     limits = sweep_limits(config, num_slots)
     base = config.base.model_copy(update={"device": device})
-    return PackLoop.load(base, config.data, limits)
+    loop = PackLoop.load(base, config.data, limits)
+    loop.train_order(1, 0)  # data without any row to train on are nobody's fault among the trials
+    return loop

@@ -19,6 +19,7 @@ from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.room import Ended, Room, Work, agree
 
 _TOKEN_BUDGET = 1024  # rows of one adapter in one forward; more leaves a CPU's caches
+_BARE = -1  # in place of a slot: what the base finds room for says nothing of an adapter's
 _CACHED_LAYOUTS = 8  # combinations of residents whose batches are kept
 
 
@@ -50,7 +51,7 @@ class Validator:
             MemoryError: not even one clip fits.
             Exception: whatever else a forward fails of, twice.
         """
-        found = self._figures((0,), bare=True)[0]
+        found = self._figures((_BARE,), bare=True)[_BARE]
         if isinstance(found, Ended):
             raise found.error
         return found

@@ -71,7 +71,7 @@ def test_a_copy_on_the_embedded_base_is_its_donor_trained_on_at_the_new_rate(tmp
             loop.advance()
         alone = tmp_path / f"{name}-alone"
         alone.mkdir()
-        loop.save(name, alone)
+        loop.snapshot(name)(alone)
         loop.leave(name)
         ours, expected = weights_of(files.folder(name) / ADAPTER), weights_of(alone)
         largest = max(

@@ -29,7 +29,7 @@ def loop_of(dataset, *trials):
 
 def saved(loop, trial_id, directory):
     directory.mkdir()
-    loop.save(trial_id, directory)
+    loop.snapshot(trial_id)(directory)
     return directory
 
 

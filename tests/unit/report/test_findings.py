@@ -65,7 +65,7 @@ def test_best_that_is_worse_than_an_infeasible_trial_0_is_called_that(tmp_path: 
     assert "Trial 0 could not be chosen: it let audio loss rise beyond its limit." in said
 
 
-@pytest.mark.parametrize("num_steps, said", [(150, "ran with another seed"), (75, "did not run")])
+@pytest.mark.parametrize("num_steps, said", [(150, "ran with another seed"), (75, "never reached")])
 def test_without_a_confirm_stage_single_runs_are_not_compared(
     tmp_path: Path, num_steps: int, said: str
 ) -> None:
@@ -74,6 +74,24 @@ def test_without_a_confirm_stage_single_runs_are_not_compared(
     builder.trial("t000", CONFIG, rows, origin="baseline")
     builder.trial("t001", trial_config(seed=7), curve(CONFIG, 2.0, 0.4, 3.9, 150))
     assert f"Trial 0 {said}" in sentence(findings(tmp_path), "found")
+
+
+def test_a_trial_0_that_failed_its_confirm_runs_only_is_said_to_have_done_that(
+    tmp_path: Path,
+) -> None:
+    builder = Builder(tmp_path).start()
+    for trial_id, text in (("t000", 3.0), ("t001", 2.0)):
+        origin = "baseline" if trial_id == "t000" else "search"
+        builder.trial(trial_id, CONFIG, curve(CONFIG, text, 0.4, 3.9, 150), origin=origin)
+        for seed in range(2):
+            config = trial_config(seed=100 + seed)
+            rows, status = curve(config, text, 0.4, 3.9, 150), "completed"
+            if trial_id == "t000":
+                rows, status = rows[:3], "diverged"
+            run_id = f"c{10 * int(trial_id[1:]) + seed:03d}"
+            builder.trial(run_id, config, rows, origin="confirm", confirms=trial_id, status=status)
+    said = sentence(findings(tmp_path), "found")
+    assert said.startswith("None of trial 0's confirm runs reached the full budget")
 
 
 def test_text_loss_that_rose_is_not_said_to_have_fallen(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import pytest
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.sweep.seats import Roster
-from higgs_tune.sweep.table import Table
+from higgs_tune.sweep.table import Table, num_seats
 
 CONFIG = TrialConfig(
     rank=8, alpha=32.0, targets=("attention",), learning_rate=1e-3, num_steps=100,
     report_every_steps=25,
 )  # fmt: skip
+LACKING = {"status": "out_of_memory", "reason": "MemoryError: full"}
 
 
 def table_of(*names: str, slots: int, to_come: int = 0, **options: Any) -> Table:
@@ -135,6 +136,7 @@ def test_a_large_pack_has_somebody_for_each_of_two_slots_freed_at_one_step():
     assert table.join("t10", CONFIG, None, 1, 0) == "full"
     report(table, "t0", "t1", at=25, status="completed")
     assert changes(table) == ([], ["t8", "t9"])
+    assert num_seats(8, strict=False) == 9  # among several workers the next may go elsewhere
 
 
 def test_one_that_sits_down_while_a_decision_is_awaited_is_not_there_before_it_takes_effect():
@@ -198,8 +200,8 @@ def test_a_trial_that_sits_down_again_takes_its_slot_after_it_was_freed():
 @pytest.mark.parametrize("leaves", ["ends", "stopped"])
 def test_who_finds_no_memory_waits_until_somebody_leaves(leaves):
     table = table_of("t0", "t1", "t2", slots=3)
-    lacking = {"status": "out_of_memory", "reason": "MemoryError: full"}
-    table.refused(table.seats["t2"], lacking)
+    assert table.refused(table.seats["t2"], LACKING)
+    assert table.num_wanted() == table.num_busy() == 2  # memory closes the third slot
     assert table.can_train()
     assert not table.needs_a_look()
     assert changes(table) == ([], [])
@@ -217,14 +219,22 @@ def test_who_finds_no_memory_waits_until_somebody_leaves(leaves):
     assert not table.seats["t2"].reports
 
 
-def test_who_finds_no_memory_with_nobody_else_there_ends():
+def test_who_finds_no_memory_keeps_no_smaller_one_from_the_slot():
+    table = table_of("t0", "t1", "t2", slots=2)
+    assert table.refused(table.seats["t1"], LACKING)
+    assert changes(table) == ([], ["t2"])
+    assert not table.refused(table.seats["t2"], LACKING | {"status": "failed"})
+    assert changes(table) == ([], ["t1"])  # what t2 had is free
+
+
+@pytest.mark.parametrize("status", ["failed", "out_of_memory"])
+def test_who_finds_no_memory_with_nobody_else_there_ends(status):
     table = table_of("t0", "t1", slots=2)
-    lacking = {"status": "out_of_memory", "reason": "MemoryError: full"}
     first, second = table.seats["t0"], table.seats["t1"]
-    table.refused(first, lacking)  # `second` joins with it
-    table.refused(second, lacking)
+    assert table.refused(first, LACKING)  # `second` joins with it
+    assert not table.refused(second, LACKING | {"status": status})
     assert second.ended
     assert changes(table) == ([], ["t0"])  # now with the pack to itself
-    table.refused(first, lacking)
+    assert not table.refused(first, LACKING)
     assert first.ended
-    assert first.reports[0].result == lacking
+    assert first.reports[0].result == LACKING

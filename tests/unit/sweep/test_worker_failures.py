@@ -98,7 +98,9 @@ def test_a_trial_that_cannot_join_fails_alone(make_config, monkeypatch):
     run(scenario())
 
 
-def test_a_trial_without_memory_beside_others_waits_until_one_leaves(make_config, monkeypatch):
+def test_a_trial_without_memory_beside_others_waits_until_one_leaves(
+    make_config, monkeypatch, caplog
+):
     async def scenario():
         worker = make_worker(make_config, slots=3)
         await worker.sync(Roster(1, ("t0", "t1"), 0))
@@ -113,6 +115,8 @@ def test_a_trial_without_memory_beside_others_waits_until_one_leaves(make_config
         assert isinstance(loop, FakeLoop)
         while len(loop.log) < 3:
             await asyncio.sleep(0.002)
+        (warning,) = [line for line in caplog.messages if "no memory for its slot" in line]
+        assert warning.startswith("t1 ") and "tune.slots_per_worker" in warning
         assert [entry[:2] for entry in loop.log] == [
             ("join", "t0"),
             ("leave", "t0"),
@@ -134,12 +138,23 @@ def test_a_trial_that_finds_no_memory_with_nobody_beside_it_ends(make_config):
     run(scenario())
 
 
-@pytest.mark.parametrize("sick", ["check", "file"])
+def unreadable() -> ModelError:
+    """What reading a checkpoint raises on a disk that fails."""
+    error = ModelError("not a readable adapter")
+    error.__cause__ = OSError(errno.EIO, "Input/output error")
+    return error
+
+
+@pytest.mark.parametrize("sick", ["check", "file", "checkpoint"])
 def test_a_join_that_fails_by_the_machines_fault_is_no_trials_end(make_config, monkeypatch, sick):
     def not_even_the_base(self):
         raise RuntimeError("CUDA error: an illegal memory access")
 
-    error = {"check": ValueError("t0"), "file": OSError(errno.EIO, "Input/output error")}[sick]
+    error = {
+        "check": ValueError("t0"),
+        "file": OSError(errno.EIO, "Input/output error"),
+        "checkpoint": unreadable(),
+    }[sick]
     monkeypatch.setattr(FakeLoop, "join", broken_join(error))
     if sick == "check":
         monkeypatch.setattr(FakeLoop, "check", not_even_the_base)
@@ -149,7 +164,7 @@ def test_a_join_that_fails_by_the_machines_fault_is_no_trials_end(make_config, m
         worker = make_worker(make_config, exit_process=ended.set_result)
         await worker.sync(Roster(1, ("t0",), 0))
         await seat(worker, "t0")
-        with pytest.raises((RuntimeError, OSError), match=r"illegal memory|Input/output"):
+        with pytest.raises(Exception, match=r"illegal memory|Input/output|readable adapter"):
             await worker.next_result("t0")
         assert await asyncio.wait_for(ended, 10) == 1
 

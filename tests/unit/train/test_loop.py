@@ -107,7 +107,7 @@ def test_a_snapshot_is_the_trial_as_it_was(dataset, tmp_path):
     steps = iter(range(1, 8))
     loop.advance(lambda: next(steps) == 3)
     write = loop.snapshot("a")
-    loop.save("a", tmp_path)
+    loop.snapshot("a")(tmp_path)
     assert loop.advance()["a"][metrics.STEP] == 5
     loop.advance()
     later = tmp_path / "later"
@@ -159,7 +159,7 @@ def test_resumed_trial_repeats_the_same_batches_and_losses(dataset, tmp_path):
     first.join("a", A)
     first.advance()
     first.advance()
-    first.save("a", tmp_path)
+    first.snapshot("a")(tmp_path)
     second = loop_of(dataset, A, num_slots=1)
     assert second.join("a", A, tmp_path)["step"] == 10
     for result in expected[2:]:
@@ -172,7 +172,7 @@ def test_trial_that_joins_at_its_budget_is_validated_once(dataset, tmp_path):
     first = loop_of(dataset, A, num_slots=1)
     first.join("a", A)
     expected = [first.advance()["a"] for _ in range(4)][-1]
-    first.save("a", tmp_path)
+    first.snapshot("a")(tmp_path)
     again = loop_of(dataset, A, B)
     again.join("a", A, tmp_path)
     again.join("b", B)
@@ -257,7 +257,7 @@ def test_a_trial_that_cannot_join_leaves_its_slot_free(dataset, tmp_path, monkey
         with pytest.raises(torch.OutOfMemoryError):
             loop.join("a", A)
     loop.join("a", A)
-    loop.save("a", tmp_path)
+    loop.snapshot("a")(tmp_path)
     loop.leave("a")
     (tmp_path / _INTERVAL).write_text("{")
     with pytest.raises(ModelError, match="not readable"):

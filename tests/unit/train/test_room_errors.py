@@ -7,7 +7,7 @@ from higgs_tune import metrics
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.parallel import World
 from higgs_tune.train.room import Ended, agree
-from tests.packs import TRIALS, limit_clips, loop_of, rooms, same
+from tests.packs import OUT_OF_MEMORY, TRIALS, limit_clips, loop_of, rooms, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,3 +116,13 @@ def test_a_check_tells_a_process_that_cannot_even_compute_the_base(dataset, monk
     limit_clips(monkeypatch, lambda slots, num: False, ValueError("device lost"), "evaluate")
     with pytest.raises(ValueError, match="device lost"):
         loop.check()
+
+
+def test_a_base_without_memory_beside_the_pack_is_no_fault_of_the_process(
+    dataset, monkeypatch, caplog
+):
+    loop = loop_of(dataset, "ab")
+    limit_clips(monkeypatch, lambda slots, num: False, OUT_OF_MEMORY, "evaluate")
+    loop.check()
+    assert "no memory to compute the base" in caplog.text
+    assert not any(slot >= 0 for room in rooms(loop) for slot in room._budgets)

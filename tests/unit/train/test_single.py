@@ -186,15 +186,15 @@ def test_a_line_without_its_checkpoint_is_written_again_once(
     run_single, uninterrupted, monkeypatch
 ):
     run, _, out = run_single
-    save = single.PackLoop.save
+    snapshot = single.PackLoop.snapshot
 
-    def failing(loop, trial_id, directory):
+    def failing(loop, trial_id):
         if loop.position(trial_id)[0] == 15:
             raise RuntimeError("the machine stopped")
-        save(loop, trial_id, directory)
+        return snapshot(loop, trial_id)
 
     with monkeypatch.context() as patch:
-        patch.setattr(single.PackLoop, "save", failing)
+        patch.setattr(single.PackLoop, "snapshot", failing)
         with pytest.raises(RuntimeError, match="the machine stopped"):
             run()
     with (out / "metrics.jsonl").open("a") as file:
