@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from higgs_tune.data.collate import PackBatch, collate, count_targets
 from higgs_tune.data.tokens import Encoded
+from higgs_tune.model import graph_weights
 from higgs_tune.model.compiled import CompiledForward
 from higgs_tune.train.engine import Engine, PackLimits
 from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
@@ -79,6 +80,37 @@ def test_compiled_pack_has_the_eager_losses_and_gradients_with_one_graph():
             assert float((ours - theirs).norm()) <= 1e-5 * float(theirs.norm())  # rounding
         assert all(float(theirs.norm()) > 0 for theirs in found[0][1:])
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_compiled_pack_shares_matmuls_as_on_a_gpu_with_the_eager_gradients(
+    monkeypatch, dtype, tolerance
+):
+    joined = graph_weights._joined
+    monkeypatch.setattr(  # the rule of a GPU: neighbours of one rank stack their factors
+        graph_weights, "_joined", lambda device, seats: joined(torch.device("cuda"), seats)
+    )
+    configs = [trial(rank=4, seed=n, targets=("attention", "text_head")) for n in range(2)]
+    examples = {n: [example("clone", n, 6, 5), example("transcribe", 3 + n)] for n in range(2)}
+    counts = {n: count_targets(own, NUM_CODEBOOKS) for n, own in examples.items()}
+    found = []
+    for compiled in (False, True):
+        base = tiny_base(num_layers=1, dtype=dtype)
+        engine = Engine(base, PackLimits.of(configs, num_slots=2))
+        for n, config in enumerate(configs):
+            engine.add(str(n), config)
+        torch.manual_seed(0)
+        engine.bank.lora.master.normal_(0, 0.1)
+        engine.bank.refresh_compute()
+        if compiled:
+            engine.nll = CompiledForward(base.model, "aot_eager")
+            weights = engine.bank.pack((0, 1))
+            assert graph_weights.graph_plan(weights).joined == ((0, 2),)
+        losses = engine.forward_backward(collate(examples, engine.modes()), counts)
+        found.append([*losses, engine.bank.lora.grad])
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        assert float((ours - theirs).norm()) <= tolerance * float(theirs.norm())
+        assert float(theirs.norm()) > 0
 
 
 def test_compiled_evaluation_has_the_eager_losses_with_one_graph():
