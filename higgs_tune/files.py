@@ -85,9 +85,7 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
         for path, _, names in os.walk(draft):
             for name in (*names, ""):  # its files, then the folder that names them
                 _sync(Path(path, name))
-    except (
-        BaseException
-    ):  # raised again; Ctrl-C, too, leaves no draft, whose space a full disk needs
+    except BaseException:  # raised again; a full disk needs the draft's space, also after Ctrl-C
         shutil.rmtree(draft)
         raise
     if folder.exists():

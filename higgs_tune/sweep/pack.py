@@ -92,9 +92,7 @@ def _join(loop: Loop, seat: Seat) -> Result:
 def _seat(loop: Loop, seat: Seat, folder: Path | None) -> Result:
     try:
         return {"account": loop.join(seat.trial_id, seat.config, folder)}
-    except (
-        Exception
-    ) as error:  # raised again, or this trial's recorded end; `join` has freed the slot
+    except Exception as error:  # raised again, or recorded as its end; `join` has freed the slot
         reason = f"{type(error).__name__}: {error}"
         if is_out_of_memory(error):
             return {"status": "out_of_memory", "reason": reason}

@@ -61,8 +61,7 @@ class PackLoop:
         self.engine = Engine(base, limits, world.rank)
         self._gradients = Gradients(self.engine)
         self.content_hash: str = dataset.info.content_hash
-        self.base = base
-        self._dataset, self._data, self._world = dataset, data, world
+        self.base, self._dataset, self._data, self._world = base, dataset, data, world
         self._examples = Examples(base, data)
         self._runs: dict[str, Run] = {}
         self._steps_s = self.prepare_s = self.validate_s = 0.0  # of all calls of `advance` so far
@@ -111,8 +110,8 @@ class PackLoop:
         Returns:
             Its account: trainable "parameters", "modules" per target path, and the "step" it starts at.
         """
-        num_clips = config.batch_clips * batches_per_step * self._world.size
-        order = self.train_order(num_clips, config.seed)
+        num_batches = batches_per_step * self._world.size
+        order = self.train_order(config.batch_clips * num_batches, config.seed)
         state = load_state(state_dir) if state_dir else None
         interval = Interval(**(load_interval(state_dir) if state_dir else {}))
         resident = self.engine.add(trial_id, config, state)
@@ -130,14 +129,15 @@ class PackLoop:
         """Compute the base without any adapter; raises if not even that works in this process."""
         try:
             self._validator.bare()
-        except MemoryError as error:  # its neighbours have it
+        except MemoryError as error:
+            if not self._runs:
+                raise  # else its neighbours have it
             logger.warning("no memory to compute the base beside the pack: %s", error)
 
     def snapshot(self, trial_id: str) -> Callable[[Path], None]:
         """What writes the trial's adapter in PEFT's format and its training state into an empty folder.
 
-        It writes them as they are now: call it whenever, on whatever thread. With several processes,
-        `gather` comes first.
+        As they are now: call it whenever, on whatever thread. Several processes `gather` first.
         """
         run = self._runs[trial_id]
         run.interval.gather()

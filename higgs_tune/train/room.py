@@ -127,9 +127,7 @@ class Room:
         """Try it; what a failed attempt held is free when this returns."""
         try:
             return work.attempt(group)
-        except (
-            Exception
-        ) as error:  # kept, logged, and raised by the loop unless it is one adapter's
+        except Exception as error:  # kept, logged, and raised unless it is one adapter's
             if is_out_of_memory(error):
                 return _Failed(group, MemoryError(_first_line(error) or "out of memory"))
             seen: set[int] = set()  # `raise error from error` makes a ring

@@ -125,4 +125,8 @@ def test_a_base_without_memory_beside_the_pack_is_no_fault_of_the_process(
     limit_clips(monkeypatch, lambda slots, num: False, OUT_OF_MEMORY, "evaluate")
     loop.check()
     assert "no memory to compute the base" in caplog.text
+    for name in "ab":
+        loop.leave(name)
+    with pytest.raises(MemoryError):  # with nobody there it is
+        loop.check()
     assert not any(slot >= 0 for room in rooms(loop) for slot in room._budgets)
