@@ -127,6 +127,10 @@ class FakeLoop:
         self._unreported.discard(trial_id)
         self.log.append(("leave", trial_id, self.num_steps))
 
+    @property
+    def num_residents(self) -> int:
+        return len(self._steps)
+
     def check(self) -> None:
         pass
 

@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,16 @@ def load_error(error: Exception, node: str) -> HiggsTuneError:
 
 
 def change(loop: Loop, out: Sequence[Seat], joining: Sequence[Seat]) -> list[Result]:
-    """Free slots, then fill them: of each that joins its account, or its end."""
+    """Free slots, then fill them: of each that joins its account, or its end.
+
+    Raises:
+        Exception: it is the machine's fault and not the trials'.
+    """
     for seat in out:
         loop.leave(seat.trial_id)
-    return [_join(loop, seat) for seat in joining]
+    outcomes = [_join(loop, seat) for seat in joining]
+    _check_memory(loop, outcomes)
+    return outcomes
 
 
 def advance(
@@ -50,6 +56,9 @@ def advance(
 
     Returns:
         Results and snapshots of who was due, by trial, and seconds by kind.
+
+    Raises:
+        Exception: it is the machine's fault and not the trials'.
     """
     trained_s, prepared_s, validated_s = loop.train_s, loop.prepare_s, loop.validate_s
     results = loop.advance(stop)
@@ -59,6 +68,7 @@ def advance(
     for trial_id, result in results.items():
         if result["status"] != "running":
             loop.leave(trial_id)
+    _check_memory(loop, results.values())
     seconds = {
         "train_s": loop.train_s - trained_s,
         "prepare_s": loop.prepare_s - prepared_s,
@@ -102,6 +112,12 @@ def _seat(loop: Loop, seat: Seat, folder: Path | None) -> Result:
         if not isinstance(error, HiggsTuneError):
             loop.check()
         return {"status": "failed", "reason": reason}
+
+
+def _check_memory(loop: Loop, results: Iterable[Result]) -> None:
+    """Raise if memory has emptied the pack and the bare base finds none either: somebody else has it."""
+    if not loop.num_residents and any(r.get("status") == "out_of_memory" for r in results):
+        loop.check()
 
 
 def _is_of_files(error: Exception) -> bool:

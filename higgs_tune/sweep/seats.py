@@ -32,6 +32,11 @@ class Loop(Protocol):
         """Forward, backward and optimizer, of all calls of `advance` so far."""
         ...
 
+    @property
+    def num_residents(self) -> int:
+        """Trials that have joined and not left."""
+        ...
+
     def join(
         self, trial_id: str, config: TrialConfig, state_dir: Path | None = None
     ) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 from higgs_tune import metrics
 from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
 from higgs_tune.data.collate import TargetCounts, collate, count_targets
-from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.held_out import validation_sets
 from higgs_tune.data.known_texts import check_texts
@@ -73,7 +72,7 @@ class PackLoop:
             speak=[self._examples.encode(c) for c in sets.speak],
             world=world,
         )
-        self._transcribe = sets.transcribe
+        self.transcribe = sets.transcribe
         probes = [*sets.transcribe[:2], *sets.speak[:2]]
         self.preflight: dict[str, float | int] = preflight(
             self._single_nll,
@@ -130,9 +129,14 @@ class PackLoop:
         try:
             self._validator.bare()
         except MemoryError as error:
-            if not self._runs:
+            if not self.num_residents:
                 raise  # else its neighbours have it
             logger.warning("no memory to compute the base beside the pack: %s", error)
+
+    @property
+    def num_residents(self) -> int:
+        """Trials that have joined and not left."""
+        return len(self._runs)
 
     def snapshot(self, trial_id: str) -> Callable[[Path], None]:
         """What writes the trial's adapter in PEFT's format and its training state into an empty folder.
@@ -164,11 +168,6 @@ class PackLoop:
     def due(self, trial_id: str) -> bool:
         """Whether the trial's next report is at the step where it stands."""
         return self._runs[trial_id].due
-
-    def transcribe_clips(self, count: int) -> list[Conversation]:
-        """Validation clips of the task `transcribe`, spread over all of them."""
-        step = max(1, len(self._transcribe) // count)
-        return list(self._transcribe[::step][:count])
 
     def advance(self, stop: Callable[[], bool] | None = None) -> dict[str, dict[str, Any]]:
         """Train every unfinished resident until one or more are due, then validate those.

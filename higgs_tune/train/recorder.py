@@ -115,10 +115,11 @@ class Recorder:
             folder.keep(self._out, self.lines, self._run)
         if not self._run.num_samples:
             return
+        clips, count = self._loop.transcribe, self._run.num_samples
         samples = sample_predictions(
             self._loop.base,
             self._out / folder.ADAPTER,
-            self._loop.transcribe_clips(self._run.num_samples),
+            clips[:: max(1, len(clips) // count)][:count],  # spread over all of them
             self._run.max_sample_tokens,
         )
         with folder.writing(self._out):

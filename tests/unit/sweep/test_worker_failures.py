@@ -138,6 +138,56 @@ def test_a_trial_that_finds_no_memory_with_nobody_beside_it_ends(make_config):
     run(scenario())
 
 
+def ends_at_once(self, stop):
+    """An interval in which memory runs out for everyone."""
+    full = {"status": "out_of_memory", "reason": "one clip does not fit in a training step"}
+    return {trial_id: {"step": 0, **full} for trial_id in self._steps}
+
+
+@pytest.mark.parametrize("when", ["join", "training"])
+def test_a_process_without_memory_even_for_the_base_is_no_trials_end(
+    make_config, monkeypatch, when
+):
+    def nothing_left(self):
+        assert not self.num_residents
+        raise MemoryError("not even the base")
+
+    monkeypatch.setattr(FakeLoop, "check", nothing_left)
+    if when == "join":
+        monkeypatch.setattr(FakeLoop, "join", broken_join(MemoryError("its new modules")))
+    else:
+        monkeypatch.setattr(FakeLoop, "advance", ends_at_once)
+
+    async def scenario():
+        ended = asyncio.get_running_loop().create_future()
+        worker = make_worker(make_config, exit_process=ended.set_result)
+        await worker.sync(Roster(1, ("t0", "t1"), 0))
+        await seat(worker, "t0", "t1")
+        for task in [asking(worker, "t0"), asking(worker, "t1")]:
+            with pytest.raises(MemoryError, match="not even the base"):
+                await task
+        assert await asyncio.wait_for(ended, 10) == 1
+
+    run(scenario())
+
+
+def test_trials_that_run_out_of_memory_where_the_base_does_not_end(make_config, monkeypatch):
+    checked = []
+    monkeypatch.setattr(FakeLoop, "check", lambda self: checked.append(self))
+    monkeypatch.setattr(FakeLoop, "advance", ends_at_once)
+
+    async def scenario():
+        worker = make_worker(make_config)
+        await worker.sync(Roster(1, ("t0", "t1"), 0))
+        await seat(worker, "t0", "t1")
+        for task in [asking(worker, "t0"), asking(worker, "t1")]:
+            assert (await task)["status"] == "out_of_memory"
+            await worker.sync(Roster(2, ("t1",), 0))
+        assert checked
+
+    run(scenario())
+
+
 def unreadable() -> ModelError:
     """What reading a checkpoint raises on a disk that fails."""
     error = ModelError("not a readable adapter")
