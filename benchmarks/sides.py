@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from higgs_tune.config import ALL_LINEAR, CrossAttention, TrialConfig
-from higgs_tune.data.collate import collate, count_targets, to_device
+from higgs_tune.data.collate import count_targets, to_device
 from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.model.load import Base
 from higgs_tune.model.targets import linear_modules, lora_regex
@@ -90,8 +90,8 @@ def our_step(base: Base, rank: int, num_adapters: int, *, split: bool = False) -
         groups = engine.lanes.groups(num_rows) if split else [tuple(num_rows)]
 
         def accumulate(slots: Sequence[int]) -> tuple[Sequence[int], Tensor]:
-            batch = collate({slot: examples[slot] for slot in slots}, engine.modes())
-            text_K, audio_KC = engine.forward_backward(batch.to(engine.device), counts)
+            batch = engine.batch({slot: examples[slot] for slot in slots})
+            text_K, audio_KC = engine.forward_backward(batch, counts)
             text = torch.tensor([counts[slot].text for slot in batch.slots])
             audio = torch.from_numpy(np.stack([counts[slot].audio_C for slot in batch.slots]))
             means_KC = audio_KC / to_device(audio, engine.device)

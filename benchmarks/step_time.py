@@ -1,6 +1,7 @@
 """Time of one optimizer step: ours (a pack of one) against stock transformers + PEFT.
 
-    python benchmarks/step_time.py [--clips 8] [--repeats 15] [--compile] [--out results/step_time.json]
+    python benchmarks/step_time.py [--clips 8] [--repeats 15] [--dtype bfloat16] [--compile]
+                                   [--out results/step_time.json]
 
 The embedded base and its clips; same labels, same start, AdamW on all sides. They alternate in one
 process, and the figure is the ratio of medians. Losses are compared first: a faster step that computes
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from gpu_step import TOLERANCE
 from matplotlib.figure import Figure
 from output import COLORS, machine, new_figure, save, settings_of
 from sides import our_step, stock_step, synchronise
@@ -44,10 +46,11 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    base = load_base(BaseSettings(compile=args.compile))
+    base = load_base(BaseSettings(dtype=args.dtype, compile=args.compile))
     eager = replace(base, compile=False)
     device = next(base.model.parameters()).device
     facts = machine(device)
@@ -67,7 +70,8 @@ def main() -> None:
         started = time.perf_counter()
         first[name] = float(step([batches[0]])[0])
         first_s[name] = round(time.perf_counter() - started, 1)
-    if not all(abs(loss - first["stock"]) < 1e-3 * abs(first["stock"]) for loss in first.values()):
+    tolerance = TOLERANCE[getattr(torch, args.dtype)] * abs(first["stock"])
+    if not all(abs(loss - first["stock"]) <= tolerance for loss in first.values()):
         raise SystemExit(f"the first losses differ: {first}")
     times: dict[str, list[float]] = {name: [] for name in steps}
     for examples in batches[1:]:

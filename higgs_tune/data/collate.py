@@ -9,7 +9,7 @@ Shape letters: K adapters of this batch, T text slots, A audio slots, N = T + A,
 L longest sequence, C codebooks, M labelled rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -150,10 +150,9 @@ def _rows(examples: Sequence[Encoded]) -> _Rows:
     )
 
 
-def _stack(arrays: Sequence[np.ndarray], fill: int | None = None) -> np.ndarray:
-    """Stack arrays padded to the longest; `fill` None repeats each one's last element (0 if empty)."""
-    longest = max(len(a) for a in arrays)
-    out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=np.int64)
+def _stack(arrays: Sequence[np.ndarray], width: int, fill: int | None = None) -> np.ndarray:
+    """Stack arrays padded to `width`; `fill` None repeats each one's last element (0 if empty)."""
+    out = np.zeros((len(arrays), width, *arrays[0].shape[1:]), dtype=np.int64)
     for row, array in zip(out, arrays, strict=True):
         row[: len(array)] = array
         row[len(array) :] = fill if fill is not None else (array[-1] if len(array) else 0)
@@ -161,18 +160,24 @@ def _stack(arrays: Sequence[np.ndarray], fill: int | None = None) -> np.ndarray:
 
 
 def collate(
-    examples: Mapping[int, Sequence[Encoded]], modes: Mapping[int, str] | None = None
+    examples: Mapping[int, Sequence[Encoded]],
+    modes: Mapping[int, str] | None = None,
+    multiple: int = 1,
 ) -> PackBatch:
     """Build one forward's batch.
 
     Args:
         examples: bank slot → the adapter's examples of this micro-batch, at least one each.
         modes: bank slot → cross_attention; absent means "off".
+        multiple: T, A and M are padded to a multiple of it, so that fewer shapes occur.
     """
     slots = tuple(sorted(examples))
     rows = [_rows(examples[slot]) for slot in slots]
-    num_text = max(len(r.ids) for r in rows)
-    num_audio = max(len(r.codes) for r in rows)
+
+    def width(arrays: Iterable[np.ndarray]) -> int:
+        return -(-max(len(a) for a in arrays) // multiple) * multiple
+
+    num_text, num_audio = width(r.ids for r in rows), width(r.codes for r in rows)
     num_slots = num_text + num_audio
     longest = max(e.num_rows for slot in slots for e in examples[slot])
 
@@ -198,28 +203,30 @@ def collate(
 
     text_rows = [np.flatnonzero(r.text_labels != IGNORE) for r in rows]
     audio_rows = [np.flatnonzero((r.audio_labels != IGNORE).any(axis=1)) for r in rows]
+    text_labels = [r.text_labels[m] for r, m in zip(rows, text_rows, strict=True)]
+    audio_labels = [r.audio_labels[m] for r, m in zip(rows, audio_rows, strict=True)]
+    num_text_labelled, num_audio_labelled = width(text_rows), width(audio_rows)
     as_tensor = torch.from_numpy
     return PackBatch(
         slots=slots,
-        text_ids_KT=as_tensor(_stack([r.ids for r in rows])),
-        audio_codes_KAC=as_tensor(_stack([r.codes for r in rows], fill=0)),
+        text_ids_KT=as_tensor(_stack([r.ids for r in rows], num_text)),
+        audio_codes_KAC=as_tensor(_stack([r.codes for r in rows], num_audio, fill=0)),
         seq_from_slot_RL=as_tensor(np.stack(seq_from_slot)),
         slot_from_seq_KN=as_tensor(np.stack(slot_from_seq)),
-        text_rows_KM=as_tensor(_stack(text_rows)),
-        text_labels_KM=as_tensor(
-            _stack([r.text_labels[m] for r, m in zip(rows, text_rows, strict=True)], fill=IGNORE)
-        ),
-        audio_rows_KM=as_tensor(_stack(audio_rows)),
-        audio_labels_KMC=as_tensor(
-            _stack([r.audio_labels[m] for r, m in zip(rows, audio_rows, strict=True)], fill=IGNORE)
-        ),
+        text_rows_KM=as_tensor(_stack(text_rows, num_text_labelled)),
+        text_labels_KM=as_tensor(_stack(text_labels, num_text_labelled, fill=IGNORE)),
+        audio_rows_KM=as_tensor(_stack(audio_rows, num_audio_labelled)),
+        audio_labels_KMC=as_tensor(_stack(audio_labels, num_audio_labelled, fill=IGNORE)),
         num_text_K=tuple(len(r.ids) for r in rows),
         num_audio_K=tuple(len(r.codes) for r in rows),
         num_text_labelled_K=tuple(map(len, text_rows)),
         num_audio_labelled_K=tuple(map(len, audio_rows)),
         cross={
             mode: _cross_index(
-                [k for k, s in enumerate(slots) if modes.get(s, "off") == mode], rows
+                [k for k, s in enumerate(slots) if modes.get(s, "off") == mode],
+                rows,
+                num_text,
+                num_audio,
             )
             for mode in sorted({modes.get(s, "off") for s in slots} - {"off"})
         }
@@ -251,9 +258,9 @@ def _compact(
     return from_slot, to_seq, position, np.asarray([len(p) for _, p in parts])
 
 
-def _cross_index(adapters: Sequence[int], rows: Sequence[_Rows]) -> CrossIndex:
-    num_text = max(len(r.ids) for r in rows)
-    num_audio = max(len(r.codes) for r in rows)
+def _cross_index(
+    adapters: Sequence[int], rows: Sequence[_Rows], num_text: int, num_audio: int
+) -> CrossIndex:
     audio = _compact(adapters, rows, "audio_rows", num_audio)
     text = _compact(adapters, rows, "text_rows", num_text)
     is_audio = np.arange(audio[2].shape[1])[None, :] < audio[3][:, None]

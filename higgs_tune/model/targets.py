@@ -6,13 +6,14 @@ Suffix rules go wrong on a DualFFN model: `mlp.up_proj` hits the text path only,
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from torch import nn
+from transformers import HiggsAudioV2ForConditionalGeneration
 
-from higgs_tune.config import TargetPath
+from higgs_tune.config import TargetPath, TrialConfig
 from higgs_tune.errors import ConfigError
+from higgs_tune.model.new_modules import new_module_shapes
 
 PATTERNS: dict[TargetPath, str] = {
     "attention": r"model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj",
@@ -22,15 +23,6 @@ PATTERNS: dict[TargetPath, str] = {
     "audio_head": r"audio_lm_head",
 }
 """Paths trained by LoRA. `audio_attention` is not here: its modules are new, so they train whole."""
-
-
-@dataclass(frozen=True)
-class Match:
-    """What one target path matched."""
-
-    num_modules: int
-    num_parameters: int  # trainable: LoRA factors, or whole modules for audio_attention
-    modules: tuple[str, ...]
 
 
 def lora_regex(targets: Sequence[TargetPath]) -> str:
@@ -58,14 +50,30 @@ def linear_modules(model: nn.Module, path: TargetPath) -> dict[str, nn.Linear]:
     return found
 
 
-def lora_parameters(linear: nn.Linear, rank: int) -> int:
-    """Trainable parameters of one LoRA pair."""
-    return rank * (linear.in_features + linear.out_features)
+def account(model: HiggsAudioV2ForConditionalGeneration, config: TrialConfig) -> dict[str, Any]:
+    """What a trial trains of a model, as plain data for its record.
 
+    Returns:
+        "parameters" in all, and for each target path in "modules" its "num_modules", "num_parameters"
+        (LoRA factors, or whole modules for audio_attention) and names of "modules".
 
-def account(matches: dict[TargetPath, Match]) -> dict[str, Any]:
-    """Plain data for a trial's record."""
-    return {
-        "parameters": sum(match.num_parameters for match in matches.values()),
-        "modules": {path: asdict(match) for path, match in matches.items()},
-    }
+    Raises:
+        ConfigError: a path matches nothing in this model.
+    """
+    matches: dict[str, dict[str, Any]] = {}
+    for path in config.targets:
+        if path == "audio_attention":
+            new = new_module_shapes(model, config.cross_attention)
+            names = {name.rsplit(".", 1)[0] for name in new}
+            total = sum(shape.numel() for shape in new.values())
+        else:
+            linears = linear_modules(model, path)
+            names = set(linears)
+            total = sum(config.rank * (m.in_features + m.out_features) for m in linears.values())
+        matches[path] = {
+            "num_modules": len(names),
+            "num_parameters": total,
+            "modules": sorted(names),
+        }
+    total = sum(match["num_parameters"] for match in matches.values())
+    return {"parameters": total, "modules": matches}

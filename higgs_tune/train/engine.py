@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from higgs_tune.config import TargetPath, TrialConfig
-from higgs_tune.data.collate import PackBatch, TargetCounts, to_device
-from higgs_tune.model import targets as target_rules
+from higgs_tune.data.collate import PackBatch, TargetCounts, collate, to_device
+from higgs_tune.data.tokens import Encoded
 from higgs_tune.model.adapter_layout import Kind, Linears, Named
 from higgs_tune.model.compiled import CompiledForward
 from higgs_tune.model.dropout import Masks
@@ -23,6 +23,7 @@ from higgs_tune.model.load import Base
 from higgs_tune.model.new_modules import initial_new_modules, new_module_shapes
 from higgs_tune.model.packed_forward import decoder_layers, head_groups, layer_groups, packed_nll
 from higgs_tune.model.packed_lora import AdapterBank
+from higgs_tune.model.targets import account, linear_modules
 from higgs_tune.train.lanes import Lanes
 from higgs_tune.train.optim import RowStep, adamw_step, learning_rate_factor
 
@@ -84,6 +85,9 @@ class Engine:
             self.lora_groups, limits.num_slots, limits.max_rank, dtype, self.device
         )
         self.lanes = Lanes(self.device)
+        # oneDNN compiles its bfloat16 matmuls for each shape: let there be few
+        compiles = self.device.type == "cpu" and dtype == torch.bfloat16
+        self._slot_multiple = 32 if compiles else 1
         self.alive_K = torch.ones(limits.num_slots, dtype=torch.bool, device=self.device)
         self.residents: dict[str, Resident] = {}
 
@@ -102,7 +106,7 @@ class Engine:
         limits = self.limits
         if config.rank > limits.max_rank or not set(config.targets) <= limits.paths:
             raise ValueError(f"{trial_id}: rank {config.rank}, {config.targets} exceed {limits}")
-        resident = Resident(trial_id, free[0], config, self._account(config))
+        resident = Resident(trial_id, free[0], config, account(self.base.model, config))
         weights = state.weights if state else self._initial_weights(config)
         shapes = new_module_shapes(self.base.model, config.cross_attention)
         new: list[Named] = [
@@ -134,6 +138,15 @@ class Engine:
         """Free the adapter's slot; the others keep theirs."""
         resident = self.residents.pop(trial_id)
         self.bank.clear(resident.slot)
+
+    def batch(self, examples: Mapping[int, Sequence[Encoded]], *, bare: bool = False) -> PackBatch:
+        """Slot → examples, laid out on the device for one forward; `bare`: of the base alone."""
+        modes = {} if bare else self.modes()
+        return collate(examples, modes, self._slot_multiple).to(self.device)
+
+    def modes(self) -> dict[int, str]:
+        """Slot → cross_attention of the residents."""
+        return {r.slot: r.config.cross_attention for r in self.residents.values()}
 
     def forward_backward(
         self, batch: PackBatch, counts: Mapping[int, TargetCounts]
@@ -217,10 +230,6 @@ class Engine:
         total = sum(squares.values())
         return {path: square / total for path, square in squares.items()} if total > 0 else {}
 
-    def modes(self) -> dict[int, str]:
-        """Slot → cross_attention of the residents."""
-        return {r.slot: r.config.cross_attention for r in self.residents.values()}
-
     def _masks(self, slots: Sequence[int]) -> Masks | None:
         """The masks of these adapters' next forward; None if nobody has dropout."""
         by_slot = {resident.slot: resident for resident in self.residents.values()}
@@ -263,20 +272,6 @@ class Engine:
             weights |= initial_new_modules(self.base.model, config.cross_attention, config.seed)
         return weights
 
-    def _account(self, config: TrialConfig) -> dict[str, Any]:
-        matches: dict[TargetPath, target_rules.Match] = {}
-        for path in config.targets:
-            if path == "audio_attention":
-                new = new_module_shapes(self.base.model, config.cross_attention)
-                names = {name.rsplit(".", 1)[0] for name in new}
-                total = sum(shape.numel() for shape in new.values())
-            else:
-                linears = target_rules.linear_modules(self.base.model, path)
-                names = set(linears)
-                total = sum(target_rules.lora_parameters(m, config.rank) for m in linears.values())
-            matches[path] = target_rules.Match(len(names), total, tuple(sorted(names)))
-        return target_rules.account(matches)
-
 
 def _lora_groups(base: Base, paths: frozenset[TargetPath]) -> list[tuple[TargetPath, Linears]]:
     """Every input group of the adapted paths, in the forward's order.
@@ -292,5 +287,5 @@ def _lora_groups(base: Base, paths: frozenset[TargetPath]) -> list[tuple[TargetP
             groups.append((path, group))
     for path in paths - {"audio_attention"}:
         named = {name for p, group in groups if p == path for name in group}
-        assert named == set(target_rules.linear_modules(base.model, path)), path
+        assert named == set(linear_modules(base.model, path)), path
     return groups

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from higgs_tune.data.collate import TargetCounts, collate, split_micro_batches
+from higgs_tune.data.collate import TargetCounts, split_micro_batches
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.room import Ended, Group, Room, Work
@@ -59,11 +59,10 @@ class Gradients:
     ) -> dict[int, Tensor]:
         """As many forwards as the adapter with the most micro-batches needs."""
         micro = {slot: self._parts(slot, clips[slot]) for slot in slots}
-        modes = self._engine.modes()
         sums: dict[int, list[Tensor]] = {slot: [] for slot in slots}
         for index in range(max(len(batches) for batches in micro.values())):
             part = {slot: batches[index] for slot, batches in micro.items() if index < len(batches)}
-            batch = collate(part, modes).to(self._engine.device)
+            batch = self._engine.batch(part)
             if index:
                 self._engine.bank.keep_gradients(part)
             text_K, audio_KC = self._engine.forward_backward(batch, counts)

@@ -13,7 +13,7 @@ from typing import Any
 
 from higgs_tune import metrics
 from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
-from higgs_tune.data.collate import TargetCounts, collate, count_targets
+from higgs_tune.data.collate import TargetCounts, count_targets
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.held_out import validation_sets
 from higgs_tune.data.known_texts import check_texts
@@ -294,6 +294,6 @@ class PackLoop:
         return result
 
     def _single_nll(self, example: Encoded) -> tuple[float, float]:
-        batch = collate({0: [example]}).to(self.engine.device)
+        batch = self.engine.batch({0: [example]}, bare=True)
         text_K, audio_KC = self.engine.evaluate(batch, bare=True)
         return float(text_K[0]), float(audio_KC[0].sum())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from higgs_tune import metrics
-from higgs_tune.data.collate import PackBatch, collate, count_targets, split_micro_batches
+from higgs_tune.data.collate import PackBatch, count_targets, split_micro_batches
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.parallel import ALONE, World
@@ -120,7 +120,7 @@ class Validator:
             if len(self._layouts) >= _CACHED_LAYOUTS + self._engine.limits.num_slots:
                 self._layouts.clear()
             self._layouts[key] = [
-                (name, collate(dict.fromkeys(slots, part), modes).to(self._engine.device))
+                (name, self._engine.batch(dict.fromkeys(slots, part), bare=bare))
                 for name, part in self._parts(narrow)
             ]
         return self._layouts[key]

@@ -8,7 +8,6 @@ from peft import PeftModel
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.config import ALL_LINEAR
-from higgs_tune.data.collate import collate
 from higgs_tune.errors import ModelError
 from higgs_tune.train.checkpoint import attach_adapter, load_adapter, load_state, save_adapter
 from higgs_tune.train.engine import Engine, PackLimits
@@ -33,7 +32,7 @@ def trained(tmp_path, **changes):
 
 
 def our_sums(engine):
-    text_K, audio_KC = engine.evaluate(collate({1: EXAMPLES}, engine.modes()))
+    text_K, audio_KC = engine.evaluate(engine.batch({1: EXAMPLES}))
     return float(text_K[0]), float(audio_KC[0].sum())
 
 

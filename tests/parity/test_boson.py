@@ -87,7 +87,7 @@ def test_the_packed_audio_self_modules_give_the_originals_losses(tmp_path):
     for name, view in views.items():
         if name in parameters:
             view.copy_(parameters[name])
-    text, audio = engine.evaluate(collate({0: EXAMPLES}, engine.modes()))
+    text, audio = engine.evaluate(engine.batch({0: EXAMPLES}))
     expected = reference_sums(weights, boson_config(2, audio_self=True), EXAMPLES)
     torch.testing.assert_close(text[0], expected[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(audio[0], expected[1], rtol=1e-5, atol=1e-4)

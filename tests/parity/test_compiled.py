@@ -62,7 +62,7 @@ def _batches(engine: Engine) -> list[tuple[PackBatch, dict[int, list[Encoded]]]]
             1: [example("transcribe", 8, 11, 9)] * 3,
         },
     ]
-    return [(collate(examples, engine.modes()), examples) for examples in of_step]
+    return [(engine.batch(examples), examples) for examples in of_step]
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_compiled_pack_shares_matmuls_as_on_a_gpu_with_the_eager_gradients(
             engine.nll = CompiledForward(base.model, "aot_eager")
             weights = engine.bank.pack((0, 1))
             assert graph_weights.graph_plan(weights).joined == ((0, 2),)
-        losses = engine.forward_backward(collate(examples, engine.modes()), counts)
+        losses = engine.forward_backward(engine.batch(examples), counts)
         found.append([*losses, engine.bank.lora.grad])
     for ours, theirs in zip(found[1], found[0], strict=True):
         assert float((ours - theirs).norm()) <= tolerance * float(theirs.norm())

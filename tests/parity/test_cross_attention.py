@@ -144,7 +144,7 @@ def test_packed_forward_matches_the_whole_model(mode):
     for name, view in views.items():
         if name in parameters:
             view.copy_(parameters[name].detach())
-    batch = collate({0: MIXED[::-1], 1: MIXED}, engine.modes())
+    batch = engine.batch({0: MIXED[::-1], 1: MIXED})
     text_K, audio_KC = engine.evaluate(batch)
     counts = count_targets(MIXED, 4)
     ours = text_K[1] / counts.text + (audio_KC[1] / torch.from_numpy(counts.audio_C)).sum()

@@ -38,7 +38,7 @@ def filled(configs, num_slots=None):
 def backward(engine, examples):
     """One forward and backward; a copy of the gradients of each slot."""
     counts = {slot: count_targets(own, NUM_CODEBOOKS) for slot, own in examples.items()}
-    engine.forward_backward(collate(examples, engine.modes()), counts)
+    engine.forward_backward(engine.batch(examples), counts)
     return [
         {name: g.clone() for name, g in engine.bank.views(slot, "grad").items()}
         for slot in examples

@@ -1,14 +1,23 @@
 """A training step never makes the host wait for the device.
 
-On a CPU nothing waits, so two stand-ins: a mode that sees the operations which would, and the meta device,
+On a CPU nothing waits, so stand-ins: a mode that sees the operations which would, and the meta device,
 whose tensors have no values to read and which takes the way of a GPU wherever a CPU has one of its own.
+Tensors that are fakes on a device which is not there tell whether one has stayed behind on the host.
 """
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 from host_syncs import HostReads
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorDeviceMismatchError,
+    FakeTensorMode,
+)
 
-from higgs_tune.data.collate import collate, count_targets
+from higgs_tune.data.collate import count_targets
 from higgs_tune.model import packed_forward
 from higgs_tune.train.engine import Engine, PackLimits
 from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
@@ -27,7 +36,7 @@ TRIALS = [
 NAMES = [f"t{n}" for n in range(len(TRIALS))]
 
 
-def engine_on(device, dtype=torch.float32):
+def engine_on(device, dtype=torch.float32, mode=None):
     limits = PackLimits.of(TRIALS, num_slots=len(TRIALS))
     on_host = Engine(tiny_base(dtype=dtype), limits)
     for name, config in zip(NAMES, TRIALS, strict=True):
@@ -35,10 +44,11 @@ def engine_on(device, dtype=torch.float32):
     if device == "cpu":
         return on_host
     base = tiny_base(dtype=dtype)
-    base.model.to(device)
-    engine = Engine(base, limits)
-    for name, config in zip(NAMES, TRIALS, strict=True):
-        engine.add(name, config, on_host.state(name))
+    with mode or nullcontext():
+        base.model.to(device)
+        engine = Engine(base, limits)
+        for name, config in zip(NAMES, TRIALS, strict=True):
+            engine.add(name, config, on_host.state(name))
     return engine
 
 
@@ -55,7 +65,7 @@ def step(engine):
     for number, part in enumerate(micro):
         if number:
             engine.bank.keep_gradients(part)
-        batch = collate(part, engine.modes()).to(engine.device)
+        batch = engine.batch(part)
         engine.forward_backward(batch, counts)
     return engine.optim_step(NAMES)
 
@@ -124,4 +134,36 @@ def test_reading_a_value_fails_on_the_meta_device(name, inject):
     engine = engine_on("meta")
     inject((READS | unseen)[name])
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
+        step(engine)
+
+
+@pytest.fixture
+def fakes():
+    """Tensors without values on a device of which autograd needs no driver."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_a_step_stays_behind_on_the_host(dtype, fakes):
+    engine = engine_on("lazy", dtype, fakes)
+    assert engine.bank.lora.compute.dtype == dtype
+    with fakes:
+        found = step(engine), *engine.evaluate(engine.batch({0: [example("clone", 7)]}))
+    assert {tensor.device.type for tensor in found} == {"lazy"}
+
+
+@pytest.mark.parametrize("name", ["item", "bool", "mask", "nonzero", "host"])
+def test_a_fake_fails_on_what_is_read_or_left_on_the_host(name, inject, fakes):
+    engine = engine_on("lazy", mode=fakes)
+    inject((READS | {"host": lambda x: x + torch.ones(x.shape)})[name])
+    with (
+        fakes,
+        pytest.raises(
+            (
+                DataDependentOutputException,
+                DynamicOutputShapeException,
+                FakeTensorDeviceMismatchError,
+            )
+        ),
+    ):
         step(engine)

@@ -9,7 +9,7 @@ import torch
 
 from higgs_tune import metrics
 from higgs_tune.config import ALL_LINEAR
-from higgs_tune.data.collate import collate, count_targets
+from higgs_tune.data.collate import count_targets
 from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.loop import PackLoop
@@ -176,7 +176,7 @@ def test_an_adapter_without_rows_of_a_modality_beside_one_with_both(kind, mode):
             for view in engine.bank.views(slot, "master").values():
                 view.normal_(0, 0.1, generator=torch.Generator().manual_seed(slot))
         counts = {slot: count_targets(e, NUM_CODEBOOKS) for slot, e in examples.items()}
-        engine.forward_backward(collate(examples, engine.modes()), counts)
+        engine.forward_backward(engine.batch(examples), counts)
         return [engine.bank.views(slot, "grad") for slot in (0, 1)]
 
     neighbour = [example("clone", 3), example("speak", 4)]

@@ -46,7 +46,7 @@ def train(engine, trial_ids, steps, poison=None):
         slots = {engine.residents[t].slot: t for t in trial_ids}
         examples = {slot: examples_of(t, step) for slot, t in slots.items()}
         counts = {slot: count_targets(e, 4) for slot, e in examples.items()}
-        batch = collate(examples, engine.modes())
+        batch = engine.batch(examples)
         text_K, audio_KC = engine.forward_backward(batch, counts)
         for k, slot in enumerate(batch.slots):
             losses[slots[slot]].append(torch.cat([text_K[k : k + 1], audio_KC[k]]))
@@ -99,7 +99,7 @@ def test_packed_gradients_match_single_runs(trial_id):
         slots = {one.residents[t].slot: t for t in trial_ids}
         examples = {slot: examples_of(t, 0) for slot, t in slots.items()}
         counts = {slot: count_targets(e, 4) for slot, e in examples.items()}
-        one.forward_backward(collate(examples, one.modes()), counts)
+        one.forward_backward(one.batch(examples), counts)
         gradients.append(one.bank.views(one.residents[trial_id].slot, "grad"))
     total = torch.cat([g.flatten() for g in gradients[1].values()]).norm()
     for name, ours in gradients[0].items():
@@ -181,6 +181,38 @@ def test_micro_batches_add_up_to_one_large_batch():
         gradients.append(engine.bank.lora.grad.clone())
     assert len(split_micro_batches(examples, token_budget=90)) == 2
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_only_pad_change_nothing():
+    """Alone an adapter has no padding, in a pack only up to the longest; a multiple adds some to all."""
+    sums, gradients = [], []
+    for multiple in (1, 32):
+        engine = Engine(tiny_base(), LIMITS)
+        for trial_id, config in TRIALS.items():
+            engine.add(trial_id, config)
+        examples = {engine.residents[t].slot: examples_of(t, 0) for t in TRIALS}
+        counts = {slot: count_targets(own, 4) for slot, own in examples.items()}
+        batch = collate(examples, engine.modes(), multiple)
+        widths = [batch.text_ids_KT, batch.audio_codes_KAC, batch.text_rows_KM, batch.audio_rows_KM]
+        assert all(tensor.shape[1] % multiple == 0 for tensor in widths)
+        sums.append(torch.cat([t.flatten() for t in engine.forward_backward(batch, counts)]))
+        buffers = [storage.grad.flatten() for storage in engine.bank.storages()]
+        gradients.append(torch.cat(buffers))
+    assert gradients[0].any()
+    for plain, padded in (sums, gradients):
+        torch.testing.assert_close(plain, padded, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cpu_sees_few_shapes_of_bfloat16():
+    config = trial(seed=1)
+    widths = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(tiny_base(dtype=dtype), PackLimits.of([config], num_slots=1))
+        for num_frames in range(3, 9):
+            batch = engine.batch({0: [example("clone", 1, num_frames=num_frames)]})
+            widths.add((dtype, batch.audio_codes_KAC.shape[1]))
+    assert [dtype for dtype, _ in widths].count(torch.float32) == 6
+    assert [width for dtype, width in widths if dtype == torch.bfloat16] == [32]
 
 
 def test_an_adapter_without_targets_of_a_modality_learns_from_the_other():

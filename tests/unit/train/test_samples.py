@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from higgs_tune.data.collate import collate
 from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.model.writing import prompt_before_text, write_text
 from higgs_tune.train.checkpoint import load_adapter, save_adapter
@@ -52,7 +51,7 @@ def test_the_base_is_left_as_it_was(tmp_path, config, recwarn):
     engine = Engine(base, PackLimits.of([config], 1))
     engine.add("a", config)
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    batch = collate({0: [example("transcribe", 3), example("speak", 4)]}, engine.modes())
+    batch = engine.batch({0: [example("transcribe", 3), example("speak", 4)]})
     then = engine.evaluate(batch)
     folder = saved_adapter(tiny_base(), config, tmp_path / "a")
     for _ in range(2):
