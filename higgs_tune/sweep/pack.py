@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from higgs_tune.errors import HiggsTuneError, SweepError, is_out_of_memory
-from higgs_tune.sweep.seats import Files, Loop, Result, Snapshot, read_files, write_files
-from higgs_tune.sweep.table import Seat
+from higgs_tune.sweep.seats import Files, Loop, Result, Seat, Snapshot, read_files, write_files
 
 logger = logging.getLogger(__name__)
 

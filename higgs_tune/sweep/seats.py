@@ -2,8 +2,9 @@
 
 import gc
 import importlib
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -67,6 +68,40 @@ class Roster:
     version: int
     live: tuple[str, ...]
     to_come: int
+
+
+@dataclass(eq=False)
+class Report:
+    """A result on its way to the driver."""
+
+    due: int  # the pack's step at which it was validated
+    trial_id: str
+    result: Result
+    snapshot: Snapshot | None  # None: nothing is kept of a trial that ended badly
+    takes_effect: int  # the pack's step from which what follows holds
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the trial has left its slot by itself."""
+        return self.result["status"] != "running"
+
+
+@dataclass(eq=False)
+class Seat:
+    """One trial in a worker, from its lease until the roster drops it."""
+
+    trial_id: str
+    config: TrialConfig
+    files: Files | None  # the checkpoint it starts from
+    roster_version: int  # the first roster that names it
+    asks: bool = False  # its trainable waits for the next result
+    since: int | None = None  # the pack's step from which it may train, once that is known
+    ended: bool = False  # it never trains again
+    account: dict[str, Any] | None = None  # of its modules; goes out with its first result
+    step: int = 0  # of the result handed out last
+    snapshot: Snapshot | None = None  # as of that result
+    refused_after: int | None = None  # so many departures it found no memory for its slot
+    reports: deque[Report] = field(default_factory=deque)  # not handed out yet
 
 
 class SlotLostError(SweepError):

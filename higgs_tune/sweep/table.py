@@ -2,8 +2,11 @@
 
 The pack does not stand still while Tune decides what becomes of a trial that has reported. Its clock
 is its own optimizer step, and what follows from a report at step s takes effect at step s + `ahead`:
-the trial that was stopped leaves there, the one that was suggested in its place sits down there. In a
-sweep with one worker this is strict, which makes a sweep repeatable: the pack waits at that step if
+the trial that was stopped leaves there, the one that was suggested in its place sits down there. The
+slot of a trial that has ended by itself goes to one that waits, at step s; if none does, what follows
+from its report takes effect at step s as well.
+
+In a sweep with one worker this is strict, which makes a sweep repeatable: the pack waits at that step if
 the decision is not there yet, and reports go out one at a time, by step and trial id, each when
 everything that followed from the former is known. Otherwise results that race to the driver would
 decide what the sampler and the scheduler have seen when they choose.
@@ -11,13 +14,10 @@ decide what the sampler and the scheduler have seen when they choose.
 With several workers nothing waits: a change takes effect at the pack's next step.
 """
 
-from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 from higgs_tune.config import TrialConfig
-from higgs_tune.sweep.seats import Files, Lease, Result, Roster, Snapshot
+from higgs_tune.sweep.seats import Files, Lease, Report, Result, Roster, Seat, Snapshot
 
 
 def num_seats(num_slots: int, *, strict: bool) -> int:
@@ -26,34 +26,6 @@ def num_seats(num_slots: int, *, strict: bool) -> int:
     The more slots the more end together. Among several workers each keeps one, as others may have room.
     """
     return num_slots + (max(1, num_slots // 4) if strict else 1)
-
-
-@dataclass(frozen=True)
-class Report:
-    """A result on its way to the driver."""
-
-    due: int  # the pack's step at which it was validated
-    trial_id: str
-    result: Result
-    snapshot: Snapshot | None  # None: nothing is kept of a trial that ended badly
-
-
-@dataclass(eq=False)
-class Seat:
-    """One trial in a worker, from its lease until the roster drops it."""
-
-    trial_id: str
-    config: TrialConfig
-    files: Files | None  # the checkpoint it starts from
-    roster_version: int  # the first roster that names it
-    asks: bool = False  # its trainable waits for the next result
-    since: int | None = None  # the pack's step from which it may train, once that is known
-    ended: bool = False  # it never trains again
-    account: dict[str, Any] | None = None  # of its modules; goes out with its first result
-    step: int = 0  # of the result handed out last
-    snapshot: Snapshot | None = None  # as of that result
-    refused_after: int | None = None  # so many departures it found no memory for its slot
-    reports: deque[Report] = field(default_factory=deque)  # not handed out yet
 
 
 class Table:
@@ -123,7 +95,7 @@ class Table:
         """Whether everything that followed from the last report is known, and note what did."""
         complete = not self._strict or self._is_complete()
         if complete:
-            now = self._takes_effect(self._dealing) if self._dealing else self.clock
+            now = self._dealing.takes_effect if self._dealing else self.clock
             self._dealing = None
             for seat in self.seats.values():
                 if seat.asks and seat.since is None:
@@ -137,10 +109,11 @@ class Table:
         """The report to hand out now, if there is one; its trial no longer asks."""
         if not self.settled():
             return None
+        self._hurry()
         ready = [s.reports[0] for s in self.seats.values() if s.asks and s.reports]
         if not ready:
             return None
-        report = min(ready, key=lambda report: (report.due, report.trial_id))
+        report = min(ready, key=_turn)
         seat = self.seats[report.trial_id]
         seat.reports.popleft()
         seat.asks = False
@@ -172,7 +145,7 @@ class Table:
 
     def next_stop(self) -> int | None:
         """The step at which the pack has to look at the table again; None: when a trial is due."""
-        steps = [self._takes_effect(report) for report in self._outstanding()]
+        steps = [report.takes_effect for report in self._outstanding()]
         steps += [since for _, since in self._leaving if since is not None]
         steps += [seat.since for seat in self._waiting() if seat.since is not None]
         return min((step for step in steps if step > self.clock), default=None)
@@ -188,7 +161,7 @@ class Table:
                 if seat.account is not None:
                     result, seat.account = {**result, "account": seat.account}, None
                 snapshot = snapshots.get(trial_id)
-                seat.reports.append(Report(self.clock, trial_id, result, snapshot))
+                seat.reports.append(self._report(trial_id, result, snapshot))
             if result["status"] != "running":
                 seat.ended = True
                 self._vacate(seat)
@@ -207,7 +180,7 @@ class Table:
         seat.ended = True
         self._num_departures += 1
         if self.seats.get(seat.trial_id) is seat:
-            seat.reports.append(Report(self.clock, seat.trial_id, result, None))
+            seat.reports.append(self._report(seat.trial_id, result, None))
         return False
 
     def num_wanted(self) -> int:
@@ -243,7 +216,8 @@ class Table:
         """Whether everything that takes effect at this step, or before, is known."""
         if not self._strict:
             return True
-        if any(self._takes_effect(report) <= self.clock for report in self._outstanding()):
+        self._hurry()
+        if self._is_owed():
             return False
         return self._dealing is not None or self._is_complete()
 
@@ -255,8 +229,26 @@ class Table:
             for seat in self.seats.values():
                 yield from seat.reports
 
-    def _takes_effect(self, report: Report) -> int:
-        return report.due + self._ahead
+    def _is_owed(self) -> bool:
+        """Whether something that takes effect at this step is not known yet."""
+        return any(report.takes_effect <= self.clock for report in self._outstanding())
+
+    def _hurry(self) -> None:
+        """Let the successors of trials that have just ended come at once to slots for which nobody waits.
+
+        The pack stands still until they are known, which takes less than `ahead` steps with empty slots.
+        """
+        if self._is_owed():
+            return
+        ready = [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
+        num_residents = len(self.residents) - len(self._due_to_leave())
+        num_lacking = self._num_slots - num_residents - len(ready)
+        ended = [r for r in self._outstanding() if r.due == self.clock and r.has_ended]
+        for report in sorted(ended, key=_turn)[: max(0, num_lacking)]:
+            report.takes_effect = self.clock
+
+    def _report(self, trial_id: str, result: Result, snapshot: Snapshot | None) -> Report:
+        return Report(self.clock, trial_id, result, snapshot, self.clock + self._ahead)
 
     def _vacate(self, seat: Seat) -> None:
         """A resident's slot is free, and its memory."""
@@ -292,7 +284,12 @@ class Table:
 
     def _skip_to_next_change(self) -> None:
         """Nobody trains, so the clock goes to the next step at which that can change."""
-        steps = [self._takes_effect(report) for report in self._outstanding()]
+        steps = [report.takes_effect for report in self._outstanding()]
         steps += [seat.since for seat in self._waiting() if seat.since is not None]
         if steps:
             self.clock = max(self.clock, min(steps))
+
+
+def _turn(report: Report) -> tuple[int, int, str]:
+    """By what reports go out: who is waited for before the others of its step."""
+    return report.due, report.takes_effect, report.trial_id

@@ -28,10 +28,11 @@ from higgs_tune.sweep.seats import (
     Loop,
     Result,
     Roster,
+    Seat,
     SlotLostError,
     import_loop,
 )
-from higgs_tune.sweep.table import Seat, Table
+from higgs_tune.sweep.table import Table
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

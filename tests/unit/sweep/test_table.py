@@ -39,6 +39,19 @@ def report(table: Table, *names: str, at: int, status: str = "running") -> list[
     return table.reported(results, dict.fromkeys(names, Path.touch))
 
 
+def deal(table: Table, name: str, live: tuple[str, ...], to_come: int = 0, sits: str = "") -> None:
+    """The report of a trial that has ended goes out; what follows from it is who is live, or sits down."""
+    found = table.next_report()
+    assert found is not None
+    assert found.trial_id == name
+    version = table.roster.version + 1
+    table.gone(Roster(version, live, to_come))
+    table.drop(name)
+    if sits:
+        sit(table, sits, version)
+    table.settled()
+
+
 def changes(table: Table) -> tuple[list[str], list[str]]:
     out, joining = table.take_changes()
     return [seat.trial_id for seat in out], [seat.trial_id for seat in joining]
@@ -143,15 +156,47 @@ def test_one_that_sits_down_while_a_decision_is_awaited_is_not_there_before_it_t
     table = table_of("t0", "t1", "t2", slots=2, to_come=1)
     report(table, "t0", at=25, status="completed")
     assert changes(table) == ([], ["t2"])
-    table.next_report()
-    table.gone(Roster(2, ("t1", "t2", "t3"), 0))
-    table.drop("t0")
-    sit(table, "t3", version=2)
-    assert table.next_report() is None
+    deal(table, "t0", ("t1", "t2", "t3"), sits="t3")
     report(table, "t1", at=27, status="completed")
+    deal(table, "t1", ("t2", "t3"))
+    assert table.can_train()
     assert changes(table) == ([], [])
     table.clock = 30
     assert changes(table) == ([], ["t3"])
+
+
+@pytest.mark.parametrize("first", ["dealt with", "queued"])
+def test_a_second_slot_freed_at_one_step_is_filled_at_once_by_the_next_proposed(first):
+    table = table_of("t0", "t1", "t2", "t3", slots=3, to_come=4)
+    report(table, "t2", at=24)
+    if first == "dealt with":
+        table.next_report()
+        table.seats["t2"].asks = True
+    report(table, "t0", "t1", at=25, status="completed")
+    assert not table.can_train()  # t3 takes one slot; for the other nobody is there yet
+    assert changes(table) == ([], [])
+    if first == "queued":
+        found = table.next_report()
+        assert found is not None
+        assert found.trial_id == "t2"
+        assert not table.can_train()
+        table.seats["t2"].asks = True
+    deal(table, "t0", ("t1", "t2", "t3", "t4"), 3, sits="t4")
+    assert changes(table) == ([], ["t3", "t4"])
+    assert table.can_train()  # what follows from t1 takes effect later
+    deal(table, "t1", ("t2", "t3", "t4", "t5"), 2, sits="t5")
+    assert table.clock == 25
+    assert table.next_stop() == 30
+
+
+def test_the_pack_does_not_wait_for_more_than_are_proposed():
+    table = table_of("t0", "t1", "t2", slots=3, to_come=0)
+    report(table, "t0", "t1", at=25, status="completed")
+    assert not table.can_train()
+    deal(table, "t0", ("t1", "t2"))
+    assert not table.can_train()
+    deal(table, "t1", ("t2",))
+    assert table.can_train()
 
 
 def test_when_nobody_trains_the_clock_goes_to_where_the_decision_takes_effect():
@@ -207,6 +252,7 @@ def test_who_finds_no_memory_waits_until_somebody_leaves(leaves):
     assert changes(table) == ([], [])
     if leaves == "ends":
         report(table, "t0", at=25, status="completed")
+        deal(table, "t0", ("t1", "t2"))
         assert changes(table) == ([], ["t2"])
     else:
         report(table, "t0", at=25)
@@ -224,6 +270,7 @@ def test_who_finds_no_memory_keeps_no_smaller_one_from_the_slot():
     assert table.refused(table.seats["t1"], LACKING)
     assert changes(table) == ([], ["t2"])
     assert not table.refused(table.seats["t2"], LACKING | {"status": "failed"})
+    deal(table, "t2", ("t0", "t1"))
     assert changes(table) == ([], ["t1"])  # what t2 had is free
 
 
@@ -234,6 +281,7 @@ def test_who_finds_no_memory_with_nobody_else_there_ends(status):
     assert table.refused(first, LACKING)  # `second` joins with it
     assert not table.refused(second, LACKING | {"status": status})
     assert second.ended
+    deal(table, "t1", ("t0",))
     assert changes(table) == ([], ["t0"])  # now with the pack to itself
     assert not table.refused(first, LACKING)
     assert first.ended

@@ -73,8 +73,10 @@ def test_one_of_several_workers_takes_the_slot_of_a_trial_that_stops_asking(
     run(scenario())
 
 
-def drive(make_config, seed: int, delay_s: float) -> tuple[list[tuple], list[tuple]]:
-    """Run nine trials through two slots with racing clients that decide slowly.
+def drive(
+    make_config, seed: int, delay_s: float, slots: int = 2
+) -> tuple[list[tuple], list[tuple]]:
+    """Run nine trials through the slots with racing clients that decide slowly.
 
     Returns:
         The results in the order in which they arrived, and who joined and left after which step.
@@ -84,7 +86,7 @@ def drive(make_config, seed: int, delay_s: float) -> tuple[list[tuple], list[tup
     log: list[tuple[str, str, int]] = []
 
     async def scenario():
-        worker = make_worker(make_config)
+        worker = make_worker(make_config, slots=slots)
         names = [f"t{index}" for index in range(9)]
         state = {"version": 0, "live": [], "queue": list(names)}
 
@@ -124,7 +126,7 @@ def drive(make_config, seed: int, delay_s: float) -> tuple[list[tuple], list[tup
                 await publish()
                 tasks.append(asyncio.create_task(client(name, state["version"])))
 
-        for _ in range(3):
+        for _ in range(slots + 1):
             await start()
         while len(tasks) < len(names) or not all(task.done() for task in tasks):
             await asyncio.sleep(0.005)
@@ -144,3 +146,13 @@ def test_however_late_decisions_are_the_same_happens_at_the_same_steps(make_conf
     assert {name: step for kind, name, step in log if kind == "leave"}["t0"] == 52
     for seed, delay_s in ((2, 0.0), (3, 0.001), (4, 0.03)):
         assert drive(make_config, seed=seed, delay_s=delay_s) == (arrived, log)
+
+
+def test_slots_that_are_freed_together_are_filled_together_however_late_decisions_are(make_config):
+    arrived, log = drive(make_config, seed=1, delay_s=0.01, slots=4)
+    steps = {(kind, name): step for kind, name, step in log}
+    # t1 and t2 end on their budgets after 100 steps, with only t6 waiting
+    assert steps["leave", "t1"] == steps["leave", "t2"] == 100
+    assert [name for kind, name, step in log if kind == "join" and step == 100] == ["t6", "t7"]
+    for seed, delay_s in ((2, 0.0), (3, 0.001), (4, 0.03)):
+        assert drive(make_config, seed=seed, delay_s=delay_s, slots=4) == (arrived, log)
