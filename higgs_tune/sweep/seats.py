@@ -1,4 +1,4 @@
-"""What a worker, its trials and the driver say to each other."""
+"""What a worker, its trials and the driver say to each other, and what a worker notes of a trial."""
 
 import gc
 import importlib
@@ -75,15 +75,11 @@ class Report:
     """A result on its way to the driver."""
 
     due: int  # the pack's step at which it was validated
+    batch: int  # the how manieth call of the table that made reports
     trial_id: str
     result: Result
     snapshot: Snapshot | None  # None: nothing is kept of a trial that ended badly
     takes_effect: int  # the pack's step from which what follows holds
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the trial has left its slot by itself."""
-        return self.result["status"] != "running"
 
 
 @dataclass(eq=False)

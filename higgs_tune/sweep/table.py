@@ -3,15 +3,14 @@
 The pack does not stand still while Tune decides what becomes of a trial that has reported. Its clock
 is its own optimizer step, and what follows from a report at step s takes effect at step s + `ahead`:
 the trial that was stopped leaves there, the one that was suggested in its place sits down there. The
-slot of a trial that has ended by itself goes to one that waits, at step s; if none does, what follows
-from its report takes effect at step s as well.
+slot of a trial that has ended goes to one that waits, at step s; if none does, what follows from its
+report takes effect at step s as well.
 
 In a sweep with one worker this is strict, which makes a sweep repeatable: the pack waits at that step if
-the decision is not there yet, and reports go out one at a time, by step and trial id, each when
-everything that followed from the former is known. Otherwise results that race to the driver would
-decide what the sampler and the scheduler have seen when they choose.
-
-With several workers nothing waits: a change takes effect at the pack's next step.
+the decision is not there yet, and reports go out one at a time, in a fixed order, each when everything
+that followed from the former is known. Otherwise results that race to the driver would decide what
+the sampler and the scheduler have seen when they choose. With several workers nothing waits: a change
+takes effect at the pack's next step.
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,6 +39,8 @@ class Table:
         self._num_slots = num_slots
         self._num_seats = num_seats(num_slots, strict=strict)
         self._num_departures = 0  # from the pack
+        self._num_batches = 0  # of reports
+        self._unweighed: list[Report] = []  # of trials that have ended, for `_hurry`
         self._strict = strict
         self._ahead = ahead if strict else 0
         self._attempts: dict[str, int] = {}  # the newest with which each trial has come
@@ -155,6 +156,7 @@ class Table:
     ) -> list[str]:
         """Take what the pack has validated; the trials that leave it because they have ended."""
         ended = []
+        self._num_batches += 1
         for trial_id, result in results.items():
             seat = self.residents[trial_id]
             if self.seats.get(trial_id) is seat:
@@ -179,6 +181,7 @@ class Table:
             return True
         seat.ended = True
         self._num_departures += 1
+        self._num_batches += 1
         if self.seats.get(seat.trial_id) is seat:
             seat.reports.append(self._report(seat.trial_id, result, None))
         return False
@@ -216,10 +219,8 @@ class Table:
         """Whether everything that takes effect at this step, or before, is known."""
         if not self._strict:
             return True
-        self._hurry()
-        if self._is_owed():
-            return False
-        return self._dealing is not None or self._is_complete()
+        self._hurry()  # before the pack does anything more
+        return not self._is_owed() and (self._dealing is not None or self._is_complete())
 
     def _outstanding(self) -> Iterable[Report]:
         """Reports whose consequences are not known yet."""
@@ -234,21 +235,25 @@ class Table:
         return any(report.takes_effect <= self.clock for report in self._outstanding())
 
     def _hurry(self) -> None:
-        """Let the successors of trials that have just ended come at once to slots for which nobody waits.
+        """Let successors of trials that have just ended come at once to the slots for which nobody waits.
 
-        The pack stands still until they are known, which takes less than `ahead` steps with empty slots.
+        The pack stands still until they are known. Each report is weighed once, when the slots of its step
+        are known: later it is a matter of time whether it is still there.
         """
-        if self._is_owed():
+        if self._is_owed() or not self._unweighed:
             return
+        num_free = self._num_slots - len(self.residents) + len(self._due_to_leave())
         ready = [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
-        num_residents = len(self.residents) - len(self._due_to_leave())
-        num_lacking = self._num_slots - num_residents - len(ready)
-        ended = [r for r in self._outstanding() if r.due == self.clock and r.has_ended]
-        for report in sorted(ended, key=_turn)[: max(0, num_lacking)]:
+        for report in sorted(self._unweighed, key=_turn)[: max(0, num_free - len(ready))]:
             report.takes_effect = self.clock
+        self._unweighed.clear()
 
     def _report(self, trial_id: str, result: Result, snapshot: Snapshot | None) -> Report:
-        return Report(self.clock, trial_id, result, snapshot, self.clock + self._ahead)
+        due, batch = self.clock, self._num_batches
+        report = Report(due, batch, trial_id, result, snapshot, due + self._ahead)
+        if result["status"] != "running":
+            self._unweighed.append(report)
+        return report
 
     def _vacate(self, seat: Seat) -> None:
         """A resident's slot is free, and its memory."""
@@ -291,5 +296,5 @@ class Table:
 
 
 def _turn(report: Report) -> tuple[int, int, str]:
-    """By what reports go out: who is waited for before the others of its step."""
-    return report.due, report.takes_effect, report.trial_id
+    """By what reports go out: whom the pack waits for before the others."""
+    return report.batch, report.takes_effect, report.trial_id

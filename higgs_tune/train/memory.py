@@ -243,6 +243,7 @@ def run_step(engine: Engine, trial_ids: Sequence[str], step: StepShape) -> None:
     examples = [_example(step, engine.num_codebooks)] * step.num_clips
     slots = [engine.residents[name].slot for name in trial_ids]
     counts = dict.fromkeys(slots, count_targets(examples, engine.num_codebooks))
+    # not Engine.batch: these fakes lie on a CPU, which pads more than the GPU that is asked about
     batch: PackBatch = collate(dict.fromkeys(slots, examples), engine.modes())
     for index in range(min(2, step.num_micro_batches)):  # a third one is like the second
         if index:

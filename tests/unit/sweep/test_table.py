@@ -189,7 +189,7 @@ def test_a_second_slot_freed_at_one_step_is_filled_at_once_by_the_next_proposed(
     assert table.next_stop() == 30
 
 
-def test_the_pack_does_not_wait_for_more_than_are_proposed():
+def test_the_pack_goes_on_when_nobody_follows_trials_that_have_ended():
     table = table_of("t0", "t1", "t2", slots=3, to_come=0)
     report(table, "t0", "t1", at=25, status="completed")
     assert not table.can_train()
@@ -203,22 +203,36 @@ def test_when_nobody_trains_the_clock_goes_to_where_the_decision_takes_effect():
     table = table_of("t0", "t1", slots=1, to_come=1)
     report(table, "t0", at=100, status="completed")
     assert changes(table) == ([], ["t1"])
-    report(table, "t1", at=100, status="completed")
-    assert changes(table) == ([], [])
-    assert table.next_report() is not None
-    table.gone(Roster(2, ("t1", "t2"), 0))
-    table.drop("t0")
-    sit(table, "t2", version=2)
-    assert changes(table) == ([], [])  # what follows from t1 takes effect there, too
-    found = table.next_report()
-    assert found is not None
-    assert found.trial_id == "t1"
-    assert changes(table) == ([], [])
-    table.gone(Roster(3, ("t2",), 0))
-    table.drop("t1")
-    table.next_report()
+    deal(table, "t0", ("t1", "t2"), sits="t2")
+    report(table, "t1", at=102, status="completed")
+    deal(table, "t1", ("t2",))
     assert changes(table) == ([], ["t2"])
     assert table.clock == 105
+
+
+@pytest.mark.parametrize("decided", ["before", "after"])
+def test_a_join_that_fails_moves_no_successor_to_another_step(decided):
+    table = table_of("t0", "t1", "t2", slots=2, to_come=1)
+    second = table.seats["t2"]
+    report(table, "t0", at=25, status="completed")
+    if decided == "before":
+        found = table.next_report()
+        assert found is not None
+        assert changes(table) == ([], ["t2"])
+        table.gone(Roster(2, ("t1", "t2", "t3"), 0))
+        table.drop("t0")
+        sit(table, "t3", version=2)
+        table.settled()
+        assert table.refused(second, LACKING)
+    else:
+        assert changes(table) == ([], ["t2"])
+        assert table.refused(second, LACKING)
+        deal(table, "t0", ("t1", "t2", "t3"), sits="t3")
+    assert table.can_train()
+    table.clock = 29
+    assert changes(table) == ([], [])
+    table.clock = 30
+    assert changes(table) == ([], ["t3"])
 
 
 def test_nobody_waits_where_there_are_several_workers():
