@@ -31,8 +31,8 @@ _INDEXING = {
 class HostReads(TorchDispatchMode):
     """Counts operations whose result or shape depends on values: on a GPU the host waits for each.
 
-    Works on any device, in forward and backward. It does not see `tolist()` and `numpy()` of a CPU
-    tensor, which read memory without an operation.
+    Works on any device, in forward and backward; also an index that lies on the host. It does not see
+    `tolist()` and `numpy()` of a CPU tensor, which read memory without an operation.
     """
 
     def __init__(self) -> None:
@@ -50,6 +50,8 @@ class HostReads(TorchDispatchMode):
             indices = [i for i in args[1] if isinstance(i, torch.Tensor)]
             if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
                 self.found[f"{func} by a mask"] += 1
+            if any(i.device != args[0].device for i in indices):
+                self.found[f"{func} from the host"] += 1
         return func(*args, **(kwargs or {}))
 
 

@@ -147,8 +147,9 @@ def fakes():
 def test_nothing_of_a_step_stays_behind_on_the_host(dtype, fakes):
     engine = engine_on("lazy", dtype, fakes)
     assert engine.bank.lora.compute.dtype == dtype
-    with fakes:
+    with fakes, HostReads() as reads:
         found = step(engine), *engine.evaluate(engine.batch({0: [example("clone", 7)]}))
+    assert reads.found == {}  # nor an index, which a fake takes from the host
     assert {tensor.device.type for tensor in found} == {"lazy"}
 
 
@@ -156,14 +157,18 @@ def test_nothing_of_a_step_stays_behind_on_the_host(dtype, fakes):
 def test_a_fake_fails_on_what_is_read_or_left_on_the_host(name, inject, fakes):
     engine = engine_on("lazy", mode=fakes)
     inject((READS | {"host": lambda x: x + torch.ones(x.shape)})[name])
-    with (
-        fakes,
-        pytest.raises(
-            (
-                DataDependentOutputException,
-                DynamicOutputShapeException,
-                FakeTensorDeviceMismatchError,
-            )
-        ),
-    ):
+    kinds = (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorDeviceMismatchError,
+    )
+    with fakes, pytest.raises(kinds, match=r"aten\.|two devices"):
         step(engine)
+
+
+def test_the_mode_sees_an_index_that_lies_on_the_host(inject, fakes):
+    engine = engine_on("lazy", mode=fakes)
+    inject(lambda x: x[torch.zeros(1, dtype=torch.long)])
+    with fakes, HostReads() as reads:
+        step(engine)
+    assert sum(n for name, n in reads.found.items() if "from the host" in name) > 0
