@@ -33,6 +33,10 @@ class SweepError(HiggsTuneError):
     """A sweep cannot start, go on or be resumed."""
 
 
+class NoMemoryError(SweepError):
+    """A worker's machine has no memory for the base; another program may hold it."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A half-sentence that names the known name nearest to a mistaken one, or nothing."""
     match = difflib.get_close_matches(str(name), list(known), n=1)
@@ -52,5 +56,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+        "DefaultCPUAllocator: can't allocate memory" in text
+        or "CUBLAS_STATUS_ALLOC_FAILED" in text
+        or "CUDA error: out of memory" in text  # where not even a context fits
     )

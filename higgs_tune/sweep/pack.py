@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.errors import HiggsTuneError, SweepError, is_out_of_memory
+from higgs_tune.errors import HiggsTuneError, NoMemoryError, SweepError, is_out_of_memory
 from higgs_tune.sweep.seats import Files, Loop, Result, Seat, Snapshot, read_files, write_files
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,13 @@ def description(loop: Loop) -> dict[str, Any]:
 
 
 def load_error(error: Exception, node: str) -> HiggsTuneError:
-    """Why base and data cannot be loaded on a node, also if, say, its GPU's memory is taken."""
+    """Why base and data cannot be loaded on a node."""
     if isinstance(error, HiggsTuneError):
         return type(error)(f"on node {node}: {error}")
-    return SweepError(f"on node {node} cannot load base and data: {type(error).__name__}: {error}")
+    what = f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        return NoMemoryError(f"on node {node} finds no memory for base and data: {what}")
+    return SweepError(f"on node {node} cannot load base and data: {what}")
 
 
 def change(loop: Loop, out: Sequence[Seat], joining: Sequence[Seat]) -> list[Result]:
@@ -67,13 +70,13 @@ def advance(
     for trial_id, result in results.items():
         if result["status"] != "running":
             loop.leave(trial_id)
-    _check_memory(loop, results.values())
     seconds = {
         "train_s": loop.train_s - trained_s,
         "prepare_s": loop.prepare_s - prepared_s,
         "validate_s": loop.validate_s - validated_s,
         "save_s": time.monotonic() - started,
     }
+    _check_memory(loop, results.values())
     return results, snapshots, seconds
 
 
@@ -115,7 +118,8 @@ def _seat(loop: Loop, seat: Seat, folder: Path | None) -> Result:
 
 def _check_memory(loop: Loop, results: Iterable[Result]) -> None:
     """Raise if memory has emptied the pack and the bare base finds none either: somebody else has it."""
-    if not loop.num_residents and any(r.get("status") == "out_of_memory" for r in results):
+    statuses = {result.get("status") for result in results}
+    if not loop.num_residents and statuses == {"out_of_memory"}:
         loop.check()
 
 

@@ -224,15 +224,15 @@ class Worker:
         self._table.absent |= lost
 
     async def _loaded(self) -> Loop:
-        if self._loading is None:
+        if self._loading is None or (self._loading.done() and self._loading.exception()):
             self._loading = asyncio.get_running_loop().run_in_executor(self._thread, self._build)
         return await self._loading
 
     async def _run(self) -> None:
         """Train whoever sits at the table, until the sweep ends."""
         try:
-            loop = await self._loaded()
             await self._accepted.wait()
+            loop = await self._loaded()
             since = time.monotonic()
             while not self._closed:
                 self._look()

@@ -11,13 +11,14 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from higgs_tune.config import SweepConfig
-from higgs_tune.errors import ConfigError, HiggsTuneError, SweepError
+from higgs_tune.errors import ConfigError, HiggsTuneError, NoMemoryError, SweepError
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.worker import Worker
 
 FIGURES_S = 10.0  # how often the workers are asked where their time went
 PATIENCE_S = 15.0  # after that a person is told that a worker's process is not there
+MEMORY_PAUSE_S = 30.0  # until a worker without memory for its base tries again
 
 
 @dataclass
@@ -31,6 +32,9 @@ class Member:
     since: float  # when its process was asked for, or was found dead
     accepted: bool = False
     is_waited_for: bool = False  # a person was told
+    has_served: bool = False
+    lacks_memory: bool = False  # a person was told
+    retry_at: float | None = None  # when it tries again to load its base
 
 
 class Workers:
@@ -103,9 +107,14 @@ class Workers:
             waits: gets, once, which worker's process is not there, and what it needs.
 
         Raises:
-            HiggsTuneError: a worker cannot load its base or its data, or `accept` refuses them.
+            HiggsTuneError: a worker cannot load its base or its data, or `accept` refuses them. One that
+                had served before and only lacks memory now tries again.
         """
         for member in self._members:
+            if member.retry_at is not None:
+                if time.monotonic() < member.retry_at:
+                    continue
+                member.retry_at, member.answer = None, member.actor.describe.remote()
             if not _is_there(member.answer):
                 self._check_start(member, waits)
                 continue
@@ -122,6 +131,12 @@ class Workers:
                 self._check_start(member, waits)
                 continue
             except RayTaskError as error:
+                if isinstance(error.cause, NoMemoryError) and member.has_served:
+                    member.retry_at = time.monotonic() + MEMORY_PAUSE_S
+                    if not member.lacks_memory:
+                        waits(f"{member.name} {error.cause}; it tries again every 30 s")
+                    member.lacks_memory = True
+                    continue
                 if isinstance(error.cause, HiggsTuneError):
                     raise type(error.cause)(f"{member.name} {error.cause}") from None
                 raise
@@ -129,7 +144,8 @@ class Workers:
                 warned(member.name, answer)
             else:
                 accept(member.name, answer)
-                member.accepted = True
+                member.accepted = member.has_served = True
+                member.lacks_memory = False
             member.answer = member.actor.serve.remote()
 
     def _check_start(self, member: Member, waits: Callable[[str], None]) -> None:

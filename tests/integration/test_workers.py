@@ -15,7 +15,11 @@ TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 2, "cpus_per_worke
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
-        ("load", SweepError, r"worker-\d on node \S+ cannot load base and data: .*CUDA error"),
+        (
+            "load",
+            SweepError,
+            r"worker-\d on node \S+ finds no memory for base and data: .*CUDA error",
+        ),
         ("data", ConfigError, r"worker-\d on node \S+: its dataset has content_hash 1{64}, needed"),
     ],
 )

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from higgs_tune.errors import DataError, HiggsTuneError, ModelError
+from higgs_tune.errors import DataError, HiggsTuneError, ModelError, NoMemoryError
 from higgs_tune.sweep import pack
 from higgs_tune.sweep.seats import Roster, SlotLostError
 from tests.sweep_fakes import FakeLoop
@@ -327,6 +327,10 @@ def test_why_the_pack_failed_is_told_before_the_process_ends(make_config, monkey
     [
         (DataError("data.path: no such folder"), r"^on node \S+: data\.path: no such folder$"),
         (RuntimeError("CUDA"), r"^on node \S+ cannot load base and data: RuntimeError: CUDA$"),
+        (
+            MemoryError("full"),
+            r"^on node \S+ finds no memory for base and data: MemoryError: full$",
+        ),
     ],
 )
 def test_what_cannot_be_loaded_is_told_with_its_node(make_config, monkeypatch, error, message):
@@ -337,5 +341,32 @@ def test_what_cannot_be_loaded_is_told_with_its_node(make_config, monkeypatch, e
         monkeypatch.setattr(FakeLoop, "__init__", fail)
         with pytest.raises(HiggsTuneError, match=message):
             await make_worker(make_config).describe()
+
+    run(scenario())
+
+
+def test_trials_wait_at_a_worker_that_finds_memory_for_its_base_later(make_config, monkeypatch):
+    left = [MemoryError("taken"), RuntimeError("CUDA error: out of memory")]
+    plain = FakeLoop.__init__
+
+    def load(self, config, **kwargs):
+        if left:
+            raise left.pop()
+        plain(self, config, **kwargs)
+
+    async def scenario():
+        monkeypatch.setattr(FakeLoop, "__init__", load)
+        worker = make_worker(make_config, accepted=False)
+        await worker.sync(Roster(1, ("t0",), 0))
+        await seat(worker, "t0")
+        task = asking(worker, "t0")
+        for _ in range(2):
+            with pytest.raises(NoMemoryError, match="finds no memory"):
+                await worker.describe()
+            assert await never(task)
+        assert (await worker.describe())["content_hash"] == "0" * 64
+        serving = asyncio.create_task(worker.serve())
+        assert (await task)["step"] == 25
+        assert not serving.done()
 
     run(scenario())

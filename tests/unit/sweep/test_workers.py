@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 
-from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.errors import ConfigError, DataError, NoMemoryError
 from higgs_tune.sweep import workers as module
-from higgs_tune.sweep.workers import PATIENCE_S, Workers
+from higgs_tune.sweep.workers import MEMORY_PAUSE_S, PATIENCE_S, Workers
 
 DEAD = ActorUnavailableError("its node is gone", None)
 
@@ -113,6 +113,37 @@ def test_a_worker_that_died_is_described_again_before_it_serves(crew):
     crew.hear()
     assert crew.heard.accepted == [("worker-1", {"n": 1}), ("worker-1", {"n": 2})]
     assert actor.count("serve") == 2
+
+
+def test_a_worker_whose_memory_is_taken_while_it_is_away_tries_again(crew):
+    error = NoMemoryError("on node 10.0.0.2 finds no memory for base and data: MemoryError: full")
+    full = RayTaskError("describe", "traceback", error, ip="10.0.0.2")
+    actor = crew.actors[1]
+    actor.answer("describe", {"n": 1})
+    crew.hear()
+    actor.answer("serve", DEAD)
+    crew.hear()
+    for count in (3, 4):
+        actor.answer("describe", full)
+        crew.hear()
+        crew.now[0] += MEMORY_PAUSE_S - 1
+        crew.hear()
+        assert actor.count("describe") == count - 1
+        crew.now[0] += 1
+        crew.hear()
+        assert actor.count("describe") == count
+    (said,) = [text for text in crew.heard.waits if "memory" in text]
+    assert said.startswith("worker-1 on node 10.0.0.2 finds no memory for base and data")
+    actor.answer("describe", {"n": 2})
+    crew.hear()
+    assert crew.heard.accepted == [("worker-1", {"n": 1}), ("worker-1", {"n": 2})]
+
+
+def test_a_worker_without_memory_from_the_start_ends_the_sweep(crew):
+    error = NoMemoryError("on node 10.0.0.2 finds no memory for base and data: MemoryError: full")
+    crew.actors[0].answer("describe", RayTaskError("describe", "traceback", error, ip="10.0.0.2"))
+    with pytest.raises(NoMemoryError, match=r"^worker-0 on node 10\.0\.0\.2 finds no memory"):
+        crew.hear()
 
 
 def test_each_warning_is_handed_on_once(crew):
