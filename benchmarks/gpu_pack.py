@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from random_base import PRESETS, random_base, random_clips
 from sides import our_step, predicted_bytes, stock_step, synchronise
 
 from higgs_tune.device import resolve_device
+from higgs_tune.errors import is_out_of_memory
 from higgs_tune.model.load import Base
 
 START_PATIENCE_S = 300.0
@@ -60,10 +62,10 @@ def measure_packs(args: argparse.Namespace) -> list[dict[str, Any]]:
 def be_stock_process(args: argparse.Namespace) -> None:
     """One of several stock processes: say "ready", wait for a line, train, say how often."""
     torch.set_num_threads(args.threads)
-    base = base_of(args)
-    device = next(base.model.parameters()).device
-    batches = [[clips_of(base, args, 0, number)] for number in range(NUM_BATCHES)]
     try:
+        base = base_of(args)
+        device = next(base.model.parameters()).device
+        batches = [[clips_of(base, args, 0, number)] for number in range(NUM_BATCHES)]
         step = stock_step(base, args.rank)
         for batch in batches:
             step(batch)
@@ -75,7 +77,9 @@ def be_stock_process(args: argparse.Namespace) -> None:
             step(batches[steps % NUM_BATCHES])
             synchronise(device)
             steps += 1
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         print(json.dumps({"status": "out_of_memory"}), flush=True)
         return
     seconds = time.perf_counter() - started
@@ -90,6 +94,10 @@ def measure_shared(args: argparse.Namespace, options: Sequence[str]) -> dict[str
     started = [
         subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(args.processes)
     ]
+    patience = threading.Timer(
+        START_PATIENCE_S + args.seconds, lambda: [process.kill() for process in started]
+    )
+    patience.start()
     try:
         heard = [_line(process) for process in started]
         # the barrier: only now does each know that all have warmed up, or have said what failed
@@ -100,6 +108,7 @@ def measure_shared(args: argparse.Namespace, options: Sequence[str]) -> dict[str
                 process.stdin.flush()
             heard = [_line(process) for process in started]
     finally:
+        patience.cancel()
         for process in started:
             process.kill()
             process.communicate()
@@ -109,15 +118,14 @@ def measure_shared(args: argparse.Namespace, options: Sequence[str]) -> dict[str
 def _line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline().strip()
-    if not line:
-        raise SystemExit(f"a stock process ended with {process.wait(START_PATIENCE_S)}")
-    return line
+    return line or json.dumps({"status": "failed", "exit_code": process.wait()})
 
 
 def shared_figures(found: Sequence[Mapping[str, Any]], processes: int) -> dict[str, Any]:
     """Figures of several processes that trained side by side, from what each counted."""
-    if any(one["status"] != "ok" for one in found):
-        return {"status": "out_of_memory", "processes": processes}
+    bad = [one for one in found if one["status"] != "ok"]
+    if bad:
+        return {**bad[0], "processes": processes}
     rate = sum(one["steps"] / one["seconds"] for one in found)
     return {
         "status": "ok",
@@ -158,7 +166,9 @@ def measure_fill(args: argparse.Namespace, gib: float) -> dict[str, Any]:
             for _ in range(2):  # the second holds the optimizer's state of the first, too
                 step([clips_of(base, args, adapter, 0) for adapter in range(adapters)])
             synchronise(device)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             fits = False  # the traceback holds tensors until this block ends
         step = None
         free_memory()
@@ -254,15 +264,20 @@ def main() -> None:
     packs = result["packs"] = measure_packs(args)
     options = [f"--{n}={getattr(args, n)}" for n in ("preset", "device", "dtype", "tokens", "rank")]
     options += [f"--text-share={args.text_share}", f"--seconds={args.seconds}"]
-    result["shared"] = measure_shared(args, options) if args.processes else {"status": "left_out"}
-    result["ratios"] = ratios(packs, result["shared"])
-    save(
-        args.out, result, picture(result["ratios"], args.processes)
-    )  # filling may take the process
+
+    def keep() -> None:  # what comes next may take the process with it
+        result["ratios"] = ratios(packs, result["shared"])
+        save(args.out, result, picture(result["ratios"], args.processes))
+
+    result["shared"] = {"status": "left_out"}
+    keep()
+    if args.processes:
+        result["shared"] = measure_shared(args, options)
+        keep()
     result["fits"] = measure_fill(args, gib)
     for name in ("shared", "ratios", "fits"):
         print(f"{name}: {json.dumps(result[name])}")
-    save(args.out, result, picture(result["ratios"], args.processes))
+    keep()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from sides import Step, our_step, predicted_bytes, stock_step, synchronise
 
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.device import resolve_device
+from higgs_tune.errors import is_out_of_memory
 from higgs_tune.files import write_json
 from higgs_tune.model.load import Base
 
@@ -79,7 +80,9 @@ class Side:
         failed = False
         try:
             act()
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             failed = True  # the traceback holds tensors until this block ends
         if failed:
             self.step = None

@@ -106,6 +106,18 @@ def our_step(base: Base, rank: int, num_adapters: int, *, split: bool = False) -
     return step
 
 
+def under_autocast(model: nn.Module) -> nn.Module:
+    """Let the stock model run under CUDA's autocast, in place.
+
+    Autocast sums in float32 there, and the stock forward cannot put a float32 sum of code embeddings
+    among bfloat16 rows: its masked_scatter wants one dtype.
+    """
+    embedding = model.get_submodule("model.embed_audio_tokens")
+    dtype = embedding.get_parameter("embed_audio_tokens.weight").dtype
+    embedding.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
+    return model
+
+
 def stock_step(base: Base, rank: int) -> Step:
     """transformers and PEFT as people run them, around the same frozen tensors: one adapter.
 
@@ -114,7 +126,7 @@ def stock_step(base: Base, rank: int) -> Step:
     """
     shared = {id(tensor): tensor for tensor in base.model.parameters()}
     config = LoraConfig(r=rank, lora_alpha=32, target_modules=lora_regex(ALL_LINEAR))
-    model = get_peft_model(copy.deepcopy(base.model, shared), config).train()
+    model = get_peft_model(under_autocast(copy.deepcopy(base.model, shared)), config).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = start_of(base, rank)
     with torch.no_grad():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from sides import stock_inputs
+from sides import stock_inputs, under_autocast
 from torch import Tensor, nn
 
 from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
@@ -41,7 +41,7 @@ class StockBase:
 
     def __init__(self, base: BaseSettings, data: DataSettings) -> None:
         self.base = load_base(base)
-        self.model: Any = self.base.model
+        self.model: Any = under_autocast(self.base.model)
         self.device = next(self.base.model.parameters()).device
         self.half = next(self.base.model.parameters()).dtype == torch.bfloat16
         self.num_codebooks: int = self.base.model.config.num_codebooks

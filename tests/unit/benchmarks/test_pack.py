@@ -68,6 +68,8 @@ def test_processes_that_share_a_device_add_up_their_rates():
     assert found["ms_per_adapter"] == 25.0  # 40 steps a second
     failed = gpu_pack.shared_figures([ok, {"status": "out_of_memory"}], 2)
     assert failed == {"status": "out_of_memory", "processes": 2}
+    ended = gpu_pack.shared_figures([ok, {"status": "failed", "exit_code": -9}], 2)
+    assert ended == {"status": "failed", "exit_code": -9, "processes": 2}
     pack = {
         "adapters": 8, "ours": {"ms": 80.0}, "stock": {"ms": 50.0},
         "share_of_floor_h100": 0.5, "share_of_floor_here": 0.6,
