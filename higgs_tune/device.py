@@ -8,7 +8,7 @@ from higgs_tune.errors import ConfigError
 
 
 def resolve_device(name: str, setting: str) -> torch.device:
-    """Turn "auto" into the GPU if there is one.
+    """Turn "auto" into the GPU if there is one, and set this process up for it.
 
     Args:
         setting: what the user calls it, for the error.
@@ -31,6 +31,9 @@ def resolve_device(name: str, setting: str) -> torch.device:
             f"{setting}: found {name!r}, but torch sees {torch.cuda.device_count()} GPUs, "
             "counted from 0."
         )
+    if device.type == "cuda":
+        # PyTorch prefers it on newer GPUs, but it plans anew for every shape, and each batch has another
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

@@ -33,8 +33,8 @@ class SweepError(HiggsTuneError):
     """A sweep cannot start, go on or be resumed."""
 
 
-class NoMemoryError(SweepError):
-    """A worker's machine has no memory for the base; another program may hold it."""
+class NoMemoryError(HiggsTuneError):
+    """There is no memory for the base; another program may hold it."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -50,13 +50,19 @@ def reason_of(error: OSError) -> str:
     return str(error)
 
 
+_NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA out of memory",  # as transformers quotes it
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",  # where not even a context fits
+    "CUDA driver error: out of memory",
+    "ran out of memory outside PyTorch's allocator",
+    "Triton Error [CUDA]: out of memory",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a device or on the host."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate memory" in text
-        or "CUBLAS_STATUS_ALLOC_FAILED" in text
-        or "CUDA error: out of memory" in text  # where not even a context fits
-    )
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

@@ -20,7 +20,7 @@ from higgs_tune.base_source import local_folder
 from higgs_tune.config import BaseSettings
 from higgs_tune.data.tokens import CONTROL_TOKENS, Vocabulary
 from higgs_tune.device import resolve_device
-from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.errors import ConfigError, ModelError, NoMemoryError, is_out_of_memory
 from higgs_tune.model import boson
 from higgs_tune.model.audio_attention import (
     CrossAttentionConfig,
@@ -145,6 +145,7 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
     Raises:
         ConfigError: a Hub id without a revision, or a GPU that is not there.
         ModelError: the folder is not a checkpoint of this model, or it has no text head.
+        NoMemoryError: it does not fit.
     """
     device = resolve_device(settings.device, "base.device")
     source, folder = _locate(settings)
@@ -167,7 +168,19 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
             device_map={"": device},
             **(boson.loading(config) if is_original else {}),
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        MemoryError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        if is_out_of_memory(error):
+            raise NoMemoryError(
+                f"base.path: {source} finds no memory on {device} as {settings.dtype}: {error}. "
+                "Free some, choose another base.device, or set base.dtype to bfloat16."
+            ) from error
         raise ModelError(f"base.path: {source} cannot be loaded: {error}") from error
     # PEFT and save_pretrained would go by the original's names
     model._weight_conversions = None  # type: ignore[assignment]

@@ -22,6 +22,23 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
         resolve_device("cuda:99", "--device")
 
 
+@pytest.fixture(autouse=True)
+def attention_as_before():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_a_gpu_attends_without_plans_for_each_shape(monkeypatch: pytest.MonkeyPatch):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert resolve_device("cpu", "--device").type == "cpu"
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("cuda", "--device").type == "cuda"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_auto_is_the_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch):
     for found, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)

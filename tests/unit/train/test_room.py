@@ -22,6 +22,9 @@ ERRORS = {
     "host tensor": RuntimeError(
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"
     ),
+    "beside the allocator": RuntimeError(
+        "cuDNN SDPA execution failed: CUDA ran out of memory outside PyTorch's allocator"
+    ),
 }
 
 

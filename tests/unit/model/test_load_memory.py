@@ -1,0 +1,41 @@
+"""A base that does not fit is no fault of its checkpoint."""
+
+import pytest
+import torch
+from transformers import HiggsAudioV2ForConditionalGeneration
+
+from higgs_tune.config import BaseSettings
+from higgs_tune.errors import ModelError, NoMemoryError
+from higgs_tune.model.load import load_base
+from higgs_tune.sweep.pack import load_error
+from tests.checkpoints import write_native
+from tests.models import tiny_base
+
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB"),
+    RuntimeError("error(s) in converting weights: CUDA out of memory. Tried to allocate 7 GiB"),
+    RuntimeError("CUDA error: out of memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_what_memory_lacks_is_said_and_a_worker_may_try_again(tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    folder = write_native(tmp_path / "base", tiny_base().model)
+    monkeypatch.setattr(HiggsAudioV2ForConditionalGeneration, "from_pretrained", fail)
+    with pytest.raises(NoMemoryError, match=r"base\.path: .* finds no memory on cpu") as found:
+        load_base(BaseSettings(path=str(folder), device="cpu"))
+    assert isinstance(load_error(found.value, "10.0.0.2"), NoMemoryError)
+
+
+def test_another_error_is_the_checkpoints(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("size mismatch")
+
+    folder = write_native(tmp_path / "base", tiny_base().model)
+    monkeypatch.setattr(HiggsAudioV2ForConditionalGeneration, "from_pretrained", fail)
+    with pytest.raises(ModelError, match="cannot be loaded: size mismatch"):
+        load_base(BaseSettings(path=str(folder), device="cpu"))
