@@ -9,7 +9,7 @@ Shape letters: K slots (or adapters of a batch), k adapters of a run, P columns,
 O outputs, r rank.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -105,15 +105,23 @@ class AdapterBank:
 
     def views(self, slot: int, kind: Kind) -> dict[str, Tensor]:
         """Full names → the adapter's tensors in one of the buffers, no copy."""
+        return self._cut(slot, kind, lambda row: row)
+
+    def copies(self, slot: int, kind: Kind) -> dict[str, Tensor]:
+        """The same on the host, in memory of their own; a GPU sends a row in one piece."""
+        views = self._cut(slot, kind, Tensor.cpu)
+        return {name: view.clone() for name, view in views.items()}
+
+    def _cut(self, slot: int, kind: Kind, moved: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         seat = self.seats[slot]
-        row_P: Tensor = getattr(self.lora, kind)[slot]
+        row_P = moved(getattr(self.lora, kind)[slot, : seat.layout.num_columns])
         views = {
             entry.name: row_P[entry.columns].view(entry.shape)
             for entry in seat.layout.entries.values()
             if entry.path in seat.paths
         }
         if seat.new is not None:
-            flat: Tensor = getattr(seat.new, kind)
+            flat = moved(getattr(seat.new, kind))
             for entry in seat.new_layout.entries.values():
                 views[entry.name] = flat[entry.columns].view(entry.shape)
         return views

@@ -214,12 +214,10 @@ class Engine:
     def state(self, trial_id: str) -> AdapterState:
         """Copy what `add` needs to go on exactly."""
         resident = self.residents[trial_id]
-
-        def copy(kind: Kind) -> dict[str, Tensor]:
-            views = self.bank.views(resident.slot, kind)
-            return {name: view.detach().cpu().clone() for name, view in views.items()}
-
-        return AdapterState(resident.step, copy("master"), copy("exp_avg"), copy("exp_avg_sq"))
+        kinds: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
+        return AdapterState(
+            resident.step, *(self.bank.copies(resident.slot, kind) for kind in kinds)
+        )
 
     def gradient_shares(self, trial_id: str) -> dict[str, float]:
         """Target path → share of the squared norm of the averaged gradient; waits for the device."""

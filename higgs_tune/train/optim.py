@@ -90,6 +90,7 @@ def adamw_step(bank: AdapterBank, rows: dict[int, RowStep], alive_K: Tensor) -> 
                 grad_scale=clip,  # gradients are divided by it
                 found_inf=(~alive_K[slot]).float(),  # 1 leaves everything as it is
             )
+        del gradients  # in float32: before the next slot's
     bank.refresh_compute()
     bank.clear_gradients(bank.seats)
     return norm_K
