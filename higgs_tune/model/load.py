@@ -179,7 +179,7 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
         if is_out_of_memory(error):
             raise NoMemoryError(
                 f"base.path: {source} finds no memory on {device} as {settings.dtype}: {error}. "
-                "Free some, choose another base.device, or set base.dtype to bfloat16."
+                "Free some, or choose another base.device or base.dtype."
             ) from error
         raise ModelError(f"base.path: {source} cannot be loaded: {error}") from error
     # PEFT and save_pretrained would go by the original's names
