@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from higgs_tune.errors import ConfigError, SweepError
+from higgs_tune.errors import ConfigError, NoMemoryError
 from higgs_tune.sweep.records import read_json
 from tests.integration.test_sweep import run, trials_of
 
@@ -17,7 +17,7 @@ TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 2, "cpus_per_worke
     [
         (
             "load",
-            SweepError,
+            NoMemoryError,
             r"worker-\d on node \S+ finds no memory for base and data: .*CUDA error",
         ),
         ("data", ConfigError, r"worker-\d on node \S+: its dataset has content_hash 1{64}, needed"),
