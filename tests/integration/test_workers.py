@@ -20,7 +20,12 @@ TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 2, "cpus_per_worke
             NoMemoryError,
             r"worker-\d on node \S+ finds no memory for base and data: .*CUDA error",
         ),
-        ("data", ConfigError, r"worker-\d on node \S+: its dataset has content_hash 1{64}, needed"),
+        # which of the two answers first, and so is what the other is measured by, is a matter of time
+        (
+            "data",
+            ConfigError,
+            r"worker-\d on node \S+: its dataset has content_hash [01]{64}, needed",
+        ),
     ],
 )
 def test_a_worker_that_is_not_like_the_first_ends_the_sweep(tmp_path, what, error, message):
