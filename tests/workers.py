@@ -9,6 +9,7 @@ from higgs_tune.config import TrialConfig
 from higgs_tune.sweep.notices import Notices
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.worker import Worker
+from tests.sweep_fakes import FakeLoop
 
 
 def run(scenario: "Coroutine[Any, Any, None]") -> None:
@@ -74,3 +75,15 @@ async def beat(worker: Worker, roster: Roster, times: int) -> None:
 async def seat(worker: Worker, *names: str, version: int = 1, **changes: Any) -> None:
     for name in names:
         assert await worker.join(name, trial(**changes), None, version, 0) == "seated"
+
+
+def broken_join(error, num_beside=0):
+    """A FakeLoop.join that fails with so many trials there."""
+    join = FakeLoop.join
+
+    def joined(self, *args):
+        if len(self._steps) >= num_beside:
+            raise error
+        return join(self, *args)
+
+    return joined

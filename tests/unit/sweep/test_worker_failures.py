@@ -6,11 +6,11 @@ import logging
 
 import pytest
 
-from higgs_tune.errors import DataError, HiggsTuneError, ModelError, NoMemoryError
+from higgs_tune.errors import DataError, HiggsTuneError, ModelError
 from higgs_tune.sweep import pack
 from higgs_tune.sweep.seats import Roster, SlotLostError
 from tests.sweep_fakes import FakeLoop
-from tests.workers import asking, beat, make_worker, never, run, seat, trial
+from tests.workers import asking, beat, broken_join, make_worker, never, run, seat, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 
@@ -69,18 +69,6 @@ def test_a_trial_that_stops_asking_loses_its_slot_and_can_come_back(make_config)
     run(scenario())
 
 
-def broken_join(error, num_beside=0):
-    """A FakeLoop.join that fails with so many trials there."""
-    join = FakeLoop.join
-
-    def joined(self, *args):
-        if len(self._steps) >= num_beside:
-            raise error
-        return join(self, *args)
-
-    return joined
-
-
 def test_a_trial_that_cannot_join_fails_alone(make_config, monkeypatch):
     async def scenario():
         error = ModelError("its file is damaged")
@@ -94,96 +82,6 @@ def test_a_trial_that_cannot_join_fails_alone(make_config, monkeypatch):
         assert result["reason"] == "ModelError: its file is damaged"
         await worker.sync(Roster(2, ("t0",), 0))
         assert (await fine)["status"] == "running"
-
-    run(scenario())
-
-
-def test_a_trial_without_memory_beside_others_waits_until_one_leaves(
-    make_config, monkeypatch, caplog
-):
-    async def scenario():
-        worker = make_worker(make_config, slots=3)
-        await worker.sync(Roster(1, ("t0", "t1"), 0))
-        error = MemoryError("its new modules")
-        monkeypatch.setattr(FakeLoop, "join", broken_join(error, num_beside=1))
-        await seat(worker, "t0", "t1")
-        asking(worker, "t1")
-        for step in (25, 50, 75, 100):
-            assert (await worker.next_result("t0"))["step"] == step
-        await worker.sync(Roster(2, ("t1",), 0))
-        loop = await worker._loaded()
-        assert isinstance(loop, FakeLoop)
-        while len(loop.log) < 3:
-            await asyncio.sleep(0.002)
-        (warning,) = [line for line in caplog.messages if "no memory for its slot" in line]
-        assert warning.startswith("t1 ") and "tune.slots_per_worker" in warning
-        assert [entry[:2] for entry in loop.log] == [
-            ("join", "t0"),
-            ("leave", "t0"),
-            ("join", "t1"),
-        ]
-
-    run(scenario())
-
-
-def test_a_trial_that_finds_no_memory_with_nobody_beside_it_ends(make_config):
-    async def scenario():
-        worker = make_worker(make_config)
-        await worker.sync(Roster(1, ("t0",), 0))
-        await seat(worker, "t0", batch_clips=13)
-        result = await worker.next_result("t0")
-        assert result["status"] == "out_of_memory"
-        assert result["reason"] == "MemoryError: 13 clips do not fit"
-
-    run(scenario())
-
-
-def ends_at_once(self, stop):
-    """An interval in which memory runs out for everyone."""
-    full = {"status": "out_of_memory", "reason": "one clip does not fit in a training step"}
-    return {trial_id: {"step": 0, **full} for trial_id in self._steps}
-
-
-@pytest.mark.parametrize("when", ["join", "training"])
-def test_a_process_without_memory_even_for_the_base_is_no_trials_end(
-    make_config, monkeypatch, when
-):
-    def nothing_left(self):
-        assert not self.num_residents
-        raise MemoryError("not even the base")
-
-    monkeypatch.setattr(FakeLoop, "check", nothing_left)
-    if when == "join":
-        monkeypatch.setattr(FakeLoop, "join", broken_join(MemoryError("its new modules")))
-    else:
-        monkeypatch.setattr(FakeLoop, "advance", ends_at_once)
-
-    async def scenario():
-        ended = asyncio.get_running_loop().create_future()
-        worker = make_worker(make_config, exit_process=ended.set_result)
-        await worker.sync(Roster(1, ("t0", "t1"), 0))
-        await seat(worker, "t0", "t1")
-        for task in [asking(worker, "t0"), asking(worker, "t1")]:
-            with pytest.raises(MemoryError, match="not even the base"):
-                await task
-        assert await asyncio.wait_for(ended, 10) == 1
-
-    run(scenario())
-
-
-def test_trials_that_run_out_of_memory_where_the_base_does_not_end(make_config, monkeypatch):
-    checked = []
-    monkeypatch.setattr(FakeLoop, "check", lambda self: checked.append(self))
-    monkeypatch.setattr(FakeLoop, "advance", ends_at_once)
-
-    async def scenario():
-        worker = make_worker(make_config)
-        await worker.sync(Roster(1, ("t0", "t1"), 0))
-        await seat(worker, "t0", "t1")
-        for task in [asking(worker, "t0"), asking(worker, "t1")]:
-            assert (await task)["status"] == "out_of_memory"
-            await worker.sync(Roster(2, ("t1",), 0))
-        assert checked
 
     run(scenario())
 
@@ -217,20 +115,6 @@ def test_a_join_that_fails_by_the_machines_fault_is_no_trials_end(make_config, m
         with pytest.raises(Exception, match=r"illegal memory|Input/output|readable adapter"):
             await worker.next_result("t0")
         assert await asyncio.wait_for(ended, 10) == 1
-
-    run(scenario())
-
-
-def test_memory_of_the_host_that_runs_out_in_a_join_is_called_that(make_config, monkeypatch):
-    def full(self, *args):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes")
-
-    async def scenario():
-        monkeypatch.setattr(FakeLoop, "join", full)
-        worker = make_worker(make_config)
-        await worker.sync(Roster(1, ("t0",), 0))
-        await seat(worker, "t0")
-        assert (await asking(worker, "t0"))["status"] == "out_of_memory"
 
     run(scenario())
 
@@ -341,32 +225,5 @@ def test_what_cannot_be_loaded_is_told_with_its_node(make_config, monkeypatch, e
         monkeypatch.setattr(FakeLoop, "__init__", fail)
         with pytest.raises(HiggsTuneError, match=message):
             await make_worker(make_config).describe()
-
-    run(scenario())
-
-
-def test_trials_wait_at_a_worker_that_finds_memory_for_its_base_later(make_config, monkeypatch):
-    left = [MemoryError("taken"), RuntimeError("CUDA error: out of memory")]
-    plain = FakeLoop.__init__
-
-    def load(self, config, **kwargs):
-        if left:
-            raise left.pop()
-        plain(self, config, **kwargs)
-
-    async def scenario():
-        monkeypatch.setattr(FakeLoop, "__init__", load)
-        worker = make_worker(make_config, accepted=False)
-        await worker.sync(Roster(1, ("t0",), 0))
-        await seat(worker, "t0")
-        task = asking(worker, "t0")
-        for _ in range(2):
-            with pytest.raises(NoMemoryError, match="finds no memory"):
-                await worker.describe()
-            assert await never(task)
-        assert (await worker.describe())["content_hash"] == "0" * 64
-        serving = asyncio.create_task(worker.serve())
-        assert (await task)["step"] == 25
-        assert not serving.done()
 
     run(scenario())
