@@ -6,6 +6,7 @@ pickling, because they cross process borders under Ray.
 
 import difflib
 import shutil
+import traceback
 from collections.abc import Iterable
 
 
@@ -66,3 +67,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def release_frames(error: BaseException) -> None:
+    """Let go of what the frames of an exception and its causes hold, such as a model half loaded."""
+    seen: set[int] = set()  # `raise error from error` makes a ring
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import ray
 
 from higgs_tune.config import SweepConfig, TrialConfig
+from higgs_tune.errors import release_frames
 from higgs_tune.sweep import pack
 from higgs_tune.sweep.meter import Meter
 from higgs_tune.sweep.notices import Notices
@@ -82,6 +83,7 @@ class Worker:
         try:
             loop = await self._loaded()
         except Exception as error:  # raised again, with the node, as one that Ray can carry
+            release_frames(error)  # the next try needs the memory of a base half loaded
             raise pack.load_error(error, node) from error
         return pack.description(loop) | {"node": node}
 

@@ -11,7 +11,6 @@ it has all threads (see `lanes`), and with more than one its sums round otherwis
 
 import gc
 import logging
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from higgs_tune.data.tokens import Encoded
-from higgs_tune.errors import is_out_of_memory
+from higgs_tune.errors import is_out_of_memory, release_frames
 from higgs_tune.train.lanes import Lanes
 from higgs_tune.train.parallel import World
 
@@ -130,12 +129,7 @@ class Room:
         except Exception as error:  # kept, logged, and raised unless it is one adapter's
             if is_out_of_memory(error):
                 return _Failed(group, MemoryError(_first_line(error) or "out of memory"))
-            seen: set[int] = set()  # `raise error from error` makes a ring
-            cause: BaseException | None = error
-            while cause is not None and id(cause) not in seen:
-                seen.add(id(cause))
-                traceback.clear_frames(cause.__traceback__)
-                cause = cause.__cause__ or cause.__context__
+            release_frames(error)
             return _Failed(group, error)
 
     def _pieces(self, group: Group) -> list[Group]:

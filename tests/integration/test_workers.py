@@ -24,7 +24,7 @@ TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 2, "cpus_per_worke
         (
             "data",
             ConfigError,
-            r"worker-\d on node \S+: its dataset has content_hash [01]{64}, needed",
+            r"worker-\d on node \S+: its dataset has content_hash (0{64}, needed is 1|1{64}, needed is 0)",
         ),
     ],
 )

@@ -1,6 +1,8 @@
 """What a worker does where memory is short: for a joining trial, for everyone, for its base."""
 
 import asyncio
+import weakref
+from array import array
 
 import pytest
 
@@ -119,8 +121,11 @@ def test_memory_of_the_host_that_runs_out_in_a_join_is_called_that(make_config, 
 def test_trials_wait_at_a_worker_that_finds_memory_for_its_base_later(make_config, monkeypatch):
     left = [MemoryError("taken"), RuntimeError("CUDA error: out of memory")]
     plain = FakeLoop.__init__
+    half_loaded: list[weakref.ref] = []
 
     def load(self, config, **kwargs):
+        weights = array("b", [0])
+        half_loaded.append(weakref.ref(weights))
         if left:
             raise left.pop()
         plain(self, config, **kwargs)
@@ -134,6 +139,7 @@ def test_trials_wait_at_a_worker_that_finds_memory_for_its_base_later(make_confi
         for _ in range(2):
             with pytest.raises(NoMemoryError, match="finds no memory"):
                 await worker.describe()
+            assert half_loaded[-1]() is None  # the next try has its memory
             assert await never(task)
         assert (await worker.describe())["content_hash"] == "0" * 64
         serving = asyncio.create_task(worker.serve())
