@@ -35,20 +35,27 @@ class Masks:
         self._generators = {k: _generator(device, numbers) for k, numbers in seeds.items()}
 
     def draw(
-        self, rows: int | slice, keep: float, num_inputs: int, sections: Sequence[Section]
+        self,
+        rows: int | slice,
+        keeps: Sequence[float],
+        num_inputs: int,
+        sections: Sequence[Section],
     ) -> Tensor:
         """True where an input is kept: bool, (k, N, D), or (N, D) for a single adapter.
 
         Args:
             rows: positions among the batch's adapters.
-            keep: the probability of being kept.
+            keeps: each one's probability of being kept; 1 draws nothing.
         """
         if isinstance(rows, int):
-            return self._draw(rows, keep, num_inputs, sections)
-        every = range(rows.start, rows.stop)
-        return torch.stack([self._draw(k, keep, num_inputs, sections) for k in every])
+            return self._draw(rows, keeps[0], num_inputs, sections)
+        every = zip(range(rows.start, rows.stop), keeps, strict=True)
+        return torch.stack([self._draw(k, keep, num_inputs, sections) for k, keep in every])
 
     def _draw(self, k: int, keep: float, num_inputs: int, sections: Sequence[Section]) -> Tensor:
+        if keep == 1:
+            total = sum(section.width for section in sections)
+            return torch.ones(total, num_inputs, dtype=torch.bool, device=self._device)
         own = [section.own_K[k] for section in sections]
         drawn = torch.empty(sum(own), num_inputs, dtype=torch.bool, device=self._device)
         drawn.bernoulli_(keep, generator=self._generators[k])

@@ -20,7 +20,7 @@ from higgs_tune.config import TargetPath
 from higgs_tune.data.collate import PackBatch, to_device
 from higgs_tune.model.adapter_layout import Layout, Linears
 from higgs_tune.model.dropout import Section
-from higgs_tune.model.packed_lora import PackWeights, Seat
+from higgs_tune.model.packed_lora import PackWeights
 
 Pieces = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of what stands side by side in a row; no name: nobody reads it."""
@@ -37,7 +37,7 @@ class GraphPlan(NamedTuple):
     """What a graph must know of a pack: it serves every pack that has an equal one."""
 
     adapters: tuple[AdapterPlan, ...]
-    joined: tuple[tuple[int, int], ...]  # [start, stop) of neighbours that may share a matmul
+    share_matmuls: bool
 
 
 class GraphInputs(NamedTuple):
@@ -71,28 +71,27 @@ class GraphWeights:
         """As `packed_ops.adapted_linear`."""
         outputs = [F.linear(x_KND, linear.weight, linear.bias) for linear in group.values()]
         y_KNO = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        sizes = [stop - start for start, stop in self.plan.joined]
-        parts = [
-            self._add_lora(x_kND, y_kNO, range(*span), list(group))
-            for span, x_kND, y_kNO in zip(
-                self.plan.joined, x_KND.split(sizes), y_KNO.split(sizes), strict=True
-            )
-        ]
+        names = list(group)
+        if self.plan.share_matmuls:
+            return self._add_lora(x_KND, y_KNO, range(len(x_KND)), names)
+        each = zip(x_KND.split(1), y_KNO.split(1), strict=True)
+        parts = [self._add_lora(x, y, range(k, k + 1), names) for k, (x, y) in enumerate(each)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _add_lora(self, x_kND: Tensor, y_kNO: Tensor, every: range, names: list[str]) -> Tensor:
         if f"{names[0]}.lora_A.weight" not in self.factors[every[0]]:
             return y_kNO
         masks = [self.masks.get(f"{names[0]} {k}") for k in every]
+        scale_k11 = self.scale_K[every.start : every.stop, None, None]
         updates = []
         for n, name in enumerate(names):
             a_krD, b_kOr = (
                 torch.stack([self.factors[k][f"{name}.lora_{f}.weight"] for k in every])
                 for f in "AB"
             )
-            kept = [own[n] for own in masks if own is not None]
-            read_kND = x_kND * torch.stack(kept) if kept else x_kND
-            updates.append((read_kND @ a_krD.mT * self.scale_K[every[0]]) @ b_kOr.mT)
+            read_kND = _kept(x_kND, [None if own is None else own[n] for own in masks])
+            z_kNr = (read_kND @ a_krD.mT * scale_k11).to(x_kND.dtype)
+            updates.append(z_kNr @ b_kOr.mT)
         return y_kNO + (updates[0] if len(updates) == 1 else torch.cat(updates, 2))
 
     def new_linear(self, x_JND: Tensor, names: Sequence[str], adapters: Sequence[int]) -> Tensor:
@@ -111,21 +110,34 @@ class GraphWeights:
 Adapters = PackWeights | GraphWeights
 
 
+def _kept(x_kND: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
+    """The inputs that each adapter's mask keeps; without one all of them."""
+    if all(mask is None for mask in masks):
+        return x_kND
+    every = x_kND.new_ones(x_kND.shape[1:], dtype=torch.bool)
+    return x_kND * torch.stack([every if mask is None else mask for mask in masks])
+
+
 def graph_kind(weights: PackWeights) -> Hashable:
     """Equal for packs whose plans are equal."""
-    seats = [weights.bank.seats[slot] for slot in weights.slots]
-    adapters = tuple((s.rank, s.paths, next(iter(s.new_layout.entries), "")) for s in seats)
-    return adapters, _joined(weights.bank.device, seats)
+    bank, seats = weights.bank, [weights.bank.seats[slot] for slot in weights.slots]
+    new = tuple(next(iter(seat.new_layout.entries), "") for seat in seats)
+    if bank.share_matmuls:
+        return new
+    return new, tuple((seat.rank, seat.paths) for seat in seats)
 
 
 def graph_plan(weights: PackWeights) -> GraphPlan:
     """What a graph for these adapters must know."""
-    seats = [weights.bank.seats[slot] for slot in weights.slots]
+    bank, seats = weights.bank, [weights.bank.seats[slot] for slot in weights.slots]
     adapters = [
-        AdapterPlan(_lora_pieces(seat), _pieces(seat.new_layout, list(seat.new_layout.entries)))
+        AdapterPlan(
+            _lora_pieces(seat.layout, bank.paths if bank.share_matmuls else seat.paths),
+            _pieces(seat.new_layout, list(seat.new_layout.entries)),
+        )
         for seat in seats
     ]
-    return GraphPlan(tuple(adapters), _joined(weights.bank.device, seats))
+    return GraphPlan(tuple(adapters), bank.share_matmuls)
 
 
 def graph_inputs(weights: PackWeights, masks: dict[str, list[Tensor]]) -> GraphInputs:
@@ -140,7 +152,7 @@ def graph_inputs(weights: PackWeights, masks: dict[str, list[Tensor]]) -> GraphI
     new = [none if seat.new is None else seat.new.leaf((slice(None),)) for seat in seats]
     drops = weights.masks is not None
     scales = [seat.scale / (1 - seat.dropout if drops else 1) for seat in seats]
-    scale_K = to_device(torch.tensor(scales, dtype=none.dtype), bank.device)
+    scale_K = to_device(torch.tensor(scales), bank.device)
     return GraphInputs(lora, new, scale_K, masks)
 
 
@@ -157,9 +169,9 @@ def draw_masks(weights: PackWeights, batch: PackBatch, num_layers: int) -> dict[
         sections = _sections(batch, path, labelled=labelled)
         for k, slot in enumerate(weights.slots):
             seat = weights.bank.seats[slot]
-            if seat.dropout and path in seat.paths:
-                keep, width = 1 - seat.dropout, linear.in_features
-                draws = [weights.masks.draw(k, keep, width, sections) for _ in group]
+            keep, width = seat.keep(path), linear.in_features
+            if keep < 1:
+                draws = [weights.masks.draw(k, (keep,), width, sections) for _ in group]
                 found[f"{first} {k}"] = draws
     return found
 
@@ -178,23 +190,9 @@ def _sections(batch: PackBatch, path: TargetPath, *, labelled: bool) -> list[Sec
     ]
 
 
-def _joined(device: torch.device, seats: Sequence[Seat]) -> tuple[tuple[int, int], ...]:
-    """[start, stop) of neighbours that share matmuls; on a CPU everybody multiplies alone."""
-    starts = [
-        k
-        for k, seat in enumerate(seats)
-        if k == 0
-        or device.type == "cpu"
-        or not seat.like(seats[k - 1])
-        or seat.paths != seats[k - 1].paths
-    ]
-    return tuple(zip(starts, [*starts[1:], len(seats)], strict=True))
-
-
-def _lora_pieces(seat: Seat) -> Pieces:
-    """The adapted factors; those of A that share an input as one."""
-    wanted = [e.name for e in seat.layout.entries.values() if e.path in seat.paths]
-    return _pieces(seat.layout, wanted)
+def _lora_pieces(layout: Layout, paths: frozenset[TargetPath]) -> Pieces:
+    """The factors of some paths; those of A that share an input as one."""
+    return _pieces(layout, [e.name for e in layout.entries.values() if e.path in paths])
 
 
 def _pieces(layout: Layout, wanted: Sequence[str]) -> Pieces:

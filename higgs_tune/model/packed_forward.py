@@ -7,10 +7,10 @@ the last layer's feed-forward and the heads run at labelled rows only.
 Shape letters: as in data.collate; D hidden, H heads, E head size, J adapters of a cross_attention mode.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import HiggsAudioV2ForConditionalGeneration
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
@@ -18,11 +18,11 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
     HiggsAudioV2RotaryEmbedding,
 )
 
-from higgs_tune.config import TargetPath
 from higgs_tune.data.collate import CrossIndex, PackBatch
 from higgs_tune.model.adapter_layout import Linears
 from higgs_tune.model.dropout import Section
 from higgs_tune.model.graph_weights import Adapters
+from higgs_tune.model.groups import decoder_layers, head_groups, layer_groups
 from higgs_tune.model.losses import codebook_nll_sum, text_nll_sum
 from higgs_tune.model.new_module_ops import new_linear, new_scale
 from higgs_tune.model.packed_ops import (
@@ -55,44 +55,6 @@ class _Layout:
         """(S, L, X) sequences → (K, N, X)."""
         rows = rearrange(x_SLX.flatten(0, 1), self._to_slot, self._to_seq, self._real_seq)
         return rows.unflatten(0, self._slot_shape)
-
-
-def _group(prefix: str, module: nn.Module, names: tuple[str, ...]) -> Linears:
-    return {f"{prefix}.{name}": getattr(module, name) for name in names}
-
-
-def decoder_layers(base: HiggsAudioV2ForConditionalGeneration) -> list[HiggsAudioV2DecoderLayer]:
-    """The decoder's layers, typed."""
-    return cast("list[HiggsAudioV2DecoderLayer]", list(base.model.layers))
-
-
-def layer_groups(index: int, layer: HiggsAudioV2DecoderLayer) -> dict[TargetPath, list[Linears]]:
-    """LoRA path → the layer's linears, grouped by shared input."""
-    prefix = f"model.layers.{index}"
-    attention = layer.self_attn
-    return {
-        "attention": [
-            _group(f"{prefix}.self_attn", attention, ("q_proj", "k_proj", "v_proj")),
-            _group(f"{prefix}.self_attn", attention, ("o_proj",)),
-        ],
-        "text_mlp": [
-            _group(f"{prefix}.mlp", layer.mlp, ("gate_proj", "up_proj")),
-            _group(f"{prefix}.mlp", layer.mlp, ("down_proj",)),
-        ],
-        "audio_mlp": [
-            _group(f"{prefix}.audio_mlp", layer.audio_mlp, ("gate_proj", "up_proj")),
-            _group(f"{prefix}.audio_mlp", layer.audio_mlp, ("down_proj",)),
-        ],
-    }
-
-
-def head_groups(base: HiggsAudioV2ForConditionalGeneration) -> dict[TargetPath, Linears]:
-    """LoRA path → head."""
-    assert base.text_lm_head is not None
-    return {
-        "text_head": {"text_lm_head": base.text_lm_head},
-        "audio_head": {"audio_lm_head": base.audio_lm_head},
-    }
 
 
 def _mlp(

@@ -1,12 +1,14 @@
 """The parameters of a pack: one flat row per adapter, seen module by module.
 
-The LoRA factors of K slots live in one (K, P) buffer, every slot laid out densely for its own rank, so
-that no matmul multiplies padding; slots of equal rank have equal offsets. The new cross-attention
-modules of an adapter, large and wanted by few, live in a buffer of their own while it is seated. Clearing,
-clipping and stepping are operations on a few long ranges whatever the model's depth.
+The LoRA factors of K slots live in one (K, P) buffer. Where adapters share matmuls, on a GPU, every slot
+is laid out for the largest rank: neighbours then lie at one stride whatever their ranks and targets, and
+what an adapter does not have is zero, computes zero and gets a gradient of zero. Where each multiplies
+alone, on a CPU, a slot is laid out densely for its own rank. The new cross-attention modules of an
+adapter, large and wanted by few, live in a buffer of their own while it is seated. Clearing, clipping and
+stepping are operations on a few long ranges whatever the model's depth.
 
 Shape letters: K slots (or adapters of a batch), k adapters of a run, P columns, N rows, D inputs,
-O outputs, r rank.
+O outputs, r rank, S without and with dropout.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +29,9 @@ from higgs_tune.model.adapter_layout import (
     lora_layout,
 )
 from higgs_tune.model.dropout import Masks
+
+# of the rank that shared matmuls are laid out for: a GPU's matrix units read bf16 in eights
+_RANK_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,9 @@ class Seat:
     new_layout: Layout
     new: Storage | None
 
-    def like(self, other: "Seat") -> bool:
-        """Whether the two may share a matmul."""
-        mine, theirs = ((s.rank, s.scale, s.dropout) for s in (self, other))
-        return mine == theirs
+    def keep(self, path: TargetPath) -> float:
+        """The share of a linear's inputs that training keeps."""
+        return 1 - self.dropout if path in self.paths else 1.0
 
 
 class AdapterBank:
@@ -67,11 +71,19 @@ class AdapterBank:
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        share_matmuls: bool = False,
     ) -> None:
-        self.num_slots = num_slots
+        self.num_slots, self.share_matmuls = num_slots, share_matmuls
+        if share_matmuls:
+            max_rank = -(-max_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        self._max_rank = max_rank
         self.device, self._dtype, self.groups = device, dtype, groups
+        self.paths: frozenset[TargetPath] = frozenset(path for path, _ in groups)
         self._layouts: dict[int, Layout] = {}
         self.lora = Storage((num_slots, self._layout(max_rank).num_columns), dtype, device)
+        # without and with dropout: what it leaves of the inputs counts the more
+        self.scale_SK11 = torch.zeros(2, num_slots, 1, 1, device=device)
         self.seats: dict[int, Seat] = {}
         self._packs: dict[tuple[int, ...], PackWeights] = {}
         # makes a frozen input's product differentiable; never gets a gradient
@@ -92,8 +104,10 @@ class AdapterBank:
         size = (new_layout.num_columns,)
         storage = Storage(size, self._dtype, self.device) if new else None
         adapted = frozenset(paths)
-        layout = self._layout(rank)
+        layout = self._layout(self._max_rank if self.share_matmuls else rank)
         self.seats[slot] = Seat(rank, scale, dropout, adapted, layout, new_layout, storage)
+        self.scale_SK11[0, slot] = scale
+        self.scale_SK11[1, slot] = scale / (1 - dropout)
         self._packs.clear()
 
     def clear(self, slot: int) -> None:
@@ -115,11 +129,12 @@ class AdapterBank:
     def _cut(self, slot: int, kind: Kind, moved: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         seat = self.seats[slot]
         row_P = moved(getattr(self.lora, kind)[slot, : seat.layout.num_columns])
-        views = {
-            entry.name: row_P[entry.columns].view(entry.shape)
-            for entry in seat.layout.entries.values()
-            if entry.path in seat.paths
-        }
+        views = {}
+        for entry in seat.layout.entries.values():
+            if entry.path in seat.paths:
+                whole = row_P[entry.columns].view(entry.shape)
+                is_a = entry.name.endswith("lora_A.weight")
+                views[entry.name] = whole[: seat.rank] if is_a else whole[:, : seat.rank]
         if seat.new is not None:
             flat = moved(getattr(seat.new, kind))
             for entry in seat.new_layout.entries.values():
@@ -175,14 +190,14 @@ class AdapterBank:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Adapters whose rows share a matmul: neighbours in the bank with one rank, scale and dropout.
+    """Adapters whose rows share a matmul: those of neighbouring slots, or a single one.
 
     A run of one has an integer for its rows and no leading dimension.
     """
 
     rows: int | slice  # positions among the batch's adapters
-    scale: float
-    dropout: float
+    scale: float | Tensor  # LoRA's; of several adapters float32, (k, 1, 1)
+    keeps: tuple[float, ...]  # of each adapter: the share of inputs that dropout keeps in training
     a_krD: Tensor  # factors of the group's linears, stacked
     a_grad_krD: Tensor
     b_kOr: list[Tensor]  # of each linear
@@ -194,9 +209,9 @@ class PackWeights:
     """The adapters of one batch as the forward wants them."""
 
     bank: AdapterBank
-    slots: tuple[int, ...]
+    slots: tuple[int, ...]  # ascending
     masks: Masks | None = None  # of a training forward in which somebody has dropout
-    _runs: dict[str, list[Run]] = field(default_factory=dict)
+    _runs: dict[tuple[str, bool], list[Run]] = field(default_factory=dict)
     _new: dict[tuple[str, ...], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def training(self, masks: Masks | None) -> "PackWeights":
@@ -204,11 +219,11 @@ class PackWeights:
         return self if masks is None else replace(self, masks=masks)
 
     def runs(self, group: Linears) -> list[Run]:
-        """The runs of an input group; adapters that do not target it are in none."""
-        first = next(iter(group))
-        if first not in self._runs:
-            self._runs[first] = [self._run(span, group) for span in self._spans(first)]
-        return self._runs[first]
+        """The runs of an input group; none if nobody targets it."""
+        key = next(iter(group)), self.masks is None
+        if key not in self._runs:
+            self._runs[key] = [self._run(span, group) for span in self._spans(key[0])]
+        return self._runs[key]
 
     def new_tensors(
         self, names: tuple[str, ...], adapters: Sequence[int]
@@ -228,41 +243,40 @@ class PackWeights:
         return seat.new.compute[columns].view(shape), seat.new.grad[columns].view(shape)
 
     def _spans(self, name: str) -> list[tuple[int, int]]:
-        """Positions [start, stop) of neighbours that may share a matmul.
+        """Positions [start, stop) of the adapters that share a matmul, those that target it at both ends.
 
-        On a CPU every adapter multiplies alone: a matmul of its own is as fast there, and what it
-        computes does not depend on who sits beside it, to the last bit.
+        Without sharing every adapter multiplies alone: on a CPU that is as fast, and what it computes
+        does not depend on who sits beside it, to the last bit.
         """
-        seats = self.bank.seats
         spans: list[tuple[int, int]] = []
         for position, slot in enumerate(self.slots):
-            seat = seats[slot]
+            seat = self.bank.seats[slot]
             factor = seat.layout.entries.get(f"{name}.lora_A.weight")  # None: no trial adapts it
             if factor is None or factor.path not in seat.paths:
                 continue
-            if spans and spans[-1][1] == position and self.bank.device.type != "cpu":
-                before = self.slots[position - 1]
-                if seat.like(seats[before]) and slot == before + 1:
-                    spans[-1] = (spans[-1][0], position + 1)
-                    continue
-            spans.append((position, position + 1))
+            start = spans[-1][0] if spans and self.bank.share_matmuls else position
+            if start < position and slot - self.slots[start] == position - start:
+                spans[-1] = (start, position + 1)
+            else:
+                spans.append((position, position + 1))
         return spans
 
     def _run(self, span: tuple[int, int], group: Linears) -> Run:
-        start, stop = span
-        seat = self.bank.seats[self.slots[start]]
-        first, last = self.slots[start], self.slots[stop - 1]
-        where = first if first == last else slice(first, last + 1)
-        entries = seat.layout.entries
+        slots = self.slots[slice(*span)]
+        seats = [self.bank.seats[slot] for slot in slots]
+        entries = seats[0].layout.entries
         a = [entries[f"{name}.lora_A.weight"] for name in group]
-        a_columns = slice(a[0].columns.start, a[-1].columns.stop)
-        a_shape = (seat.rank * len(a), a[0].shape[1])
         b = [entries[f"{name}.lora_B.weight"] for name in group]
+        drops, alone = int(self.masks is not None), len(slots) == 1
+        keeps = tuple(seat.keep(a[0].path) if drops else 1.0 for seat in seats)
+        where = slots[0] if alone else slice(slots[0], slots[-1] + 1)
         compute, grad = self.bank.lora.compute[where], self.bank.lora.grad[where]
+        a_columns = slice(a[0].columns.start, a[-1].columns.stop)
+        a_shape = (a[0].shape[0] * len(a), a[0].shape[1])
         return Run(
-            rows=start if first == last else slice(start, stop),
-            scale=seat.scale,
-            dropout=seat.dropout,
+            rows=span[0] if alone else slice(*span),
+            scale=seats[0].scale / keeps[0] if alone else self.bank.scale_SK11[drops, where],
+            keeps=keeps,
             a_krD=compute[..., a_columns].unflatten(-1, a_shape),
             a_grad_krD=grad[..., a_columns].unflatten(-1, a_shape),
             b_kOr=[compute[..., entry.columns].unflatten(-1, entry.shape) for entry in b],

@@ -43,9 +43,9 @@ def adapted_linear(
     masks: list[list[Tensor]] = [[] for _ in runs]
     if weights.masks is not None:
         for own, run in zip(masks, runs, strict=True):
-            if run.dropout:  # every linear drops inputs of its own
-                keep, width = 1 - run.dropout, x_KND.shape[2]
-                own += [weights.masks.draw(run.rows, keep, width, sections) for _ in group]
+            if min(run.keeps) < 1:  # every linear drops inputs of its own
+                width = x_KND.shape[2]
+                own += [weights.masks.draw(run.rows, run.keeps, width, sections) for _ in group]
     return _AdaptedLinear.apply(x_KND, weights.bank.anchor, list(group.values()), runs, masks)
 
 
@@ -80,12 +80,12 @@ def rearrange(rows_ND: Tensor, to: Tensor, back: Tensor, real: Tensor) -> Tensor
     return _Rearrange.apply(rows_ND, to, back, real)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """out += scale · a b, of matrices or of batches of them."""
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, of matrices or of batches of them."""
     if out.dim() == 2:
-        out.addmm_(a, b, alpha=scale)
+        out.addmm_(a, b)
     else:
-        out.baddbmm_(a, b, alpha=scale)
+        out.baddbmm_(a, b)
 
 
 class _AdaptedLinear(Function):
@@ -108,11 +108,10 @@ class _AdaptedLinear(Function):
                 torch.addmm(linear.bias, x_KND.flatten(0, 1), linear.weight.t(), out=out)
         hidden = []
         for run, own in zip(runs, masks, strict=True):
-            z_kNr = _reduced(x_KND[run.rows], run, own)
-            scale = _scale(run, own)
+            z_kNr = _reduced(x_KND[run.rows], run, own).mul_(run.scale)
             outputs = y_KNO[run.rows].split(widths, -1)
             for y, z, b in zip(outputs, z_kNr.chunk(len(widths), -1), run.b_kOr, strict=True):
-                _add_product(y, z, b.mT, scale)
+                _add_product(y, z, b.mT)
             hidden.append(z_kNr)
         if runs:
             ctx.save_for_backward(x_KND, *hidden, *(mask for own in masks for mask in own))
@@ -135,26 +134,19 @@ class _AdaptedLinear(Function):
         for run, z_kNr, num_masks in zip(ctx.runs, hidden, ctx.num_masks, strict=True):
             assert x_KND is not None
             own = list(islice(masks, num_masks))
-            scale = _scale(run, own)
-            dy_kNO, b_kOr, num = dy_KNO[run.rows], run.b_kOr, len(widths)
-            dys, zs = dy_kNO.split(widths, -1), z_kNr.chunk(num, -1)
-            for dy, z, gradient in zip(dys, zs, run.b_grad_kOr, strict=True):
-                _add_product(gradient, dy.mT, z, scale)
-            parts = [dy @ b for dy, b in zip(dys, b_kOr, strict=True)]
+            dys, num = dy_KNO[run.rows].split(widths, -1), len(widths)
+            for dy, z, gradient in zip(dys, z_kNr.chunk(num, -1), run.b_grad_kOr, strict=True):
+                _add_product(gradient, dy.mT, z)
+            parts = [dy @ b for dy, b in zip(dys, run.b_kOr, strict=True)]
+            dz_kNr = (parts[0] if num == 1 else torch.cat(parts, -1)).mul_(run.scale)
             dx_kND = None if dx_KND is None else dx_KND[run.rows]
             if own:
-                _add_masked(run, own, parts, x_KND[run.rows], dx_kND)
+                _add_masked(run, own, dz_kNr, x_KND[run.rows], dx_kND)
                 continue
-            dz_kNr = parts[0] if num == 1 else torch.cat(parts, -1)
-            _add_product(run.a_grad_krD, dz_kNr.mT, x_KND[run.rows], scale)
+            _add_product(run.a_grad_krD, dz_kNr.mT, x_KND[run.rows])
             if dx_kND is not None:
-                _add_product(dx_kND, dz_kNr, run.a_krD, scale)
+                _add_product(dx_kND, dz_kNr, run.a_krD)
         return dx_KND, None, None, None, None
-
-
-def _scale(run: Run, masks: Sequence[Tensor]) -> float:
-    """LoRA's scale; what dropout leaves of the inputs counts the more."""
-    return run.scale / (1 - run.dropout) if masks else run.scale
 
 
 def _reduced(x_kND: Tensor, run: Run, masks: Sequence[Tensor]) -> Tensor:
@@ -168,17 +160,17 @@ def _reduced(x_kND: Tensor, run: Run, masks: Sequence[Tensor]) -> Tensor:
 def _add_masked(
     run: Run,
     masks: Sequence[Tensor],
-    dz: Sequence[Tensor],
+    dz_kNr: Tensor,
     x_kND: Tensor,
     dx_kND: Tensor | None,
 ) -> None:
     """The derivative of `_reduced` with masks, for A and for x."""
-    scale, num = _scale(run, masks), len(masks)
+    num = len(masks)
     factors, gradients = run.a_krD.chunk(num, -2), run.a_grad_krD.chunk(num, -2)
-    for mask, dz_kNr, a, gradient in zip(masks, dz, factors, gradients, strict=True):
-        _add_product(gradient, dz_kNr.mT, x_kND * mask, scale)
+    for mask, dz, a, gradient in zip(masks, dz_kNr.chunk(num, -1), factors, gradients, strict=True):
+        _add_product(gradient, dz.mT, x_kND * mask)
         if dx_kND is not None:
-            dx_kND.add_((dz_kNr @ a).mul_(mask), alpha=scale)
+            dx_kND += (dz @ a).mul_(mask)
 
 
 class _RmsNorm(Function):

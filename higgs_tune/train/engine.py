@@ -16,14 +16,15 @@ from torch import Tensor
 from higgs_tune.config import TargetPath, TrialConfig
 from higgs_tune.data.collate import PackBatch, TargetCounts, collate, to_device
 from higgs_tune.data.tokens import Encoded
-from higgs_tune.model.adapter_layout import Kind, Linears, Named
+from higgs_tune.model.adapter_layout import Kind, Named
 from higgs_tune.model.compiled import CompiledForward
 from higgs_tune.model.dropout import Masks
+from higgs_tune.model.groups import lora_groups
 from higgs_tune.model.load import Base
 from higgs_tune.model.new_modules import initial_new_modules, new_module_shapes
-from higgs_tune.model.packed_forward import decoder_layers, head_groups, layer_groups, packed_nll
+from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.model.packed_lora import AdapterBank
-from higgs_tune.model.targets import account, linear_modules
+from higgs_tune.model.targets import account
 from higgs_tune.train.lanes import Lanes
 from higgs_tune.train.optim import RowStep, adamw_step, learning_rate_factor
 
@@ -71,18 +72,37 @@ class Resident:
 class Engine:
     """K slots of adapters that train and evaluate together."""
 
-    def __init__(self, base: Base, limits: PackLimits, process: int = 0) -> None:
-        """`process` is this one's number among those that train the same adapters."""
+    def __init__(
+        self,
+        base: Base,
+        limits: PackLimits,
+        process: int = 0,
+        *,
+        share_matmuls: bool | None = None,
+    ) -> None:
+        """Make room for the adapters.
+
+        Args:
+            process: this one's number among those that train the same adapters.
+            share_matmuls: whether neighbours multiply together; by default everywhere but on a CPU.
+        """
         self._process = process
         self.base = base
         self.limits = limits
         self.device = next(base.model.parameters()).device
         self.num_codebooks: int = base.model.config.num_codebooks
         self.nll = CompiledForward(base.model) if base.compile else partial(packed_nll, base.model)
-        self.lora_groups = _lora_groups(base, limits.paths)
+        self.lora_groups = lora_groups(base.model, limits.paths)
         dtype = next(base.model.parameters()).dtype
+        if share_matmuls is None:
+            share_matmuls = self.device.type != "cpu"
         self.bank = AdapterBank(
-            self.lora_groups, limits.num_slots, limits.max_rank, dtype, self.device
+            self.lora_groups,
+            limits.num_slots,
+            limits.max_rank,
+            dtype,
+            self.device,
+            share_matmuls=share_matmuls,
         )
         self.lanes = Lanes(self.device)
         # oneDNN compiles its bfloat16 matmuls for each shape: let there be few
@@ -269,21 +289,3 @@ class Engine:
         if config.cross_attention != "off":
             weights |= initial_new_modules(self.base.model, config.cross_attention, config.seed)
         return weights
-
-
-def _lora_groups(base: Base, paths: frozenset[TargetPath]) -> list[tuple[TargetPath, Linears]]:
-    """Every input group of the adapted paths, in the forward's order.
-
-    The anchored rules of `model.targets` say what a path is; the forward's groups must agree.
-    """
-    groups: list[tuple[TargetPath, Linears]] = []
-    for index, layer in enumerate(decoder_layers(base.model)):
-        for path, layer_linears in layer_groups(index, layer).items():
-            groups.extend((path, group) for group in layer_linears if path in paths)
-    for path, group in head_groups(base.model).items():
-        if path in paths:
-            groups.append((path, group))
-    for path in paths - {"audio_attention"}:
-        named = {name for p, group in groups if p == path for name in group}
-        assert named == set(linear_modules(base.model, path)), path
-    return groups

@@ -181,7 +181,8 @@ def run_fake(
         model = _empty_model(config, getattr(torch, dtype))
         in_base = live.now
         # an engine asks its base for the model alone
-        engine = Engine(Base(model, None, None, "fake"), limits)  # type: ignore[arg-type]
+        base = Base(model, None, None, "fake")  # type: ignore[arg-type]
+        engine = Engine(base, limits, share_matmuls=True)  # as on a GPU
         trial_ids = fill_slots(engine, modes, dropout)
         in_adapters = before = live.now
         assert model.text_lm_head is not None

@@ -25,13 +25,15 @@ SPEAK = (example("speak", 2, 9, letters) for letters in range(1, 26))
 PAIR = [LISTEN, next(e for e in SPEAK if e.num_rows == LISTEN.num_rows)]
 
 
-def filled(configs, num_slots=None):
+def filled(configs, share=False):
     """An engine with these adapters, B not 0, which would hide what reaches A."""
-    engine = Engine(tiny_base(), PackLimits.of(configs, num_slots or len(configs)))
+    limits = PackLimits.of(configs, num_slots=len(configs))
+    engine = Engine(tiny_base(), limits, share_matmuls=share)
     for n, config in enumerate(configs):
         engine.add(str(n), config)
         for view in engine.bank.views(n, "master").values():
-            view.normal_(0, 0.1, generator=torch.Generator().manual_seed(config.seed))
+            generator = torch.Generator().manual_seed(config.seed)
+            view.copy_(0.1 * torch.randn(view.shape, generator=generator))
     return engine
 
 
@@ -144,9 +146,10 @@ EXAMPLES = {
 }
 
 
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("n", range(len(CONFIGS)))
-def test_packed_gradients_with_dropout_match_each_alone(n):
-    packed = backward(filled(CONFIGS), EXAMPLES)[n]
+def test_packed_gradients_with_dropout_match_each_alone(n, share):
+    packed = backward(filled(CONFIGS, share), EXAMPLES)[n]
     single = backward(filled([CONFIGS[n]]), {0: EXAMPLES[n]})[0]
     total = torch.cat([g.flatten() for g in single.values()]).norm()
     for name, gradient in single.items():
@@ -154,29 +157,19 @@ def test_packed_gradients_with_dropout_match_each_alone(n):
         assert (packed[name] - gradient).norm() / total < 1e-5, name
 
 
-def test_a_neighbours_dropout_changes_nothing():
+@pytest.mark.parametrize("share", [False, True])
+def test_a_neighbours_dropout_changes_nothing(share):
     clean = [CONFIGS[0].model_copy(update={"dropout": 0.0}), *CONFIGS[1:]]
-    with_dropout, without = (backward(filled(c), EXAMPLES) for c in (CONFIGS, clean))
+    with_dropout, without = (backward(filled(c, share), EXAMPLES) for c in (CONFIGS, clean))
     assert any(not torch.equal(with_dropout[0][name], g) for name, g in without[0].items())
     for ours, theirs in zip(with_dropout[1:], without[1:], strict=True):
         for name, gradient in theirs.items():
-            assert torch.equal(ours[name], gradient), name
-
-
-def test_neighbours_that_share_a_matmul_have_masks_of_their_own():
-    configs = [trial(seed=n, dropout=0.5) for n in range(2)]
-    examples = {n: [example("clone", n, 6 + 2 * n, 5)] for n in range(2)}
-    gradients = []
-    for rule in ("cpu", "cuda"):
-        engine = filled(configs)
-        engine.bank.device = torch.device(rule)
-        gradients.append(backward(engine, examples))
-        _, group = engine.lora_groups[0]
-        runs = engine.bank.pack((0, 1)).runs(group)
-        assert [run.rows for run in runs] == ([0, 1] if rule == "cpu" else [slice(0, 2)])
-    for apart, together in zip(*gradients, strict=True):
-        for name, gradient in apart.items():
-            torch.testing.assert_close(together[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+            if (
+                share
+            ):  # without masks a shared matmul multiplies a group's factors at once: rounding
+                torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+            else:
+                assert torch.equal(ours[name], gradient), name
 
 
 def test_validation_drops_nothing():
@@ -238,11 +231,11 @@ def test_steps_micro_batches_processes_and_seeds_have_other_masks():
     wide = [Section(40, (40,))]
     for numbers in ((1, 0, 0, 0), (2, 0, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1)):
         masks = Masks(torch.device("cpu"), {0: numbers})
-        first, second = (masks.draw(0, 0.7, 500, wide) for _ in range(2))
+        first, second = (masks.draw(0, (0.7,), 500, wide) for _ in range(2))
         # 40 · 500 draws: sd 0.0032
         assert abs(float(first.float().mean()) - 0.7) < 0.02
         drawn |= {first.numpy().tobytes(), second.numpy().tobytes()}
-        again = Masks(torch.device("cpu"), {0: numbers}).draw(0, 0.7, 500, wide)
+        again = Masks(torch.device("cpu"), {0: numbers}).draw(0, (0.7,), 500, wide)
         assert torch.equal(again, first)
     assert len(drawn) == 10
 
@@ -251,7 +244,7 @@ def test_a_mask_does_not_depend_on_padding():
     def draw(text, audio):
         masks = Masks(torch.device("cpu"), {0: (5,)})
         sections = [Section(text, (3,)), Section(audio, (4,))]
-        return [masks.draw(0, 0.5, 16, sections) for _ in range(2)]
+        return [masks.draw(0, (0.5,), 16, sections) for _ in range(2)]
 
     for tight, loose in zip(draw(3, 4), draw(5, 9), strict=True):
         assert torch.equal(tight, torch.cat([loose[:3], loose[5:9]]))

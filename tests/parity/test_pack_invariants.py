@@ -1,4 +1,7 @@
-"""Packed equals alone, neighbours change nothing, resumed equals uninterrupted."""
+"""Packed equals alone, neighbours change nothing, resumed equals uninterrupted.
+
+With each adapter's own matmuls, as on a CPU, and with shared ones, as on a GPU.
+"""
 
 import pytest
 import torch
@@ -62,16 +65,26 @@ def alone(trial_id, num_steps):
     return engine, train(engine, [trial_id], range(num_steps))[trial_id]
 
 
-def packed(num_steps, **kwargs):
-    engine = Engine(tiny_base(), LIMITS)
-    for trial_id, config in TRIALS.items():
-        engine.add(trial_id, config)
+def engine_of(share, *trial_ids):
+    engine = Engine(tiny_base(), LIMITS, share_matmuls=share)
+    for trial_id in trial_ids:
+        engine.add(trial_id, TRIALS[trial_id])
+    return engine
+
+
+def packed(share, num_steps, **kwargs):
+    engine = engine_of(share, *TRIALS)
     return engine, train(engine, list(TRIALS), range(num_steps), **kwargs)
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["each", "shared"])
+def share(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def pack():
-    return packed(10)
+def pack(share):
+    return packed(share, 10)
 
 
 @pytest.mark.parametrize("trial_id", TRIALS)
@@ -84,10 +97,8 @@ def test_packed_adapters_match_single_runs(pack, trial_id):
 
 
 @pytest.mark.parametrize("trial_id", TRIALS)
-def test_packed_gradients_match_single_runs(trial_id):
-    engine = Engine(tiny_base(), LIMITS)
-    for name, config in TRIALS.items():
-        engine.add(name, config)
+def test_packed_gradients_match_single_runs(trial_id, share):
+    engine = engine_of(share, *TRIALS)
     single = Engine(tiny_base(), PackLimits.of([TRIALS[trial_id]], num_slots=1))
     single.add(trial_id, TRIALS[trial_id])
     gradients = []
@@ -107,9 +118,9 @@ def test_packed_gradients_match_single_runs(trial_id):
         assert error < 1e-5, (name, float(error))
 
 
-def test_nan_in_one_adapter_leaves_the_others_bit_equal(pack):
+def test_nan_in_one_adapter_leaves_the_others_bit_equal(pack, share):
     clean_engine, clean = pack
-    engine, losses = packed(10, poison=4)
+    engine, losses = packed(share, 10, poison=4)
     assert engine.alive_K.tolist() == [t != "small" for t in TRIALS]
     for trial_id in TRIALS:
         if trial_id != "small":
@@ -120,11 +131,9 @@ def test_nan_in_one_adapter_leaves_the_others_bit_equal(pack):
     assert all(torch.isfinite(w).all() for w in engine.state("small").weights.values())
 
 
-def test_nan_weights_of_one_adapter_do_not_reach_the_others(pack):
+def test_nan_weights_of_one_adapter_do_not_reach_the_others(pack, share):
     _, clean = pack
-    engine = Engine(tiny_base(), LIMITS)
-    for trial_id, config in TRIALS.items():
-        engine.add(trial_id, config)
+    engine = engine_of(share, *TRIALS)
     for view in engine.bank.views(engine.residents["text_to_audio"].slot, "master").values():
         view.fill_(float("nan"))
     losses = train(engine, list(TRIALS), range(3))
@@ -133,11 +142,9 @@ def test_nan_weights_of_one_adapter_do_not_reach_the_others(pack):
         torch.testing.assert_close(losses[trial_id], clean[trial_id][:3], rtol=0, atol=0)
 
 
-def test_leaving_and_joining_changes_nothing_for_the_others(pack):
+def test_leaving_and_joining_changes_nothing_for_the_others(pack, share):
     _, clean = pack
-    engine = Engine(tiny_base(), LIMITS)
-    for trial_id in ("plain", "small", "heads", "audio_self"):
-        engine.add(trial_id, TRIALS[trial_id])
+    engine = engine_of(share, "plain", "small", "heads", "audio_self")
     first = train(engine, ["plain", "small", "heads", "audio_self"], range(4))
     engine.remove("small")
     engine.add("text_to_audio", TRIALS["text_to_audio"])
@@ -150,13 +157,11 @@ def test_leaving_and_joining_changes_nothing_for_the_others(pack):
     torch.testing.assert_close(joined, clean["text_to_audio"][:2], rtol=1e-4, atol=1e-4)
 
 
-def test_resumed_equals_uninterrupted(pack):
+def test_resumed_equals_uninterrupted(pack, share):
     _, clean = pack
-    first = Engine(tiny_base(), LIMITS)
-    for trial_id, config in TRIALS.items():
-        first.add(trial_id, config)
+    first = engine_of(share, *TRIALS)
     train(first, list(TRIALS), range(5))
-    second = Engine(tiny_base(), LIMITS)
+    second = engine_of(share)
     for trial_id, config in TRIALS.items():
         second.add(trial_id, config, first.state(trial_id))
     losses = train(second, list(TRIALS), range(5, 10))
@@ -229,26 +234,64 @@ def test_an_adapter_without_targets_of_a_modality_learns_from_the_other():
     assert bool(torch.isfinite(engine.bank.lora.grad).all())
 
 
-def test_neighbours_of_one_rank_share_a_matmul_and_get_equal_gradients():
-    configs = [trial(rank=4, seed=n, targets=("attention", "text_mlp")) for n in range(3)]
-    configs[2] = trial(rank=2, seed=2, targets=("attention", "text_mlp"))
-    gradients = []
-    for merged in (False, True):
-        engine = Engine(tiny_base(), PackLimits.of(configs, num_slots=3))
-        if merged:  # the rule of a GPU
-            engine.bank.device = torch.device("cuda")
+def test_a_checkpoint_goes_on_where_adapters_are_laid_out_otherwise():
+    """Written where each multiplies alone, read where ranks share a layout, and back."""
+    states = {}
+    for share, other in ((False, True), (True, False)):
+        first, second = engine_of(share, *TRIALS), engine_of(other)
+        train(first, list(TRIALS), range(2))
+        for trial_id, config in TRIALS.items():
+            second.add(trial_id, config, first.state(trial_id))
+        for trial_id in TRIALS:
+            states[share] = first.state(trial_id)
+            again = second.state(trial_id)
+            assert again.step == states[share].step == 2
+            for kind in ("weights", "exp_avg", "exp_avg_sq"):
+                theirs = getattr(states[share], kind)
+                assert all(torch.equal(t, theirs[name]) for name, t in getattr(again, kind).items())
+                assert any(t.any() for t in theirs.values())
+
+
+RUNS = {  # what is asked of the pack → positions that share a matmul
+    "everyone": ("attention", (0, 1, 2, 3), [slice(0, 4)]),  # though the third does not target it
+    "targets at both ends": ("audio_mlp", (0, 1, 2, 3), [slice(0, 2)]),
+    "a slot that rests": ("attention", (0, 2, 3), [0, 2]),
+    "nobody": ("audio_mlp", (2, 3), []),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_adapters_of_neighbouring_slots_share_a_matmul_whatever_they_are(case):
+    path, slots, expected = RUNS[case]
+    configs = [
+        trial(rank=4, dropout=0.2),
+        trial(rank=2, alpha=1.0),
+        trial(rank=8, targets=("text_mlp",)),
+        trial(rank=1, targets=("attention", "text_mlp")),
+    ]
+    for share in (True, False):
+        limits = PackLimits.of(configs, num_slots=4)
+        engine = Engine(tiny_base(), limits, share_matmuls=share)
         for n, config in enumerate(configs):
             engine.add(str(n), config)
-            for view in engine.bank.views(n, "master").values():
-                view.normal_(0, 0.1, generator=torch.Generator().manual_seed(n))
-        examples = {n: [example("clone", n, 6, 5)] for n in range(3)}
-        counts = {n: count_targets(e, 4) for n, e in examples.items()}
-        engine.forward_backward(collate(examples), counts)
-        _, group = engine.lora_groups[0]
-        runs = engine.bank.pack((0, 1, 2)).runs(group)
-        assert [run.rows for run in runs] == ([slice(0, 2), 2] if merged else [0, 1, 2])
-        gradients.append([engine.bank.views(n, "grad") for n in range(3)])
-    for alone, together in zip(*gradients, strict=True):
-        for name, gradient in alone.items():
-            torch.testing.assert_close(together[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
-        assert all(g.any() for n, g in alone.items() if ".layers.0." in n)
+        group = next(group for p, group in engine.lora_groups if p == path)
+        rows = [run.rows for run in engine.bank.pack(slots).runs(group)]
+        if share:
+            assert rows == expected
+        else:
+            assert rows == [k for k, slot in enumerate(slots) if path in configs[slot].targets]
+
+
+def test_what_an_adapter_lacks_stays_zero_where_matmuls_are_shared():
+    """Ranks and modules that others have: no weight, no moment, no gradient."""
+    engine = engine_of(True, *TRIALS)
+    train(engine, list(TRIALS), range(3))
+    examples = {r.slot: examples_of(t, 3) for t, r in engine.residents.items()}
+    counts = {slot: count_targets(e, 4) for slot, e in examples.items()}
+    engine.forward_backward(engine.batch(examples), counts)
+    for trial_id, resident in engine.residents.items():
+        for kind in ("master", "exp_avg", "exp_avg_sq", "grad"):
+            row = getattr(engine.bank.lora, kind)[resident.slot]
+            own = engine.bank.views(resident.slot, kind).items()
+            num_own = sum(int(view.count_nonzero()) for name, view in own if "lora_" in name)
+            assert 0 < num_own == int(row.count_nonzero()), (trial_id, kind)
