@@ -6,7 +6,8 @@
 
 Random base of the real configuration (random_base.py), rank 16 on all linears, one clip of --tokens rows
 a step and adapter. First packs of each number of --adapters and a stock step alternate in one process
-(gpu_step.py), losses compared. Then --processes stock processes, each with a base of its own, train side
+(gpu_step.py), losses compared; then a pack of the largest number whose ranks are --unlike in turn, as a
+search's are. Then --processes stock processes, each with a base of its own, train side
 by side on the GPU for --seconds, started together. With --fill adapters are added until one step of a pack
 runs out of memory; the memory model's own prediction stands beside it.
 """
@@ -46,14 +47,15 @@ def clips_of(base: Base, args: argparse.Namespace, adapter: int, number: int) ->
     return random_clips(base, args.clips, args.tokens, args.text_share, (adapter, number))
 
 
-def measure_packs(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_packs(args: argparse.Namespace, ranks: Sequence[int]) -> list[dict[str, Any]]:
     """Packs against the stock step in this process; its memory is free again afterwards."""
     packs = []
-    for record in compare(base_of(args), args):
+    for record in compare(base_of(args), args, ranks=ranks):
         packs.append(record)
         ours, stock = (record[side].get("ms") for side in ("ours", "stock"))
         share, faster = record["share_of_floor_h100"], record["ratio_to_stock"]
-        print(f"{record['adapters']} adapters: ours {ours} ms, stock {stock} ms for one;", end=" ")
+        named = f"{record['adapters']} adapters of rank {', '.join(map(str, ranks))}"
+        print(f"{named}: ours {ours} ms, stock {stock} ms for one;", end=" ")
         print(f"{faster} × faster per adapter, {share} of an H100's rate", flush=True)
     free_memory()
     return packs
@@ -162,7 +164,7 @@ def measure_fill(args: argparse.Namespace, gib: float) -> dict[str, Any]:
     def runs(adapters: int) -> bool:
         fits = True
         try:
-            step = our_step(base, args.rank, adapters)
+            step = our_step(base, [args.rank] * adapters)
             for _ in range(2):  # the second holds the optimizer's state of the first, too
                 step([clips_of(base, args, adapter, 0) for adapter in range(adapters)])
             synchronise(device)
@@ -221,6 +223,11 @@ def picture(found: Sequence[Mapping[str, Any]], processes: int) -> Figure:
     return figure
 
 
+def rank_list(text: str) -> list[int]:
+    """Numbers from "16,8", in their order."""
+    return [int(part) for part in text.split(",")]
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -233,6 +240,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=600, help="rows of an adapter's step")
     parser.add_argument("--text-share", type=float, default=0.15, help="of a clip's rows")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--unlike", type=rank_list, default=[16, 8, 32, 64], help="ranks in turn")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--processes", type=int, default=4, help="stock ones at once; 0: none")
     parser.add_argument("--seconds", type=float, default=20.0, help="that they train")
@@ -261,21 +269,26 @@ def main() -> None:
         torch.cuda.get_device_properties(device).total_memory / 2**30 if cuda else 80
     )
     result: dict[str, Any] = {"machine": machine(device), "settings": settings_of(args)}
-    packs = result["packs"] = measure_packs(args)
+    packs = result["packs"] = measure_packs(args, [args.rank])
     options = [f"--{n}={getattr(args, n)}" for n in ("preset", "device", "dtype", "tokens", "rank")]
     options += [f"--text-share={args.text_share}", f"--seconds={args.seconds}"]
 
     def keep() -> None:  # what comes next may take the process with it
         result["ratios"] = ratios(packs, result["shared"])
+        if "unlike" in result:
+            result["unlike_ratios"] = ratios(result["unlike"], result["shared"])
         save(args.out, result, picture(result["ratios"], args.processes))
 
     result["shared"] = {"status": "left_out"}
+    keep()
+    largest_pack = argparse.Namespace(**{**vars(args), "adapters": [max(args.adapters)]})
+    result["unlike"] = measure_packs(largest_pack, args.unlike)
     keep()
     if args.processes:
         result["shared"] = measure_shared(args, options)
         keep()
     result["fits"] = measure_fill(args, gib)
-    for name in ("shared", "ratios", "fits"):
+    for name in ("shared", "ratios", "unlike_ratios", "fits"):
         print(f"{name}: {json.dumps(result[name])}")
     keep()
 

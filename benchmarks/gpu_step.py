@@ -155,11 +155,12 @@ def check_losses(ours: Side, stock: Side, dtype: torch.dtype) -> int:
 
 
 def compare(
-    base: Base, args: argparse.Namespace, *, split: bool = False
+    base: Base, args: argparse.Namespace, *, ranks: Sequence[int] = (), split: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Measure each number of adapters; yields its record. Ends with the first that does not fit.
 
-    With `split` our pack is spread over the cores of a CPU, and its host syncs are not seen; those of a
+    The adapters take `ranks` in turn, the stock one the first of them; all `args.rank` by default. With
+    `split` our pack is spread over the cores of a CPU, and its host syncs are not seen; those of a
     compiled step are counted on a GPU only.
     """
     parameter = next(base.model.parameters())
@@ -173,17 +174,19 @@ def compare(
         ]
         for number in range(NUM_BATCHES)
     ]
-    flops = step_flops(base.model.config, args.rank, batches[0][0])
+    ranks = ranks or (args.rank,)
     here = matmul_flops(device, dtype)
     stock: Side | None = None
     alone: float | None = None
     for adapters in args.adapters:
-        predicted = predicted_bytes(base, args.rank, adapters, batches[0][0])
-        make = partial(our_step, base, args.rank, adapters, split=split)
+        own = [ranks[n % len(ranks)] for n in range(adapters)]
+        flops = sum(step_flops(base.model.config, rank, batches[0][0]) for rank in own)
+        predicted = predicted_bytes(base, max(own), adapters, batches[0][0])
+        make = partial(our_step, base, own, split=split)
         countable = not base.compile or device.type == "cuda"
         ours = Side.made(make, adapters, batches, device, base_bytes, count_syncs=countable)
         if stock is None:
-            stock = Side.made(partial(stock_step, base, args.rank), 1, batches, device, base_bytes)
+            stock = Side.made(partial(stock_step, base, ranks[0]), 1, batches, device, base_bytes)
         compared = check_losses(ours, stock, dtype)
         ours.times, stock.times = [], []
         for number in range(args.repeats):
@@ -192,10 +195,11 @@ def compare(
         tokens = args.clips * args.tokens
         record = {
             "adapters": adapters,
+            "ranks": own,
             "losses_compared": compared,
-            "tflop": round(adapters * flops / 1e12, 4),
-            "floor_h100_ms": round(1000 * adapters * flops / H100_FLOPS, 4),
-            "floor_here_ms": round(1000 * adapters * flops / here, 4),
+            "tflop": round(flops / 1e12, 4),
+            "floor_h100_ms": round(1000 * flops / H100_FLOPS, 4),
+            "floor_here_ms": round(1000 * flops / here, 4),
             "matmul_here_tflops": round(here / 1e12, 3),
             "predicted_gib": round(predicted / 2**30, 4),
             "ours": ours.figures(tokens),

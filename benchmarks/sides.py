@@ -36,7 +36,10 @@ def trial_of(rank: int, num_codebooks: int) -> TrialConfig:
 
 
 def predicted_bytes(base: Base, rank: int, adapters: int, examples: Sequence[Encoded]) -> int:
-    """Peak memory of our step as `higgs-tune fit` predicts it, each adapter on such examples."""
+    """Peak memory of our step as `higgs-tune fit` predicts it, each adapter on such examples.
+
+    `rank` is the largest: `fit` lays all of them out for that.
+    """
     config, count = base.model.config, len(examples)
     text_targets = sum(int((e.text_labels_L != IGNORE).sum()) for e in examples)
     audio_rows = sum(len(e.codes_AC) for e in examples)
@@ -65,23 +68,23 @@ def start_of(base: Base, rank: int) -> dict[str, Tensor]:
     return weights
 
 
-def our_step(base: Base, rank: int, num_adapters: int, *, split: bool = False) -> Step:
+def our_step(base: Base, ranks: Sequence[int], *, split: bool = False) -> Step:
     """A pack of adapters, and its step as training does it.
 
     Args:
         base: what the adapters share.
-        rank: of each adapter.
-        num_adapters: of the pack.
+        ranks: of each adapter.
         split: over the cores of a CPU, whole adapters to each, as a sweep does it. Threads of their
             own escape a count of host reads.
     """
     num_codebooks = base.model.config.num_codebooks
-    trial = trial_of(rank, num_codebooks)
-    engine = Engine(base, PackLimits.of([trial], num_slots=num_adapters))
-    names = [f"adapter {n}" for n in range(num_adapters)]
-    weights = start_of(base, rank)
-    zeros = {name: torch.zeros(()).expand(weight.shape) for name, weight in weights.items()}
-    for name in names:
+    trials = [trial_of(rank, num_codebooks) for rank in ranks]
+    engine = Engine(base, PackLimits.of(trials, num_slots=len(trials)))
+    names = [f"adapter {n}" for n in range(len(trials))]
+    starts = {rank: start_of(base, rank) for rank in set(ranks)}
+    for name, trial in zip(names, trials, strict=True):
+        weights = starts[trial.rank]
+        zeros = {name: torch.zeros(()).expand(weight.shape) for name, weight in weights.items()}
         engine.add(name, trial, AdapterState(0, weights, zeros, zeros))
 
     def step(examples: Sequence[Sequence[Encoded]]) -> Tensor:

@@ -62,9 +62,9 @@ def main() -> None:
     ]
     batches = [b for b in batches if count_targets(b, num_codebooks).text]
     batches = [b for b in batches if count_targets(b, num_codebooks).audio_C.all()]
-    steps = {"ours": our_step(eager, args.rank, 1), "stock": stock_step(base, args.rank)}
+    steps = {"ours": our_step(eager, [args.rank]), "stock": stock_step(base, args.rank)}
     if args.compile:
-        steps["ours compiled"] = our_step(base, args.rank, 1)
+        steps["ours compiled"] = our_step(base, [args.rank])
     first, first_s = {}, {}
     for name, step in steps.items():
         started = time.perf_counter()

@@ -62,7 +62,7 @@ def test_full_size_is_the_known_amount():
 
 def test_the_full_size_step_runs_on_the_meta_device():
     base = random_base(PRESETS["full"], torch.device("meta"), torch.bfloat16)
-    step = our_step(base, 16, 2)
+    step = our_step(base, [16, 16])
     assert step([random_clips(base, 8, 400, 0.15, [k]) for k in range(2)]).shape == (2,)
 
 
@@ -136,10 +136,10 @@ def test_memory_is_given_back_once_when_it_runs_out(monkeypatch):
 
 
 def test_the_first_pack_that_does_not_fit_is_the_last(monkeypatch):
-    def limited(base, rank, adapters, split):
-        if adapters > 1:
+    def limited(base, ranks, split):
+        if len(ranks) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return our_step(base, rank, adapters)
+        return our_step(base, ranks)
 
     monkeypatch.setattr(gpu_step, "our_step", limited)
     one, two = records(monkeypatch, *SHORT, "--adapters=1,2,4")
@@ -148,8 +148,8 @@ def test_the_first_pack_that_does_not_fit_is_the_last(monkeypatch):
 
 
 def test_other_losses_than_the_stock_ones_end_the_benchmark(monkeypatch):
-    def other(base, rank, adapters, split):
-        step = our_step(base, rank, adapters)
+    def other(base, ranks, split):
+        step = our_step(base, ranks)
         return lambda examples: step(examples) * 1.001
 
     monkeypatch.setattr(gpu_step, "our_step", other)

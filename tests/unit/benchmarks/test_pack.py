@@ -21,7 +21,7 @@ def test_a_pack_split_over_cores_trains_what_a_whole_one_trains():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        whole, split = (our_step(base, 4, 3, split=split) for split in (False, True))
+        whole, split = (our_step(base, [4, 2, 4], split=split) for split in (False, True))
         for _ in range(2):
             torch.testing.assert_close(split(examples), whole(examples), rtol=1e-5, atol=0)
     finally:
@@ -91,5 +91,8 @@ def test_the_gpu_script_runs_end_to_end_on_a_cpu(tmp_path):
     assert result["shared"]["status"] == "ok" and min(result["shared"]["steps"]) > 0
     assert [one["adapters"] for one in result["ratios"]] == [1, 2]
     assert all(one["to_one_process"] > 0 and one["to_shared"] > 0 for one in result["ratios"])
+    (unlike,) = result["unlike"]
+    assert unlike["ranks"] == [16, 8] and unlike["losses_compared"] > 0
+    assert result["unlike_ratios"][0]["to_shared"] > 0
     assert result["fits"]["measured"] == result["fits"]["predicted"] == 4
     assert out.with_suffix(".png").exists()

@@ -1,0 +1,44 @@
+"""The count of a pack's operations, which needs no GPU."""
+
+import pack_ops
+import torch
+from random_base import PRESETS, random_base
+from torch import nn
+
+META = torch.device("meta")
+
+
+def counted(act):
+    with pack_ops.Operations() as operations:
+        act()
+    return operations.count
+
+
+def test_what_computes_counts_and_what_only_looks_does_not():
+    x = torch.zeros(4, 6, device=META)
+    assert counted(lambda: (x @ x.mT).relu_()) == 2
+    assert counted(lambda: x.view(2, 12).split(6, 1)) == 0
+    assert counted(lambda: torch.empty_like(x).copy_(x)) == 1
+    linear = nn.Linear(6, 3, bias=False, device=META)
+    assert counted(lambda: linear(x.requires_grad_()).sum().backward()) > 4
+
+
+def test_shared_matmuls_cost_as_many_operations_for_unlike_adapters_as_for_equal_ones():
+    base = random_base(PRESETS["small"], META, torch.bfloat16)
+    counts = {
+        (unlike, share, adapters): pack_ops.count(
+            base, pack_ops.trials_of(adapters, unlike=unlike), 60, share=share
+        )
+        for unlike in (False, True)
+        for share in (False, True)
+        for adapters in (4, 8)
+    }
+    # the optimizer's step is each adapter's own: some 30 operations
+    for unlike in (False, True):
+        assert counts[unlike, True, 8] - counts[unlike, True, 4] < 4 * 40
+        assert counts[unlike, False, 8] - counts[unlike, False, 4] > 4 * 40
+    assert abs(counts[True, True, 8] - counts[False, True, 8]) < 40
+    assert len(pack_ops.picture([{"adapters": 1, **dict.fromkeys(NAMES, 2)}]).axes) == 1
+
+
+NAMES = ("unlike_apart", "unlike_shared", "alike_shared")
