@@ -4,7 +4,7 @@ A mask is drawn for an adapter's own rows only, from a generator of its own, so 
 padding nor on the neighbours. Nothing outlives a forward: the generator starts from the trial's seed,
 the step and the micro-batch, which a checkpoint knows already.
 
-Shape letters: K adapters, k adapters of a run, N rows, D inputs.
+Shape letters: K adapters, k adapters of a run, N rows, D inputs, X inputs of several linears.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,36 +38,30 @@ class Masks:
         self,
         rows: int | slice,
         keeps: Sequence[float],
+        num_linears: int,
         num_inputs: int,
         sections: Sequence[Section],
-    ) -> Tensor:
-        """True where an input is kept: bool, (k, N, D), or (N, D) for a single adapter.
+    ) -> list[Tensor]:
+        """True where an input of a linear is kept: bool, (k, N, D), or (N, D) for a single adapter.
 
         Args:
             rows: positions among the batch's adapters.
             keeps: each one's probability of being kept; 1 draws nothing.
+            num_linears: that read the same inputs, each through a mask of its own.
         """
-        if isinstance(rows, int):
-            return self._draw(rows, keeps[0], num_inputs, sections)
-        every = zip(range(rows.start, rows.stop), keeps, strict=True)
-        return torch.stack([self._draw(k, keep, num_inputs, sections) for k, keep in every])
-
-    def _draw(self, k: int, keep: float, num_inputs: int, sections: Sequence[Section]) -> Tensor:
-        if keep == 1:
-            total = sum(section.width for section in sections)
-            return torch.ones(total, num_inputs, dtype=torch.bool, device=self._device)
-        own = [section.own_K[k] for section in sections]
-        drawn = torch.empty(sum(own), num_inputs, dtype=torch.bool, device=self._device)
-        drawn.bernoulli_(keep, generator=self._generators[k])
-        if all(count == section.width for count, section in zip(own, sections, strict=True)):
-            return drawn
+        alone = isinstance(rows, int)
+        every = range(rows, rows + 1) if alone else range(rows.start, rows.stop)
         total = sum(section.width for section in sections)
-        mask = torch.zeros(total, num_inputs, dtype=torch.bool, device=self._device)
-        at = 0
-        for part, section in zip(drawn.split(own), sections, strict=True):
-            mask[at : at + len(part)] = part
-            at += section.width
-        return mask
+        shape = len(every), total, num_linears * num_inputs
+        mask_kNX = torch.ones(shape, dtype=torch.bool, device=self._device)
+        for mask_NX, k, keep in zip(mask_kNX, every, keeps, strict=True):
+            if keep == 1:
+                continue
+            for part, section in zip(
+                mask_NX.split([section.width for section in sections]), sections, strict=True
+            ):
+                part[: section.own_K[k]].bernoulli_(keep, generator=self._generators[k])
+        return list((mask_kNX[0] if alone else mask_kNX).chunk(num_linears, -1))
 
 
 def _generator(device: torch.device, numbers: Sequence[int]) -> torch.Generator:

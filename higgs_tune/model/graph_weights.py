@@ -169,10 +169,10 @@ def draw_masks(weights: PackWeights, batch: PackBatch, num_layers: int) -> dict[
         sections = _sections(batch, path, labelled=labelled)
         for k, slot in enumerate(weights.slots):
             seat = weights.bank.seats[slot]
-            keep, width = seat.keep(path), linear.in_features
-            if keep < 1:
-                draws = [weights.masks.draw(k, (keep,), width, sections) for _ in group]
-                found[f"{first} {k}"] = draws
+            if (keep := seat.keep(path)) < 1:
+                found[f"{first} {k}"] = weights.masks.draw(
+                    k, (keep,), len(group), linear.in_features, sections
+                )
     return found
 
 

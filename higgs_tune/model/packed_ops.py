@@ -44,8 +44,7 @@ def adapted_linear(
     if weights.masks is not None:
         for own, run in zip(masks, runs, strict=True):
             if min(run.keeps) < 1:  # every linear drops inputs of its own
-                width = x_KND.shape[2]
-                own += [weights.masks.draw(run.rows, run.keeps, width, sections) for _ in group]
+                own += weights.masks.draw(run.rows, run.keeps, len(group), x_KND.shape[2], sections)
     return _AdaptedLinear.apply(x_KND, weights.bank.anchor, list(group.values()), runs, masks)
 
 

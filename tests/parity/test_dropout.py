@@ -70,10 +70,10 @@ def record(monkeypatch):
         names[:] = list(group)
         return plain_linear(x_KND, group, weights, sections)
 
-    def draw(self, rows, keep, num_inputs, sections):
-        mask = plain_draw(self, rows, keep, num_inputs, sections)
-        drawn[names.pop(0)] = (mask, sections)
-        return mask
+    def draw(self, rows, keeps, num_linears, num_inputs, sections):
+        masks = plain_draw(self, rows, keeps, num_linears, num_inputs, sections)
+        drawn.update({name: (m, sections) for name, m in zip(names, masks, strict=True)})
+        return masks
 
     monkeypatch.setattr(packed_forward, "adapted_linear", linear)
     monkeypatch.setattr(Masks, "draw", draw)
@@ -231,11 +231,11 @@ def test_steps_micro_batches_processes_and_seeds_have_other_masks():
     wide = [Section(40, (40,))]
     for numbers in ((1, 0, 0, 0), (2, 0, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1)):
         masks = Masks(torch.device("cpu"), {0: numbers})
-        first, second = (masks.draw(0, (0.7,), 500, wide) for _ in range(2))
+        first, second = masks.draw(0, (0.7,), 2, 500, wide)
         # 40 · 500 draws: sd 0.0032
         assert abs(float(first.float().mean()) - 0.7) < 0.02
         drawn |= {first.numpy().tobytes(), second.numpy().tobytes()}
-        again = Masks(torch.device("cpu"), {0: numbers}).draw(0, (0.7,), 500, wide)
+        again = Masks(torch.device("cpu"), {0: numbers}).draw(0, (0.7,), 2, 500, wide)[0]
         assert torch.equal(again, first)
     assert len(drawn) == 10
 
@@ -244,7 +244,7 @@ def test_a_mask_does_not_depend_on_padding():
     def draw(text, audio):
         masks = Masks(torch.device("cpu"), {0: (5,)})
         sections = [Section(text, (3,)), Section(audio, (4,))]
-        return [masks.draw(0, (0.5,), 16, sections) for _ in range(2)]
+        return masks.draw(0, (0.5,), 2, 16, sections)
 
     for tight, loose in zip(draw(3, 4), draw(5, 9), strict=True):
         assert torch.equal(tight, torch.cat([loose[:3], loose[5:9]]))
