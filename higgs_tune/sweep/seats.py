@@ -1,5 +1,6 @@
 """What a worker, its trials and the driver say to each other, and what a worker notes of a trial."""
 
+import asyncio
 import gc
 import importlib
 from collections import deque
@@ -80,6 +81,11 @@ class Report:
     result: Result
     snapshot: Snapshot | None  # None: nothing is kept of a trial that ended badly
     takes_effect: int  # the pack's step from which what follows holds
+    early: asyncio.Future[Files] | None = None  # what the snapshot writes, before anyone asks
+
+    def turn(self) -> tuple[int, int, str]:
+        """By what reports go out: whom the pack waits for before the others."""
+        return self.batch, self.takes_effect, self.trial_id
 
 
 @dataclass(eq=False)
@@ -96,12 +102,21 @@ class Seat:
     account: dict[str, Any] | None = None  # of its modules; goes out with its first result
     step: int = 0  # of the result handed out last
     snapshot: Snapshot | None = None  # as of that result
+    early: asyncio.Future[Files] | None = None  # what that writes; given away once
     refused_after: int | None = None  # so many departures it found no memory for its slot
     reports: deque[Report] = field(default_factory=deque)  # not handed out yet
 
 
 class SlotLostError(SweepError):
     """The worker no longer knows the trial; Tune restarts it from its last checkpoint."""
+
+
+def num_seats(num_slots: int, *, strict: bool) -> int:
+    """How many trials a worker takes: one a slot, and some that wait to fill a freed slot at once.
+
+    The more slots the more end together. Among several workers each keeps one, as others may have room.
+    """
+    return num_slots + (max(1, num_slots // 4) if strict else 1)
 
 
 def import_loop(path: str) -> Callable[..., Loop]:

@@ -25,10 +25,10 @@ from higgs_tune.sweep.folder import disk_error, disk_fault
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles, read_json
 from higgs_tune.sweep.scheduler import num_checkpoints
+from higgs_tune.sweep.seats import num_seats
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.source import TrialSource
 from higgs_tune.sweep.study import TrialRecord
-from higgs_tune.sweep.table import num_seats
 from higgs_tune.sweep.trainable import PackTrial
 from higgs_tune.sweep.workers import Workers
 

@@ -16,15 +16,16 @@ takes effect at the pack's next step.
 from collections.abc import Iterable, Mapping
 
 from higgs_tune.config import TrialConfig
-from higgs_tune.sweep.seats import Files, Lease, Report, Result, Roster, Seat, Snapshot
-
-
-def num_seats(num_slots: int, *, strict: bool) -> int:
-    """How many trials a worker takes: one a slot, and some that wait to fill a freed slot at once.
-
-    The more slots the more end together. Among several workers each keeps one, as others may have room.
-    """
-    return num_slots + (max(1, num_slots // 4) if strict else 1)
+from higgs_tune.sweep.seats import (
+    Files,
+    Lease,
+    Report,
+    Result,
+    Roster,
+    Seat,
+    Snapshot,
+    num_seats,
+)
 
 
 class Table:
@@ -114,13 +115,19 @@ class Table:
         ready = [s.reports[0] for s in self.seats.values() if s.asks and s.reports]
         if not ready:
             return None
-        report = min(ready, key=_turn)
+        report = min(ready, key=Report.turn)
         seat = self.seats[report.trial_id]
         seat.reports.popleft()
         seat.asks = False
-        seat.step, seat.snapshot = report.result.get("step", seat.step), report.snapshot
+        seat.step = report.result.get("step", seat.step)
+        seat.snapshot, seat.early = report.snapshot, report.early
         self._dealing = report if self._strict else None
         return report
+
+    def coming(self) -> Report | None:
+        """The report that goes out next, unless others come in before."""
+        ready = [seat.reports[0] for seat in self.seats.values() if seat.reports]
+        return min(ready, key=Report.turn, default=None)
 
     def take_changes(self) -> tuple[list[Seat], list[Seat]]:
         """Who leaves the pack at this step, and who then joins it, in that order."""
@@ -244,7 +251,7 @@ class Table:
             return
         num_free = self._num_slots - len(self.residents) + len(self._due_to_leave())
         ready = [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
-        for report in sorted(self._unweighed, key=_turn)[: max(0, num_free - len(ready))]:
+        for report in sorted(self._unweighed, key=Report.turn)[: max(0, num_free - len(ready))]:
             report.takes_effect = self.clock
         self._unweighed.clear()
 
@@ -293,8 +300,3 @@ class Table:
         steps += [seat.since for seat in self._waiting() if seat.since is not None]
         if steps:
             self.clock = max(self.clock, min(steps))
-
-
-def _turn(report: Report) -> tuple[int, int, str]:
-    """By what reports go out: whom the pack waits for before the others."""
-    return report.batch, report.takes_effect, report.trial_id

@@ -33,6 +33,7 @@ from higgs_tune.sweep.seats import (
     SlotLostError,
     import_loop,
 )
+from higgs_tune.sweep.silence import Silence
 from higgs_tune.sweep.table import Table
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,8 @@ class Worker:
         grace_beats: int = 120,
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
-        self._strict = strict
         self._build = lambda: import_loop(loop_path)(config, num_slots=num_slots, device=device)
-        self._grace_beats = grace_beats
+        self._silence = Silence(grace_beats, together=strict)
         self._exit_process = exit_process
         ahead = round(config.tune.ahead_fraction * config.train.report_every_steps)
         self._table = Table(num_slots, strict=strict, ahead=ahead)
@@ -70,7 +70,6 @@ class Worker:
         self._closed = False
         self._broken = False  # the process is about to end
         self._answers: dict[str, asyncio.Future[Result]] = {}  # of trials that ask for a result
-        self._silent: dict[str, int] = {}  # trial → the driver's heartbeats since it was heard
         self._warned = False
         self._notices = Notices()
         logging.getLogger("higgs_tune").addHandler(self._notices)
@@ -113,8 +112,7 @@ class Worker:
             return
         for trial_id in self._table.gone(roster):
             self._evict(trial_id, "the driver no longer runs this trial")
-        missing = self._table.idle() | self._table.unheard()
-        self._silent = {trial_id: self._silent.get(trial_id, 0) + beat for trial_id in missing}
+        self._silence.beat(self._table.idle() | self._table.unheard(), int(beat))
         self._give_up_waiting()
         self._look()
 
@@ -163,7 +161,8 @@ class Worker:
                 raise SlotLostError(f"{trial_id} has reported nothing yet that could be saved")
             return seat.files
         info = {"trial_id": trial_id, "step": seat.step}
-        files = await asyncio.to_thread(pack.files_of, seat.snapshot)
+        early, seat.early = seat.early, None
+        files = await (early or asyncio.to_thread(pack.files_of, seat.snapshot))
         return {**files, CHECKPOINT_INFO: json.dumps(info).encode()}
 
     async def close(self) -> None:
@@ -181,14 +180,8 @@ class Worker:
         return self._table.seats[trial_id]
 
     def _heard(self, trial_id: str) -> None:
-        self._moved(trial_id)
+        self._silence.heard(trial_id)
         self._look()
-
-    def _moved(self, trial_id: str) -> None:
-        """Count a trial's silence anew; where all wait for the slowest, everyone's."""
-        if self._strict:
-            self._silent.clear()
-        self._silent.pop(trial_id, None)
 
     def _evict(self, trial_id: str, why: str) -> None:
         self._table.drop(trial_id)
@@ -202,16 +195,24 @@ class Worker:
     def _look(self) -> None:
         """Hand out what can be handed out, and wake the pack if the table asks for it."""
         while not self._closed and (report := self._table.next_report()) is not None:
-            self._moved(report.trial_id)
+            self._silence.heard(report.trial_id)
             answer = self._answers.pop(report.trial_id)
             if not answer.done():
                 answer.set_result(report.result)
+        self._write_early()
         self._look_up = self._closed or self._table.needs_a_look()
         self._wake.set()
 
+    def _write_early(self) -> None:
+        """Write the next report's checkpoint while the driver deals with the former: only one, for memory."""
+        report = self._table.coming()
+        if report is not None and report.snapshot is not None and report.early is None:
+            executor = asyncio.get_running_loop().run_in_executor
+            report.early = executor(None, pack.files_of, report.snapshot)
+
     def _give_up_waiting(self) -> None:
         """Go on without whoever the driver lists but nobody has heard of for too long."""
-        lost = {t for t, beats in self._silent.items() if beats >= self._grace_beats}
+        lost = self._silence.lost()
         if not lost or not self._answers:
             return
         if not self._warned:
@@ -219,7 +220,7 @@ class Worker:
             logger.warning(
                 "going on without %s after %d heartbeats; this sweep may not repeat exactly",
                 sorted(lost),
-                self._grace_beats,
+                self._silence.patience,
             )
         for trial_id in lost & set(self._table.seats):
             self._evict(trial_id, "it did not ask for its next result in time")

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from higgs_tune.config import TrialConfig
-from higgs_tune.sweep.seats import Roster
-from higgs_tune.sweep.table import Table, num_seats
+from higgs_tune.sweep.seats import Roster, num_seats
+from higgs_tune.sweep.table import Table
 
 CONFIG = TrialConfig(
     rank=8, alpha=32.0, targets=("attention",), learning_rate=1e-3, num_steps=100,

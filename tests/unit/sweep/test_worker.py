@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -8,9 +9,11 @@ import sys
 
 import pytest
 
+from higgs_tune.sweep import pack
 from higgs_tune.sweep.seats import CHECKPOINT_INFO, Roster, SlotLostError, import_loop
 from tests.workers import asking, make_worker, never, run, seat, trial
 
+FILES_OF = pack.files_of
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 
 
@@ -125,6 +128,61 @@ def test_a_checkpoint_is_as_of_the_result_although_the_pack_trains_on(make_confi
         assert json.loads(files[CHECKPOINT_INFO]) == {"trial_id": "t0", "step": 25}
         assert (await worker.next_result("t0"))["step"] == 50
         assert json.loads((await worker.save("t0"))["training_state.json"])["step"] == 50
+
+    run(scenario())
+
+
+def test_one_checkpoint_is_written_before_its_result_goes_out(make_config, monkeypatch):
+    written = []
+
+    def files_of(snapshot):
+        files = FILES_OF(snapshot)
+        written.append(json.loads(files["training_state.json"])["trained"][0][0])
+        return files
+
+    monkeypatch.setattr(pack, "files_of", files_of)
+
+    async def scenario():
+        worker = make_worker(make_config, slots=3)
+        await worker.sync(Roster(1, ("t0", "t1", "t2"), 0))
+        for n in range(3):
+            await seat(worker, f"t{n}", seed=n, num_steps=25)
+        first, second, third = (asking(worker, f"t{n}") for n in range(3))
+        await first
+        assert await never(second)
+        assert written == [1]  # nobody has asked for any; the third one's must wait for memory
+        await worker.save("t0")
+        await worker.sync(Roster(2, ("t1", "t2"), 0))
+        await second
+        assert json.loads((await worker.save("t1"))[CHECKPOINT_INFO])["step"] == 25
+        assert await never(third)
+        assert written == [1, 0, 2]
+        files = [await worker.save("t1") for _ in range(2)]  # given away once, then made again
+        assert files[0] == files[1]
+        assert written == [1, 0, 2, 1, 1]
+
+    run(scenario())
+
+
+def test_a_checkpoint_that_cannot_be_written_early_fails_when_it_is_asked_for(
+    make_config, monkeypatch
+):
+    def full(snapshot):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pack, "files_of", full)
+
+    async def scenario():
+        worker = make_worker(make_config)
+        await worker.sync(Roster(1, ("t0", "t1"), 0))
+        await seat(worker, "t0", "t1", num_steps=25)
+        first, second = asking(worker, "t0"), asking(worker, "t1")
+        await first
+        assert await never(second)
+        await worker.sync(Roster(2, ("t1",), 0))
+        assert (await second)["status"] == "completed"
+        with pytest.raises(OSError, match="No space left"):
+            await worker.save("t1")
 
     run(scenario())
 

@@ -1,0 +1,31 @@
+"""How long a worker has heard nothing of a trial that it waits for."""
+
+from collections.abc import Iterable
+
+
+class Silence:
+    """Counts the driver's heartbeats since each trial was heard."""
+
+    def __init__(self, patience: int, *, together: bool) -> None:
+        """Hear everybody for the first time.
+
+        Args:
+            patience: heartbeats after which a trial is lost.
+            together: all wait for the slowest, so a word of one counts for everyone.
+        """
+        self.patience, self._together = patience, together
+        self._beats: dict[str, int] = {}
+
+    def beat(self, missing: Iterable[str], number: int) -> None:
+        """So many heartbeats more for these trials; the others are there."""
+        self._beats = {trial_id: self._beats.get(trial_id, 0) + number for trial_id in missing}
+
+    def heard(self, trial_id: str) -> None:
+        """Count anew."""
+        if self._together:
+            self._beats.clear()
+        self._beats.pop(trial_id, None)
+
+    def lost(self) -> set[str]:
+        """Trials that have been silent for too long."""
+        return {trial_id for trial_id, beats in self._beats.items() if beats >= self.patience}
