@@ -7,7 +7,7 @@ from typing import Any
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.sweep.notices import Notices
-from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.seats import Files, Roster
 from higgs_tune.sweep.worker import Worker
 from tests.sweep_fakes import FakeLoop
 
@@ -40,6 +40,7 @@ def trial(**changes: Any) -> TrialConfig:
 
 def make_worker(make_config, *, slots=2, strict=True, accepted=True, **kwargs) -> Worker:
     kwargs.setdefault("exit_process", lambda code: None)
+    kwargs.setdefault("put", lambda files: files)
     sections = {"tune": {"ahead_fraction": 0.1}, **kwargs.pop("sections", {})}
     worker = Worker(
         make_config(**sections),
@@ -63,6 +64,12 @@ async def never(task: "asyncio.Task[Any]") -> bool:
 
 def asking(worker: Worker, trial_id: str) -> "asyncio.Task[dict[str, Any]]":
     return asyncio.get_running_loop().create_task(worker.next_result(trial_id))
+
+
+async def saved(worker: Worker, trial_id: str) -> Files:
+    """A checkpoint, without Ray to refer to it."""
+    (files,) = await worker.save(trial_id)
+    return files
 
 
 async def beat(worker: Worker, roster: Roster, times: int) -> None:

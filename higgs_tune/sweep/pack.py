@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from higgs_tune.errors import HiggsTuneError, NoMemoryError, SweepError, is_out_of_memory
-from higgs_tune.sweep.seats import Files, Loop, Result, Seat, Snapshot, read_files, write_files
+from higgs_tune.sweep.seats import Loop, Result, Seat, Snapshot, write_files
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +78,6 @@ def advance(
     }
     _check_memory(loop, results.values())
     return results, snapshots, seconds
-
-
-def files_of(snapshot: Snapshot) -> Files:
-    """What a snapshot writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        snapshot(Path(folder))
-        return read_files(Path(folder))
 
 
 def _join(loop: Loop, seat: Seat) -> Result:

@@ -81,7 +81,7 @@ class Report:
     result: Result
     snapshot: Snapshot | None  # None: nothing is kept of a trial that ended badly
     takes_effect: int  # the pack's step from which what follows holds
-    early: asyncio.Future[Files] | None = None  # what the snapshot writes, before anyone asks
+    written: asyncio.Future[Any] | None = None  # refers to what the snapshot writes; used once
 
     def turn(self) -> tuple[int, int, str]:
         """By what reports go out: whom the pack waits for before the others."""
@@ -100,9 +100,7 @@ class Seat:
     since: int | None = None  # the pack's step from which it may train, once that is known
     ended: bool = False  # it never trains again
     account: dict[str, Any] | None = None  # of its modules; goes out with its first result
-    step: int = 0  # of the result handed out last
-    snapshot: Snapshot | None = None  # as of that result
-    early: asyncio.Future[Files] | None = None  # what that writes; given away once
+    last: Report | None = None  # handed out
     refused_after: int | None = None  # so many departures it found no memory for its slot
     reports: deque[Report] = field(default_factory=deque)  # not handed out yet
 

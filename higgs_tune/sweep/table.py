@@ -119,8 +119,7 @@ class Table:
         seat = self.seats[report.trial_id]
         seat.reports.popleft()
         seat.asks = False
-        seat.step = report.result.get("step", seat.step)
-        seat.snapshot, seat.early = report.snapshot, report.early
+        seat.last = report
         self._dealing = report if self._strict else None
         return report
 

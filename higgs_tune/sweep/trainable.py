@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 from ray.tune import PlacementGroupFactory, Trainable
 
 from higgs_tune.config import TrialConfig
@@ -61,7 +61,8 @@ class PackTrial(Trainable):
         self._raise_reset_error()
         if self._status not in RANKED:
             return
-        files: Files = self._answer(self._worker.save.remote(self._trial_id))
+        (reference,) = self._answer(self._worker.save.remote(self._trial_id))
+        files: Files = self._answer(reference)
         write_files(files, Path(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | str | None) -> None:
@@ -90,7 +91,7 @@ class PackTrial(Trainable):
         """What the worker answers; its death is this trial's failure, not this process's own."""
         try:
             return ray.get(reference)
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError) as error:  # it owns what it refers to
             raise SweepError(f"{self._name}: its worker died ({error})") from None
 
     def _lease(self, files: Files | None) -> Any:

@@ -6,7 +6,6 @@ by this module, and every call of the loop runs on one thread; only a checkpoint
 """
 
 import asyncio
-import json
 import logging
 import os
 import time
@@ -22,7 +21,6 @@ from higgs_tune.sweep import pack
 from higgs_tune.sweep.meter import Meter
 from higgs_tune.sweep.notices import Notices
 from higgs_tune.sweep.seats import (
-    CHECKPOINT_INFO,
     DEFAULT_LOOP,
     Files,
     Lease,
@@ -35,6 +33,7 @@ from higgs_tune.sweep.seats import (
 )
 from higgs_tune.sweep.silence import Silence
 from higgs_tune.sweep.table import Table
+from higgs_tune.sweep.writer import Writer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,10 +54,11 @@ class Worker:
         loop_path: str = DEFAULT_LOOP,
         grace_beats: int = 120,
         exit_process: Callable[[int], Any] = os._exit,
+        put: Callable[[Files], Any] = ray.put,
     ) -> None:
         self._build = lambda: import_loop(loop_path)(config, num_slots=num_slots, device=device)
         self._silence = Silence(grace_beats, together=strict)
-        self._exit_process = exit_process
+        self._exit_process, self._writer = exit_process, Writer(put)
         ahead = round(config.tune.ahead_fraction * config.train.report_every_steps)
         self._table = Table(num_slots, strict=strict, ahead=ahead)
         self._meter = Meter()
@@ -152,18 +152,19 @@ class Worker:
         self._heard(trial_id)
         return await answer
 
-    async def save(self, trial_id: str) -> Files:
-        """The trial's adapter and training state, as of the result handed out last."""
+    async def save(self, trial_id: str) -> list[Any]:
+        """The trial's adapter and training state, as of the result handed out last: Ray's reference."""
         seat = self._seat(trial_id)
         self._heard(trial_id)
-        if seat.snapshot is None:
+        report = seat.last
+        if report is None or report.snapshot is None:
             if seat.files is None:
                 raise SlotLostError(f"{trial_id} has reported nothing yet that could be saved")
-            return seat.files
-        info = {"trial_id": trial_id, "step": seat.step}
-        early, seat.early = seat.early, None
-        files = await (early or asyncio.to_thread(pack.files_of, seat.snapshot))
-        return {**files, CHECKPOINT_INFO: json.dumps(info).encode()}
+            return [self._writer.put(seat.files)]
+        reference = await self._writer.take(report)
+        # the next one's is written while the driver deals with this: only one, for the memory
+        self._writer.begin(self._table.coming())
+        return [reference]
 
     async def close(self) -> None:
         """Let everyone who asks go; the pack trains no further."""
@@ -199,16 +200,9 @@ class Worker:
             answer = self._answers.pop(report.trial_id)
             if not answer.done():
                 answer.set_result(report.result)
-        self._write_early()
+            self._writer.begin(report)  # it will be asked for
         self._look_up = self._closed or self._table.needs_a_look()
         self._wake.set()
-
-    def _write_early(self) -> None:
-        """Write the next report's checkpoint while the driver deals with the former: only one, for memory."""
-        report = self._table.coming()
-        if report is not None and report.snapshot is not None and report.early is None:
-            executor = asyncio.get_running_loop().run_in_executor
-            report.early = executor(None, pack.files_of, report.snapshot)
 
     def _give_up_waiting(self) -> None:
         """Go on without whoever the driver lists but nobody has heard of for too long."""

@@ -9,11 +9,9 @@ import sys
 
 import pytest
 
-from higgs_tune.sweep import pack
 from higgs_tune.sweep.seats import CHECKPOINT_INFO, Roster, SlotLostError, import_loop
-from tests.workers import asking, make_worker, never, run, seat, trial
+from tests.workers import asking, make_worker, never, run, saved, seat, trial
 
-FILES_OF = pack.files_of
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 
 
@@ -100,7 +98,7 @@ def test_a_full_budget_frees_the_slot_at_once(make_config):
         await seat(worker, "t1", version=2)
         first, second = asking(worker, "t0"), asking(worker, "t1")
         assert (await first)["status"] == "completed"
-        assert json.loads((await worker.save("t0"))["training_state.json"])["step"] == 25
+        assert json.loads((await saved(worker, "t0"))["training_state.json"])["step"] == 25
         await worker.sync(Roster(3, ("t1",), 0))
         assert (await second)["step"] == 25
         loop = await worker._loaded()
@@ -122,58 +120,52 @@ def test_a_checkpoint_is_as_of_the_result_although_the_pack_trains_on(make_confi
         loop = await worker._loaded()
         while loop.num_steps < 60:  # the second report is there, but not handed out
             await asyncio.sleep(0.001)
-        files = await worker.save("t0")
+        files = await saved(worker, "t0")
         assert result["step"] == 25
         assert json.loads(files["training_state.json"])["step"] == 25
         assert json.loads(files[CHECKPOINT_INFO]) == {"trial_id": "t0", "step": 25}
         assert (await worker.next_result("t0"))["step"] == 50
-        assert json.loads((await worker.save("t0"))["training_state.json"])["step"] == 50
+        assert json.loads((await saved(worker, "t0"))["training_state.json"])["step"] == 50
 
     run(scenario())
 
 
-def test_one_checkpoint_is_written_before_its_result_goes_out(make_config, monkeypatch):
+def test_one_checkpoint_is_written_before_its_result_goes_out(make_config):
     written = []
 
-    def files_of(snapshot):
-        files = FILES_OF(snapshot)
-        written.append(json.loads(files["training_state.json"])["trained"][0][0])
+    def put(files):
+        written.append(json.loads(files[CHECKPOINT_INFO])["trial_id"])
         return files
 
-    monkeypatch.setattr(pack, "files_of", files_of)
-
     async def scenario():
-        worker = make_worker(make_config, slots=3)
+        worker = make_worker(make_config, slots=3, put=put)
         await worker.sync(Roster(1, ("t0", "t1", "t2"), 0))
-        for n in range(3):
-            await seat(worker, f"t{n}", seed=n, num_steps=25)
+        await seat(worker, "t0", "t1", "t2", num_steps=25)
         first, second, third = (asking(worker, f"t{n}") for n in range(3))
         await first
         assert await never(second)
-        assert written == [1]  # nobody has asked for any; the third one's must wait for memory
-        await worker.save("t0")
+        assert written == ["t0"]  # nobody has asked for it yet
+        await saved(worker, "t0")
+        assert await never(second)
+        assert written == ["t0", "t1"]  # the third one's must wait for memory
         await worker.sync(Roster(2, ("t1", "t2"), 0))
         await second
-        assert json.loads((await worker.save("t1"))[CHECKPOINT_INFO])["step"] == 25
+        assert json.loads((await saved(worker, "t1"))[CHECKPOINT_INFO])["step"] == 25
         assert await never(third)
-        assert written == [1, 0, 2]
-        files = [await worker.save("t1") for _ in range(2)]  # given away once, then made again
+        assert written == ["t0", "t1", "t2"]
+        files = [await saved(worker, "t1") for _ in range(2)]  # given away once, then made again
         assert files[0] == files[1]
-        assert written == [1, 0, 2, 1, 1]
+        assert written == ["t0", "t1", "t2", "t1", "t1"]
 
     run(scenario())
 
 
-def test_a_checkpoint_that_cannot_be_written_early_fails_when_it_is_asked_for(
-    make_config, monkeypatch
-):
-    def full(snapshot):
+def test_a_checkpoint_that_cannot_be_written_early_fails_when_it_is_asked_for(make_config):
+    def full(files):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pack, "files_of", full)
-
     async def scenario():
-        worker = make_worker(make_config)
+        worker = make_worker(make_config, put=full)
         await worker.sync(Roster(1, ("t0", "t1"), 0))
         await seat(worker, "t0", "t1", num_steps=25)
         first, second = asking(worker, "t0"), asking(worker, "t1")
@@ -182,7 +174,7 @@ def test_a_checkpoint_that_cannot_be_written_early_fails_when_it_is_asked_for(
         await worker.sync(Roster(2, ("t1",), 0))
         assert (await second)["status"] == "completed"
         with pytest.raises(OSError, match="No space left"):
-            await worker.save("t1")
+            await saved(worker, "t1")
 
     run(scenario())
 
@@ -240,7 +232,7 @@ def test_a_saved_trial_goes_on_where_it_was(make_config):
         await worker.sync(Roster(1, ("t0",), 0))
         await seat(worker, "t0")
         await worker.next_result("t0")
-        files = await worker.save("t0")
+        files = await saved(worker, "t0")
         assert set(files) == {"adapter_config.json", "training_state.json", CHECKPOINT_INFO}
         await worker.next_result("t0")
         await worker.restore("t0", files)

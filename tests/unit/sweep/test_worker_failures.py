@@ -10,7 +10,7 @@ from higgs_tune.errors import DataError, HiggsTuneError, ModelError
 from higgs_tune.sweep import pack
 from higgs_tune.sweep.seats import Roster, SlotLostError
 from tests.sweep_fakes import FakeLoop
-from tests.workers import asking, beat, broken_join, make_worker, never, run, seat, trial
+from tests.workers import asking, beat, broken_join, make_worker, never, run, saved, seat, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 
@@ -55,7 +55,7 @@ def test_a_trial_that_stops_asking_loses_its_slot_and_can_come_back(make_config)
         await seat(worker, "t0", "t1")
         tasks = [asking(worker, "t0"), asking(worker, "t1")]
         await tasks[0]
-        files = await worker.save("t0")
+        files = await saved(worker, "t0")
         await beat(worker, roster, 6)
         await tasks[1]
         with pytest.raises(SlotLostError, match="t0 has no slot"):

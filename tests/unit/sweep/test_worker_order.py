@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from higgs_tune.sweep.seats import Roster, SlotLostError
-from tests.workers import asking, beat, make_worker, run, seat, trial
+from tests.workers import asking, beat, make_worker, run, saved, seat, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 
@@ -107,7 +107,7 @@ def drive(
                 result = await worker.next_result(name)
                 arrived.append((name, result["step"], result["val/text/nll"]))
                 await pause()
-                files = await worker.save(name)
+                files = await saved(worker, name)
                 assert json.loads(files["training_state.json"])["step"] == result["step"]
                 stopped = name in ("t0", "t3", "t7") and result["step"] >= 50
                 if result["status"] != "running" or stopped:
