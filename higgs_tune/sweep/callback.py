@@ -1,6 +1,7 @@
 """The driver's part in a running Tuner: files, display, the workers' heartbeat, an early end."""
 
 import errno
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ class SweepCallback(Callback):
         source: TrialSource,
         control: Control,
         display: Display,
+        num_checkpoints: int,
         audio_limit: Callable[[], float],
         check_workers: Callable[[], None],
         close_workers: Callable[[], None],
@@ -44,6 +46,8 @@ class SweepCallback(Callback):
         self._source = source
         self._control = control
         self._display = display
+        self._num_checkpoints = num_checkpoints
+        self._kept: dict[str, list[Path]] = {}  # trial id → Tune's checkpoints, the newest last
         self._audio_limit = audio_limit
         self._check_workers = check_workers
         self._close_workers = close_workers
@@ -130,6 +134,10 @@ class SweepCallback(Callback):
         source = Path(checkpoint.path)
         if trial_id in self._last and (source / CHECKPOINT_INFO).exists():
             self._guard(self._files.checkpoint, trial_id, source)
+        kept = [path for path in self._kept.get(trial_id, []) if path != source] + [source]
+        self._kept[trial_id] = kept[-self._num_checkpoints :]
+        for path in kept[: -self._num_checkpoints]:
+            shutil.rmtree(path, ignore_errors=True)  # what stays goes with the sweep's end
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

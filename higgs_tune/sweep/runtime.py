@@ -14,7 +14,6 @@ ENVIRONMENT = cluster.ENVIRONMENT | {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # control.signals handles it
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a diverged trial has no metric to rank
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own experiment state is never used
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",  # two lines per checkpoint
 }
 
 

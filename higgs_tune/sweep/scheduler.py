@@ -84,10 +84,10 @@ def perturb_steps(scheduler: SchedulerSettings, train: TrainSettings) -> int:
 
 
 def num_checkpoints(config: SweepConfig) -> int:
-    """How many checkpoints Tune must keep of each trial.
+    """How many checkpoints must be kept of each trial.
 
     Until a copying trial has read the donor's, the donor reaches the next copying at most. One is to
-    spare, without which Tune warns.
+    spare.
     """
     if config.tune.scheduler.name != "pbt":
         return 1

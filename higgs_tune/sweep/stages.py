@@ -133,6 +133,7 @@ class Sweep:
             source=source,
             control=self._control,
             display=self._display,
+            num_checkpoints=num_checkpoints(self.config),
             audio_limit=self.audio_limit,
             check_workers=self.check_workers,
             close_workers=self._workers.close,
@@ -155,9 +156,9 @@ class Sweep:
                 stop=ControlStopper(self._control),
                 callbacks=[callback],
                 failure_config=FailureConfig(max_failures=tune.max_failures),
-                checkpoint_config=CheckpointConfig(
-                    num_to_keep=num_checkpoints(self.config), checkpoint_frequency=1
-                ),
+                # the callback removes old ones: with num_to_keep Tune writes the state of all trials
+                # at every checkpoint of one
+                checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
                 verbose=0,
             ),
         )

@@ -1,0 +1,60 @@
+"""What the driver does for a running Tuner, without one."""
+
+from types import SimpleNamespace
+
+import pytest
+from ray.tune import Checkpoint
+
+from higgs_tune.sweep.callback import SweepCallback
+from higgs_tune.sweep.study import TrialRecord
+from tests.workers import trial
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Let a trial's checkpoint appear as Tune makes it; gives the names of those that are left."""
+    nothing = SimpleNamespace()
+
+    def callback_of(num_checkpoints):
+        callback = SweepCallback(
+            results=tmp_path,
+            files=nothing,
+            source=nothing,
+            control=nothing,
+            display=nothing,
+            num_checkpoints=num_checkpoints,
+            audio_limit=lambda: 1.0,
+            check_workers=lambda: None,
+            close_workers=lambda: None,
+        )
+
+        def save(trial_id, name):
+            record = TrialRecord(trial_id, 0, trial_id, "search", None, trial())
+            of_tune = SimpleNamespace(config={"record": record.to_dict()})
+            folder = tmp_path / trial_id / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "adapter.bin").write_bytes(b"0")
+            callback.on_checkpoint(0, [], of_tune, Checkpoint(str(folder)))
+            return sorted(path.name for path in (tmp_path / trial_id).iterdir())
+
+        return save
+
+    return callback_of
+
+
+def test_old_checkpoints_go_each_trials_own(saved):
+    save = saved(2)
+    assert save("t0", "c0") == ["c0"]
+    assert save("t1", "c0") == ["c0"]
+    assert save("t0", "c1") == ["c0", "c1"]
+    assert save("t0", "c2") == ["c1", "c2"]
+    assert save("t1", "c1") == ["c0", "c1"]
+
+
+def test_a_trial_that_starts_again_keeps_what_it_writes_once_more(saved):
+    save = saved(1)
+    save("t0", "c0")
+    save("t0", "c1")
+    assert save("t0", "c1") == ["c1"]
+    assert save("t0", "c0") == ["c0"]  # after a failure Tune may count from an earlier one
+    assert save("t0", "c1") == ["c1"]
