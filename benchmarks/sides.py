@@ -15,6 +15,7 @@ from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.model.load import Base
 from higgs_tune.model.targets import linear_modules, lora_regex
 from higgs_tune.train.engine import AdapterState, Engine, PackLimits
+from higgs_tune.train.gradients import num_rows
 from higgs_tune.train.memory import StepShape, predict
 
 Step = Callable[[Sequence[Sequence[Encoded]]], Tensor]
@@ -89,8 +90,8 @@ def our_step(base: Base, ranks: Sequence[int], *, split: bool = False) -> Step:
 
     def step(examples: Sequence[Sequence[Encoded]]) -> Tensor:
         counts = {slot: count_targets(own, num_codebooks) for slot, own in enumerate(examples)}
-        num_rows = {slot: sum(e.num_rows for e in own) for slot, own in enumerate(examples)}
-        groups = engine.lanes.groups(num_rows) if split else [tuple(num_rows)]
+        rows = {slot: num_rows(own) for slot, own in enumerate(examples)}
+        groups = engine.lanes.groups(rows) if split else [tuple(rows)]
 
         def accumulate(slots: Sequence[int]) -> tuple[Sequence[int], Tensor]:
             batch = engine.batch({slot: examples[slot] for slot in slots})

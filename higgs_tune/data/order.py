@@ -15,7 +15,7 @@ from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.references import References
 from higgs_tune.errors import DataError
 
-_WINDOW_BATCHES = 16  # batches whose clips are sorted by length together
+WINDOW_BATCHES = 16  # batches whose clips are sorted by length together
 _CLONE, _CHAT = tasks.CLIP_TASKS.index("clone"), len(tasks.CLIP_TASKS)  # numbers of tasks
 _ORDER, _TASK, _REFERENCE = range(3)  # independent random streams of one epoch
 
@@ -136,7 +136,7 @@ class TrainOrder:
         head = min(-epoch * self.num_rows % size, self.num_rows)
         num_batches = (self.num_rows - head) // size
         body = places[head : head + num_batches * size]
-        window = _WINDOW_BATCHES * size
+        window = WINDOW_BATCHES * size
         batches = []
         for start in range(0, len(body), window):
             part = body[start : start + window]

@@ -25,6 +25,7 @@ from higgs_tune.model.new_modules import initial_new_modules, new_module_shapes
 from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.model.packed_lora import AdapterBank
 from higgs_tune.model.targets import account
+from higgs_tune.train.forwards import Costs
 from higgs_tune.train.lanes import Lanes
 from higgs_tune.train.optim import RowStep, adamw_step, learning_rate_factor
 
@@ -104,7 +105,7 @@ class Engine:
             self.device,
             share_matmuls=share_matmuls,
         )
-        self.lanes = Lanes(self.device)
+        self.lanes = Lanes(self.device, Costs.of(base.model) if share_matmuls else None)
         # oneDNN compiles its bfloat16 matmuls for each shape: let there be few
         compiles = self.device.type == "cpu" and dtype == torch.bfloat16
         self._slot_multiple = 32 if compiles else 1

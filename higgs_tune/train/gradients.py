@@ -10,6 +10,7 @@ from torch import Tensor
 from higgs_tune.data.collate import TargetCounts, split_micro_batches
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.train.engine import Engine
+from higgs_tune.train.forwards import Rows
 from higgs_tune.train.room import Ended, Group, Room, Work
 
 
@@ -19,6 +20,12 @@ class Clips(NamedTuple):
     examples: Sequence[Encoded]
     at_once: int  # a micro-batch has no more clips than this
     token_budget: int  # nor more padded rows
+
+
+def num_rows(examples: Sequence[Encoded]) -> Rows:
+    """Text and audio rows of an adapter's step."""
+    audio = sum(len(e.codes_AC) for e in examples)
+    return sum(e.num_rows for e in examples) - audio, audio
 
 
 class Gradients:
@@ -43,8 +50,8 @@ class Gradients:
             parts=lambda slot: self._parts(slot, clips[slot]),
             discard=self._engine.discard,
         )
-        num_rows = {slot: sum(e.num_rows for e in own.examples) for slot, own in clips.items()}
-        return self.room.run(self._engine.lanes.groups(num_rows), work)
+        rows = {slot: num_rows(own.examples) for slot, own in clips.items()}
+        return self.room.run(self._engine.lanes.groups(rows), work)
 
     def _parts(self, slot: int, clips: Clips) -> list[list[Encoded]]:
         budget = self.room.budget(slot, clips.token_budget)

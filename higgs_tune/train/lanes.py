@@ -2,7 +2,7 @@
 
 A step of small matmuls gains little from a second core: the cores wait for each other after every
 operation. With more than one adapter each core takes adapters of its own instead, and waits once a step.
-A GPU has one lane.
+A GPU has one lane, in which adapters share forwards.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,25 +11,29 @@ from typing import TypeVar
 
 import torch
 
+from higgs_tune.train.forwards import Costs, Rows, share_forwards
+
 T = TypeVar("T")
 
 
 class Lanes:
     """As many threads as torch has cores, each computing on one."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, costs: Costs | None = None) -> None:
+        """`costs` says when adapters have forwards of their own in a single lane; None: never."""
         self.count = torch.get_num_threads() if device.type == "cpu" else 1
+        self.costs = costs
         self._threads: ThreadPoolExecutor | None = None
 
-    def groups(self, rows: Mapping[int, int]) -> list[tuple[int, ...]]:
-        """Slots to compute side by side: each by itself, those with the most rows first.
+    def groups(self, rows: Mapping[int, Rows]) -> list[tuple[int, ...]]:
+        """Slots of each forward, those with the most rows first.
 
-        A lane takes the next as soon as it is free, so the last ones are short. With one lane all slots
-        are one group.
+        With several lanes each slot has its own. A lane takes the next as soon as it is free, so the last
+        ones are short.
         """
         if self.count == 1:
-            return [tuple(sorted(rows))]
-        return [(slot,) for slot in sorted(rows, key=lambda slot: (-rows[slot], slot))]
+            return [tuple(sorted(rows))] if self.costs is None else share_forwards(rows, self.costs)
+        return [(slot,) for slot in sorted(rows, key=lambda slot: (-sum(rows[slot]), slot))]
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Results of all tasks in their order; a single one runs here, on every core.

@@ -96,7 +96,7 @@ class Room:
         done: dict[int, T | Ended] = {}
         pieces = [piece for group in groups for piece in self._pieces(group)]
         tasks = [partial(self._once, piece, work) for piece in pieces]
-        together = self._side_by_side and len(groups) > 1
+        together = self._side_by_side and self._lanes.count > 1 and len(groups) > 1
         todo: list[Group] = []
         tried: set[int] = set()  # slots that have failed, not for memory
         for outcome in self._lanes.run(tasks) if together else [task() for task in tasks]:

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from higgs_tune.train.forwards import Costs
 from higgs_tune.train.lanes import Lanes
 from tests.threads import torch_threads
 
@@ -18,8 +19,10 @@ def two_cores():
 
 
 def test_lanes_take_slots_one_by_one_the_heaviest_first(two_cores):
-    assert Lanes(CPU).groups({0: 10, 1: 90, 2: 50, 3: 50}) == [(1,), (2,), (3,), (0,)]
-    assert Lanes(torch.device("cuda")).groups({1: 1, 0: 1, 2: 1}) == [(0, 1, 2)]
+    rows = {0: (4, 6), 1: (80, 10), 2: (5, 45), 3: (45, 5)}
+    assert Lanes(CPU).groups(rows) == [(1,), (2,), (3,), (0,)]
+    assert Lanes(torch.device("cuda")).groups(rows) == [(0, 1, 2, 3)]
+    assert Lanes(torch.device("cuda"), Costs(0, 0)).groups(rows) == [(1,), (2,), (3,), (0,)]
 
 
 def test_tasks_run_side_by_side_on_a_core_each_and_keep_their_order(two_cores):

@@ -1,0 +1,81 @@
+"""Rows that a pack on a GPU computes for each row that somebody needs: a simulation of lengths.
+
+    python benchmarks/pack_padding.py --out results/pack_padding.json
+
+Clips last log-normally long (median 6 s, 1 to 30 s). Each adapter draws batches of similar length in an
+order of its own, as data/order.py does. Rows are padded to the longest adapter of a forward, which is
+the whole pack, or a part of it as train/forwards.py cuts it for a full-size base. Costs are its model's:
+arithmetic, or the host's time where that is longer.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from output import machine, save, settings_of
+from random_base import PRESETS, random_base
+
+from higgs_tune.data.order import WINDOW_BATCHES
+from higgs_tune.train.forwards import Costs, Rows, cost_of, share_forwards
+
+STEPS = 40 * WINDOW_BATCHES
+
+
+def steps_of(clips: int, adapter: int) -> Iterator[Rows]:
+    """Text and audio rows of one adapter's steps."""
+    rng = np.random.default_rng([clips, adapter])
+    seconds = np.clip(rng.lognormal(np.log(6), 0.6, STEPS * clips), 1, 30)
+    windows = np.sort(seconds.reshape(-1, WINDOW_BATCHES * clips), axis=1)
+    for batch in rng.permutation(windows.reshape(-1, clips)):
+        # 25 frames a second and the delay; 14 letters a second, 4 a token, and the turns around
+        yield int((batch * 14 / 4 + 12).sum()), int((batch * 25 + 11).sum())
+
+
+def measure(clips: int, adapters: int, costs: Costs) -> dict[str, Any]:
+    """Both ways for packs of one size."""
+    real = 0
+    totals = {"one": [0, 0.0, 0], "cut": [0, 0.0, 0]}  # rows, cost, forwards
+    for step in zip(*(steps_of(clips, adapter) for adapter in range(adapters)), strict=True):
+        rows = dict(enumerate(step))
+        real += sum(map(sum, step))
+        for way, groups in (("one", [tuple(rows)]), ("cut", share_forwards(rows, costs))):
+            totals[way][0] += sum(
+                len(group) * sum(max(rows[slot][kind] for slot in group) for kind in (0, 1))
+                for group in groups
+            )
+            totals[way][1] += sum(cost_of(group, rows, costs) for group in groups)
+            totals[way][2] += len(groups)
+    return {
+        "clips": clips,
+        "adapters": adapters,
+        "rows_a_step": round(real / STEPS),
+        "one_forward": round(totals["one"][0] / real, 2),
+        "cut": round(totals["cut"][0] / real, 2),
+        "forwards": round(totals["cut"][2] / STEPS, 2),
+        "faster": round(totals["one"][1] / totals["cut"][1], 2),
+    }
+
+
+def main() -> None:
+    """Simulate, print a line for each pack, write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="JSON")
+    args = parser.parse_args()
+    base = random_base(PRESETS["full"], torch.device("meta"), torch.bfloat16)
+    costs = Costs.of(base.model)
+    packs = []
+    for clips in (1, 4, 8):
+        for adapters in (2, 4, 8):
+            packs.append(measure(clips, adapters, costs))
+            print(json.dumps(packs[-1]), flush=True)
+    save(args.out, {"machine": machine(), "settings": settings_of(args), "packs": packs})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Which adapters of a pack share a forward on a GPU.
+
+The rows of a forward are padded to its longest adapter, so adapters whose clips differ in length cost
+arithmetic that nobody needs. A forward of their own costs the host time, which a GPU hides behind
+arithmetic if there is enough of it. Both are counted in rows here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import HiggsAudioV2ForConditionalGeneration
+
+from higgs_tune.model.groups import decoder_layers, layer_groups
+
+# Assumed, not measured: 6 µs for each operation that benchmarks/pack_ops.py counts, and what an H100
+# reaches in large bf16 matmuls. A slower GPU takes longer for a row, so it would gain by more forwards.
+_FORWARD_S = 1.1e-3  # of the host, for a layer of one forward and its backward
+_RUN_S = 0.3e-3  # and for each run of neighbouring slots, which share their matmuls
+_FLOPS = 650e12
+
+Rows = tuple[int, int]  # text and audio
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the host spends, in rows that the device computes meanwhile."""
+
+    forward: float
+    run: float
+
+    @classmethod
+    def of(cls, base: HiggsAudioV2ForConditionalGeneration) -> "Costs":
+        """For a base's layers; both are small for large layers."""
+        groups = layer_groups(0, decoder_layers(base)[0])
+        linears = [m for p in ("attention", "text_mlp") for g in groups[p] for m in g.values()]
+        row_s = 4 * sum(linear.weight.numel() for linear in linears) / _FLOPS
+        return cls(_FORWARD_S / row_s, _RUN_S / row_s)
+
+
+def cost_of(group: tuple[int, ...], rows: Mapping[int, Rows], costs: Costs) -> float:
+    """What one forward takes, in rows: its arithmetic, or the host's time where that is longer."""
+    num_runs = sum(slot - 1 not in group for slot in group)
+    text, audio = (max(rows[slot][kind] for slot in group) for kind in (0, 1))
+    return max(costs.forward + num_runs * costs.run, float(len(group) * (text + audio)))
+
+
+def share_forwards(rows: Mapping[int, Rows], costs: Costs) -> list[tuple[int, ...]]:
+    """Slots in groups that together take least, those with the most rows first.
+
+    A group holds slots that follow each other in length, so the best cut is found exactly.
+
+    Args:
+        rows: slot → rows of its step.
+    """
+    slots = sorted(rows, key=lambda slot: (-sum(rows[slot]), slot))
+    best: list[tuple[float, list[tuple[int, ...]]]] = [(0.0, [])]
+    for stop in range(1, len(slots) + 1):
+        ways = []
+        for start in range(stop):
+            group = tuple(sorted(slots[start:stop]))
+            before, groups = best[start]
+            ways.append((before + cost_of(group, rows, costs), [*groups, group]))
+        best.append(min(ways, key=lambda way: (way[0], len(way[1]))))
+    return best[-1][1]
