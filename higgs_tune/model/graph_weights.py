@@ -37,7 +37,7 @@ class GraphPlan(NamedTuple):
     """What a graph must know of a pack: it serves every pack that has an equal one."""
 
     adapters: tuple[AdapterPlan, ...]
-    share_matmuls: bool
+    joined: tuple[tuple[int, int], ...]  # [start, stop) of neighbours that share a matmul
 
 
 class GraphInputs(NamedTuple):
@@ -71,11 +71,13 @@ class GraphWeights:
         """As `packed_ops.adapted_linear`."""
         outputs = [F.linear(x_KND, linear.weight, linear.bias) for linear in group.values()]
         y_KNO = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        names = list(group)
-        if self.plan.share_matmuls:
-            return self._add_lora(x_KND, y_KNO, range(len(x_KND)), names)
-        each = zip(x_KND.split(1), y_KNO.split(1), strict=True)
-        parts = [self._add_lora(x, y, range(k, k + 1), names) for k, (x, y) in enumerate(each)]
+        sizes = [stop - start for start, stop in self.plan.joined]
+        parts = [
+            self._add_lora(x_kND, y_kNO, range(*span), list(group))
+            for span, x_kND, y_kNO in zip(
+                self.plan.joined, x_KND.split(sizes), y_KNO.split(sizes), strict=True
+            )
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _add_lora(self, x_kND: Tensor, y_kNO: Tensor, every: range, names: list[str]) -> Tensor:
@@ -122,9 +124,8 @@ def graph_kind(weights: PackWeights) -> Hashable:
     """Equal for packs whose plans are equal."""
     bank, seats = weights.bank, [weights.bank.seats[slot] for slot in weights.slots]
     new = tuple(next(iter(seat.new_layout.entries), "") for seat in seats)
-    if bank.share_matmuls:
-        return new
-    return new, tuple((seat.rank, seat.paths) for seat in seats)
+    ranks = tuple(bank.layout_rank(seat.rank) for seat in seats)
+    return new, ranks, None if bank.share_matmuls else tuple(seat.paths for seat in seats)
 
 
 def graph_plan(weights: PackWeights) -> GraphPlan:
@@ -137,7 +138,13 @@ def graph_plan(weights: PackWeights) -> GraphPlan:
         )
         for seat in seats
     ]
-    return GraphPlan(tuple(adapters), bank.share_matmuls)
+    starts = [
+        k
+        for k, seat in enumerate(seats)
+        if k == 0 or not bank.share_matmuls or seat.layout is not seats[k - 1].layout
+    ]
+    joined = tuple(zip(starts, [*starts[1:], len(seats)], strict=True))
+    return GraphPlan(tuple(adapters), joined)
 
 
 def graph_inputs(weights: PackWeights, masks: dict[str, list[Tensor]]) -> GraphInputs:

@@ -1,11 +1,11 @@
 """The parameters of a pack: one flat row per adapter, seen module by module.
 
-The LoRA factors of K slots live in one (K, P) buffer. Where adapters share matmuls, on a GPU, every slot
-is laid out for the largest rank: neighbours then lie at one stride whatever their ranks and targets, and
-what an adapter does not have is zero, computes zero and gets a gradient of zero. Where each multiplies
-alone, on a CPU, a slot is laid out densely for its own rank. The new cross-attention modules of an
-adapter, large and wanted by few, live in a buffer of their own while it is seated. Clearing, clipping and
-stepping are operations on a few long ranges whatever the model's depth.
+The LoRA factors of K slots live in one (K, P) buffer. Where adapters share matmuls, on a GPU, a slot is
+laid out for the highest rank of its adapter's class: neighbours of a class lie at one stride whatever
+their ranks and targets, and what an adapter does not have is zero, computes zero and gets a gradient of
+zero. Where each multiplies alone, on a CPU, a slot is laid out densely for its own rank. The new
+cross-attention modules of an adapter, large and wanted by few, live in a buffer of their own while it is
+seated. Clearing, clipping and stepping are operations on a few long ranges whatever the model's depth.
 
 Shape letters: K slots (or adapters of a batch), k adapters of a run, P columns, N rows, D inputs,
 O outputs, r rank, S without and with dropout.
@@ -30,8 +30,9 @@ from higgs_tune.model.adapter_layout import (
 )
 from higgs_tune.model.dropout import Masks
 
-# of the rank that shared matmuls are laid out for: a GPU's matrix units read bf16 in eights
-_RANK_MULTIPLE = 8
+# Ranks that share a layout differ by less than this factor: the optimizer steps over zeros, too.
+_CLASS_FACTOR = 4
+_RANK_MULTIPLE = 8  # a GPU's matrix units read bf16 in eights
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,7 @@ class AdapterBank:
         *,
         share_matmuls: bool = False,
     ) -> None:
-        self.num_slots, self.share_matmuls = num_slots, share_matmuls
-        if share_matmuls:
-            max_rank = -(-max_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
-        self._max_rank = max_rank
+        self.num_slots, self.share_matmuls, self.max_rank = num_slots, share_matmuls, max_rank
         self.device, self._dtype, self.groups = device, dtype, groups
         self.paths: frozenset[TargetPath] = frozenset(path for path, _ in groups)
         self._layouts: dict[int, Layout] = {}
@@ -104,11 +102,20 @@ class AdapterBank:
         size = (new_layout.num_columns,)
         storage = Storage(size, self._dtype, self.device) if new else None
         adapted = frozenset(paths)
-        layout = self._layout(self._max_rank if self.share_matmuls else rank)
+        layout = self._layout(self.layout_rank(rank))
         self.seats[slot] = Seat(rank, scale, dropout, adapted, layout, new_layout, storage)
         self.scale_SK11[0, slot] = scale
         self.scale_SK11[1, slot] = scale / (1 - dropout)
         self._packs.clear()
+
+    def layout_rank(self, rank: int) -> int:
+        """For which rank a slot is laid out: where matmuls are shared, the highest of its class."""
+        if not self.share_matmuls:
+            return rank
+        highest = self.max_rank
+        while (lower := highest // _CLASS_FACTOR) >= max(rank, _RANK_MULTIPLE):
+            highest = -(-lower // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        return highest
 
     def clear(self, slot: int) -> None:
         """Free a slot and zero everything it held."""
@@ -243,7 +250,7 @@ class PackWeights:
         return seat.new.compute[columns].view(shape), seat.new.grad[columns].view(shape)
 
     def _spans(self, name: str) -> list[tuple[int, int]]:
-        """Positions [start, stop) of the adapters that share a matmul, those that target it at both ends.
+        """Positions [start, stop) that share a matmul; whoever stands at an end of one targets it.
 
         Without sharing every adapter multiplies alone: on a CPU that is as fast, and what it computes
         does not depend on who sits beside it, to the last bit.
@@ -255,7 +262,9 @@ class PackWeights:
             if factor is None or factor.path not in seat.paths:
                 continue
             start = spans[-1][0] if spans and self.bank.share_matmuls else position
-            if start < position and slot - self.slots[start] == position - start:
+            first = self.slots[start]
+            alike = self.bank.seats[first].layout is seat.layout
+            if start < position and slot - first == position - start and alike:
                 spans[-1] = (start, position + 1)
             else:
                 spans.append((position, position + 1))

@@ -160,9 +160,9 @@ class Worker:
         if report is None or report.snapshot is None:
             if seat.files is None:
                 raise SlotLostError(f"{trial_id} has reported nothing yet that could be saved")
-            return [self._writer.put(seat.files)]
+            return [await self._writer.put(seat.files)]
         reference = await self._writer.take(report)
-        # the next one's is written while the driver deals with this: only one, for the memory
+        # the next one's is written while the driver deals with this; no more, for the memory
         self._writer.begin(self._table.coming())
         return [reference]
 

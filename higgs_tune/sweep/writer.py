@@ -22,17 +22,21 @@ class Writer:
         if report is not None and report.snapshot is not None and report.written is None:
             executor = asyncio.get_running_loop().run_in_executor
             report.written = executor(None, lambda: self._put(_files(report)))
+            # perhaps nobody asks: an error then is nobody's
+            report.written.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def take(self, report: Report) -> Any:
         """What refers to a report's files, which have a snapshot; the next time they are written anew."""
-        self.begin(report)
-        assert report.written is not None
         written, report.written = report.written, None
+        if written is None or (written.done() and written.exception()):  # space may be there now
+            self.begin(report)
+            written, report.written = report.written, None
+        assert written is not None
         return await written
 
-    def put(self, files: Files) -> Any:
+    async def put(self, files: Files) -> Any:
         """What refers to files that are there already."""
-        return self._put(files)
+        return await asyncio.to_thread(self._put, files)
 
 
 def _files(report: Report) -> Files:

@@ -85,7 +85,8 @@ class Engine:
 
         Args:
             process: this one's number among those that train the same adapters.
-            share_matmuls: whether neighbours multiply together; by default everywhere but on a CPU.
+            share_matmuls: whether neighbours multiply together; by default with several slots and not
+                on a CPU.
         """
         self._process = process
         self.base = base
@@ -96,7 +97,7 @@ class Engine:
         self.lora_groups = lora_groups(base.model, limits.paths)
         dtype = next(base.model.parameters()).dtype
         if share_matmuls is None:
-            share_matmuls = self.device.type != "cpu"
+            share_matmuls = self.device.type != "cpu" and limits.num_slots > 1
         self.bank = AdapterBank(
             self.lora_groups,
             limits.num_slots,
@@ -127,7 +128,10 @@ class Engine:
         limits = self.limits
         if config.rank > limits.max_rank or not set(config.targets) <= limits.paths:
             raise ValueError(f"{trial_id}: rank {config.rank}, {config.targets} exceed {limits}")
-        resident = Resident(trial_id, free[0], config, account(self.base.model, config))
+        own, lowest = (self.bank.layout_rank(rank) for rank in (config.rank, 1))
+        # the lowest class of ranks in front, others from the end: those of one class share matmuls
+        slot = free[-1] if self.bank.share_matmuls and own > lowest else free[0]
+        resident = Resident(trial_id, slot, config, account(self.base.model, config))
         weights = state.weights if state else self._initial_weights(config)
         shapes = new_module_shapes(self.base.model, config.cross_attention)
         new: list[Named] = [

@@ -182,7 +182,7 @@ def run_fake(
         in_base = live.now
         # an engine asks its base for the model alone
         base = Base(model, None, None, "fake")  # type: ignore[arg-type]
-        engine = Engine(base, limits, share_matmuls=True)  # as on a GPU
+        engine = Engine(base, limits, share_matmuls=limits.num_slots > 1)  # as on a GPU
         trial_ids = fill_slots(engine, modes, dropout)
         in_adapters = before = live.now
         assert model.text_lm_head is not None

@@ -14,12 +14,14 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
+from ray.tune.execution.tune_controller import TuneController
 
 from higgs_tune.config import SweepConfig, TrialConfig
 from higgs_tune.config_file import validate
 from higgs_tune.errors import ModelError, SweepError
 from higgs_tune.metrics import STATUSES
 from higgs_tune.sweep import study as studies
+from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.driver import SweepOutcome, run_sweep
 from higgs_tune.sweep.meter import KINDS
 from higgs_tune.sweep.records import TrialFiles, read_json, read_metrics
@@ -66,9 +68,35 @@ def study_of(outcome: SweepOutcome) -> optuna.Study:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory) -> SweepOutcome:
+def watched():
+    """What Tune does on the driver's disk, noted by its own functions."""
+    noted: dict[str, list[Any]] = {"states": [], "checkpoints": []}
+    write_state, tell = TuneController.save_to_dir, SweepCallback.on_checkpoint
+
+    def save_to_dir(self):
+        noted["states"].append(None)
+        write_state(self)
+
+    def on_checkpoint(self, iteration, trials, trial, checkpoint, **info):
+        tell(self, iteration, trials, trial, checkpoint, **info)
+        noted["checkpoints"].append(len(list(Path(checkpoint.path).parent.glob("checkpoint_*"))))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TuneController, "save_to_dir", save_to_dir)
+        patch.setattr(SweepCallback, "on_checkpoint", on_checkpoint)
+        yield noted
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, watched) -> SweepOutcome:
     confirm = {"num_configs": 1, "num_seeds": 2}
     return run(tmp_path_factory.mktemp("first"), confirm=confirm)
+
+
+def test_tune_keeps_one_checkpoint_a_trial_and_writes_no_state_for_it(first, watched):
+    assert len(watched["checkpoints"]) >= 20
+    assert set(watched["checkpoints"]) == {1}
+    assert len(watched["states"]) <= 2 * 2  # at the start and the end of each stage
 
 
 def test_a_sweep_leaves_every_file_of_its_contract(first):

@@ -164,9 +164,7 @@ def test_a_neighbours_dropout_changes_nothing(share):
     assert any(not torch.equal(with_dropout[0][name], g) for name, g in without[0].items())
     for ours, theirs in zip(with_dropout[1:], without[1:], strict=True):
         for name, gradient in theirs.items():
-            if (
-                share
-            ):  # without masks a shared matmul multiplies a group's factors at once: rounding
+            if share:  # without masks a group's factors are multiplied at once: rounding
                 torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
             else:
                 assert torch.equal(ours[name], gradient), name

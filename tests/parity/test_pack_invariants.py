@@ -236,18 +236,16 @@ def test_an_adapter_without_targets_of_a_modality_learns_from_the_other():
 
 def test_a_checkpoint_goes_on_where_adapters_are_laid_out_otherwise():
     """Written where each multiplies alone, read where ranks share a layout, and back."""
-    states = {}
     for share, other in ((False, True), (True, False)):
         first, second = engine_of(share, *TRIALS), engine_of(other)
         train(first, list(TRIALS), range(2))
         for trial_id, config in TRIALS.items():
-            second.add(trial_id, config, first.state(trial_id))
-        for trial_id in TRIALS:
-            states[share] = first.state(trial_id)
+            state = first.state(trial_id)
+            second.add(trial_id, config, state)
             again = second.state(trial_id)
-            assert again.step == states[share].step == 2
+            assert again.step == state.step == 2
             for kind in ("weights", "exp_avg", "exp_avg_sq"):
-                theirs = getattr(states[share], kind)
+                theirs = getattr(state, kind)
                 assert all(torch.equal(t, theirs[name]) for name, t in getattr(again, kind).items())
                 assert any(t.any() for t in theirs.values())
 
@@ -280,6 +278,31 @@ def test_adapters_of_neighbouring_slots_share_a_matmul_whatever_they_are(case):
             assert rows == expected
         else:
             assert rows == [k for k, slot in enumerate(slots) if path in configs[slot].targets]
+
+
+def test_ranks_of_one_class_sit_side_by_side():
+    """Zeros that the optimizer steps over are few; classes of 64 end at 16."""
+    configs = [trial(rank=rank, targets=("attention",)) for rank in (64, 8, 32, 16)]
+    limits = PackLimits.of(configs, num_slots=4)
+    engine = Engine(tiny_base(num_layers=1), limits, share_matmuls=True)
+    slots = [engine.add(str(n), config).slot for n, config in enumerate(configs)]
+    assert slots == [3, 0, 2, 1]
+    assert [engine.bank.layout_rank(config.rank) for config in configs] == [64, 16, 64, 16]
+    _, group = engine.lora_groups[0]
+    runs = engine.bank.pack((0, 1, 2, 3)).runs(group)
+    assert [run.rows for run in runs] == [slice(0, 2), slice(2, 4)]
+    alone = Engine(tiny_base(num_layers=1), PackLimits.of(configs, num_slots=1))
+    assert alone.bank.layout_rank(8) == 8
+
+
+@pytest.mark.parametrize(
+    "highest, expected", [(8, 8), (12, 12), (16, 16), (32, 8), (48, 16), (64, 16), (100, 8)]
+)
+def test_classes_of_ranks_suit_a_gpu(highest, expected):
+    limits = PackLimits.of([trial(rank=highest, targets=("text_head",))], num_slots=2)
+    engine = Engine(tiny_base(num_layers=1), limits, share_matmuls=True)
+    assert engine.bank.layout_rank(8) == expected
+    assert engine.bank.layout_rank(highest) == highest
 
 
 def test_what_an_adapter_lacks_stays_zero_where_matmuls_are_shared():

@@ -23,7 +23,7 @@ def test_what_computes_counts_and_what_only_looks_does_not():
     assert counted(lambda: linear(x.requires_grad_()).sum().backward()) > 4
 
 
-def test_shared_matmuls_cost_as_many_operations_for_unlike_adapters_as_for_equal_ones():
+def test_shared_matmuls_cost_about_as_many_operations_for_any_number_of_adapters():
     base = random_base(PRESETS["small"], META, torch.bfloat16)
     counts = {
         (unlike, share, adapters): pack_ops.count(
@@ -33,11 +33,13 @@ def test_shared_matmuls_cost_as_many_operations_for_unlike_adapters_as_for_equal
         for share in (False, True)
         for adapters in (4, 8)
     }
-    # the optimizer's step is each adapter's own: some 30 operations
+    # the optimizer's step is each adapter's own: some 30 operations, more with several targets
     for unlike in (False, True):
-        assert counts[unlike, True, 8] - counts[unlike, True, 4] < 4 * 40
-        assert counts[unlike, False, 8] - counts[unlike, False, 4] > 4 * 40
-    assert abs(counts[True, True, 8] - counts[False, True, 8]) < 40
+        assert counts[unlike, True, 8] - counts[unlike, True, 4] < 4 * 50
+        assert counts[unlike, False, 8] - counts[unlike, False, 4] > 4 * 150
+    # ranks to 64 are of two classes, so unlike ones have one run more than equal ones
+    of_a_run = (counts[False, False, 8] - counts[False, True, 8]) / 7
+    assert counts[True, True, 8] - counts[False, True, 8] < 1.2 * of_a_run
     assert len(pack_ops.picture([{"adapters": 1, **dict.fromkeys(NAMES, 2)}]).axes) == 1
 
 
