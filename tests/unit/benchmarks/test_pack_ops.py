@@ -37,9 +37,9 @@ def test_shared_matmuls_cost_about_as_many_operations_for_any_number_of_adapters
     for unlike in (False, True):
         assert counts[unlike, True, 8] - counts[unlike, True, 4] < 4 * 50
         assert counts[unlike, False, 8] - counts[unlike, False, 4] > 4 * 150
-    # ranks to 64 are of two classes, so unlike ones have one run more than equal ones
+    # ranks to 64 are of two classes, so unlike ones have one run more than equal ones, and more targets
     of_a_run = (counts[False, False, 8] - counts[False, True, 8]) / 7
-    assert counts[True, True, 8] - counts[False, True, 8] < 1.2 * of_a_run
+    assert counts[True, True, 8] - counts[False, True, 8] < of_a_run + 8 * 10
     assert len(pack_ops.picture([{"adapters": 1, **dict.fromkeys(NAMES, 2)}]).axes) == 1
 
 
