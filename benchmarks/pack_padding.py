@@ -11,6 +11,7 @@ arithmetic, or the host's time where that is longer.
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +21,49 @@ from output import machine, save, settings_of
 from random_base import PRESETS, random_base
 
 from higgs_tune.data.order import WINDOW_BATCHES
-from higgs_tune.train.forwards import Costs, Rows, cost_of, share_forwards
+from higgs_tune.train.forwards import Costs, Rows, cost_of, num_rows, share_forwards
 
 STEPS = 40 * WINDOW_BATCHES
 
 
-def steps_of(clips: int, adapter: int) -> Iterator[Rows]:
-    """Text and audio rows of one adapter's steps."""
+def steps_of(clips: int, budget: int, adapter: int) -> Iterator[Rows]:
+    """Text and audio rows of the forwards of one adapter's steps."""
     rng = np.random.default_rng([clips, adapter])
     seconds = np.clip(rng.lognormal(np.log(6), 0.6, STEPS * clips), 1, 30)
     windows = np.sort(seconds.reshape(-1, WINDOW_BATCHES * clips), axis=1)
     for batch in rng.permutation(windows.reshape(-1, clips)):
         # 25 frames a second and the delay; 14 letters a second, 4 a token, and the turns around
-        yield int((batch * 14 / 4 + 12).sum()), int((batch * 25 + 11).sum())
+        text, audio = (batch * 14 / 4 + 12).astype(int), (batch * 25 + 11).astype(int)
+        at_once = max(1, budget // int((text + audio).max()))
+        yield [
+            (int(text[first : first + at_once].sum()), int(audio[first : first + at_once].sum()))
+            for first in range(0, clips, at_once)
+        ]
 
 
-def measure(clips: int, adapters: int, costs: Costs) -> dict[str, Any]:
+def measure(clips: int, budget: int, adapters: int, costs: Costs) -> dict[str, Any]:
     """Both ways for packs of one size."""
+    free = Costs(forward=0, run=0)  # what remains are rows
     real = 0
-    totals = {"one": [0, 0.0, 0], "cut": [0, 0.0, 0]}  # rows, cost, forwards
-    for step in zip(*(steps_of(clips, adapter) for adapter in range(adapters)), strict=True):
+    totals = {"one": [0.0, 0.0, 0], "cut": [0.0, 0.0, 0]}  # rows, cost, forwards
+    every = [steps_of(clips, budget, adapter) for adapter in range(adapters)]
+    for step in zip(*every, strict=True):
         rows = dict(enumerate(step))
-        real += sum(map(sum, step))
+        real += sum(map(num_rows, step))
         for way, groups in (("one", [tuple(rows)]), ("cut", share_forwards(rows, costs))):
-            totals[way][0] += sum(
-                len(group) * sum(max(rows[slot][kind] for slot in group) for kind in (0, 1))
-                for group in groups
-            )
-            totals[way][1] += sum(cost_of(group, rows, costs) for group in groups)
-            totals[way][2] += len(groups)
+            for group in groups:
+                totals[way][0] += cost_of(group, rows, free)
+                totals[way][1] += cost_of(group, rows, costs)
+                totals[way][2] += max(len(rows[slot]) for slot in group)
     return {
         "clips": clips,
+        "token_budget": budget,
         "adapters": adapters,
         "rows_a_step": round(real / STEPS),
-        "one_forward": round(totals["one"][0] / real, 2),
+        "one": round(totals["one"][0] / real, 2),
         "cut": round(totals["cut"][0] / real, 2),
-        "forwards": round(totals["cut"][2] / STEPS, 2),
+        "forwards_one": round(totals["one"][2] / STEPS, 2),
+        "forwards_cut": round(totals["cut"][2] / STEPS, 2),
         "faster": round(totals["one"][1] / totals["cut"][1], 2),
     }
 
@@ -70,10 +78,9 @@ def main() -> None:
     base = random_base(PRESETS["full"], torch.device("meta"), torch.bfloat16)
     costs = Costs.of(base.model)
     packs = []
-    for clips in (1, 4, 8):
-        for adapters in (2, 4, 8):
-            packs.append(measure(clips, adapters, costs))
-            print(json.dumps(packs[-1]), flush=True)
+    for clips, budget, adapters in product((1, 4, 8), (1024, 4096), (2, 4, 8)):
+        packs.append(measure(clips, budget, adapters, costs))
+        print(json.dumps(packs[-1]), flush=True)
     save(args.out, {"machine": machine(), "settings": settings_of(args), "packs": packs})
 
 

@@ -15,7 +15,7 @@ from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.model.load import Base
 from higgs_tune.model.targets import linear_modules, lora_regex
 from higgs_tune.train.engine import AdapterState, Engine, PackLimits
-from higgs_tune.train.gradients import num_rows
+from higgs_tune.train.gradients import rows_of
 from higgs_tune.train.memory import StepShape, predict
 
 Step = Callable[[Sequence[Sequence[Encoded]]], Tensor]
@@ -83,18 +83,20 @@ def our_step(base: Base, ranks: Sequence[int], *, split: bool = False) -> Step:
     engine = Engine(base, PackLimits.of(trials, num_slots=len(trials)))
     names = [f"adapter {n}" for n in range(len(trials))]
     starts = {rank: start_of(base, rank) for rank in set(ranks)}
+    slots = []
     for name, trial in zip(names, trials, strict=True):
         weights = starts[trial.rank]
         zeros = {name: torch.zeros(()).expand(weight.shape) for name, weight in weights.items()}
-        engine.add(name, trial, AdapterState(0, weights, zeros, zeros))
+        slots.append(engine.add(name, trial, AdapterState(0, weights, zeros, zeros)).slot)
 
-    def step(examples: Sequence[Sequence[Encoded]]) -> Tensor:
-        counts = {slot: count_targets(own, num_codebooks) for slot, own in enumerate(examples)}
-        rows = {slot: num_rows(own) for slot, own in enumerate(examples)}
+    def step(every: Sequence[Sequence[Encoded]]) -> Tensor:
+        examples = dict(zip(slots, every, strict=True))
+        counts = {slot: count_targets(own, num_codebooks) for slot, own in examples.items()}
+        rows = {slot: rows_of([own]) for slot, own in examples.items()}
         groups = engine.lanes.groups(rows) if split else [tuple(rows)]
 
-        def accumulate(slots: Sequence[int]) -> tuple[Sequence[int], Tensor]:
-            batch = engine.batch({slot: examples[slot] for slot in slots})
+        def accumulate(group: Sequence[int]) -> tuple[Sequence[int], Tensor]:
+            batch = engine.batch({slot: examples[slot] for slot in group})
             text_K, audio_KC = engine.forward_backward(batch, counts)
             text = torch.tensor([counts[slot].text for slot in batch.slots])
             audio = torch.from_numpy(np.stack([counts[slot].audio_C for slot in batch.slots]))
@@ -102,10 +104,10 @@ def our_step(base: Base, ranks: Sequence[int], *, split: bool = False) -> Step:
             return batch.slots, text_K / to_device(text, engine.device) + means_KC.sum(1)
 
         losses = {}
-        for slots, loss_K in engine.lanes.run([partial(accumulate, group) for group in groups]):
-            losses |= dict(zip(slots, loss_K, strict=True))
+        for done, loss_K in engine.lanes.run([partial(accumulate, group) for group in groups]):
+            losses |= dict(zip(done, loss_K, strict=True))
         engine.optim_step(names)
-        return torch.stack([losses[slot] for slot in range(len(examples))])
+        return torch.stack([losses[slot] for slot in slots])
 
     return step
 

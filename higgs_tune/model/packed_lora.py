@@ -30,9 +30,10 @@ from higgs_tune.model.adapter_layout import (
 )
 from higgs_tune.model.dropout import Masks
 
-# Ranks that share a layout differ by less than this factor: the optimizer steps over zeros, too.
-_CLASS_FACTOR = 4
-_RANK_MULTIPLE = 8  # a GPU's matrix units read bf16 in eights
+# Ranks beyond a quarter of the highest share its layout, and so on downwards: the optimizer steps over
+# zeros, too. Lower classes end at multiples of what a GPU's matrix units read of bf16 at once.
+_CLASS_FACTOR, _RANK_MULTIPLE = 4, 8
+_MAX_PACKS = 64  # combinations of adapters whose runs are kept
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class AdapterBank:
         self.scale_SK11 = torch.zeros(2, num_slots, 1, 1, device=device)
         self.seats: dict[int, Seat] = {}
         self._packs: dict[tuple[int, ...], PackWeights] = {}
+        self._factors: dict[tuple[int, int, str], Factors] = {}
         # makes a frozen input's product differentiable; never gets a gradient
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
@@ -106,15 +108,18 @@ class AdapterBank:
         self.seats[slot] = Seat(rank, scale, dropout, adapted, layout, new_layout, storage)
         self.scale_SK11[0, slot] = scale
         self.scale_SK11[1, slot] = scale / (1 - dropout)
-        self._packs.clear()
+        self._forget_views()
 
     def layout_rank(self, rank: int) -> int:
         """For which rank a slot is laid out: where matmuls are shared, the highest of its class."""
         if not self.share_matmuls:
             return rank
         highest = self.max_rank
-        while (lower := highest // _CLASS_FACTOR) >= max(rank, _RANK_MULTIPLE):
-            highest = -(-lower // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        while (share := highest // _CLASS_FACTOR) >= _RANK_MULTIPLE:
+            lower = -(-share // _RANK_MULTIPLE) * _RANK_MULTIPLE
+            if lower < rank:
+                break
+            highest = lower
         return highest
 
     def clear(self, slot: int) -> None:
@@ -122,7 +127,7 @@ class AdapterBank:
         if self.seats.pop(slot, None) is not None:
             for buffer in self.lora.buffers():
                 buffer[slot].zero_()
-            self._packs.clear()
+            self._forget_views()
 
     def views(self, slot: int, kind: Kind) -> dict[str, Tensor]:
         """Full names → the adapter's tensors in one of the buffers, no copy."""
@@ -186,13 +191,50 @@ class AdapterBank:
     def pack(self, slots: tuple[int, ...]) -> "PackWeights":
         """The adapters at a batch's slots."""
         if slots not in self._packs:
+            if len(self._packs) >= _MAX_PACKS:
+                self._packs.clear()
             self._packs[slots] = PackWeights(self, slots)
         return self._packs[slots]
+
+    def factors(self, start: int, stop: int, group: Linears) -> "Factors":
+        """Those of the slots from `start` to before `stop`, which are laid out alike."""
+        key = start, stop, next(iter(group))
+        if key not in self._factors:
+            where = start if stop == start + 1 else slice(start, stop)
+            entries = self.seats[start].layout.entries
+            a = [entries[f"{name}.lora_A.weight"] for name in group]
+            b = [entries[f"{name}.lora_B.weight"] for name in group]
+            compute, grad = self.lora.compute[where], self.lora.grad[where]
+            a_columns = slice(a[0].columns.start, a[-1].columns.stop)
+            a_shape = (a[0].shape[0] * len(a), a[0].shape[1])
+            self._factors[key] = Factors(
+                path=a[0].path,
+                a_krD=compute[..., a_columns].unflatten(-1, a_shape),
+                a_grad_krD=grad[..., a_columns].unflatten(-1, a_shape),
+                b_kOr=[compute[..., entry.columns].unflatten(-1, entry.shape) for entry in b],
+                b_grad_kOr=[grad[..., entry.columns].unflatten(-1, entry.shape) for entry in b],
+            )
+        return self._factors[key]
+
+    def _forget_views(self) -> None:
+        self._packs.clear()
+        self._factors.clear()
 
     def _layout(self, rank: int) -> Layout:
         if rank not in self._layouts:
             self._layouts[rank] = lora_layout(self.groups, rank)
         return self._layouts[rank]
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """What neighbouring slots of one layout hold for a group of linears; of one slot without its axis."""
+
+    path: TargetPath
+    a_krD: Tensor  # of the group's linears, stacked
+    a_grad_krD: Tensor
+    b_kOr: list[Tensor]  # of each linear
+    b_grad_kOr: list[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,10 +247,7 @@ class Run:
     rows: int | slice  # positions among the batch's adapters
     scale: float | Tensor  # LoRA's; of several adapters float32, (k, 1, 1)
     keeps: tuple[float, ...]  # of each adapter: the share of inputs that dropout keeps in training
-    a_krD: Tensor  # factors of the group's linears, stacked
-    a_grad_krD: Tensor
-    b_kOr: list[Tensor]  # of each linear
-    b_grad_kOr: list[Tensor]
+    factors: Factors
 
 
 @dataclass(eq=False)
@@ -262,9 +301,9 @@ class PackWeights:
             if factor is None or factor.path not in seat.paths:
                 continue
             start = spans[-1][0] if spans and self.bank.share_matmuls else position
-            first = self.slots[start]
-            alike = self.bank.seats[first].layout is seat.layout
-            if start < position and slot - first == position - start and alike:
+            between = [self.bank.seats[s] for s in self.slots[start:position]]
+            adjoins = slot - self.slots[start] == position - start
+            if between and adjoins and all(s.layout is seat.layout for s in between):
                 spans[-1] = (start, position + 1)
             else:
                 spans.append((position, position + 1))
@@ -273,21 +312,13 @@ class PackWeights:
     def _run(self, span: tuple[int, int], group: Linears) -> Run:
         slots = self.slots[slice(*span)]
         seats = [self.bank.seats[slot] for slot in slots]
-        entries = seats[0].layout.entries
-        a = [entries[f"{name}.lora_A.weight"] for name in group]
-        b = [entries[f"{name}.lora_B.weight"] for name in group]
+        factors = self.bank.factors(slots[0], slots[-1] + 1, group)
         drops, alone = int(self.masks is not None), len(slots) == 1
-        keeps = tuple(seat.keep(a[0].path) if drops else 1.0 for seat in seats)
-        where = slots[0] if alone else slice(slots[0], slots[-1] + 1)
-        compute, grad = self.bank.lora.compute[where], self.bank.lora.grad[where]
-        a_columns = slice(a[0].columns.start, a[-1].columns.stop)
-        a_shape = (a[0].shape[0] * len(a), a[0].shape[1])
+        keeps = tuple(seat.keep(factors.path) if drops else 1.0 for seat in seats)
+        scale_k11 = self.bank.scale_SK11[drops, slots[0] : slots[-1] + 1]
         return Run(
             rows=span[0] if alone else slice(*span),
-            scale=seats[0].scale / keeps[0] if alone else self.bank.scale_SK11[drops, where],
+            scale=seats[0].scale / keeps[0] if alone else scale_k11,
             keeps=keeps,
-            a_krD=compute[..., a_columns].unflatten(-1, a_shape),
-            a_grad_krD=grad[..., a_columns].unflatten(-1, a_shape),
-            b_kOr=[compute[..., entry.columns].unflatten(-1, entry.shape) for entry in b],
-            b_grad_kOr=[grad[..., entry.columns].unflatten(-1, entry.shape) for entry in b],
+            factors=factors,
         )

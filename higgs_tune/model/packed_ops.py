@@ -109,7 +109,9 @@ class _AdaptedLinear(Function):
         for run, own in zip(runs, masks, strict=True):
             z_kNr = _reduced(x_KND[run.rows], run, own).mul_(run.scale)
             outputs = y_KNO[run.rows].split(widths, -1)
-            for y, z, b in zip(outputs, z_kNr.chunk(len(widths), -1), run.b_kOr, strict=True):
+            for y, z, b in zip(
+                outputs, z_kNr.chunk(len(widths), -1), run.factors.b_kOr, strict=True
+            ):
                 _add_product(y, z, b.mT)
             hidden.append(z_kNr)
         if runs:
@@ -134,25 +136,27 @@ class _AdaptedLinear(Function):
             assert x_KND is not None
             own = list(islice(masks, num_masks))
             dys, num = dy_KNO[run.rows].split(widths, -1), len(widths)
-            for dy, z, gradient in zip(dys, z_kNr.chunk(num, -1), run.b_grad_kOr, strict=True):
+            for dy, z, gradient in zip(
+                dys, z_kNr.chunk(num, -1), run.factors.b_grad_kOr, strict=True
+            ):
                 _add_product(gradient, dy.mT, z)
-            parts = [dy @ b for dy, b in zip(dys, run.b_kOr, strict=True)]
+            parts = [dy @ b for dy, b in zip(dys, run.factors.b_kOr, strict=True)]
             dz_kNr = (parts[0] if num == 1 else torch.cat(parts, -1)).mul_(run.scale)
             dx_kND = None if dx_KND is None else dx_KND[run.rows]
             if own:
                 _add_masked(run, own, dz_kNr, x_KND[run.rows], dx_kND)
                 continue
-            _add_product(run.a_grad_krD, dz_kNr.mT, x_KND[run.rows])
+            _add_product(run.factors.a_grad_krD, dz_kNr.mT, x_KND[run.rows])
             if dx_kND is not None:
-                _add_product(dx_kND, dz_kNr, run.a_krD)
+                _add_product(dx_kND, dz_kNr, run.factors.a_krD)
         return dx_KND, None, None, None, None
 
 
 def _reduced(x_kND: Tensor, run: Run, masks: Sequence[Tensor]) -> Tensor:
     """x Aᵀ of the group's linears side by side, each through its own mask if there are any."""
     if not masks:
-        return x_kND @ run.a_krD.mT
-    factors = run.a_krD.chunk(len(masks), -2)
+        return x_kND @ run.factors.a_krD.mT
+    factors = run.factors.a_krD.chunk(len(masks), -2)
     return torch.cat([(x_kND * m) @ a.mT for m, a in zip(masks, factors, strict=True)], -1)
 
 
@@ -165,7 +169,7 @@ def _add_masked(
 ) -> None:
     """The derivative of `_reduced` with masks, for A and for x."""
     num = len(masks)
-    factors, gradients = run.a_krD.chunk(num, -2), run.a_grad_krD.chunk(num, -2)
+    factors, gradients = run.factors.a_krD.chunk(num, -2), run.factors.a_grad_krD.chunk(num, -2)
     for mask, dz, a, gradient in zip(masks, dz_kNr.chunk(num, -1), factors, gradients, strict=True):
         _add_product(gradient, dz.mT, x_kND * mask)
         if dx_kND is not None:

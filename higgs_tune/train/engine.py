@@ -106,7 +106,9 @@ class Engine:
             self.device,
             share_matmuls=share_matmuls,
         )
-        self.lanes = Lanes(self.device, Costs.of(base.model) if share_matmuls else None)
+        # not compiled: each combination of adapters would be a graph of its own
+        cuts = share_matmuls and not base.compile
+        self.lanes = Lanes(self.device, Costs.of(base.model) if cuts else None)
         # oneDNN compiles its bfloat16 matmuls for each shape: let there be few
         compiles = self.device.type == "cpu" and dtype == torch.bfloat16
         self._slot_multiple = 32 if compiles else 1

@@ -5,7 +5,7 @@ arithmetic that nobody needs. A forward of their own costs the host time, which 
 arithmetic if there is enough of it. Both are counted in rows here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import HiggsAudioV2ForConditionalGeneration
@@ -13,12 +13,13 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from higgs_tune.model.groups import decoder_layers, layer_groups
 
 # Assumed, not measured: 6 µs for each operation that benchmarks/pack_ops.py counts, and what an H100
-# reaches in large bf16 matmuls. A slower GPU takes longer for a row, so it would gain by more forwards.
+# reaches in large bf16 matmuls. A slower GPU takes longer for a row, so it would gain by more of them.
 _FORWARD_S = 1.1e-3  # of the host, for a layer of one forward and its backward
 _RUN_S = 0.3e-3  # and for each run of neighbouring slots, which share their matmuls
-_FLOPS = 650e12
+_FLOPS = 783e12
 
-Rows = tuple[int, int]  # text and audio
+Rows = Sequence[tuple[int, int]]
+"""Text and audio rows of an adapter's step: of each of its forwards."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,19 @@ class Costs:
 
 
 def cost_of(group: tuple[int, ...], rows: Mapping[int, Rows], costs: Costs) -> float:
-    """What one forward takes, in rows: its arithmetic, or the host's time where that is longer."""
-    num_runs = sum(slot - 1 not in group for slot in group)
-    text, audio = (max(rows[slot][kind] for slot in group) for kind in (0, 1))
-    return max(costs.forward + num_runs * costs.run, float(len(group) * (text + audio)))
+    """What a group's step takes, in rows: of each forward its arithmetic, or the host's time if longer."""
+    total = 0.0
+    for index in range(max(len(rows[slot]) for slot in group)):
+        there = [slot for slot in group if index < len(rows[slot])]
+        num_runs = sum(slot - 1 not in there for slot in there)
+        text, audio = (max(rows[slot][index][kind] for slot in there) for kind in (0, 1))
+        total += max(costs.forward + num_runs * costs.run, float(len(there) * (text + audio)))
+    return total
+
+
+def num_rows(rows: Rows) -> int:
+    """Of all forwards of a step."""
+    return sum(map(sum, rows))
 
 
 def share_forwards(rows: Mapping[int, Rows], costs: Costs) -> list[tuple[int, ...]]:
@@ -50,9 +60,9 @@ def share_forwards(rows: Mapping[int, Rows], costs: Costs) -> list[tuple[int, ..
     A group holds slots that follow each other in length, so the best cut is found exactly.
 
     Args:
-        rows: slot → rows of its step.
+        rows: by slot.
     """
-    slots = sorted(rows, key=lambda slot: (-sum(rows[slot]), slot))
+    slots = sorted(rows, key=lambda slot: (-num_rows(rows[slot]), slot))
     best: list[tuple[float, list[tuple[int, ...]]]] = [(0.0, [])]
     for stop in range(1, len(slots) + 1):
         ways = []

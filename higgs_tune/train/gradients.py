@@ -22,10 +22,13 @@ class Clips(NamedTuple):
     token_budget: int  # nor more padded rows
 
 
-def num_rows(examples: Sequence[Encoded]) -> Rows:
-    """Text and audio rows of an adapter's step."""
-    audio = sum(len(e.codes_AC) for e in examples)
-    return sum(e.num_rows for e in examples) - audio, audio
+def rows_of(parts: Sequence[Sequence[Encoded]]) -> Rows:
+    """The rows of an adapter's forwards."""
+    audio = [sum(len(e.codes_AC) for e in part) for part in parts]
+    return [
+        (sum(e.num_rows for e in part) - num_audio, num_audio)
+        for part, num_audio in zip(parts, audio, strict=True)
+    ]
 
 
 class Gradients:
@@ -50,7 +53,7 @@ class Gradients:
             parts=lambda slot: self._parts(slot, clips[slot]),
             discard=self._engine.discard,
         )
-        rows = {slot: num_rows(own.examples) for slot, own in clips.items()}
+        rows = {slot: rows_of(self._parts(slot, own)) for slot, own in clips.items()}
         return self.room.run(self._engine.lanes.groups(rows), work)
 
     def _parts(self, slot: int, clips: Clips) -> list[list[Encoded]]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from higgs_tune.train.forwards import Costs, Rows, share_forwards
+from higgs_tune.train.forwards import Costs, Rows, num_rows, share_forwards
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class Lanes:
         """
         if self.count == 1:
             return [tuple(sorted(rows))] if self.costs is None else share_forwards(rows, self.costs)
-        return [(slot,) for slot in sorted(rows, key=lambda slot: (-sum(rows[slot]), slot))]
+        return [(slot,) for slot in sorted(rows, key=lambda slot: (-num_rows(rows[slot]), slot))]
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Results of all tasks in their order; a single one runs here, on every core.

@@ -163,7 +163,7 @@ class Room:
         """What may fit; nothing, and an end in `done`, if there is nothing smaller."""
         group = failed.group
         if len(group) > 1:
-            self.width = -(-len(group) // 2)
+            self.width = min(self.width or len(group), -(-len(group) // 2))
             self._warn(failed, work, f"{self.width} at a time from now on, till a trial leaves")
             return self._pieces(group)
         assert len(group) == 1

@@ -8,7 +8,7 @@ import torch
 
 from higgs_tune.config import ALL_LINEAR
 from higgs_tune.data.collate import collate, count_targets, split_micro_batches
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine, PackLimits, Resident
 from tests.models import example, tiny_base, trial
 
 TRIALS = {
@@ -295,8 +295,46 @@ def test_ranks_of_one_class_sit_side_by_side():
     assert alone.bank.layout_rank(8) == 8
 
 
+CLASSES = {  # low and high in turn, some of which target only what stands between
+    "l0": trial(seed=1, rank=8),
+    "h0": trial(seed=2, rank=64, targets=("attention", "text_mlp")),
+    "l1": trial(seed=3, rank=4, alpha=8.0, targets=("text_mlp", "audio_mlp", "text_head")),
+    "h1": trial(seed=4, rank=20, dropout=0.2),
+    "l2": trial(seed=5, rank=8, targets=("audio_mlp",)),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_in_any_order_give_the_gradients_of_each_alone(name):
+    limits = PackLimits.of(list(CLASSES.values()), num_slots=len(CLASSES))
+    found = []
+    for names in (list(CLASSES), [name]):
+        engine = Engine(tiny_base(), limits, share_matmuls=len(names) > 1)
+        for slot, own in enumerate(
+            names
+        ):  # each in the slot that is free, as when trials come and go
+            for other in range(len(names)):
+                if other != slot and len(names) > 1:
+                    engine.residents[f"taken {other}"] = Resident("", other, CLASSES[own], {})
+            assert engine.add(own, CLASSES[own]).slot == slot
+            for taken in [r for r in engine.residents if r.startswith("taken")]:
+                del engine.residents[taken]
+            generator = torch.Generator().manual_seed(7)
+            for view in engine.bank.views(slot, "master").values():
+                view.copy_(0.1 * torch.randn(view.shape, generator=generator))
+        examples = {n: [example("clone", list(CLASSES).index(o), 6)] for n, o in enumerate(names)}
+        counts = {slot: count_targets(own, 4) for slot, own in examples.items()}
+        engine.forward_backward(engine.batch(examples), counts)
+        found.append(engine.bank.views(engine.residents[name].slot, "grad"))
+    total = torch.cat([g.flatten() for g in found[1].values()]).norm()
+    assert total > 0
+    for parameter, gradient in found[1].items():
+        assert (found[0][parameter] - gradient).norm() / total < 1e-5, parameter
+
+
 @pytest.mark.parametrize(
-    "highest, expected", [(8, 8), (12, 12), (16, 16), (32, 8), (48, 16), (64, 16), (100, 8)]
+    "highest, expected",
+    [(8, 8), (12, 12), (16, 16), (32, 8), (48, 16), (64, 16), (100, 8), (128, 8)],
 )
 def test_classes_of_ranks_suit_a_gpu(highest, expected):
     limits = PackLimits.of([trial(rank=highest, targets=("text_head",))], num_slots=2)

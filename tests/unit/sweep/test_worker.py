@@ -169,18 +169,23 @@ def test_a_checkpoint_that_cannot_be_written_early_fails_when_it_is_asked_for(ma
         return files
 
     async def scenario():
-        worker = make_worker(make_config, put=full)
-        await worker.sync(Roster(1, ("t0", "t1"), 0))
-        await seat(worker, "t0", "t1", num_steps=25)
+        worker = make_worker(make_config, slots=3, put=full)
+        await worker.sync(Roster(1, ("t0", "t1", "t2"), 0))
+        await seat(worker, "t0", "t1", "t2", num_steps=25)
         first, second = asking(worker, "t0"), asking(worker, "t1")
+        third = asking(worker, "t2")
         await first
         assert await never(second)
-        await worker.sync(Roster(2, ("t1",), 0))
+        await worker.sync(Roster(2, ("t1", "t2"), 0))
         assert (await second)["status"] == "completed"
+        assert await never(asyncio.Future())  # until its writing has failed
         with pytest.raises(OSError, match="No space left"):
             await saved(worker, "t1")
-        room.append(True)  # what failed before is tried again
-        assert json.loads((await saved(worker, "t1"))[CHECKPOINT_INFO])["step"] == 25
+        await worker.sync(Roster(3, ("t2",), 0))
+        assert (await third)["status"] == "completed"
+        assert await never(asyncio.Future())
+        room.append(True)  # what failed before anyone asked is written anew
+        assert json.loads((await saved(worker, "t2"))[CHECKPOINT_INFO])["step"] == 25
 
     run(scenario())
 

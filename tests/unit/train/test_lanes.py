@@ -19,7 +19,7 @@ def two_cores():
 
 
 def test_lanes_take_slots_one_by_one_the_heaviest_first(two_cores):
-    rows = {0: (4, 6), 1: (80, 10), 2: (5, 45), 3: (45, 5)}
+    rows = {0: [(4, 6)], 1: [(40, 5), (40, 5)], 2: [(5, 45)], 3: [(45, 5)]}
     assert Lanes(CPU).groups(rows) == [(1,), (2,), (3,), (0,)]
     assert Lanes(torch.device("cuda")).groups(rows) == [(0, 1, 2, 3)]
     assert Lanes(torch.device("cuda"), Costs(0, 0)).groups(rows) == [(1,), (2,), (3,), (0,)]
