@@ -105,10 +105,12 @@ class AdapterBank:
         storage = Storage(size, self._dtype, self.device) if new else None
         adapted = frozenset(paths)
         layout = self._layout(self.layout_rank(rank))
-        self.seats[slot] = Seat(rank, scale, dropout, adapted, layout, new_layout, storage)
         self.scale_SK11[0, slot] = scale
         self.scale_SK11[1, slot] = scale / (1 - dropout)
         self._forget_views()
+        self.seats[slot] = Seat(
+            rank, scale, dropout, adapted, layout, new_layout, storage
+        )  # at last
 
     def layout_rank(self, rank: int) -> int:
         """For which rank a slot is laid out: where matmuls are shared, the highest of its class."""
@@ -190,16 +192,18 @@ class AdapterBank:
 
     def pack(self, slots: tuple[int, ...]) -> "PackWeights":
         """The adapters at a batch's slots."""
-        if slots not in self._packs:
+        pack = self._packs.get(slots)
+        if pack is None:
             if len(self._packs) >= _MAX_PACKS:
-                self._packs.clear()
-            self._packs[slots] = PackWeights(self, slots)
-        return self._packs[slots]
+                self._packs.clear()  # also under another lane
+            self._packs[slots] = pack = PackWeights(self, slots)
+        return pack
 
     def factors(self, start: int, stop: int, group: Linears) -> "Factors":
         """Those of the slots from `start` to before `stop`, which are laid out alike."""
         key = start, stop, next(iter(group))
-        if key not in self._factors:
+        factors = self._factors.get(key)
+        if factors is None:
             where = start if stop == start + 1 else slice(start, stop)
             entries = self.seats[start].layout.entries
             a = [entries[f"{name}.lora_A.weight"] for name in group]
@@ -207,14 +211,14 @@ class AdapterBank:
             compute, grad = self.lora.compute[where], self.lora.grad[where]
             a_columns = slice(a[0].columns.start, a[-1].columns.stop)
             a_shape = (a[0].shape[0] * len(a), a[0].shape[1])
-            self._factors[key] = Factors(
+            self._factors[key] = factors = Factors(
                 path=a[0].path,
                 a_krD=compute[..., a_columns].unflatten(-1, a_shape),
                 a_grad_krD=grad[..., a_columns].unflatten(-1, a_shape),
                 b_kOr=[compute[..., entry.columns].unflatten(-1, entry.shape) for entry in b],
                 b_grad_kOr=[grad[..., entry.columns].unflatten(-1, entry.shape) for entry in b],
             )
-        return self._factors[key]
+        return factors
 
     def _forget_views(self) -> None:
         self._packs.clear()

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from higgs_tune.sweep.seats import CHECKPOINT_INFO, Files, Report, read_files
+
+logger = logging.getLogger(__name__)
 
 
 class Writer:
@@ -22,8 +25,7 @@ class Writer:
         if report is not None and report.snapshot is not None and report.written is None:
             executor = asyncio.get_running_loop().run_in_executor
             report.written = executor(None, lambda: self._put(_files(report)))
-            # perhaps nobody asks: an error then is nobody's
-            report.written.add_done_callback(lambda done: done.cancelled() or done.exception())
+            report.written.add_done_callback(_note)
 
     async def take(self, report: Report) -> Any:
         """What refers to a report's files, which have a snapshot; the next time they are written anew."""
@@ -37,6 +39,12 @@ class Writer:
     async def put(self, files: Files) -> Any:
         """What refers to files that are there already."""
         return await asyncio.to_thread(self._put, files)
+
+
+def _note(done: asyncio.Future[Any]) -> None:
+    """Tell of a failure: perhaps nobody asks for what was to be written, or the second try succeeds."""
+    if not done.cancelled() and (error := done.exception()):
+        logger.warning("a checkpoint could not be written: %s: %s", type(error).__name__, error)
 
 
 def _files(report: Report) -> Files:

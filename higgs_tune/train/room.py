@@ -91,7 +91,7 @@ class Room:
         """Results of every slot.
 
         Args:
-            groups: the slots that may be computed at the same time as others.
+            groups: slots that are computed at once; several lanes take groups side by side.
         """
         done: dict[int, T | Ended] = {}
         pieces = [piece for group in groups for piece in self._pieces(group)]

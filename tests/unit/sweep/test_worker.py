@@ -160,7 +160,7 @@ def test_one_checkpoint_is_written_before_its_result_goes_out(make_config):
     run(scenario())
 
 
-def test_a_checkpoint_that_cannot_be_written_early_fails_when_it_is_asked_for(make_config):
+def test_a_checkpoint_that_cannot_be_written_early_fails_when_it_is_asked_for(make_config, caplog):
     room = []
 
     def full(files):
@@ -186,6 +186,7 @@ def test_a_checkpoint_that_cannot_be_written_early_fails_when_it_is_asked_for(ma
         assert await never(asyncio.Future())
         room.append(True)  # what failed before anyone asked is written anew
         assert json.loads((await saved(worker, "t2"))[CHECKPOINT_INFO])["step"] == 25
+        assert "a checkpoint could not be written: OSError" in caplog.text
 
     run(scenario())
 
