@@ -1,0 +1,85 @@
+"""A step of a full-size pack by PyTorch's own rules for a GPU, without one: `python -m tests.stand_in_gpu`.
+
+Fakes (shapes without values) on a CUDA device, with tests/stand_in_gpu.cpp preloaded. Prints as JSON,
+for each dtype, what the memory model finds there and on a CPU, which attention PyTorch chose, and what
+would have made the host wait.
+"""
+
+import json
+from dataclasses import asdict
+from typing import Any, get_args
+
+import torch
+from host_syncs import HostReads
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import HiggsAudioV2Config
+
+from higgs_tune.config import CrossAttention, TargetPath
+from higgs_tune.train import memory
+from higgs_tune.train.engine import PackLimits
+
+MODES: tuple[CrossAttention, ...] = ("off", "audio_self", "text_to_audio")
+LIMITS = PackLimits(len(MODES), max_rank=16, paths=frozenset(get_args(TargetPath)))
+STEP = memory.StepShape(
+    num_clips=4, text_rows=120, audio_rows=480, text_targets=60, num_micro_batches=2
+)
+
+
+class Attention(TorchDispatchMode):
+    """The names of operations that compute attention, whole or in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Note it, and go on."""
+        name = func.overloadpacket.__name__
+        if "attention" in name or name.endswith("softmax"):
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def step_on(device: str, dtype: str) -> dict[str, Any]:
+    """The memory of a step of one layer on this device, and what the step did."""
+    attention, reads = Attention(), HostReads()
+    empty_model, run_step = memory._empty_model, memory.run_step
+
+    def model_there(*args: Any) -> Any:
+        with torch.device(device):
+            return empty_model(*args)
+
+    def watched(*args: Any) -> None:
+        with attention, reads:
+            run_step(*args)
+
+    memory._empty_model, memory.run_step = model_there, watched
+    try:
+        found = memory.run_fake(
+            HiggsAudioV2Config(num_hidden_layers=1), dtype, LIMITS, MODES, STEP, dropout=0.1
+        )
+    finally:
+        memory._empty_model, memory.run_step = empty_model, run_step
+    return {
+        "memory": asdict(found),
+        "attention": sorted(attention.names),
+        "reads": dict(reads.found),
+    }
+
+
+def main() -> None:
+    """Print what is found."""
+    torch.cuda.is_available = lambda: False  # fakes would ask the driver for more
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]  # fakes cannot
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as resolve_device does on a GPU
+    found = {
+        dtype: {device: step_on(device, dtype) for device in ("cpu", "cuda")}
+        for dtype in ("bfloat16", "float32")
+    }
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
