@@ -42,18 +42,18 @@ class _Layout:
         self._to_slot = slot_from_seq_KN.flatten()
         every_seq = torch.arange(len(self._to_seq), device=self._to_seq.device)
         every_slot = torch.arange(len(self._to_slot), device=self._to_slot.device)
-        self._real_seq = self._to_slot[self._to_seq] == every_seq
-        self._real_slot = self._to_seq[self._to_slot] == every_slot
+        self._pads_seq = self._to_slot[self._to_seq] != every_seq
+        self._pads_slot = self._to_seq[self._to_slot] != every_slot
         self._seq_shape, self._slot_shape = seq_from_slot_SL.shape, slot_from_seq_KN.shape
 
     def sequences(self, x_KNX: Tensor) -> Tensor:
         """(K, N, X) slots → (S, L, X)."""
-        rows = rearrange(x_KNX.flatten(0, 1), self._to_seq, self._to_slot, self._real_slot)
+        rows = rearrange(x_KNX.flatten(0, 1), self._to_seq, self._to_slot, self._pads_slot)
         return rows.unflatten(0, self._seq_shape)
 
     def slots(self, x_SLX: Tensor) -> Tensor:
         """(S, L, X) sequences → (K, N, X)."""
-        rows = rearrange(x_SLX.flatten(0, 1), self._to_slot, self._to_seq, self._real_seq)
+        rows = rearrange(x_SLX.flatten(0, 1), self._to_slot, self._to_seq, self._pads_seq)
         return rows.unflatten(0, self._slot_shape)
 
 

@@ -249,7 +249,8 @@ class Run:
     """
 
     rows: int | slice  # positions among the batch's adapters
-    scale: float | Tensor  # LoRA's; of several adapters float32, (k, 1, 1)
+    scale: float  # LoRA's, if it is the same for all of them; else 1 here
+    scales_k11: Tensor | None  # and this, float32
     keeps: tuple[float, ...]  # of each adapter: the share of inputs that dropout keeps in training
     factors: Factors
 
@@ -319,10 +320,17 @@ class PackWeights:
         factors = self.bank.factors(slots[0], slots[-1] + 1, group)
         drops, alone = int(self.masks is not None), len(slots) == 1
         keeps = tuple(seat.keep(factors.path) if drops else 1.0 for seat in seats)
-        scale_k11 = self.bank.scale_SK11[drops, slots[0] : slots[-1] + 1]
+        scales = {
+            seat.scale / keep
+            for seat, keep in zip(seats, keeps, strict=True)
+            if factors.path in seat.paths
+        }
+        alike = len(scales) == 1
+        scales_k11 = self.bank.scale_SK11[drops, slots[0] : slots[-1] + 1]
         return Run(
             rows=span[0] if alone else slice(*span),
-            scale=seats[0].scale / keeps[0] if alone else scale_k11,
+            scale=scales.pop() if alike else 1.0,
+            scales_k11=None if alike else scales_k11,
             keeps=keeps,
             factors=factors,
         )

@@ -68,23 +68,28 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _SwiGlu.apply(gate_up)
 
 
-def rearrange(rows_ND: Tensor, to: Tensor, back: Tensor, real: Tensor) -> Tensor:
+def rearrange(rows_ND: Tensor, to: Tensor, back: Tensor, pads: Tensor) -> Tensor:
     """Copy rows to another layout; the derivative copies them back by the inverse index.
 
     Args:
         to: source row of each new row.
         back: new row of each source row.
-        real: bool, source rows that have a new row; the others only pad and get no gradient.
+        pads: bool, source rows that have no new row: they only pad and get no gradient.
     """
-    return _Rearrange.apply(rows_ND, to, back, real)
+    return _Rearrange.apply(rows_ND, to, back, pads)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, of matrices or of batches of them."""
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, of matrices or of batches of them; `@` would send a GPU's host through more."""
+    return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
+    """out += factor · a b, of matrices or of batches of them."""
     if out.dim() == 2:
-        out.addmm_(a, b)
+        out.addmm_(a, b, alpha=factor)
     else:
-        out.baddbmm_(a, b)
+        out.baddbmm_(a, b, alpha=factor)
 
 
 class _AdaptedLinear(Function):
@@ -107,12 +112,14 @@ class _AdaptedLinear(Function):
                 torch.addmm(linear.bias, x_KND.flatten(0, 1), linear.weight.t(), out=out)
         hidden = []
         for run, own in zip(runs, masks, strict=True):
-            z_kNr = _reduced(x_KND[run.rows], run, own).mul_(run.scale)
+            z_kNr = _reduced(x_KND[run.rows], run, own)
+            if run.scales_k11 is not None:
+                z_kNr.mul_(run.scales_k11)
             outputs = y_KNO[run.rows].split(widths, -1)
             for y, z, b in zip(
                 outputs, z_kNr.chunk(len(widths), -1), run.factors.b_kOr, strict=True
             ):
-                _add_product(y, z, b.mT)
+                _add_product(y, z, b.mT, run.scale)
             hidden.append(z_kNr)
         if runs:
             ctx.save_for_backward(x_KND, *hidden, *(mask for own in masks for mask in own))
@@ -139,25 +146,28 @@ class _AdaptedLinear(Function):
             for dy, z, gradient in zip(
                 dys, z_kNr.chunk(num, -1), run.factors.b_grad_kOr, strict=True
             ):
-                _add_product(gradient, dy.mT, z)
-            parts = [dy @ b for dy, b in zip(dys, run.factors.b_kOr, strict=True)]
-            dz_kNr = (parts[0] if num == 1 else torch.cat(parts, -1)).mul_(run.scale)
+                _add_product(gradient, dy.mT, z, run.scale)
+            parts = [_product(dy, b) for dy, b in zip(dys, run.factors.b_kOr, strict=True)]
+            dz_kNr = parts[0] if num == 1 else torch.cat(parts, -1)
+            if run.scales_k11 is not None:
+                dz_kNr.mul_(run.scales_k11)
             dx_kND = None if dx_KND is None else dx_KND[run.rows]
             if own:
                 _add_masked(run, own, dz_kNr, x_KND[run.rows], dx_kND)
                 continue
-            _add_product(run.factors.a_grad_krD, dz_kNr.mT, x_KND[run.rows])
+            _add_product(run.factors.a_grad_krD, dz_kNr.mT, x_KND[run.rows], run.scale)
             if dx_kND is not None:
-                _add_product(dx_kND, dz_kNr, run.factors.a_krD)
+                _add_product(dx_kND, dz_kNr, run.factors.a_krD, run.scale)
         return dx_KND, None, None, None, None
 
 
 def _reduced(x_kND: Tensor, run: Run, masks: Sequence[Tensor]) -> Tensor:
     """x Aᵀ of the group's linears side by side, each through its own mask if there are any."""
     if not masks:
-        return x_kND @ run.factors.a_krD.mT
+        return _product(x_kND, run.factors.a_krD.mT)
     factors = run.factors.a_krD.chunk(len(masks), -2)
-    return torch.cat([(x_kND * m) @ a.mT for m, a in zip(masks, factors, strict=True)], -1)
+    kept = zip(masks, factors, strict=True)
+    return torch.cat([_product(x_kND * mask, a.mT) for mask, a in kept], -1)
 
 
 def _add_masked(
@@ -171,9 +181,9 @@ def _add_masked(
     num = len(masks)
     factors, gradients = run.factors.a_krD.chunk(num, -2), run.factors.a_grad_krD.chunk(num, -2)
     for mask, dz, a, gradient in zip(masks, dz_kNr.chunk(num, -1), factors, gradients, strict=True):
-        _add_product(gradient, dz.mT, x_kND * mask)
+        _add_product(gradient, dz.mT, x_kND * mask, run.scale)
         if dx_kND is not None:
-            dx_kND += (dz @ a).mul_(mask)
+            dx_kND.addcmul_(_product(dz, a), mask, value=run.scale)
 
 
 class _RmsNorm(Function):
@@ -197,19 +207,19 @@ class _Rotate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return _rotated(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         cos, sin = ctx.saved_tensors  # both halves equal, so the transpose turns back
-        return _rotated(grads[0], cos, -sin), None, None
+        return _rotated(grads[0], cos, sin, -1), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
     half = x.shape[-1] // 2
     out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-way)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=way)
     return out
 
 
@@ -227,18 +237,18 @@ class _SwiGlu(Function):
         out = torch.empty_like(gate_up)
         d_gate, d_up = out.chunk(2, -1)
         torch.mul(F.silu(gate), grads[0], out=d_up)
-        d_gate.copy_(torch.ops.aten.silu_backward(grads[0] * up, gate))
+        torch.ops.aten.silu_backward(grads[0] * up, gate, grad_input=d_gate)
         return (out,)
 
 
 class _Rearrange(Function):
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, to: Tensor, back: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(back, real)
+    def forward(ctx: Any, rows_ND: Tensor, to: Tensor, back: Tensor, pads: Tensor) -> Tensor:
+        ctx.save_for_backward(back, pads)
         return rows_ND.index_select(0, to)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        back, real = ctx.saved_tensors
+        back, pads = ctx.saved_tensors
         grad = grads[0].index_select(0, back)
-        return grad.masked_fill_(~real[:, None], 0), None, None, None
+        return grad.masked_fill_(pads[:, None], 0), None, None, None
