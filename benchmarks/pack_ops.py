@@ -2,9 +2,10 @@
 
     python benchmarks/pack_ops.py --out results/pack_ops.json
 
-The full-size base has no values here (PyTorch's meta device), so this runs anywhere in a minute. Each
-operation costs the host some microseconds however small it is: where they take longer than the matmuls,
-the host is what a GPU waits for. Packs of equal adapters and of unlike ones (ranks, target paths and
+The full-size base has no values here, and the GPU is a stand-in (stand_in_gpu.py), so this runs anywhere
+in a minute; what is one operation there, such as attention or a norm, counts as one. Each operation costs
+the host some microseconds however small it is: where they take longer than the matmuls, the host is what a
+GPU waits for. Packs of equal adapters and of unlike ones (ranks, target paths and
 alpha in turn, as a search mixes them) are counted with shared matmuls, as on a GPU, and with each adapter's
 own. Views and allocations cost no kernel and are left out.
 """
@@ -19,15 +20,25 @@ import torch
 from gpu_step import H100_FLOPS, adapter_counts
 from matplotlib.figure import Figure
 from output import COLORS, machine, new_figure, save, settings_of
-from random_base import PRESETS, random_base, random_clips, step_flops
+from random_base import PRESETS, random_clips, step_flops, vocabulary_of
+from stand_in_gpu import have_it
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from higgs_tune.config import ALL_LINEAR, TargetPath, TrialConfig
 from higgs_tune.data.collate import count_targets
 from higgs_tune.model.load import Base
 from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.memory import empty_model
 
-_MAKES_NO_KERNEL = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"}
+_MAKES_NO_KERNEL = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::empty_strided",
+    "aten::_unsafe_view",
+    "prim::device",
+}
 _UNLIKE: Sequence[tuple[int, tuple[TargetPath, ...]]] = (
     (16, ALL_LINEAR),
     (8, ("text_mlp", "audio_mlp")),
@@ -83,6 +94,20 @@ def count(base: Base, trials: Sequence[TrialConfig], tokens: int, *, share: bool
     return operations.count
 
 
+def compare(base: Base, adapters: int, tokens: int) -> dict[str, Any]:
+    """Operations of packs of equal and of unlike adapters, with shared matmuls and each with its own."""
+    pack: dict[str, Any] = {"adapters": adapters}
+    for kind in ("alike", "unlike"):
+        trials = trials_of(adapters, unlike=kind == "unlike")
+        for way, share in (("apart", False), ("shared", True)):
+            pack[f"{kind}_{way}"] = count(base, trials, tokens, share=share)
+    one = random_clips(base, 1, tokens, 0.15, (0,))
+    flops = adapters * step_flops(base.model.config, 16, one)
+    pack["floor_h100_ms"] = round(1000 * flops / H100_FLOPS, 1)
+    pack["unlike_ratio"] = round(pack["unlike_apart"] / pack["unlike_shared"], 2)
+    return pack
+
+
 def picture(packs: Sequence[dict[str, Any]]) -> Figure:
     """Operations over the number of adapters."""
     figure, (axes,) = new_figure()
@@ -109,21 +134,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=600, help="rows of an adapter's step")
     parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
     args = parser.parse_args()
-    base = random_base(PRESETS[args.preset], torch.device("meta"), torch.bfloat16)
-    one = random_clips(base, 1, args.tokens, 0.15, (0,))
+    have_it()
+    config = PRESETS[args.preset]
     packs: list[dict[str, Any]] = []
     result = {"machine": machine(), "settings": settings_of(args), "packs": packs}
-    for adapters in args.adapters:
-        pack: dict[str, Any] = {"adapters": adapters}
-        for kind in ("alike", "unlike"):
-            trials = trials_of(adapters, unlike=kind == "unlike")
-            for way, share in (("apart", False), ("shared", True)):
-                pack[f"{kind}_{way}"] = count(base, trials, args.tokens, share=share)
-        flops = adapters * step_flops(base.model.config, 16, one)
-        pack["floor_h100_ms"] = round(1000 * flops / H100_FLOPS, 1)
-        pack["unlike_ratio"] = round(pack["unlike_apart"] / pack["unlike_shared"], 2)
-        packs.append(pack)
-        print(json.dumps(pack), flush=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            model = empty_model(config, torch.bfloat16)
+        base = Base(model, None, vocabulary_of(config), "random")  # type: ignore[arg-type]
+        for adapters in args.adapters:
+            packs.append(compare(base, adapters, args.tokens))
+            print(json.dumps(packs[-1]), flush=True)
     save(args.out, result, picture(packs))
 
 

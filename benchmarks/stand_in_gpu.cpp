@@ -1,4 +1,4 @@
-// A GPU that is not there: all that PyTorch asks of CUDA before it would run a kernel, for shapes without values.
+// For stand_in_gpu.py: all that PyTorch asks of CUDA before it would run a kernel, for shapes without values.
 // Preloaded, it answers as one H100 would. It has the name of the driver's library, so that PyTorch finds it there.
 #include <cstring>
 #include <cuda_runtime_api.h>

@@ -1,8 +1,7 @@
-"""A step of a full-size pack by PyTorch's own rules for a GPU, without one: `python -m tests.stand_in_gpu`.
+"""A step of a full-size pack by PyTorch's own rules for a GPU, without one (benchmarks/stand_in_gpu.py).
 
-Fakes (shapes without values) on a CUDA device, with tests/stand_in_gpu.cpp preloaded. Prints as JSON,
-for each dtype, what the memory model finds there and on a CPU, which attention PyTorch chose, and what
-would have made the host wait.
+Prints as JSON, for each dtype, what the memory model finds there and on a CPU, which attention PyTorch
+chose, and what would have made the host wait.
 """
 
 import json
@@ -11,6 +10,7 @@ from typing import Any, get_args
 
 import torch
 from host_syncs import HostReads
+from stand_in_gpu import take_for_real
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import HiggsAudioV2Config
 
@@ -45,7 +45,7 @@ class Attention(TorchDispatchMode):
 def step_on(device: str, dtype: str) -> dict[str, Any]:
     """The memory of a step of one layer on this device, and what the step did."""
     attention, reads = Attention(), HostReads()
-    empty_model, run_step = memory._empty_model, memory.run_step
+    empty_model, run_step = memory.empty_model, memory.run_step
 
     def model_there(*args: Any) -> Any:
         with torch.device(device):
@@ -55,13 +55,13 @@ def step_on(device: str, dtype: str) -> dict[str, Any]:
         with attention, reads:
             run_step(*args)
 
-    memory._empty_model, memory.run_step = model_there, watched
+    memory.empty_model, memory.run_step = model_there, watched
     try:
         found = memory.run_fake(
             HiggsAudioV2Config(num_hidden_layers=1), dtype, LIMITS, MODES, STEP, dropout=0.1
         )
     finally:
-        memory._empty_model, memory.run_step = empty_model, run_step
+        memory.empty_model, memory.run_step = empty_model, run_step
     return {
         "memory": asdict(found),
         "attention": sorted(attention.names),
@@ -71,9 +71,7 @@ def step_on(device: str, dtype: str) -> dict[str, Any]:
 
 def main() -> None:
     """Print what is found."""
-    torch.cuda.is_available = lambda: False  # fakes would ask the driver for more
-    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]  # fakes cannot
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as resolve_device does on a GPU
+    take_for_real()
     found = {
         dtype: {device: step_on(device, dtype) for device in ("cpu", "cuda")}
         for dtype in ("bfloat16", "float32")

@@ -14,7 +14,7 @@ from higgs_tune.model.groups import decoder_layers, layer_groups
 
 # Assumed, not measured: 6 µs for each operation that benchmarks/pack_ops.py counts, and what an H100
 # reaches in large bf16 matmuls. A slower GPU takes longer for a row, so it would gain by more of them.
-_FORWARD_S = 1.1e-3  # of the host, for a layer of one forward and its backward
+_FORWARD_S = 0.4e-3  # of the host, for a layer of one forward and its backward
 _RUN_S = 0.3e-3  # and for each run of neighbouring slots, which share their matmuls
 _FLOPS = 783e12
 

@@ -178,7 +178,7 @@ def run_fake(
     """What `predict` returns, from a step of the whole model."""
     live = _Live()
     with FakeTensorMode(allow_non_fake_inputs=True), live:
-        model = _empty_model(config, getattr(torch, dtype))
+        model = empty_model(config, getattr(torch, dtype))
         in_base = live.now
         # an engine asks its base for the model alone
         base = Base(model, None, None, "fake")  # type: ignore[arg-type]
@@ -204,9 +204,10 @@ def run_fake(
         )
 
 
-def _empty_model(
+def empty_model(
     config: HiggsAudioV2Config, dtype: torch.dtype
 ) -> HiggsAudioV2ForConditionalGeneration:
+    """A frozen base with its text head that has shapes alone, among fakes."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,4 +1,4 @@
-"""A full-size step by PyTorch's own rules for a GPU, on shapes without values (tests/stand_in_gpu.py)."""
+"""A full-size step by PyTorch's own rules for a GPU, on shapes without values (tests/gpu_rules.py)."""
 
 import json
 import os
@@ -7,23 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import triton
+from stand_in_gpu import preload
 
-TESTS = Path(__file__).parents[1]
-CUDA_HEADERS = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What `python -m tests.stand_in_gpu` prints."""
-    library = tmp_path_factory.mktemp("gpu") / "libcuda.so.1"
-    shared = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-I", CUDA_HEADERS]
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, *shared, "-o", library, TESTS / "stand_in_gpu.cpp"], check=True)
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS.parent / "benchmarks")])
+    """What `python -m tests.gpu_rules` prints."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     done = subprocess.run(
-        [sys.executable, "-m", "tests.stand_in_gpu"],
-        env=os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": paths},
+        [sys.executable, "-m", "tests.gpu_rules"],
+        env=preload(tmp_path_factory.mktemp("gpu")) | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
     )
