@@ -74,20 +74,24 @@ def _frame_scatter(axes: Axes, info: ScatterInfo) -> None:
     if info.base is not None and info.base[0] <= high_y + 0.5 * (high_y - low_y):
         high_y = max(high_y, info.base[0])
     axes.set_xlim(low_x - pad_x, high_x + pad_x)
-    axes.set_ylim(low_y - pad_y, high_y + pad_y)
+    is_above = info.base is not None and info.base[0] > high_y + pad_y
+    top = (
+        high_y + (3.2 if is_above else 1) * pad_y
+    )  # the arrow and its words stand above all trials
+    axes.set_ylim(low_y - pad_y, top)
     if info.audio_limit is not None:
         axes.axvspan(low_x - pad_x, info.audio_limit, color=BEST, alpha=0.08, lw=0, zorder=0)
         axes.axvline(info.audio_limit, color=BEST, lw=1, alpha=0.6)
     if info.base is None:
         return
     text, audio = info.base
-    if text <= high_y + pad_y:
+    if not is_above:
         axes.plot(audio, text, marker="*", color=INK, ms=13, mec="none", zorder=3)
         axes.annotate("base", (audio, text), xytext=(9, 0), textcoords="offset points", va="center")
         return
     axes.annotate(
         f"base, text {text:.2f}",
-        (audio, high_y + pad_y),
+        (audio, top),
         xytext=(0, -30),
         textcoords="offset points",
         ha="left" if audio < low_x + 0.15 * (high_x - low_x) else "center",
