@@ -2,12 +2,12 @@
 
     python benchmarks/pack_ops.py --out results/pack_ops.json
 
-The full-size base has no values here, and the GPU is a stand-in (stand_in_gpu.py), so this runs anywhere
-in a minute; what is one operation there, such as attention or a norm, counts as one. Each operation costs
-the host some microseconds however small it is: where they take longer than the matmuls, the host is what a
-GPU waits for. Packs of equal adapters and of unlike ones (ranks, target paths and
-alpha in turn, as a search mixes them) are counted with shared matmuls, as on a GPU, and with each adapter's
-own. Views and allocations cost no kernel and are left out.
+The full-size base has no values here, and the GPU is a stand-in (stand_in_gpu.py), so this runs anywhere,
+for minutes; what is one operation there, such as attention or a norm, counts as one. Each operation costs the
+host some microseconds however small it is: where they take longer than the matmuls, the host is what a GPU
+waits for. Packs of equal adapters and of unlike ones (ranks and target paths in turn, as a search mixes
+them) are counted with shared matmuls, as on a GPU, and with each adapter's own. Views and allocations cost
+no kernel and are left out.
 """
 
 import argparse

@@ -5,7 +5,8 @@
 Clips last log-normally long (median 6 s, 1 to 30 s). Each adapter draws batches of similar length in an
 order of its own, as data/order.py does. Rows are padded to the longest adapter of a forward, which is
 the whole pack, or a part of it as train/forwards.py cuts it for a full-size base. Costs are its model's:
-arithmetic, or the host's time where that is longer.
+arithmetic, or the host's time where that is longer. What the cut saves is given for hosts that take some
+HOST_US microseconds for an operation; it is made for one of forwards.OPERATION_S.
 """
 
 import argparse
@@ -21,9 +22,17 @@ from output import machine, save, settings_of
 from random_base import PRESETS, random_base
 
 from higgs_tune.data.order import WINDOW_BATCHES
-from higgs_tune.train.forwards import Costs, Rows, cost_of, num_rows, share_forwards
+from higgs_tune.train.forwards import (
+    OPERATION_S,
+    Costs,
+    Rows,
+    cost_of,
+    num_rows,
+    share_forwards,
+)
 
 STEPS = 40 * WINDOW_BATCHES
+HOST_US = (6, 10, 15, 20)
 
 
 def steps_of(clips: int, budget: int, adapter: int) -> Iterator[Rows]:
@@ -45,26 +54,29 @@ def measure(clips: int, budget: int, adapters: int, costs: Costs) -> dict[str, A
     """Both ways for packs of one size."""
     free = Costs(forward=0, run=0)  # what remains are rows
     real = 0
-    totals = {"one": [0.0, 0.0, 0], "cut": [0.0, 0.0, 0]}  # rows, cost, forwards
+    shares = [us * 1e-6 / OPERATION_S for us in HOST_US]
+    hosts = [Costs(share * costs.forward, share * costs.run) for share in shares]
+    padded: dict[str, float] = {"one": 0.0, "cut": 0.0}
+    forwards: dict[str, int] = {"one": 0, "cut": 0}
+    spent = {way: np.zeros(len(hosts)) for way in padded}
     every = [steps_of(clips, budget, adapter) for adapter in range(adapters)]
     for step in zip(*every, strict=True):
         rows = dict(enumerate(step))
         real += sum(map(num_rows, step))
         for way, groups in (("one", [tuple(rows)]), ("cut", share_forwards(rows, costs))):
             for group in groups:
-                totals[way][0] += cost_of(group, rows, free)
-                totals[way][1] += cost_of(group, rows, costs)
-                totals[way][2] += max(len(rows[slot]) for slot in group)
+                padded[way] += cost_of(group, rows, free)
+                forwards[way] += max(len(rows[slot]) for slot in group)
+                spent[way] += [cost_of(group, rows, host) for host in hosts]
+    faster = (spent["one"] / spent["cut"]).round(2).tolist()
     return {
         "clips": clips,
         "token_budget": budget,
         "adapters": adapters,
         "rows_a_step": round(real / STEPS),
-        "one": round(totals["one"][0] / real, 2),
-        "cut": round(totals["cut"][0] / real, 2),
-        "forwards_one": round(totals["one"][2] / STEPS, 2),
-        "forwards_cut": round(totals["cut"][2] / STEPS, 2),
-        "faster": round(totals["one"][1] / totals["cut"][1], 2),
+        **{way: round(padded[way] / real, 2) for way in padded},
+        **{f"forwards_{way}": round(forwards[way] / STEPS, 2) for way in padded},
+        **{f"faster_{us}us": one for us, one in zip(HOST_US, faster, strict=True)},
     }
 
 

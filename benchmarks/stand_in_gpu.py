@@ -6,6 +6,7 @@ library, stand_in_gpu.cpp, answers for the driver meanwhile. Nothing here says h
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +24,14 @@ def preload(folder: Path) -> dict[str, str]:
     """Build the library in `folder`; returns the environment of a process that is to have it.
 
     Raises:
-        subprocess.CalledProcessError: the C++ compiler (CXX, or g++) failed, and has said why.
+        OSError, subprocess.CalledProcessError: no C++ compiler (CXX, or g++), or it failed and has said why.
     """
     library = folder / _LIBRARY
     shared = ["-shared", "-fPIC", f"-Wl,-soname,{_LIBRARY}", f"-I{_HEADERS}"]
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, *shared, "-o", str(library), str(_SOURCE)], check=True)
-    return os.environ | {"LD_PRELOAD": str(library)}
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    subprocess.run([*compiler, *shared, "-o", str(library), str(_SOURCE)], check=True)
+    others = filter(None, [os.environ.get("LD_PRELOAD")])
+    return os.environ | {"LD_PRELOAD": ":".join([str(library), *others])}
 
 
 def take_for_real() -> None:

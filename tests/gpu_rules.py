@@ -1,7 +1,7 @@
 """A step of a full-size pack by PyTorch's own rules for a GPU, without one (benchmarks/stand_in_gpu.py).
 
 Prints as JSON, for each dtype, what the memory model finds there and on a CPU, which attention PyTorch
-chose, and what would have made the host wait.
+chose, and the operations that depend on values.
 """
 
 import json

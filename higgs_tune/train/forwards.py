@@ -12,10 +12,12 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.model.groups import decoder_layers, layer_groups
 
-# Assumed, not measured: 6 µs for each operation that benchmarks/pack_ops.py counts, and what an H100
-# reaches in large bf16 matmuls. A slower GPU takes longer for a row, so it would gain by more of them.
-_FORWARD_S = 0.4e-3  # of the host, for a layer of one forward and its backward
-_RUN_S = 0.3e-3  # and for each run of neighbouring slots, which share their matmuls
+# Operations that a layer of a forward and its backward send to a GPU, by benchmarks/pack_ops.py, and those of
+# each run of neighbouring slots, which share their matmuls.
+_FORWARD_OPS, _RUN_OPS = 68, 52
+# Assumed, not measured: what the host takes for each, and what an H100 reaches in large bf16 matmuls. Rather
+# too long: should it be 6 µs, the cut gains a little less; a cut for 6 µs would lose by 15 (pack_padding.py).
+OPERATION_S = 15e-6
 _FLOPS = 783e12
 
 Rows = Sequence[tuple[int, int]]
@@ -35,7 +37,7 @@ class Costs:
         groups = layer_groups(0, decoder_layers(base)[0])
         linears = [m for p in ("attention", "text_mlp") for g in groups[p] for m in g.values()]
         row_s = 4 * sum(linear.weight.numel() for linear in linears) / _FLOPS
-        return cls(_FORWARD_S / row_s, _RUN_S / row_s)
+        return cls(_FORWARD_OPS * OPERATION_S / row_s, _RUN_OPS * OPERATION_S / row_s)
 
 
 def cost_of(group: tuple[int, ...], rows: Mapping[int, Rows], costs: Costs) -> float:

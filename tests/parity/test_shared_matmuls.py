@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from higgs_tune.data.collate import count_targets
+from higgs_tune.model.dropout import Masks
 from higgs_tune.train.engine import Engine, PackLimits, Resident
 from tests.mixed_pack import TRIALS, engine_of, examples_of, train
 from tests.models import example, tiny_base, trial
@@ -77,27 +78,47 @@ CLASSES = {  # low and high in turn, some of which target only what stands betwe
     "h1": trial(seed=4, rank=20, dropout=0.2),
     "l2": trial(seed=5, rank=8, targets=("audio_mlp",)),
 }
+ONE_SCALE = {  # in the attention's matmuls, which the one between does not target; two in those of the MLP
+    "first": trial(seed=1, rank=8, alpha=16.0, dropout=0.2),
+    "between": trial(seed=2, rank=4, alpha=4.0, targets=("text_mlp",)),
+    "last": trial(seed=3, rank=4, alpha=8.0, dropout=0.2),
+}
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_classes_in_any_order_give_the_gradients_of_each_alone(name):
-    limits = PackLimits.of(list(CLASSES.values()), num_slots=len(CLASSES))
+def test_a_run_of_one_scale_needs_no_other():
+    engine = Engine(tiny_base(), PackLimits.of([*ONE_SCALE.values()], 3), share_matmuls=True)
+    for name, config in ONE_SCALE.items():
+        engine.add(name, config)
+    groups = dict(engine.lora_groups)
+    for masks, scale in ((None, 2.0), (Masks(engine.device, {}), 2.5)):
+        weights = engine.bank.pack((0, 1, 2)).training(masks)
+        (attention,), (mlp,) = (weights.runs(groups[path]) for path in ("attention", "text_mlp"))
+        assert (attention.scale, attention.scales_k11) == (scale, None)
+        assert mlp.scale == 1
+        assert mlp.scales_k11.flatten().tolist() == [scale, 1, scale]
+
+
+@pytest.mark.parametrize(
+    "pack, name", [(pack, name) for pack in (CLASSES, ONE_SCALE) for name in pack]
+)
+def test_classes_in_any_order_give_the_gradients_of_each_alone(pack, name):
+    limits = PackLimits.of(list(pack.values()), num_slots=len(pack))
     found = []
-    for names in (list(CLASSES), [name]):
+    for names in (list(pack), [name]):
         engine = Engine(tiny_base(), limits, share_matmuls=len(names) > 1)
         for slot, own in enumerate(
             names
         ):  # each in the slot that is free, as when trials come and go
             for other in range(len(names)):
                 if other != slot and len(names) > 1:
-                    engine.residents[f"taken {other}"] = Resident("", other, CLASSES[own], {})
-            assert engine.add(own, CLASSES[own]).slot == slot
+                    engine.residents[f"taken {other}"] = Resident("", other, pack[own], {})
+            assert engine.add(own, pack[own]).slot == slot
             for taken in [r for r in engine.residents if r.startswith("taken")]:
                 del engine.residents[taken]
             generator = torch.Generator().manual_seed(7)
             for view in engine.bank.views(slot, "master").values():
                 view.copy_(0.1 * torch.randn(view.shape, generator=generator))
-        examples = {n: [example("clone", list(CLASSES).index(o), 6)] for n, o in enumerate(names)}
+        examples = {n: [example("clone", list(pack).index(o), 6)] for n, o in enumerate(names)}
         counts = {slot: count_targets(own, 4) for slot, own in examples.items()}
         engine.forward_backward(engine.batch(examples), counts)
         found.append(engine.bank.views(engine.residents[name].slot, "grad"))

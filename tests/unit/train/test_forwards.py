@@ -66,12 +66,12 @@ def test_long_adapters_part_from_short_ones():
     assert share_forwards(rows, COSTS) == [(1, 3, 5, 7), (0, 2, 4, 6)]
 
 
-def test_at_full_size_the_host_needs_as_long_as_some_hundred_rows():
+def test_at_full_size_the_host_needs_as_long_as_some_thousand_rows():
     meta = torch.device("meta")
     full = Costs.of(random_base(PRESETS["full"], meta, torch.bfloat16).model)
-    # 0.4 ms of a layer against its 403 MFLOP a row at 783 TFLOP/s
-    assert full.forward == pytest.approx(778, rel=0.01)
-    assert full.run == pytest.approx(583, rel=0.01)
+    # 68 × 15 µs for a layer against its 403 MFLOP a row at 783 TFLOP/s
+    assert full.forward == pytest.approx(1983, rel=0.01)
+    assert full.run == pytest.approx(1516, rel=0.01)
     tiny = Costs.of(tiny_base().model)  # nothing that fits into its forward makes it worth a second
     assert tiny.forward > 1e6
 
