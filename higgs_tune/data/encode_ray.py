@@ -6,6 +6,7 @@ actor, the codes of the blocks under way, and the names of one stream.
 """
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _BLOCKS_PER_WORKER = 8  # at least, so that the actors end at about the same tim
 # Rows that one stream is told of; the next one starts new actors, seconds after some days of audio.
 _STREAM_ROWS = 2**17
 _MAX_RETRIES = 3  # of a block whose actor died
+_RAY_DATA_THREADS = ("StreamingExecutor-", "iter_threaded", "map_tp_")
 _ENVIRONMENT = ENVIRONMENT | {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else Ray's core prints a warning about each of its own pools
 }
@@ -131,15 +133,31 @@ def _stream(
         num_cpus=None if num_gpus else 1,
     )
     expected = 0
-    blocks: Iterable[Any] = data.iter_batches(batch_size=None, batch_format="pyarrow")
-    for block in blocks:
-        for row in block.to_pylist():
-            if row["fatal"]:
-                raise ModelError(row["fatal"])
-            assert row["index"] == expected, (row["index"], expected)
-            expected += 1
-            yield _outcome(row, source.num_codebooks)
+    # without fetching ahead, whose thread never ends
+    batches = data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    blocks: Any = iter(batches)
+    try:
+        for block in blocks:
+            for row in block.to_pylist():
+                if row["fatal"]:
+                    raise ModelError(row["fatal"])
+                assert row["index"] == expected, (row["index"], expected)
+                expected += 1
+                yield _outcome(row, source.num_codebooks)
+    finally:
+        blocks.close()
+        _wait_for_threads()
     assert expected == len(rows), (expected, len(rows))
+
+
+def _wait_for_threads() -> None:
+    """Let Ray Data's threads end, for which it waits two seconds only.
+
+    One that asks Ray for something when Ray is gone would end this process at once, with exit code 1.
+    """
+    for thread in threading.enumerate():
+        if thread.name.startswith(_RAY_DATA_THREADS):
+            thread.join(timeout=30)
 
 
 def _outcome(row: dict[str, Any], num_codebooks: int) -> Outcome:

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,19 @@ def test_clips_of_an_actor_that_dies_are_coded_again(local_ray, manifest, codec_
     assert len(found) == 60
     for one, other in zip(found, code_here(codec, rules, names), strict=True):
         np.testing.assert_equal(one, other)
+
+
+def test_no_thread_asks_a_ray_that_is_gone(local_ray, manifest, codec_folder):
+    """It would end the process with 1 in the midst of its last words, as after Ctrl-C on a busy machine."""
+    source = CodecSource(str(codec_folder), None, weights_digest(load_codec(str(codec_folder))), 8)
+    rules = ClipRules(manifest.parent, 0.1, 30)
+    names = [(f"{n}.wav",) for n in range(60)]
+    before = set(threading.enumerate())
+    outcomes = code_on_cluster(source, rules, names, num_workers=1, device="cpu")
+    next(outcomes)
+    outcomes.close()
+    names_left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert names_left <= {"Prefetcher"}  # which sleeps for good: it is asked for nothing
 
 
 def test_an_actor_with_another_codec_is_refused(local_ray, manifest, codec_folder):
