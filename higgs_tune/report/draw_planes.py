@@ -75,9 +75,7 @@ def _frame_scatter(axes: Axes, info: ScatterInfo) -> None:
         high_y = max(high_y, info.base[0])
     axes.set_xlim(low_x - pad_x, high_x + pad_x)
     is_above = info.base is not None and info.base[0] > high_y + pad_y
-    top = (
-        high_y + (3.2 if is_above else 1) * pad_y
-    )  # the arrow and its words stand above all trials
+    top = high_y + (3.2 if is_above else 1) * pad_y  # its arrow and words stand above all trials
     axes.set_ylim(low_y - pad_y, top)
     if info.audio_limit is not None:
         axes.axvspan(low_x - pad_x, info.audio_limit, color=BEST, alpha=0.08, lw=0, zorder=0)
