@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import NUM_BATCHES, adapter_counts, compare, free_memory
+from gpu_step import NUM_BATCHES, adapter_counts, compare
 from matplotlib.figure import Figure
+from measured import free_memory
 from output import COLORS, machine, new_figure, ratio, save, settings_of
 from random_base import PRESETS, random_base, random_clips
 from sides import our_step, predicted_bytes, stock_step, synchronise

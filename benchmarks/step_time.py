@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gpu_step import TOLERANCE
 from matplotlib.figure import Figure
+from measured import TOLERANCE
 from output import COLORS, machine, new_figure, save, settings_of
 from sides import our_step, stock_step, synchronise
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import gpu_step
+import measured
 import numpy as np
 import pytest
 import torch
@@ -122,8 +123,8 @@ def test_stock_out_of_memory_keeps_our_figures(monkeypatch):
 
 def test_memory_is_given_back_once_when_it_runs_out(monkeypatch):
     freed = []
-    monkeypatch.setattr(gpu_step, "free_memory", lambda: freed.append(None))
-    side = gpu_step.Side(1, CPU, lambda batch: batch)
+    monkeypatch.setattr(measured, "free_memory", lambda: freed.append(None))
+    side = measured.Side(1, CPU, lambda batch: batch)
 
     def run_out():
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -168,7 +169,7 @@ def test_the_script_runs_end_to_end_on_a_cpu(tmp_path):
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert len(done.stdout.splitlines()) == 5
     for pack in result["packs"]:
-        assert pack["losses_compared"] == gpu_step.NUM_CHECKED
+        assert pack["losses_compared"] == measured.NUM_CHECKED
         assert pack["ours"]["host_syncs"] == 0 < pack["stock"]["host_syncs"]
         assert len(pack["ours"]["every_ms"]) == len(pack["stock"]["every_ms"]) == 2
         assert pack["ratio_to_stock"] > 0 and pack["ours"]["tokens_per_s"] > 0
