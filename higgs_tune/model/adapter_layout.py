@@ -1,4 +1,4 @@
-"""Where the parameters of one adapter stand in a flat row, and the buffers that hold such rows.
+"""Where the parameters of one adapter stand in a flat row, the buffers that hold such rows, and its seat.
 
 Shape letters: K slots, P columns.
 """
@@ -22,6 +22,10 @@ Where = tuple[int | slice, ...]  # an index of a storage's buffers
 
 # columns; fp32 views stand on 64-byte borders in every slot, so that no kernel treats them otherwise
 _ALIGN = 16
+
+# Ranks beyond a quarter of the highest share its layout, and so on downwards: the optimizer steps over
+# zeros, too. Lower classes end at multiples of what a GPU's matrix units read of bf16 at once.
+_CLASS_FACTOR, _RANK_MULTIPLE = 4, 8
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,16 @@ def lora_layout(groups: Sequence[tuple[TargetPath, Linears]], rank: int) -> Layo
     return Layout(blocks)
 
 
+def shared_rank(rank: int, highest: int) -> int:
+    """For which rank a slot is laid out whose neighbours multiply with it: the highest of its class."""
+    while (share := highest // _CLASS_FACTOR) >= _RANK_MULTIPLE:
+        lower = -(-share // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        if lower < rank:
+            break
+        highest = lower
+    return highest
+
+
 class Storage:
     """Master weights, Adam moments, gradients and the compute copy: buffers of one shape."""
 
@@ -135,3 +149,30 @@ class Storage:
         self.grad[where].zero_()
         if self.grad_sum is not None:
             self.grad_sum[where].zero_()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A contiguous range of one adapter's parameters."""
+
+    kind: Literal["lora", "new"]
+    path: TargetPath
+    storage: Storage
+    where: Where
+
+
+@dataclass(eq=False)
+class Seat:
+    """What a slot holds."""
+
+    rank: int
+    scale: float
+    dropout: float
+    paths: frozenset[TargetPath]  # adapted by LoRA
+    layout: Layout
+    new_layout: Layout
+    new: Storage | None
+
+    def keep(self, path: TargetPath) -> float:
+        """The share of a linear's inputs that training keeps."""
+        return 1 - self.dropout if path in self.paths else 1.0

@@ -13,7 +13,6 @@ O outputs, r rank, S without and with dropout.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,43 +23,15 @@ from higgs_tune.model.adapter_layout import (
     Layout,
     Linears,
     Named,
+    Part,
+    Seat,
     Storage,
-    Where,
     lora_layout,
+    shared_rank,
 )
 from higgs_tune.model.dropout import Masks
 
-# Ranks beyond a quarter of the highest share its layout, and so on downwards: the optimizer steps over
-# zeros, too. Lower classes end at multiples of what a GPU's matrix units read of bf16 at once.
-_CLASS_FACTOR, _RANK_MULTIPLE = 4, 8
 _MAX_PACKS = 64  # combinations of adapters whose runs are kept
-
-
-@dataclass(frozen=True)
-class Part:
-    """A contiguous range of one adapter's parameters."""
-
-    kind: Literal["lora", "new"]
-    path: TargetPath
-    storage: Storage
-    where: Where
-
-
-@dataclass(eq=False)
-class Seat:
-    """What a slot holds."""
-
-    rank: int
-    scale: float
-    dropout: float
-    paths: frozenset[TargetPath]  # adapted by LoRA
-    layout: Layout
-    new_layout: Layout
-    new: Storage | None
-
-    def keep(self, path: TargetPath) -> float:
-        """The share of a linear's inputs that training keeps."""
-        return 1 - self.dropout if path in self.paths else 1.0
 
 
 class AdapterBank:
@@ -113,16 +84,8 @@ class AdapterBank:
         )  # at last
 
     def layout_rank(self, rank: int) -> int:
-        """For which rank a slot is laid out: where matmuls are shared, the highest of its class."""
-        if not self.share_matmuls:
-            return rank
-        highest = self.max_rank
-        while (share := highest // _CLASS_FACTOR) >= _RANK_MULTIPLE:
-            lower = -(-share // _RANK_MULTIPLE) * _RANK_MULTIPLE
-            if lower < rank:
-                break
-            highest = lower
-        return highest
+        """For which rank a slot of an adapter is laid out."""
+        return shared_rank(rank, self.max_rank) if self.share_matmuls else rank
 
     def clear(self, slot: int) -> None:
         """Free a slot and zero everything it held."""
