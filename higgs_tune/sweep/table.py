@@ -16,16 +16,7 @@ takes effect at the pack's next step.
 from collections.abc import Iterable, Mapping
 
 from higgs_tune.config import TrialConfig
-from higgs_tune.sweep.seats import (
-    Files,
-    Lease,
-    Report,
-    Result,
-    Roster,
-    Seat,
-    Snapshot,
-    num_seats,
-)
+from higgs_tune.sweep.seats import Files, Lease, Report, Result, Roster, Seat, Snapshot, num_seats
 
 
 class Table:
@@ -249,8 +240,8 @@ class Table:
         if self._is_owed() or not self._unweighed:
             return
         num_free = self._num_slots - len(self.residents) + len(self._due_to_leave())
-        ready = [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
-        for report in sorted(self._unweighed, key=Report.turn)[: max(0, num_free - len(ready))]:
+        num_lacking = max(0, num_free - len(self._ready()))
+        for report in sorted(self._unweighed, key=Report.turn)[:num_lacking]:
             report.takes_effect = self.clock
         self._unweighed.clear()
 
@@ -288,9 +279,11 @@ class Table:
             and self.residents.get(seat.trial_id) is seat  # else it has ended meanwhile
         ]
 
+    def _ready(self) -> list[Seat]:
+        return [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
+
     def _due_to_join(self) -> list[Seat]:
-        ready = [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
-        ready = [seat for seat in ready if seat.trial_id not in self.residents]
+        ready = [seat for seat in self._ready() if seat.trial_id not in self.residents]
         return ready[: self._num_slots - len(self.residents)]
 
     def _skip_to_next_change(self) -> None:
