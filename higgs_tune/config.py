@@ -62,6 +62,8 @@ class DataSettings(Settings):
     tasks: TaskMix = TaskMix()
     max_frames: int = Field(default=750, ge=4)  # longest clip in codec frames (25 per second)
     max_text_tokens: int = Field(default=512, ge=1)  # longest text of one part
+    # longest conversation, in rows of text and audio; default: what cloning the longest clip takes
+    max_rows: int | None = Field(default=None, ge=16)
     # validation clips, drawn once, the same for every trial
     num_val_clips: int = Field(default=48, ge=2)
 

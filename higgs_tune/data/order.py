@@ -31,8 +31,8 @@ class TrainOrder:
     Args:
         max_frames: longest clip; rows above are skipped and counted in `num_skipped`.
         max_text: longest text of one part, measured by `text_length` (characters by default).
-        max_rows: positions that a base can hold; rows that may need more are skipped and counted,
-            and no clip is cloned from a reference with which it would.
+        max_rows: of a conversation; rows that may need more are skipped and counted, and no clip is
+            cloned from a reference with which it would.
 
     Raises:
         DataError: no row is left.
@@ -85,8 +85,8 @@ class TrainOrder:
         if not len(self._rows):
             raise DataError(
                 f"{dataset.directory}: all {self.num_skipped} rows of the train split are skipped "
-                f"(data.max_frames {max_frames}, longest text {max_text}, the base's "
-                f"positions {max_rows}, tasks {mix}). Raise the "
+                f"(data.max_frames {max_frames}, longest text {max_text}, "
+                f"longest conversation {max_rows} rows, tasks {mix}). Raise the "
                 "limits or give a weight to a task that the rows can do."
             )
         self._cumulative = np.cumsum(weights[kept], axis=1)

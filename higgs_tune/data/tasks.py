@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Literal
 
+from higgs_tune.config import DataSettings
 from higgs_tune.data.conversation import AudioPart, Conversation, Role, TextPart, Turn
 from higgs_tune.data.shards import Row
 
@@ -85,6 +86,15 @@ def most_rows(
     """
     audio = sum(frames + num_codebooks + 3 for frames in num_frames)
     return 1 + _ROWS_PER_TURN * num_turns + audio + sum(text_lengths)
+
+
+def longest_conversation(data: DataSettings, num_codebooks: int, positions: int) -> int:
+    """The most rows of a conversation that is used: `data.max_rows`, and no more than a base's positions.
+
+    By default what cloning the longest clip from another may take.
+    """
+    clip = most_rows([data.max_frames], [data.max_text_tokens], 2, num_codebooks)
+    return min(data.max_rows or 2 * clip, positions)
 
 
 ClipTask = Literal["transcribe", "speak", "clone"]

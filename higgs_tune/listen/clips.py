@@ -51,8 +51,9 @@ def choose_clips(
             fit into half of them, so that speech twice as long does.
     """
     limits = {"max_text": data.max_text_tokens, "text_length": text_length}
+    longest = tasks.longest_conversation(data, dataset.info.codec.num_codebooks, max_rows)
     sets = validation_sets(
-        dataset, data.num_val_clips, max_frames=data.max_frames, max_rows=max_rows, **limits
+        dataset, data.num_val_clips, max_frames=data.max_frames, max_rows=longest, **limits
     )
     names = {talk.key.removesuffix(_SUFFIX): None for talk in sets.transcribe}
     places = {row_id: index for index, row_id in enumerate(dataset.ids) if row_id in names}

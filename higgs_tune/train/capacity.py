@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from higgs_tune.config import CrossAttention, SweepConfig
 from higgs_tune.config_space import Range
+from higgs_tune.data.tasks import longest_conversation, most_rows
 from higgs_tune.train.memory import RESERVE, Memory, StepShape, predict, slots_that_fit
 from higgs_tune.train.sweep_pack import sweep_limits
 
@@ -13,13 +14,21 @@ if TYPE_CHECKING:
     from transformers import HiggsAudioV2Config
 
 SLOTS_PER_CPU = 2  # the lanes of a CPU stay filled when trials differ in length
-_TEMPLATE_ROWS = 64  # control tokens and roles of a conversation, at most
 
 
-def largest_step(config: SweepConfig) -> StepShape:
-    """The largest step that the sweep's own limits allow one adapter."""
-    clip_rows = config.data.max_frames + config.data.max_text_tokens + _TEMPLATE_ROWS
-    return StepShape.of(max(config.space.batch_clips), clip_rows, config.train.token_budget)
+def largest_step(config: SweepConfig, shape: "HiggsAudioV2Config") -> StepShape:
+    """The step with the most rows that the sweep's own limits allow one adapter, on speech.
+
+    A fifth of the rows is text, and half of that is learnt: denser text needs more for its logits.
+    """
+    data, clips = config.data, max(config.space.batch_clips)
+    longest = longest_conversation(data, shape.num_codebooks, shape.max_position_embeddings)
+    clip = most_rows([data.max_frames], [data.max_text_tokens], 2, shape.num_codebooks)
+    steps = (
+        StepShape.of(clips, rows, config.train.token_budget)
+        for rows in (min(clip, longest), longest)
+    )
+    return max(steps, key=lambda step: step.num_rows)
 
 
 def predict_modes(
@@ -50,7 +59,7 @@ def largest(memories: Iterable[Memory]) -> Memory:
 
 def slots_on_gpu(config: SweepConfig, shape: "HiggsAudioV2Config", free_bytes: int) -> int:
     """The trials that fit side by side into a GPU's free memory; 0 if not even one does."""
-    ones, twos = (predict_modes(config, shape, n, largest_step(config)) for n in (1, 2))
+    ones, twos = (predict_modes(config, shape, n, largest_step(config, shape)) for n in (1, 2))
     return slots_that_fit(ones, twos, free_bytes)
 
 
@@ -61,7 +70,7 @@ def slots_on_cpu(
 
     Every slot needs its adapter; activations are those of as many adapters as there are CPUs.
     """
-    one = largest(predict_modes(config, shape, 1, largest_step(config)))
+    one = largest(predict_modes(config, shape, 1, largest_step(config, shape)))
     room = free_bytes * (1 - RESERVE) - one.base
     computing = one.total - one.base - one.adapters
     for slots in range(SLOTS_PER_CPU * num_cpus, 0, -1):

@@ -1,9 +1,10 @@
-"""Tokenised examples of a loop, each made once, and the lengths that its base can hold."""
+"""Tokenised examples of a loop, each made once, and the lengths that it takes."""
 
 from typing import Any
 
 from higgs_tune.config import DataSettings
 from higgs_tune.data.conversation import Conversation
+from higgs_tune.data.tasks import longest_conversation
 from higgs_tune.data.tokens import Encoded, encode_conversation
 from higgs_tune.errors import ConfigError
 from higgs_tune.model.load import Base
@@ -16,7 +17,10 @@ class Examples:
 
     def __init__(self, base: Base, data: DataSettings) -> None:
         self._vocabulary = base.vocabulary
-        self._max_rows: int = base.model.config.max_position_embeddings
+        config = base.model.config
+        self._max_rows = longest_conversation(
+            data, config.num_codebooks, config.max_position_embeddings
+        )
         self._encoded: dict[str, Encoded] = {}
         self._num_rows = 0
         self.length_limits: dict[str, Any] = {
@@ -30,7 +34,7 @@ class Examples:
         """Tokenise once per row and task.
 
         Raises:
-            ConfigError: longer than the base can hold.
+            ConfigError: longer than the settings and the base allow.
         """
         encoded = self._encoded.get(conversation.key)
         if encoded is None:
@@ -40,7 +44,7 @@ class Examples:
             encoded = encode_conversation(conversation, self._vocabulary)
             if encoded.num_rows > self._max_rows:  # the orders leave such rows out by estimate
                 raise ConfigError(
-                    f"{conversation.key}: {encoded.num_rows} rows, the base can hold "
+                    f"{conversation.key}: {encoded.num_rows} rows, data.max_rows and the base allow "
                     f"{self._max_rows}. Lower data.max_frames or data.max_text_tokens."
                 )
             self._encoded[conversation.key] = encoded

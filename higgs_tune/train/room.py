@@ -170,7 +170,11 @@ class Room:
         slot = group[0]
         several = [part for part in work.parts(slot) if len(part) > 1]
         if not several:
-            reason = f"one clip does not fit in a {work.name}: {failed.error}"
+            longest = max((e for part in work.parts(slot) for e in part), key=lambda e: e.num_rows)
+            reason = (
+                f"not even one conversation fits in a {work.name}; the longest, {longest.key}, has "
+                f"{longest.num_rows} rows, and data.max_rows leaves longer ones out: {failed.error}"
+            )
             done[slot] = Ended(MemoryError(reason))
             return []
         rows = max(len(part) * max(e.num_rows for e in part) for part in several)

@@ -56,7 +56,10 @@ def test_a_trial_that_finds_no_memory_with_nobody_beside_it_ends(make_config):
 
 def ends_at_once(self, stop):
     """An interval in which memory runs out for everyone."""
-    full = {"status": "out_of_memory", "reason": "one clip does not fit in a training step"}
+    full = {
+        "status": "out_of_memory",
+        "reason": "not even one conversation fits in a training step",
+    }
     return {trial_id: {"step": 0, **full} for trial_id in self._steps}
 
 

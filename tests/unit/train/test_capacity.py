@@ -34,7 +34,7 @@ def shape(config):
 
 @pytest.fixture(scope="module")
 def by_slots(config, shape):
-    return {n: predict_modes(config, shape, n, largest_step(config))[0] for n in (1, 2)}
+    return {n: predict_modes(config, shape, n, largest_step(config, shape))[0] for n in (1, 2)}
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def predicted(monkeypatch, by_slots):
 
 def test_every_further_slot_needs_the_same(config, shape):
     searched = load_sweep(QUICK, [*SMALL, "space.cross_attention=[off, text_to_audio]"])
-    by_slots = (predict_modes(searched, shape, n, largest_step(searched)) for n in (1, 2, 3))
+    by_slots = (predict_modes(searched, shape, n, largest_step(searched, shape)) for n in (1, 2, 3))
     for one, two, three in zip(*by_slots, strict=True):
         assert memory_of_slots(one, two, 3) == three
 
@@ -68,12 +68,17 @@ def test_a_cpu_holds_two_for_each_core_or_what_memory_allows(config, shape, by_s
     assert slots_on_cpu(config, shape, one.base, 2) == 0
 
 
-def test_the_largest_step_follows_the_limits_of_the_sweep(config):
-    longest = config.data.max_frames + config.data.max_text_tokens
-    step = largest_step(config)
-    assert step.num_clips == 1 and step.num_rows > longest
+def test_the_largest_step_follows_the_limits_of_the_sweep(config, shape):
     roomy = load_sweep(QUICK, ["train.token_budget=100000", "space.batch_clips=[2, 5]"])
-    assert largest_step(roomy).num_clips == 5
+    assert largest_step(roomy, shape).num_clips == 5
+
+
+def test_one_long_conversation_is_the_largest_step_of_a_small_budget(config, shape):
+    clip = config.data.max_frames + config.data.max_text_tokens
+    step = largest_step(config, shape)
+    assert step.num_clips == 1 and step.num_rows == shape.max_position_embeddings < 2 * clip
+    short = load_sweep(QUICK, [*SMALL, "data.max_rows=300"])
+    assert (largest_step(short, shape).num_clips, largest_step(short, shape).num_rows) == (1, 300)
 
 
 def test_masks_of_dropout_are_counted(config, shape, by_slots):
@@ -81,6 +86,6 @@ def test_masks_of_dropout_are_counted(config, shape, by_slots):
         QUICK,
         [*SMALL, "space.dropout={low: 0, high: 0.1}"],
     )
-    (with_masks,) = predict_modes(searched, shape, 1, largest_step(searched))
+    (with_masks,) = predict_modes(searched, shape, 1, largest_step(searched, shape))
     assert with_masks.activations > by_slots[1].activations
     assert with_masks.adapters == by_slots[1].adapters

@@ -207,14 +207,27 @@ def test_data_of_another_codec_is_refused(tmp_path):
         loop_of(make_dataset(tmp_path / "other", other), A)
 
 
-def test_a_row_that_the_base_cannot_hold_is_left_out(dataset):
+def test_a_row_that_the_base_cannot_hold_is_left_out(dataset, caplog):
     base = tiny_base()
     base.model.config.max_position_embeddings = 37  # rows may need 31 to 41, clones more
     loop = PackLoop(base, dataset, DATA, PackLimits.of([A], 1))
     account = loop.join("a", A)
     assert 0 < account["num_skipped"] < 24
+    loop.leave("a")
+    assert loop.join("a", A)["num_skipped"] == account["num_skipped"]
+    warnings = [text for text in caplog.messages if "rows of the train split are left out" in text]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{account['num_skipped']} of ")
     results = [loop.advance()["a"] for _ in range(4)]
     assert results[-1]["status"] == "completed"
+
+
+def test_one_long_conversation_costs_nobody_the_run(dataset):
+    data = DATA.model_copy(update={"max_rows": 37})
+    loop = PackLoop(tiny_base(), dataset, data, PackLimits.of([A], 1))
+    assert 0 < loop.join("a", A)["num_skipped"] < 24
+    every = PackLoop(tiny_base(), dataset, DATA, PackLimits.of([A], 1))
+    assert every.join("a", A)["num_skipped"] == 0
 
 
 def test_a_state_of_another_shape_is_refused(dataset):

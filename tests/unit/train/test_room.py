@@ -69,7 +69,9 @@ def test_a_trial_that_does_not_fit_ends_alone(dataset, clean, monkeypatch, lanes
         results = [loop.advance() for _ in range(2)]
     assert list(ended) == ["b"]
     assert ended["b"]["status"] == "out_of_memory"
-    assert "one clip does not fit in a training step: CUDA out of memory" in ended["b"]["reason"]
+    reason = ended["b"]["reason"]
+    assert reason.startswith("not even one conversation fits in a training step; the longest, ")
+    assert " rows, and data.max_rows leaves longer ones out: CUDA out of memory" in reason
     assert metrics.VAL_TEXT_NLL not in ended["b"]
     same(results, clean, "ac")
     for name in "ac":
@@ -140,9 +142,9 @@ def test_a_trial_without_room_to_validate_ends_alone(dataset, clean, monkeypatch
     limit_clips(monkeypatch, lambda slots, num: slots != (2,), method="evaluate")
     results = loop.advance()
     assert results["c"]["status"] == "out_of_memory"
-    assert "does not fit in a validation" in results["c"]["reason"]
+    assert "conversation fits in a validation" in results["c"]["reason"]
     same([results], clean, "ab")
-    with pytest.raises(MemoryError, match="does not fit in a validation"):
+    with pytest.raises(MemoryError, match="conversation fits in a validation"):
         loop.validate(["c"])
 
 
