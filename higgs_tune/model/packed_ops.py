@@ -45,7 +45,9 @@ def adapted_linear(
         for own, run in zip(masks, runs, strict=True):
             if min(run.keeps) < 1:  # every linear drops inputs of its own
                 own += weights.masks.draw(run.rows, run.keeps, len(group), x_KND.shape[2], sections)
-    return _AdaptedLinear.apply(x_KND, weights.bank.anchor, list(group.values()), runs, masks)
+    # below the first adapted linear nothing needs a derivative, nor is kept for one
+    anchor = weights.bank.anchor if runs else None
+    return _AdaptedLinear.apply(x_KND, anchor, list(group.values()), runs, masks)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -97,7 +99,7 @@ class _AdaptedLinear(Function):
     def forward(
         ctx: Any,
         x_KND: Tensor,
-        anchor: Tensor,
+        anchor: Tensor | None,
         linears: list[nn.Linear],
         runs: list[Run],
         masks: list[list[Tensor]],

@@ -178,3 +178,29 @@ def test_an_adapter_without_targets_of_a_modality_learns_from_the_other():
     assert float(text_K) > 0.0
     assert float(engine.bank.lora.grad.norm()) > 0.0
     assert bool(torch.isfinite(engine.bank.lora.grad).all())
+
+
+@pytest.mark.parametrize("head", ["text_head", "audio_head"])
+@pytest.mark.parametrize("task", ["transcribe", "speak"])
+def test_an_adapter_of_a_head_keeps_nothing_of_the_layers_below(head, task):
+    config = trial(targets=(head,))
+    engine = Engine(tiny_base(num_layers=4), PackLimits.of([config], num_slots=1))
+    engine.add("a", config)
+    engine.bank.lora.master.normal_(generator=torch.Generator().manual_seed(0))
+    examples = {0: [example(task, 1)]}
+    text_K, audio_KC = engine.nll(engine.batch(examples), engine.bank.pack((0,)))
+    assert num_linears([text_K.sum() + audio_KC.sum()]) == 1
+    engine.forward_backward(engine.batch(examples), {0: count_targets(examples[0], 4)})
+    learns = (head == "text_head") == (task == "transcribe")
+    assert (float(engine.bank.lora.grad.norm()) > 0) == learns
+
+
+def num_linears(losses):
+    """The linears of which autograd has a derivative to compute."""
+    todo, seen = [loss.grad_fn for loss in losses], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+    return sum("AdaptedLinear" in node.name() for node in seen)
