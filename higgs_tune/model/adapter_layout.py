@@ -172,6 +172,7 @@ class Seat:
     layout: Layout
     new_layout: Layout
     new: Storage | None
+    parts: list[Part]  # its own ranges
 
     def keep(self, path: TargetPath) -> float:
         """The share of a linear's inputs that training keeps."""

@@ -79,8 +79,15 @@ class AdapterBank:
         self.scale_SK11[0, slot] = scale
         self.scale_SK11[1, slot] = scale / (1 - dropout)
         self._forget_views()
+        parts = [
+            Part("lora", path, self.lora, (slot, columns))
+            for path in sorted(adapted)
+            for columns in layout.ranges([path])
+        ]
+        if storage is not None:
+            parts.append(Part("new", "audio_attention", storage, (slice(None),)))
         self.seats[slot] = Seat(
-            rank, scale, dropout, adapted, layout, new_layout, storage
+            rank, scale, dropout, adapted, layout, new_layout, storage, parts
         )  # at last
 
     def layout_rank(self, rank: int) -> int:
@@ -120,15 +127,7 @@ class AdapterBank:
 
     def parts(self, slot: int) -> list[Part]:
         """The adapter's own ranges: LoRA path by path, then the new modules."""
-        seat = self.seats[slot]
-        parts = [
-            Part("lora", path, self.lora, (slot, columns))
-            for path in sorted(seat.paths)
-            for columns in seat.layout.ranges([path])
-        ]
-        if seat.new is not None:
-            parts.append(Part("new", "audio_attention", seat.new, (slice(None),)))
-        return parts
+        return self.seats[slot].parts
 
     def storages(self) -> Iterator[Storage]:
         """The LoRA buffers and those of the new modules."""
