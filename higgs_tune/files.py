@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 
 from higgs_tune.errors import DataError, reason_of
 
+RESUME_FILES = ("training_state.*", "checkpoint.json")  # beside an adapter, and no part of it
+
 
 @contextmanager
 def writing(place: Path, advice: str) -> Iterator[None]:

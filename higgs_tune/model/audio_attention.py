@@ -31,7 +31,7 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
 
 from higgs_tune.config import CrossAttention
 from higgs_tune.errors import ModelError
-from higgs_tune.model.new_modules import initial_new_modules
+from higgs_tune.model.new_modules import initial_new_modules, new_module_shapes
 
 
 class CrossAttentionConfig(HiggsAudioV2Config):
@@ -215,14 +215,14 @@ def cross_attention_of(config: HiggsAudioV2Config) -> CrossAttention:
 
 
 def with_cross_attention(
-    base: HiggsAudioV2ForConditionalGeneration, mode: CrossAttention, seed: int
+    base: HiggsAudioV2ForConditionalGeneration, mode: CrossAttention, seed: int | None
 ) -> HiggsAudioV2ForConditionalGeneration:
     """A model with the base's weights and the new modules, which leaves every output unchanged.
 
     Args:
         base: a stock model with its text head; its tensors are shared, not copied.
         mode: "off" returns the base itself.
-        seed: of the new modules' random weights.
+        seed: of the new modules' random weights; with None they are 0, for a file to fill.
 
     Raises:
         ModelError: the base has new modules already.
@@ -245,10 +245,12 @@ def with_cross_attention(
     model.model.rotary_emb = base.model.rotary_emb
     model.model.embed_audio_tokens = base.model.embed_audio_tokens
     model.generation_config = base.generation_config
-    reference = next(base.parameters())
-    fresh = {
-        name: weight.to(device=reference.device, dtype=reference.dtype)
-        for name, weight in initial_new_modules(base, mode, seed).items()
-    }
+    own = next(base.parameters())
+    if seed is None:
+        fresh = {
+            name: own.new_zeros(shape) for name, shape in new_module_shapes(base, mode).items()
+        }
+    else:
+        fresh = {n: w.to(own) for n, w in initial_new_modules(base, mode, seed).items()}
     model.load_state_dict(base.state_dict() | fresh, assign=True)
     return model.requires_grad_(False).eval()

@@ -11,7 +11,7 @@ from higgs_tune import metrics as m
 from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
 from higgs_tune.config_file import read_yaml, validate
 from higgs_tune.errors import ConfigError, SweepError
-from higgs_tune.files import write_text
+from higgs_tune.files import RESUME_FILES, write_text
 from higgs_tune.report.choose import Choice
 from higgs_tune.report.files import copy_folder
 from higgs_tune.report.findings import Findings
@@ -19,7 +19,6 @@ from higgs_tune.report.results import Results, Trial
 
 BEST_CONFIG = "best_config.yaml"
 BEST_ADAPTER = "best_adapter"
-RESUME_FILES = ("training_state.*", "checkpoint.json")  # no part of an adapter
 
 
 def export_best(results: Results, findings: Findings) -> Path | None:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.config_file import validate
-from higgs_tune.errors import ModelError
+from higgs_tune.errors import ModelError, is_out_of_memory
 from higgs_tune.files import share_weights
 from higgs_tune.model.audio_attention import with_cross_attention
 from higgs_tune.model.new_modules import MODULE_NAMES
@@ -167,7 +168,7 @@ def load_adapter(base: HiggsAudioV2ForConditionalGeneration, directory: Path) ->
         ModelError: not an adapter of ours, the base's shapes differ, or it has such modules already.
     """
     trial = read_trial(directory)
-    model = with_cross_attention(base, trial.cross_attention, trial.seed)
+    model = with_cross_attention(base, trial.cross_attention, seed=None)
     return attach_adapter(model, directory)
 
 
@@ -210,12 +211,22 @@ def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path)
             f"{directory}: the adapter targets text_head, and the base has no text_lm_head. Its part "
             "would be left out silently; load the base with use_text_head=True."
         )
+    try:
+        return _wrapped(model, directory)
+    except Exception:  # raised again, whatever it is
+        _unwrap(model)
+        raise
+
+
+def _wrapped(model: HiggsAudioV2ForConditionalGeneration, directory: Path) -> PeftModel:
     stored = header(directory / WEIGHTS_NAME)
     try:
         with warnings.catch_warnings():  # PEFT 0.21 reads a property that transformers 5.23 renamed
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             wrapped = PeftModel.from_pretrained(model, str(directory)).eval()
     except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{directory}: does not fit this base: {error}") from error
     needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
     if needed != stored.keys():  # PEFT only warns, and leaves the rest as it was initialised
@@ -225,3 +236,11 @@ def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path)
             "and others. Save the adapter again."
         )
     return wrapped
+
+
+def _unwrap(model: HiggsAudioV2ForConditionalGeneration) -> None:
+    """Give a base its own linears back, which PEFT has wrapped in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())

@@ -19,17 +19,11 @@ from transformers.utils import logging as hf_logging
 from higgs_tune.base_source import named_here
 from higgs_tune.config import BaseSettings, TrialConfig
 from higgs_tune.errors import ConfigError, ModelError
-from higgs_tune.files import share_weights, writing
+from higgs_tune.files import RESUME_FILES, share_weights, writing
 from higgs_tune.model.boson import boson_config, boson_name, check_modes
 from higgs_tune.model.load import Base, control_ids, load_checkpoint
 from higgs_tune.model.snapshot import header
-from higgs_tune.train.checkpoint import (
-    MARK_NAME,
-    STATE_NAME,
-    WEIGHTS_NAME,
-    load_adapter,
-    read_trial,
-)
+from higgs_tune.train.checkpoint import MARK_NAME, WEIGHTS_NAME, load_adapter, read_trial
 
 MAX_SHARD = "5GB"
 # What is needed beside weights and config.json, and may be in a base's folder.
@@ -55,7 +49,7 @@ def copy_adapter(adapter: Path, out: Path) -> None:
     """
     read_trial(adapter)
     header(adapter / WEIGHTS_NAME)
-    ignore = shutil.ignore_patterns(STATE_NAME)
+    ignore = shutil.ignore_patterns(*RESUME_FILES)
     with _new_folder(out) as folder, _writing(out):
         shutil.copytree(adapter, folder, ignore=ignore, dirs_exist_ok=True)
 

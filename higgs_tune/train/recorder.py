@@ -1,17 +1,21 @@
 """Keeps what a training run reaches: figures, checkpoints, samples. Only the main process writes."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from higgs_tune import metrics
 from higgs_tune.config import RunSettings, TrialConfig
+from higgs_tune.errors import is_out_of_memory, release_frames
 from higgs_tune.train import run_folder as folder
 from higgs_tune.train.board import Board
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.parallel import World
 from higgs_tune.train.run_folder import Line
 from higgs_tune.train.samples import Sample, sample_predictions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,18 +119,33 @@ class Recorder:
             folder.keep(self._out, self.lines, self._run)
         if not self._run.num_samples:
             return
-        clips, count = self._loop.transcribe, self._run.num_samples
-        samples = sample_predictions(
-            self._loop.base,
-            self._out / folder.ADAPTER,
-            clips[:: max(1, len(clips) // count)][:count],  # spread over all of them
-            self._run.max_sample_tokens,
-        )
+        samples = self._samples()
+        if samples is None:
+            return
         with folder.writing(self._out):
             folder.write_samples(self._out, step, samples)
             if self._board is not None:
                 self._board.add_samples(step, samples)
         self._watcher.samples(samples)
+
+    def _samples(self) -> list[Sample] | None:
+        """What the adapter on the disk writes down; None if memory does not hold it beside the training."""
+        clips, count = self._loop.transcribe, self._run.num_samples
+        try:
+            return sample_predictions(
+                self._loop.base,
+                self._out / folder.ADAPTER,
+                clips[:: max(1, len(clips) // count)][:count],  # spread over all of them
+                self._run.max_sample_tokens,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release_frames(error)
+            logger.warning(
+                "no memory for samples beside the training, see run.num_samples: %s", error
+            )
+            return None
 
 
 def early_stop_reason(lines: Sequence[Line], run: RunSettings) -> str | None:

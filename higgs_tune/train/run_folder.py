@@ -22,7 +22,7 @@ from higgs_tune import files, metrics
 from higgs_tune.config import BaseSettings, DataSettings, RunSettings, TrialConfig
 from higgs_tune.config_file import validate
 from higgs_tune.errors import ConfigError, DataError
-from higgs_tune.files import former, replace_folder, write_json, write_json_lines
+from higgs_tune.files import RESUME_FILES, former, replace_folder, write_json, write_json_lines
 from higgs_tune.train.checkpoint import load_interval, read_step
 from higgs_tune.train.samples import Sample
 
@@ -168,7 +168,7 @@ def keep(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
     """Copy the checkpoint that was just validated to where the best, or the newest few, are."""
     step = lines[-1][metrics.STEP]
     if best_step(lines, run.audio_tolerance) == step:
-        ignore = shutil.ignore_patterns("training_state.*")
+        ignore = shutil.ignore_patterns(*RESUME_FILES)
         replace_folder(out / BEST, lambda fresh: _copy(out / ADAPTER, fresh, ignore))
     if run.keep_checkpoints:
         replace_folder(out / KEPT / f"step-{step:06d}", lambda fresh: _copy(out / ADAPTER, fresh))

@@ -5,11 +5,18 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.config import ALL_LINEAR
 from higgs_tune.errors import ModelError
-from higgs_tune.train.checkpoint import attach_adapter, load_adapter, load_state, save_adapter
+from higgs_tune.train.checkpoint import (
+    adapted,
+    attach_adapter,
+    load_adapter,
+    load_state,
+    save_adapter,
+)
 from higgs_tune.train.engine import Engine, PackLimits
 from tests.models import example, stock_inputs, tiny_base, trial
 
@@ -82,6 +89,21 @@ def test_a_base_without_the_adapted_text_head_is_refused(tmp_path):
     base = HiggsAudioV2ForConditionalGeneration(engine.base.model.config, use_text_head=False)
     with pytest.raises(ModelError, match="targets text_head, and the base has no text_lm_head"):
         attach_adapter(base, tmp_path)
+
+
+def test_a_base_is_as_it_was_after_an_adapter_that_does_not_fit(tmp_path):
+    base = trained(tmp_path).base.model
+    before = [(name, type(module)) for name, module in base.named_modules()]
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    name, weight = weights.popitem()
+    for broken in (weights, weights | {name: weight[:1, :1].clone()}):  # one missing, one too small
+        save_file(broken, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+        with (
+            pytest.raises(ModelError, match=r"do not belong together|does not fit this base"),
+            adapted(base, tmp_path),
+        ):
+            pass
+        assert [(name, type(module)) for name, module in base.named_modules()] == before
 
 
 def test_state_comes_back_bit_equal(tmp_path):

@@ -14,7 +14,7 @@ from higgs_tune import cli
 from higgs_tune.config import ALL_LINEAR, BaseSettings
 from higgs_tune.errors import ModelError
 from higgs_tune.model.load import load_base, load_checkpoint
-from higgs_tune.train.checkpoint import load_adapter, save_adapter
+from higgs_tune.train.checkpoint import load_adapter, save_adapter, save_interval
 from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.export import adapter_base
 from tests.boson_reference import boson_logits
@@ -45,6 +45,7 @@ def train(base_folder: Path, adapter: Path, mode: str = "off", targets=None, **c
         view.copy_(0.1 * torch.randn(view.shape, generator=generator))
     adapter.mkdir()
     save_adapter(adapter, engine.state("a"), config, base.source)
+    save_interval(adapter, {})
     return adapter
 
 

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 from higgs_tune import metrics
 from higgs_tune.config import RunSettings
 from higgs_tune.errors import DataError
-from higgs_tune.train import checkpoint
+from higgs_tune.train import checkpoint, recorder
 from higgs_tune.train.recorder import early_stop_reason
 from higgs_tune.train.run_folder import BEST, KEPT, best_step
 from tests.runs import assert_same_run, read_lines
@@ -132,6 +132,19 @@ def test_samples_of_every_validation_are_written_once(run_single):
     assert len({s["key"] for s in samples}) == 3
     assert all(s["target"] for s in samples)
     assert set(events(out / "tensorboard")["samples/text_summary"]) == {5, 10, 15, 20}
+
+
+def test_a_run_goes_on_without_samples_that_memory_does_not_hold(
+    run_single, uninterrupted, monkeypatch, caplog
+):
+    def too_big(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(recorder, "sample_predictions", too_big)
+    run, _, out = run_single
+    run(num_samples=2)
+    assert_same_run(out, uninterrupted)
+    assert "no memory for samples beside the training, see run.num_samples" in caplog.text
 
 
 def test_samples_change_nothing_of_the_training(run_single, uninterrupted):
