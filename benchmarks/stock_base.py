@@ -45,10 +45,10 @@ class StockBase:
         self.device = next(self.base.model.parameters()).device
         self.half = next(self.base.model.parameters()).dtype == torch.bfloat16
         self.num_codebooks: int = self.base.model.config.num_codebooks
-        self.dataset, self.data = Dataset.open(data.path), data
-        self.examples = Examples(self.base, data)
+        dataset = Dataset.open(data.path)
+        self.examples = Examples(self.base, dataset, data)
         limits = self.examples.length_limits
-        sets = validation_sets(self.dataset, data.num_val_clips, **limits)
+        sets = validation_sets(dataset, data.num_val_clips, **limits)
         self.validation = [
             [
                 (count_targets(part, self.num_codebooks), self.inputs(part))
@@ -67,9 +67,7 @@ class StockBase:
 
     def order(self, trial: TrialConfig) -> TrainOrder:
         """Which clips each step sees, as our sweep draws them."""
-        limits = self.examples.length_limits
-        tasks, seed = self.data.tasks, trial.seed
-        return TrainOrder(self.dataset, tasks, trial.batch_clips, seed, **limits)
+        return self.examples.order(trial.batch_clips, trial.seed)
 
     def batch(self, order: TrainOrder, step: int) -> list[Encoded]:
         """The tokenised clips of a step."""

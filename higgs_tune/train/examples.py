@@ -1,21 +1,28 @@
-"""Tokenised examples of a loop, each made once, and the lengths that it takes."""
+"""What a loop trains on: rows in their order, tokenised once, within the lengths that it takes."""
 
+import logging
 from typing import Any
 
 from higgs_tune.config import DataSettings
 from higgs_tune.data.conversation import Conversation
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tasks import longest_conversation
 from higgs_tune.data.tokens import Encoded, encode_conversation
 from higgs_tune.errors import ConfigError
 from higgs_tune.model.load import Base
 
+logger = logging.getLogger(__name__)
 _CACHED_ROWS = 4_000_000  # of tokenised examples kept; at most 152 bytes each with 8 codebooks
 
 
 class Examples:
-    """Tokenises conversations for one base, and keeps them by their key."""
+    """Tokenises conversations of a dataset for one base, and keeps them by their key."""
 
-    def __init__(self, base: Base, data: DataSettings) -> None:
+    def __init__(
+        self, base: Base, dataset: Dataset, data: DataSettings, *, warns: bool = True
+    ) -> None:
+        self._dataset, self._tasks, self._warns = dataset, data.tasks, warns
         self._vocabulary = base.vocabulary
         config = base.model.config
         self._max_rows = longest_conversation(
@@ -29,6 +36,23 @@ class Examples:
             "max_rows": self._max_rows,
             "text_length": lambda text: len(base.vocabulary.encode_text(text)),
         }
+
+    def order(self, batch_clips: int, seed: int) -> TrainOrder:
+        """What a trial trains on; says once how many rows no trial does.
+
+        Raises:
+            DataError: the tasks and limits leave no row.
+        """
+        order = TrainOrder(self._dataset, self._tasks, batch_clips, seed, **self.length_limits)
+        if order.num_skipped and self._warns:
+            logger.warning(
+                "%d of %d rows of the train split are left out: longer than data.max_frames, "
+                "data.max_text_tokens or data.max_rows allow, or fit for no task of data.tasks",
+                order.num_skipped,
+                order.num_skipped + order.num_rows,
+            )
+        self._warns = False
+        return order
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Tokenise once per row and task.

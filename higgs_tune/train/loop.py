@@ -60,10 +60,9 @@ class PackLoop:
         self.engine = Engine(base, limits, world.rank)
         self._gradients = Gradients(self.engine)
         self.content_hash: str = dataset.info.content_hash
-        self.base, self._dataset, self._data, self._world = base, dataset, data, world
-        self._examples = Examples(base, data)
+        self.base, self._world = base, world
+        self._examples = Examples(base, dataset, data, warns=world.is_main)
         self._runs: dict[str, Run] = {}
-        self._told_skipped = world.rank != 0
         self._steps_s = self.prepare_s = self.validate_s = 0.0  # of all calls of `advance` so far
         sets = validation_sets(dataset, data.num_val_clips, **self._examples.length_limits)
         self._validator = Validator(
@@ -112,7 +111,6 @@ class PackLoop:
         """
         num_batches = batches_per_step * self._world.size
         order = self.train_order(config.batch_clips * num_batches, config.seed)
-        self._tell_skipped(order)
         state = load_state(state_dir) if state_dir else None
         interval = Interval(**(load_interval(state_dir) if state_dir else {}))
         resident = self.engine.add(trial_id, config, state)
@@ -248,19 +246,7 @@ class PackLoop:
 
     def train_order(self, batch_clips: int, seed: int) -> TrainOrder:
         """What a trial trains on; a DataError if the tasks and limits leave no row."""
-        limits = self._examples.length_limits
-        return TrainOrder(self._dataset, self._data.tasks, batch_clips, seed, **limits)
-
-    def _tell_skipped(self, order: TrainOrder) -> None:
-        """Warn of rows that are never trained on, once."""
-        if order.num_skipped and not self._told_skipped:
-            logger.warning(
-                "%d of %d rows of the train split are left out: longer than data.max_frames, "
-                "data.max_text_tokens or data.max_rows allow, or fit for no task of data.tasks",
-                order.num_skipped,
-                order.num_skipped + order.num_rows,
-            )
-        self._told_skipped = True
+        return self._examples.order(batch_clips, seed)
 
     def _train_step(self, active: dict[str, Run]) -> None:
         """One optimizer step of each active trial that has room for it."""

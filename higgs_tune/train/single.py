@@ -2,7 +2,8 @@
 
 What a step trains is a pure function of the settings, the seed and the step: its clips, and with dropout
 the masks of each process's forwards. So a checkpoint of weights, moments, step and the interval's figures
-goes on exactly (on a GPU up to rounding, which differs between two runs anyway). How many rows fit into a forward after memory has run out is not in it.
+goes on exactly; on a GPU up to rounding, in which two runs differ anyway. How many rows fit into a forward
+after memory has run out is not in it.
 """
 
 import signal
