@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from ray.exceptions import RayTaskError
 from ray.tune import Callback, Checkpoint
 from ray.tune.experiment import Trial
 
@@ -15,6 +14,7 @@ from higgs_tune.errors import HiggsTuneError, SweepError
 from higgs_tune.metrics import STEP, VAL_AUDIO_NLL
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import disk_error
+from higgs_tune.sweep.given_up import cause_of, reason_of
 from higgs_tune.sweep.live import Display, result_event
 from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.seats import CHECKPOINT_INFO
@@ -145,24 +145,18 @@ class SweepCallback(Callback):
         """A trial ended by itself or by the scheduler."""
         trial_id = _record(trial).trial_id
         if trial_id in self._last:
-            status, reason = ending(self._last[trial_id], error=False)
+            status, reason = ending(self._last[trial_id])
             self._end(trial_id, status, reason)
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """A trial failed once more than tune.max_failures allows."""
-        record = _record(trial)
-        error = trial.get_error()
-        cause = error.cause if isinstance(error, RayTaskError) else error
+        """Tune gave a trial up, through no fault of its configuration: a resumed sweep goes on with it."""
+        record, cause = _record(trial), cause_of(trial)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             self._control.fail(disk_error(self._results, cause))
         self._last.setdefault(record.trial_id, {})
-        lost = self._source.lost.pop(record.trial_id, None)
-        if lost is not None:
-            self._end(record.trial_id, "cancelled", lost)
-            return
-        self._end(record.trial_id, "failed", f"{type(cause).__name__}: {cause}")
+        self._end(record.trial_id, "cancelled", reason_of(trial))
         self._num_failed += 1
         if self._num_reported == 0 and self._num_failed >= 4:
             self._control.fail(

@@ -80,8 +80,6 @@ class ConfirmSource(TrialSource):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Free the seat."""
-        if error and trial_id in self.live:
-            self.lose_if_idle(trial_id)
         self._unseat(trial_id)
 
     def cancel_live(self, reason: str) -> None:

@@ -103,11 +103,9 @@ class StudySearcher(TrialSource):
         live = self.live.get(trial_id)
         if live is None:
             return
-        status, reason = ending(result or {"status": live.status, **live.last}, error)
+        status, reason = ending(result or {"status": live.status, **live.last})
         if error:
-            self.lose_if_idle(trial_id)
-            if live.record.trial_id in self.lost:
-                status, reason = "cancelled", self.lost[live.record.trial_id]
+            status, reason = "cancelled", self.given_up(trial_id)
         if not self._broken:
             with self._recording():
                 self._report(live, result or {})

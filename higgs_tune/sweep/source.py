@@ -11,6 +11,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from higgs_tune.metrics import VAL_TEXT_NLL
+from higgs_tune.sweep.given_up import reason_of
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.study import TrialRecord
 
@@ -52,7 +53,6 @@ class TrialSource(Searcher):
         self._trials: Sequence[Trial] = ()  # Tune's, whose status says who is paused
         self._ready: set[str] = set()  # Tune's ids of trials whose pause is over
         self._stopped = False
-        self.lost: dict[str, str] = {}  # trials that a resumed sweep goes on with → why
         self.live: dict[str, LiveTrial] = {}  # by Tune's trial id
 
     def num_to_come(self) -> int:
@@ -107,16 +107,9 @@ class TrialSource(Searcher):
         """
         return None if self.live else FINISHED
 
-    def lose_if_idle(self, tune_id: str) -> None:
-        """Note a trial that Tune gives up, because the idle process that it was given had died.
-
-        Tune hears of that death when the trial is to start, counts it twice, and ends the trial whatever
-        tune.max_failures says. The trial has done nothing wrong.
-        """
-        status = {trial.trial_id: trial.status for trial in self._trials}
-        if status.get(tune_id) == Trial.PENDING:
-            reason = "an idle process died that was to go on with it; --resume goes on with it"
-            self.lost[self.live[tune_id].record.trial_id] = reason
+    def given_up(self, tune_id: str) -> str:
+        """Why Tune has given a trial up."""
+        return reason_of(next((t for t in self._trials if t.trial_id == tune_id), None))
 
     def stop(self) -> None:
         """Suggest no further trial."""

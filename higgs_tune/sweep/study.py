@@ -144,10 +144,8 @@ def best_records(study: optuna.Study, num_records: int) -> list[TrialRecord]:
     return best[:num_records]
 
 
-def ending(result: Mapping[str, Any], error: bool) -> tuple[str, str | None]:
+def ending(result: Mapping[str, Any]) -> tuple[str, str | None]:
     """The contract's status and reason of a trial that Tune has ended after `result`."""
-    if error:
-        return "failed", "its processes died more often than tune.max_failures allows"
     status = result.get("status")
     if status is None:
         return "cancelled", "stopped before its first result"

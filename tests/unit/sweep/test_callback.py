@@ -1,11 +1,16 @@
 """What the driver does for a running Tuner, without one."""
 
+import errno
 from types import SimpleNamespace
 
 import pytest
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
 from ray.tune import Checkpoint
 
+from higgs_tune.errors import SweepError
 from higgs_tune.sweep.callback import SweepCallback
+from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.study import TrialRecord
 from tests.workers import trial
 
@@ -58,3 +63,35 @@ def test_a_trial_that_starts_again_keeps_what_it_writes_once_more(saved):
     assert save("t0", "c1") == ["c1"]
     assert save("t0", "c0") == ["c0"]  # after a failure Tune may count from an earlier one
     assert save("t0", "c1") == ["c1"]
+
+
+def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
+    control, ended = Control(), []
+    display = SimpleNamespace(
+        board=SimpleNamespace(end=lambda *a: None), event=lambda *a, **k: None
+    )
+    callback = SweepCallback(
+        results=tmp_path,
+        files=SimpleNamespace(end=lambda *ending: ended.append(ending)),
+        source=SimpleNamespace(),
+        control=control,
+        display=display,
+        num_checkpoints=1,
+        audio_limit=lambda: 1.0,
+        check_workers=lambda: None,
+        close_workers=lambda: None,
+    )
+    error = RayTaskError("save", "", OSError(errno.ENOSPC, "No space left on device"))
+    (tmp_path / "error.pkl").write_bytes(cloudpickle.dumps(error))
+    record = TrialRecord("t0", 0, "t0", "search", None, trial())
+    callback.on_trial_error(
+        0,
+        [],
+        SimpleNamespace(
+            config={"record": record.to_dict()}, pickled_error_file=str(tmp_path / "error.pkl")
+        ),
+    )
+    assert isinstance(control.error, SweepError)
+    assert "No space left on device" in str(control.error)
+    assert ended[0][:2] == ("t0", "cancelled")
+    assert "OSError: [Errno 28] No space left on device" in ended[0][2]

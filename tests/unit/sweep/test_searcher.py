@@ -74,12 +74,14 @@ def test_a_diverged_trial_fails_with_its_reason_and_without_a_number(study, make
     assert trial.intermediate_values == {25: 5.0}
 
 
-def test_a_failed_trial_is_not_left_running(study, make_config):
+def test_a_trial_that_tune_gives_up_waits_for_a_resumed_sweep(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")
     searcher.on_trial_complete("a", error=True)
     assert study.trials[0].state == TrialState.FAIL
-    assert study.trials[0].user_attrs["status"] == "failed"
+    assert study.trials[0].user_attrs["status"] == "cancelled"
+    assert study.trials[0].user_attrs["reason"].startswith("given up, see tune.max_failures")
+    assert len(studies.unfinished(study)) == 1
 
 
 def test_the_best_trial_keeps_the_audio_constraint(study, make_config):
