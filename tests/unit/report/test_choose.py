@@ -145,6 +145,17 @@ def test_interval_is_students(tmp_path: Path) -> None:
     assert Stat.of([1.0]).interval is None
 
 
+@pytest.mark.parametrize(
+    "num_runs, factor", [(11, 2.228), (12, 2.201), (13, 2.179), (31, 2.042), (121, 1.980)]
+)
+def test_interval_of_many_runs_is_students(num_runs: int, factor: float) -> None:
+    # factors from a table with three decimals
+    stat = Stat(2.0, 1.0, num_runs)
+    assert stat.interval is not None
+    half = stat.interval[1] - 2.0
+    assert half * num_runs**0.5 == pytest.approx(factor, abs=6e-4)
+
+
 def test_the_exported_run_keeps_audio_itself(tmp_path: Path) -> None:
     builder = confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.6, 2.5)})
     limit = 1.05 * 3.93
