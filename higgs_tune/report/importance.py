@@ -1,5 +1,6 @@
 """Which setting mattered: Optuna's PED-ANOVA over the trials' text loss at one common step."""
 
+import statistics
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def levels(results: Results, setting: str) -> list[Level]:
         if loss is not None:
             losses.setdefault(getattr(trial.config, setting), []).append(loss)
     found = [
-        Level(value, len(group), min(group), sorted(group)[len(group) // 2])
+        Level(value, len(group), min(group), statistics.median(group))
         for value, group in losses.items()
     ]
     return sorted(found, key=lambda level: level.best)
