@@ -1,6 +1,7 @@
 """Draw curves and bars: losses by step, audio gain, importance of the settings."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -24,6 +25,8 @@ from higgs_tune.report.ink import (
 )
 from higgs_tune.report.plots import CurvesInfo, GainBar, Line
 from higgs_tune.report.wording import setting_name, signed
+
+_CHANCE_MARK: Any = {"ls": "none", "marker": "|", "color": INK, "ms": 19, "mew": 2.2}
 
 
 def draw_curves(panels: Sequence[CurvesInfo]) -> Picture:
@@ -138,26 +141,31 @@ def draw_gain(bars: Sequence[GainBar]) -> Picture:
 
 
 def draw_importance(info: ImportanceInfo) -> Picture:
-    """Shares of the settings, the largest on top."""
+    """Shares of the settings, each with what chance reaches; what stands out most on top."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.3, 1.3 + 0.36 * len(info.shares)), layout="constrained")
+        figure = Figure(figsize=(6.3, 1.5 + 0.36 * len(info.shares)), layout="constrained")
         axes = figure.subplots()
-        names = [setting_name(name) for name in info.shares]
-        shares = [100 * share for share in info.shares.values()]
-        axes.barh(names, shares, color=BEST, alpha=0.8, height=0.62)
-        for row, share in enumerate(shares):
+        for row, (name, share) in enumerate(info.shares.items()):
+            stands_out = name in info.mattered
+            axes.barh(row, 100 * share, color=BEST if stands_out else OTHER, alpha=0.75, height=0.6)
+            axes.plot(100 * info.by_chance[name], row, **_CHANCE_MARK)
             axes.annotate(
-                f"{share:.0f}%",
-                (share, row),
-                xytext=(5, 0),
-                textcoords="offset points",
+                f"{100 * share:.0f}%",
+                (1, row),
+                xycoords=("axes fraction", "data"),
+                ha="right",
                 va="center",
+                fontweight="bold" if stands_out else "normal",
             )
+        axes.set_yticks(range(len(info.shares)), [setting_name(name) for name in info.shares])
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.12 * max(shares))
+        axes.set_xlim(0, 115)  # room for the words
+        axes.set_xticks(range(0, 101, 20))
         axes.grid(axis="y", visible=False)
         axes.set(
             title="Which setting mattered for text loss",
-            xlabel=f"share of importance, %  ({info.num_trials} trials at step {info.step})",
+            xlabel=f"share of the ranking, %  ({info.num_trials} trials at step {info.step})",
         )
+        limit = Line2D([], [], **_CHANCE_MARK, label="chance reaches up to here")
+        figure.legend(handles=[limit], loc="outside lower center")
         return render(figure)

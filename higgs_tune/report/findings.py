@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 from higgs_tune import metrics as m
 from higgs_tune.report.choose import Choice, Stat, choose
-from higgs_tune.report.importance import MIN_TRIALS, ImportanceInfo, importance_info, levels
+from higgs_tune.report.importance import (
+    MIN_TRIALS,
+    NAMES,
+    ImportanceInfo,
+    importance_info,
+    levels,
+)
 from higgs_tune.report.results import UNFINISHED, Results, Trial
 from higgs_tune.report.verdict import Outcome, found, headline, outcome_of
 from higgs_tune.report.wording import (
@@ -107,18 +113,41 @@ def _listening(base: dict[str, float], choice: Choice) -> Answer:
 def _mattered(results: Results, importance: ImportanceInfo | None) -> Answer:
     question = "Which setting mattered?"
     if importance is None:
-        sentence = f"Needs {MIN_TRIALS} trials that reached a common step and differ in a setting."
+        sentence = (
+            f"Needs {MIN_TRIALS} sampled trials that reached a common step and differ in a setting."
+        )
         return Answer("mattered", question, "too few trials", sentence, "plain")
-    shares = [(setting_name(key), 100 * share) for key, share in importance.shares.items()]
-    others = ", ".join(f"{name} {share:.0f}%" for name, share in shares[1:4])
-    sentence = f"Then {others}. " if others else "Nothing else varied. "
-    values = levels(results, "cross_attention")
-    if len(values) > 1:
-        best = ", ".join(f"{level.value} {nats(level.best)}" for level in values)
-        sentence += f"Lowest text loss with cross_attention {best}. "
-    sentence += f"From {importance.num_trials} trials at step {importance.step}: a rough order."
-    name, share = shares[0]
-    return Answer("mattered", question, f"{name} {share:.0f}%", sentence, "plain")
+    first = next(iter(importance.shares))
+    share, chance = 100 * importance.shares[first], 100 * importance.by_chance[first]
+    trials, step = f"{importance.num_trials} trials", f"step {importance.step}"
+    if not importance.mattered:
+        sentence = (
+            f"{trials} cannot tell: by text loss at {step}, no setting stands out beyond chance. "
+            f"Closest is {setting_name(first)}, {share:.0f}% where chance reaches {chance:.0f}%."
+        )
+        return Answer("mattered", question, "not clear", sentence, "plain")
+    sentence = (
+        f"So much of the ranking of {trials} by text loss at {step} goes with it; chance rarely "
+        f"gives more than {chance:.0f}%. {_others(importance)}"
+    )
+    for name in (name for name in NAMES if name in importance.mattered):
+        sentence += f" {_medians(results, name)}"
+    figure = f"{setting_name(first)} {share:.0f}%"
+    return Answer("mattered", question, figure, sentence, "plain")
+
+
+def _others(importance: ImportanceInfo) -> str:
+    others = [
+        f"{setting_name(n)} {100 * importance.shares[n]:.0f}%" for n in importance.mattered[1:]
+    ]
+    return (
+        f"Also beyond chance: {', '.join(others)}." if others else "Of the others they cannot tell."
+    )
+
+
+def _medians(results: Results, setting: str) -> str:
+    by_value = [f"{level.value} {nats(level.median)}" for level in levels(results, setting)]
+    return f"Median text loss with {setting} {', '.join(by_value)}."
 
 
 def _notes(results: Results, choice: Choice | None) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from higgs_tune import metrics as m
 from higgs_tune.report.choose import Stat
 from higgs_tune.report.findings import Findings, comparison, trial_counts
-from higgs_tune.report.importance import levels
+from higgs_tune.report.importance import common_step, levels
 from higgs_tune.report.ink import Picture
 from higgs_tune.report.listening import Listening, listening_section
 from higgs_tune.report.plots import role
@@ -25,8 +25,8 @@ CAPTIONS = {
     "chosen.",
     "gain": "Text loss can fall by learning to write the language without listening. These bars tell the "
     "two apart.",
-    "importance": "PED-ANOVA: how much each setting decides whether a trial is among the better ones. With "
-    "this few trials the order is rough.",
+    "importance": "How much of the sampled trials' ranking by text loss goes with each setting. Only a bar "
+    "beyond its mark tells more than chance. A value that few trials had can be far worse and not show.",
     "space": "Each mark is a trial; blue is a lower text loss.",
 }
 STATUS_WORDS = {"completed": "completed", "pruned": "stopped early", "unfinished": "no end yet"}
@@ -127,7 +127,8 @@ def _levels(results: Results) -> str:
     if not rows:
         return ""
     return (
-        "<h2>By setting</h2><table><thead><tr><th>setting</th><th>value</th><th>trials</th>"
+        f"<h2>By setting</h2><p>Sampled trials, text loss at step {common_step(results)}.</p>"
+        "<table><thead><tr><th>setting</th><th>value</th><th>trials</th>"
         "<th>lowest text loss</th><th>median</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table>"
     )

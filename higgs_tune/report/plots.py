@@ -163,7 +163,7 @@ def gain_info(results: Results, choice: Choice | None, most: int = 8) -> tuple[G
 
 def space_info(results: Results, choice: Choice | None) -> SpaceInfo | None:
     """Trials that reached the common step; None if fewer than two did."""
-    step = common_step([trial for trial in results.search if trial.curve(m.VAL_TEXT_NLL)])
+    step = common_step(results)
     points = []
     for trial in results.search:
         text = trial.at(step, m.VAL_TEXT_NLL)

@@ -75,6 +75,8 @@ def summary_facts(results: Results, findings: Findings) -> dict[str, Any]:
         "importance": importance
         and {
             "shares": importance.shares,
+            "by_chance": importance.by_chance,
+            "mattered": importance.mattered,
             "step": importance.step,
             "num_trials": importance.num_trials,
         },

@@ -1,13 +1,10 @@
 """The words of the summary claim what the runs show, and no more."""
 
-import math
-import random
 from pathlib import Path
 
 import pytest
 
 from higgs_tune.report.findings import Findings, find, trial_counts
-from higgs_tune.report.importance import common_step, importance_info, levels
 from higgs_tune.report.results import read_results
 from higgs_tune.report.summary import WIDTH, summary_text
 from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
@@ -189,42 +186,3 @@ def test_summary_names_the_program_of_this_python(tmp_path: Path, monkeypatch) -
     assert shown().endswith(" " + command)
     program.unlink()
     assert shown().endswith(" higgs-tune train --config results/quick/best_config.yaml")
-
-
-def test_importance_finds_the_setting_that_decides(tmp_path: Path) -> None:
-    builder = Builder(tmp_path).start()
-    noise = random.Random(0)
-    for number in range(24):
-        rate = 10 ** noise.uniform(-4, -2)
-        config = trial_config(learning_rate=rate, rank=noise.choice([4, 8, 16]))
-        text = 2 + abs(math.log10(rate) + 3)
-        builder.trial(f"t{number:03d}", config, curve(config, text, 0.1, 3.9, 150))
-    info = importance_info(read_results(tmp_path))
-    assert info is not None
-    assert next(iter(info.shares)) == "learning_rate"
-    assert info.shares["learning_rate"] > 0.8
-    assert sum(info.shares.values()) == pytest.approx(1)
-
-
-def test_too_few_trials_give_no_importance(tmp_path: Path) -> None:
-    builder = Builder(tmp_path).start()
-    for number in range(9):
-        config = trial_config(rank=4 + number)
-        builder.trial(f"t{number:03d}", config, curve(config, 2.0 + number, 0.1, 3.9, 150))
-    assert importance_info(read_results(tmp_path)) is None
-    assert "Needs 10 trials" in sentence(findings(tmp_path), "mattered")
-
-
-def test_trials_compare_at_the_step_that_most_reached(tmp_path: Path) -> None:
-    builder = Builder(tmp_path).start()
-    for number in range(12):
-        steps = 150 if number < 5 else 75
-        config = trial_config(cross_attention="off" if number % 2 else "audio_self")
-        rows = curve(config, 2.0 + 0.01 * number, 0.1, 3.9, steps)
-        builder.trial(
-            f"t{number:03d}", config, rows, status="completed" if steps == 150 else "pruned"
-        )
-    results = read_results(tmp_path)
-    assert common_step(results.trials) == 75
-    found = levels(results, "cross_attention")
-    assert [(level.value, level.num_trials) for level in found] == [("audio_self", 6), ("off", 6)]

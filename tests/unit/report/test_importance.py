@@ -1,19 +1,171 @@
-"""Which setting mattered: its share, and how each of its values did."""
+"""Which setting mattered: named beyond chance only, among trials that compare."""
 
+import math
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from higgs_tune.report.importance import levels
+from higgs_tune.config import TrialConfig
+from higgs_tune.report.findings import find
+from higgs_tune.report.importance import (
+    MIN_TRIALS,
+    ImportanceInfo,
+    common_step,
+    importance_info,
+    levels,
+)
 from higgs_tune.report.results import read_results
-from tests.unit.report.builder import Builder, curve, trial_config
+from tests.unit.report.builder import Builder, curve, sweep_config, trial_config
+
+World = Callable[[TrialConfig], float]
+
+
+def nothing(_: TrialConfig) -> float:
+    return 0.0
+
+
+def target_set(config: TrialConfig) -> float:
+    return {"all_linear": 0.0, "text_path": 0.3, "attention": 0.6}[config.target_set]
+
+
+def middle_rate(config: TrialConfig) -> float:
+    """The best rate lies amid the searched ones, so loss neither rises nor falls with it."""
+    return 6 * (math.log10(config.learning_rate) + 2.65) ** 2
+
+
+def factor(config: TrialConfig) -> float:
+    """The rate of new modules decides where there are some; where there are none, chance does."""
+    if config.cross_attention == "off":
+        return 0.0
+    return 0.5 * math.log10(config.new_module_lr_factor)
+
+
+def sweep(
+    directory: Path, num_sampled: int, world: World, seed: int = 0, stops: bool = False
+) -> Path:
+    """Trials 0 and 1 far behind at a rate out of range, then sampled ones in this world."""
+    noise = random.Random(seed)
+    builder = Builder(directory).start()
+    for number, flag in enumerate(("off", "audio_self")):
+        config = trial_config(cross_attention=flag)
+        origin = "baseline_fixed" if number else "baseline"
+        builder.trial(f"t{number:03d}", config, curve(config, 4.0, 0.1, 3.9, 150), origin=origin)
+    for number in range(2, num_sampled + 2):
+        config = trial_config(
+            rank=noise.choice([4, 8, 16]),
+            learning_rate=10 ** noise.uniform(-3, -2.3),
+            target_set=noise.choice(["all_linear", "text_path", "attention"]),
+            cross_attention=noise.choice(["off", "audio_self", "text_to_audio"]),
+            new_module_lr_factor=10 ** noise.uniform(-1.5, 0),
+        )
+        text = 2.5 + world(config) + noise.gauss(0, 0.05)
+        stopped = stops and text > 2.7
+        rows = curve(config, text, 0.1, 3.9, 50 if stopped else 150)
+        status = "pruned" if stopped else "completed"
+        builder.trial(f"t{number:03d}", config, rows, status=status, adapter=False)
+    return directory
+
+
+def info_of(directory: Path) -> ImportanceInfo:
+    """The importances, which must be there."""
+    info = importance_info(read_results(directory))
+    assert info is not None
+    return info
+
+
+@pytest.mark.parametrize("num_sampled", [10, 24])
+def test_where_nothing_matters_chance_is_named_one_time_in_twenty(
+    tmp_path: Path, num_sampled: int
+) -> None:
+    named = [
+        bool(info_of(sweep(tmp_path / str(seed), num_sampled, nothing, seed)).mattered)
+        for seed in range(40)
+    ]
+    assert sum(named) <= 5  # 2 expected; more than 5 would come by chance in 1 set of 70
+
+
+def test_trials_that_cannot_tell_are_said_to_be_that(tmp_path: Path) -> None:
+    sweep(tmp_path, 12, nothing)
+    answer = find(read_results(tmp_path)).answers[-1]
+    assert (answer.key, answer.figure) == ("mattered", "not clear")
+    assert answer.sentence.startswith("12 trials cannot tell")
+    assert info_of(tmp_path).mattered == ()
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_setting_that_decides_is_named_alone(tmp_path: Path, stops: bool) -> None:
+    sweep(tmp_path, 12, target_set, stops=stops)
+    info = info_of(tmp_path)
+    assert info.mattered == ("target_set",)
+    assert info.shares["target_set"] > info.by_chance["target_set"]
+    assert next(iter(info.shares)) == "target_set"
+    answer = find(read_results(tmp_path)).answers[-1]
+    assert answer.figure == f"target set {100 * info.shares['target_set']:.0f}%"
+    assert "Median text loss with target_set all_linear" in answer.sentence
+
+
+def test_rate_that_is_best_in_the_middle_is_named(tmp_path: Path) -> None:
+    assert info_of(sweep(tmp_path, 22, middle_rate)).mattered == ("learning_rate",)
+
+
+def test_setting_is_judged_among_the_trials_in_which_it_acts(tmp_path: Path) -> None:
+    info = info_of(sweep(tmp_path, 24, factor))
+    assert "new_module_lr_factor" in info.mattered
+    assert info.num_trials == 24
+
+
+def test_stopped_trials_and_those_left_compare_at_the_first_rung(tmp_path: Path) -> None:
+    sweep(tmp_path, 12, target_set, stops=True)
+    info = info_of(tmp_path)
+    assert (info.step, info.num_trials) == (50, 12)
+
+
+def test_trials_set_by_hand_do_not_count(tmp_path: Path) -> None:
+    results = read_results(sweep(tmp_path, 12, nothing))
+    assert info_of(tmp_path).num_trials == 12
+    assert sum(level.num_trials for level in levels(results, "cross_attention")) == 12
+
+
+def test_same_trials_give_the_same_importances(tmp_path: Path) -> None:
+    sweep(tmp_path, 12, target_set)
+    first, second = info_of(tmp_path), info_of(tmp_path)
+    assert first == second
+    assert list(first.shares) == list(second.shares)
+
+
+def test_too_few_trials_give_no_importance(tmp_path: Path) -> None:
+    results = read_results(sweep(tmp_path, MIN_TRIALS - 1, target_set))
+    assert importance_info(results) is None
+    assert f"Needs {MIN_TRIALS} sampled trials" in find(results).answers[-1].sentence
+
+
+def test_equal_losses_give_no_importance(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    for number in range(12):
+        config = trial_config(rank=4 + number % 3)
+        builder.trial(f"t{number:03d}", config, curve(config, 2.0, 0.1, 3.9, 150))
+    assert importance_info(read_results(tmp_path)) is None
+
+
+def test_trials_that_broke_off_do_not_set_the_step(tmp_path: Path) -> None:
+    sweep(tmp_path, 12, nothing)
+    builder = Builder(tmp_path, sweep_config())
+    for number, status in ((20, "diverged"), (21, None)):
+        config = trial_config(learning_rate=2e-3)
+        rows = curve(config, 2.5, 0.1, 3.9, 25)
+        builder.trial(f"t{number:03d}", config, rows, status=status)
+    results = read_results(tmp_path)
+    assert common_step(results) == 150
+    assert info_of(tmp_path).num_trials == 12
 
 
 def test_median_of_an_even_number_lies_between_the_middle_two(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
-    for number in range(12):
+    for number in range(4):
         config = trial_config()
         builder.trial(f"t{number:03d}", config, curve(config, 2.0 + number, 0.1, 3.9, 150))
     (level,) = levels(read_results(tmp_path), "target_set")
-    assert (level.num_trials, level.best) == (12, pytest.approx(2.0))
-    assert level.median == pytest.approx(7.5)
+    assert (level.num_trials, level.best) == (4, pytest.approx(2.0))
+    assert level.median == pytest.approx(3.5)

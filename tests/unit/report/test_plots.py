@@ -45,9 +45,9 @@ def test_gain_bars_show_the_base_the_named_and_the_best(results: Results) -> Non
 def test_space_takes_trials_at_one_step(results: Results) -> None:
     info = space_info(results, None)
     assert info is not None
-    assert info.step == 150
+    assert info.step == 50  # the first rung
     assert info.ranks == (4, 8, 16, 32)
-    assert len(info.points) == 17
+    assert len(info.points) == 20
 
 
 def test_space_of_one_trial_is_nothing(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_every_figure_is_drawn(results: Results) -> None:
     for picture in pictures.values():
         assert picture.png.startswith(b"\x89PNG")
         assert "currentColor" in picture.svg
-        assert "nats" in picture.svg or "importance" in picture.svg
+        assert "nats" in picture.svg or "share of the ranking" in picture.svg
 
 
 def test_same_results_give_the_same_pictures(results: Results) -> None:
