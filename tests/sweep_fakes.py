@@ -173,8 +173,9 @@ def make_searcher(study, config, checkpoints=None, **kwargs):
         on_resume=lambda tune_id, trial: resumed.append((tune_id, trial.intermediate_values)),
         on_copy=kwargs.pop("on_copy", lambda record, donor_id: None),
         checkpoint_of=lambda trial_id: (checkpoints or {}).get(trial_id),
-        workers=["w0"],
+        workers=kwargs.pop("workers", ["w0"]),
         publish=lambda roster, beat: rosters.append(roster),
+        serving=kwargs.pop("serving", lambda: []),
         on_disk_error=kwargs.pop("on_disk_error", lambda error: None),
         **kwargs,
     )

@@ -141,7 +141,9 @@ def _others(importance: ImportanceInfo) -> str:
         f"{setting_name(n)} {100 * importance.shares[n]:.0f}%" for n in importance.mattered[1:]
     ]
     return (
-        f"Also beyond chance: {', '.join(others)}." if others else "Of the others they cannot tell."
+        f"Also beyond chance: {', '.join(others)}."
+        if others
+        else "Of the others these trials cannot tell."
     )
 
 

@@ -40,11 +40,13 @@ class TrialSource(Searcher):
         *,
         workers: Sequence[str],
         publish: Callable[[Roster, bool], None],
+        serving: Callable[[], Sequence[int]],
         deadline: float | None = None,
     ) -> None:
         super().__init__(metric=VAL_TEXT_NLL, mode="min")
         self._workers = list(workers)
         self._publish = publish
+        self._serving = serving
         self._deadline = deadline
         self._version = 0
         self._attempt = 0  # counts Tune's loop: of two starts of a trial, the later has the higher
@@ -164,10 +166,16 @@ class TrialSource(Searcher):
         for key, live in self.live.items():
             if key not in paused:
                 loads[live.worker] += 1
-        worker = loads.index(min(loads))
+        worker = self._next_worker(loads)
         self.live[tune_id] = LiveTrial(record, worker, trial)
         self.publish()
         return self._tune_config(self.live[tune_id], restore_from)
+
+    def _next_worker(self, loads: Sequence[int]) -> int:
+        """The one with the fewest trials, of those that train if one of these has room."""
+        room = (self._max_seated or 0) // len(loads)
+        ready = [worker for worker in self._serving() if loads[worker] < room]
+        return min(ready or range(len(loads)), key=lambda worker: loads[worker])
 
     def _tune_config(self, live: LiveTrial, restore_from: str) -> dict[str, Any]:
         record = live.record

@@ -120,6 +120,7 @@ class Sweep:
         return {
             "workers": self._workers.names,
             "publish": self._workers.publish,
+            "serving": self._workers.serving,
         }
 
     def run(self, stage: str, source: TrialSource, scheduler: TrialScheduler) -> None:

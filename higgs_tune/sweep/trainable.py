@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 JOIN_PATIENCE_S = 120.0  # how long workers may answer that every slot is taken
 REMIND_S = 60.0
+ANSWER_S = 2.0  # what a process that is there needs to say so, even while it imports torch
 RANKED = ("completed", "running")
 
 
@@ -100,11 +101,15 @@ class PackTrial(Trainable):
         trial = TrialConfig.model_validate(self.config["trial"])
         deadline = time.monotonic() + JOIN_PATIENCE_S
         reminder = time.monotonic() + REMIND_S
+        asked: dict[str, Any] = {}  # workers that have not said yet whether they are there
         while time.monotonic() < deadline:
             away = []
             for name in [names[first], *names[:first], *names[first + 1 :]]:
                 try:
                     worker = ray.get_actor(name)
+                    if len(names) > 1 and not _is_there(worker, name, asked):
+                        away.append(name)
+                        continue
                     known = self.config["roster_version"], self.config["attempt"]
                     lease = ray.get(worker.join.remote(self._trial_id, trial, files, *known))
                     if lease != "full":  # if outdated, Tune lets this process go by itself
@@ -118,3 +123,18 @@ class PackTrial(Trainable):
                     logger.warning("%s waits for %s", self._name, ", ".join(away))
             time.sleep(0.1)
         raise SweepError(f"{self._name}: no worker had a free slot for {JOIN_PATIENCE_S:.0f} s")
+
+
+def _is_there(worker: Any, name: str, asked: dict[str, Any]) -> bool:
+    """Whether a worker's process answers; a call of one that has none yet would wait for it.
+
+    Raises:
+        RayActorError: it has just died.
+    """
+    timeout_s = 0 if name in asked else ANSWER_S
+    if name not in asked:
+        asked[name] = worker.ping.remote()
+    if not ray.wait([asked[name]], timeout=timeout_s)[0]:
+        return False
+    ray.get(asked.pop(name))
+    return True

@@ -86,6 +86,9 @@ class Worker:
             raise pack.load_error(error, node) from error
         return pack.description(loop) | {"node": node}
 
+    async def ping(self) -> None:
+        """This process is there."""
+
     async def serve(self) -> list[str]:
         """Train the trials that join, from now on; answers when there are new warnings.
 

@@ -93,6 +93,10 @@ class Workers:
         for member in self._members:
             member.actor.sync.remote(roster, beat=beat)
 
+    def serving(self) -> list[int]:
+        """The numbers of those that train: their process is there, its base and data accepted."""
+        return [number for number, member in enumerate(self._members) if member.accepted]
+
     def hear(
         self,
         accept: Callable[[str, dict[str, Any]], None],

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import ray
 
 from higgs_tune.errors import ConfigError, NoMemoryError
 from higgs_tune.sweep.records import read_json
@@ -48,6 +49,14 @@ def test_a_resumed_sweep_refuses_data_that_was_prepared_again(tmp_path):
     after = trials_of(tmp_path / "s")
     assert {name: after[name] for name in trials} == trials
     assert {trial["metrics"] == [] for name, trial in after.items() if name not in trials} <= {True}
+
+
+def test_a_worker_that_never_starts_keeps_no_trial_from_the_other(tmp_path):
+    cpus = int(ray.cluster_resources()["CPU"])
+    tune = {**TWO, "num_trials": 5, "cpus_per_worker": cpus, "scheduler": {"name": "none"}}
+    outcome = run(tmp_path, tune=tune)
+    ended = {trial["status"]["status"] for trial in trials_of(outcome.results).values()}
+    assert ended == {"completed"} and outcome.num_trials == 5
 
 
 def test_warnings_of_a_worker_reach_the_display_and_workers_log(tmp_path, capsys):

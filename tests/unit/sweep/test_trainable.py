@@ -8,6 +8,9 @@ from ray.exceptions import RayActorError
 from higgs_tune.errors import SweepError
 from higgs_tune.sweep import space, trainable
 
+NO_PROCESS = object()  # Ray keeps a call until there is one
+CALLS = ("ping", "join")
+
 
 class Clock:
     """Time that passes only while someone sleeps."""
@@ -22,20 +25,30 @@ class Clock:
 
 
 def trial(make_config, monkeypatch, answers) -> tuple[trainable.PackTrial, Clock]:
-    """A trial whose workers w0 and w1 answer `answers(name, time)`: a lease or an error."""
+    """A trial whose workers w0 and w1 answer `answers(name, time)`: a lease, an error, or NO_PROCESS."""
     clock = Clock()
 
-    def get(name):
+    def get(call):
+        name, what = call
         answer = answers(name, clock.now)
+        assert answer is not NO_PROCESS, "it waits for ever"
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return None if what == "ping" else answer
+
+    def wait(calls, timeout):
+        if answers(calls[0][0], clock.now) is not NO_PROCESS:
+            return calls, []
+        clock.sleep(timeout)
+        return [], calls
 
     def get_actor(name):
-        return SimpleNamespace(name=name, join=SimpleNamespace(remote=lambda *_: name))
+        calls = {what: SimpleNamespace(remote=lambda *_, w=what: (name, w)) for what in CALLS}
+        return SimpleNamespace(name=name, **calls)
 
     monkeypatch.setattr(trainable, "time", clock)
     monkeypatch.setattr(trainable.ray, "get", get)
+    monkeypatch.setattr(trainable.ray, "wait", wait)
     monkeypatch.setattr(trainable.ray, "get_actor", get_actor)
     config = make_config()
     raw = space.resolve(space.baseline_values(config, fixed_flag=False), config, 5).model_dump()
@@ -56,6 +69,14 @@ def test_a_free_slot_elsewhere_is_taken(make_config, monkeypatch):
         make_config, monkeypatch, lambda name, now: "seated" if name == "w0" else "full"
     )
     assert made._lease(None).name == "w0"
+
+
+def test_a_worker_without_a_process_keeps_nobody_from_the_others(make_config, monkeypatch):
+    made, clock = trial(
+        make_config, monkeypatch, lambda name, now: "seated" if name == "w0" else NO_PROCESS
+    )
+    assert made._lease(None).name == "w0"
+    assert clock.now <= 5
 
 
 def test_workers_that_stay_full_end_the_attempt(make_config, monkeypatch):
