@@ -95,7 +95,7 @@ class TuneSettings(Settings):
     slots_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
     # share of report_every_steps that a trial trains on while its report is decided on
     ahead_fraction: float = Field(default=0.05, ge=0, le=1)
-    # default: all CPUs of the node / num_workers
+    # default: as many as let all workers run at once; 1 while no node with their GPUs is up
     cpus_per_worker: int | None = Field(default=None, ge=1)
     gpus_per_worker: int = Field(default=0, ge=0)
     # restarts of one trial from its checkpoint after its worker died

@@ -16,6 +16,7 @@ from higgs_tune.sweep.confirm import ConfirmSource, confirm_records
 from higgs_tune.sweep.control import EXIT_CODES, Control, signals
 from higgs_tune.sweep.folder import disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
+from higgs_tune.sweep.nodes import refuse_more_than_here
 from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.scheduler import make_scheduler, replay
 from higgs_tune.sweep.searcher import StudySearcher
@@ -80,11 +81,13 @@ def _run(
                 return _outcome(results, found, control, started)
             display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")
             display.event("sweep_started", results=str(results), dashboard=cluster.dashboard)
+            if cluster.is_own:
+                refuse_more_than_here(config.tune)
             if config.tune.slots_per_worker == "auto":
                 config = resolve_slots(config)
                 record_slots(results, config)
                 display.note(f"{slots_of(config)} trials train together in each worker")
-            workers = Workers(config, is_own_cluster=cluster.is_own, loop_path=loop_path)
+            workers = Workers(config, loop_path=loop_path)
             try:
                 sweep = Sweep(config, results, workers, control, display)
                 _search(sweep, found)

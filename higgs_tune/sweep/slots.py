@@ -7,6 +7,7 @@ from ray.exceptions import RayTaskError
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import ConfigError
+from higgs_tune.sweep.nodes import cpus_of_worker
 
 
 def slots_of(config: SweepConfig) -> int:
@@ -28,8 +29,7 @@ def resolve_slots(config: SweepConfig) -> SweepConfig:
     tune = config.tune
     if tune.slots_per_worker != "auto":
         return config
-    total_cpus = int(ray.cluster_resources().get("CPU", 1))
-    num_cpus = tune.cpus_per_worker or max(1, total_cpus // tune.num_workers)
+    num_cpus = cpus_of_worker(tune)
     task: Any = ray.remote(_count).options(num_cpus=num_cpus, num_gpus=tune.gpus_per_worker)
     try:
         fitting = ray.get(task.remote(config, num_cpus))

@@ -11,7 +11,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from higgs_tune.config import SweepConfig
-from higgs_tune.errors import ConfigError, HiggsTuneError, NoMemoryError, SweepError
+from higgs_tune.errors import HiggsTuneError, NoMemoryError, SweepError
+from higgs_tune.sweep.nodes import cpus_of_worker, shortage
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.worker import Worker
@@ -40,31 +41,20 @@ class Member:
 class Workers:
     """Starts them, accepts what they have loaded, and hears what they say."""
 
-    def __init__(self, config: SweepConfig, *, is_own_cluster: bool, loop_path: str) -> None:
+    def __init__(self, config: SweepConfig, *, loop_path: str) -> None:
         tune = config.tune
-        total = ray.cluster_resources()
-        num_cpus = tune.cpus_per_worker or max(1, int(total.get("CPU", 1)) // tune.num_workers)
-        for name, each, have in (
-            ("cpus_per_worker", num_cpus, total.get("CPU", 0)),
-            ("gpus_per_worker", tune.gpus_per_worker, total.get("GPU", 0)),
-        ):
-            if is_own_cluster and tune.num_workers * each > have:
-                raise ConfigError(
-                    f"tune.num_workers ({tune.num_workers}) × tune.{name} ({each}) is more than "
-                    f"this machine has ({have:g}). Lower one of them."
-                )
+        self._num_cpus, self._num_gpus = cpus_of_worker(tune), tune.gpus_per_worker
         device = config.base.device
         if device == "auto":
             device = "cuda" if tune.gpus_per_worker else "cpu"
-        self._needs = f"{num_cpus} CPU, {tune.gpus_per_worker:g} GPU"
         run = uuid.uuid4().hex[:8]  # a second sweep in the same process must not find these
         self.names = [f"{config.name}-worker-{n}-{run}" for n in range(tune.num_workers)]
         remote: Any = ray.remote(Worker)
         actors = [
             remote.options(
                 name=name,
-                num_cpus=num_cpus,
-                num_gpus=tune.gpus_per_worker,
+                num_cpus=self._num_cpus,
+                num_gpus=self._num_gpus,
                 max_restarts=-1,
             ).remote(
                 config,
@@ -158,11 +148,8 @@ class Workers:
         if member.accepted or member.is_waited_for or not late or _lives(member):
             return
         member.is_waited_for = True
-        have = ray.cluster_resources()
-        waits(
-            f"waiting for {member.name} (of {len(self._members)}): it needs {self._needs}; "
-            f"the cluster has {have.get('CPU', 0):g} CPU, {have.get('GPU', 0):g} GPU in all",
-        )
+        who = f"{member.name} (of {len(self._members)})"
+        waits(shortage(who, self._num_cpus, self._num_gpus))
 
     def poll_figures(self) -> dict[str, dict[str, Any]] | None:
         """Now and then, where each worker's time went a while ago; asks them again."""

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from higgs_tune.errors import ConfigError
-from higgs_tune.sweep import slots
+from higgs_tune.sweep import nodes, slots
 from higgs_tune.sweep.folder import record_slots
 
 
@@ -24,10 +24,10 @@ def fake_ray(monkeypatch):
 
         return SimpleNamespace(options=options)
 
-    fake = SimpleNamespace(
-        remote=remote, get=lambda result: result, cluster_resources=lambda: {"CPU": 8.0}
-    )
+    fake = SimpleNamespace(remote=remote, get=lambda result: result)
     monkeypatch.setattr(slots, "ray", fake)
+    up = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}]
+    monkeypatch.setattr(nodes, "ray", SimpleNamespace(nodes=lambda: up))
     return asked
 
 

@@ -6,6 +6,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from higgs_tune.errors import ConfigError, DataError, NoMemoryError
+from higgs_tune.sweep import nodes
 from higgs_tune.sweep import workers as module
 from higgs_tune.sweep.workers import MEMORY_PAUSE_S, PATIENCE_S, Workers
 
@@ -59,15 +60,16 @@ def crew(make_config, monkeypatch):
         module,
         "ray",
         SimpleNamespace(
-            cluster_resources=lambda: {"CPU": 2.0},
             remote=lambda _: SimpleNamespace(options=lambda **_: options),
             get=get,
             wait=wait,
         ),
     )
+    up = [{"Alive": True, "Resources": {"CPU": 2.0}}]
+    monkeypatch.setattr(nodes, "ray", SimpleNamespace(nodes=lambda: up))
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     config = make_config(tune={"num_workers": 2, "slots_per_worker": 2, "gpus_per_worker": 1})
-    workers = Workers(config, is_own_cluster=False, loop_path="unused")
+    workers = Workers(config, loop_path="unused")
     heard = SimpleNamespace(accepted=[], warned=[], waits=[], refuse=None)
 
     def accept(name, description):
@@ -166,7 +168,8 @@ def test_a_person_is_told_once_which_process_is_missing_and_what_it_needs(crew):
     crew.hear()
     crew.hear()
     assert crew.heard.waits == [
-        "waiting for worker-1 (of 2): it needs 1 CPU, 1 GPU; the cluster has 2 CPU, 0 GPU in all"
+        "waiting for worker-1 (of 2): it needs 1 CPU, 1 GPU; the cluster has 2 CPU, 0 GPU in all, "
+        "its largest node 2 CPU, 0 GPU"
     ]
 
 
@@ -195,16 +198,3 @@ def test_a_worker_that_does_not_answer_keeps_its_former_figures(crew):
     crew.actors[1].answer("figures", DEAD)
     crew.now[0] = 20.0
     assert crew.workers.poll_figures() == {"worker-0": {"wall_s": 2.0}, "worker-1": {"wall_s": 1.0}}
-
-
-@pytest.mark.parametrize(
-    ("tune", "message"),
-    [
-        ({"gpus_per_worker": 1}, r"tune\.num_workers \(1\) × tune\.gpus_per_worker \(1\)"),
-        ({"num_workers": 2, "cpus_per_worker": 4}, r"tune\.cpus_per_worker \(4\) is more than"),
-    ],
-)
-def test_workers_that_this_machine_cannot_hold_are_refused(make_config, monkeypatch, tune, message):
-    monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"CPU": 2.0})
-    with pytest.raises(ConfigError, match=message):
-        Workers(make_config(tune=tune), is_own_cluster=True, loop_path="unused")

@@ -1,0 +1,76 @@
+"""What the nodes of a Ray cluster hold, and how much of one a worker asks for."""
+
+from typing import NamedTuple
+
+import ray
+
+from higgs_tune.config import TuneSettings
+from higgs_tune.errors import ConfigError
+
+
+class Node(NamedTuple):
+    """What Ray may give out on one machine."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+def alive_nodes() -> list[Node]:
+    """The nodes that are up."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(each.get("CPU", 0), each.get("GPU", 0)) for each in resources]
+
+
+def cpus_of_worker(tune: TuneSettings) -> int:
+    """CPUs that each worker asks for: by default the most with which all can run at once.
+
+    Only nodes with a worker's GPUs count. Where too few are up, those to come are taken to be like
+    them; where none is, it is 1, with which a worker starts on a machine of any size.
+    """
+    if tune.cpus_per_worker is not None:
+        return tune.cpus_per_worker
+    gpus = tune.gpus_per_worker
+    rooms = [
+        (int(node.num_cpus), int(node.num_gpus // gpus) if gpus else tune.num_workers)
+        for node in alive_nodes()
+        if node.num_cpus >= 1
+    ]
+    num_placed = min(tune.num_workers, sum(most for _, most in rooms))
+    for num_cpus in range(max((have for have, most in rooms if most), default=1), 1, -1):
+        if sum(min(most, have // num_cpus) for have, most in rooms) >= num_placed:
+            return num_cpus
+    return 1
+
+
+def refuse_more_than_here(tune: TuneSettings) -> None:
+    """ConfigError if the cluster, to which nothing will be added, cannot hold the workers."""
+    here = _total(alive_nodes())
+    for name, each, have in (
+        ("gpus_per_worker", tune.gpus_per_worker, here.num_gpus),
+        ("cpus_per_worker", cpus_of_worker(tune), here.num_cpus),
+    ):
+        if tune.num_workers * each > have:
+            raise ConfigError(
+                f"tune.num_workers ({tune.num_workers}) × tune.{name} ({each}) is more than "
+                f"this machine has ({have:g}). Lower one of them."
+            )
+
+
+def shortage(who: str, num_cpus: int, num_gpus: int) -> str:
+    """Who waits for what, and what the cluster has of it."""
+    nodes = alive_nodes()
+    with_gpus = [node for node in nodes if num_gpus and node.num_gpus]
+    largest = max(with_gpus or nodes)
+    return (
+        f"waiting for {who}: it needs {num_cpus} CPU, {num_gpus} GPU; "
+        f"the cluster has {_amount(_total(nodes))} in all, its largest node "
+        f"{'with GPUs ' if with_gpus else ''}{_amount(largest)}"
+    )
+
+
+def _total(nodes: list[Node]) -> Node:
+    return Node(sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes))
+
+
+def _amount(node: Node) -> str:
+    return f"{node.num_cpus:g} CPU, {node.num_gpus:g} GPU"
