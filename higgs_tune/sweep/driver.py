@@ -84,7 +84,9 @@ def _run(
             if cluster.is_own:
                 refuse_more_than_here(config.tune)
             if config.tune.slots_per_worker == "auto":
-                config = resolve_slots(config)
+                config = resolve_slots(config, control, display.warn)
+                if control.stopping:
+                    return _outcome(results, found, control, started)
                 record_slots(results, config)
                 display.note(f"{slots_of(config)} trials train together in each worker")
             workers = Workers(config, loop_path=loop_path)

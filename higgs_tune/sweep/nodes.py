@@ -7,6 +7,8 @@ import ray
 from higgs_tune.config import TuneSettings
 from higgs_tune.errors import ConfigError
 
+PATIENCE_S = 15.0  # after that a person is told that a process has found no node
+
 
 class Node(NamedTuple):
     """What Ray may give out on one machine."""

@@ -1,5 +1,7 @@
 """How many trials train together in a worker: `tune.slots_per_worker`, or what its device holds."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -7,7 +9,8 @@ from ray.exceptions import RayTaskError
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import ConfigError
-from higgs_tune.sweep.nodes import cpus_of_worker
+from higgs_tune.sweep.control import Control
+from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, shortage
 
 
 def slots_of(config: SweepConfig) -> int:
@@ -16,11 +19,17 @@ def slots_of(config: SweepConfig) -> int:
     return config.tune.slots_per_worker
 
 
-def resolve_slots(config: SweepConfig) -> SweepConfig:
+def resolve_slots(
+    config: SweepConfig, control: Control, warn: Callable[[str], None]
+) -> SweepConfig:
     """The configuration with a number for `tune.slots_per_worker`.
 
-    With `auto` a task with a worker's resources, so on a machine like its, counts what fits there.
+    With `auto` an actor with a worker's resources, so on a machine like its, counts what fits there.
     More than the sweep has trials would stand idle.
+
+    Args:
+        control: when it says so the configuration comes back as it was.
+        warn: is told, once, if no machine is there to count.
 
     Raises:
         ConfigError: not even one trial fits.
@@ -29,12 +38,9 @@ def resolve_slots(config: SweepConfig) -> SweepConfig:
     tune = config.tune
     if tune.slots_per_worker != "auto":
         return config
-    num_cpus = cpus_of_worker(tune)
-    task: Any = ray.remote(_count).options(num_cpus=num_cpus, num_gpus=tune.gpus_per_worker)
-    try:
-        fitting = ray.get(task.remote(config, num_cpus))
-    except RayTaskError as error:
-        raise error.cause from None
+    fitting = _ask_a_machine(config, control, warn)
+    if fitting is None:
+        return config
     if fitting == 0:
         raise ConfigError(
             "tune.slots_per_worker: auto finds no memory for a single trial. Lower "
@@ -45,18 +51,49 @@ def resolve_slots(config: SweepConfig) -> SweepConfig:
     return config.model_copy(update={"tune": tune.model_copy(update={"slots_per_worker": slots})})
 
 
-def _count(config: SweepConfig, num_cpus: int) -> int:
-    """Runs where a worker will: what fits into the memory that is free there."""
-    import torch  # the driver does without
+def _ask_a_machine(
+    config: SweepConfig, control: Control, warn: Callable[[str], None]
+) -> int | None:
+    """What fits on a machine like a worker's; None if the sweep is to end before one has answered."""
+    num_cpus, num_gpus = cpus_of_worker(config.tune), config.tune.gpus_per_worker
+    remote: Any = ray.remote(Counter)
+    # as often again as Ray does a task
+    lives = {"max_restarts": 3, "max_task_retries": 3}
+    counter = remote.options(num_cpus=num_cpus, num_gpus=num_gpus, **lives).remote()
+    is_there, answer = counter.__ray_ready__.remote(), counter.count.remote(config, num_cpus)
+    asked_at, warned = time.monotonic(), False
+    try:
+        while not ray.wait([answer], timeout=1)[0]:
+            if control.stopping:
+                return None
+            late = time.monotonic() - asked_at >= PATIENCE_S
+            if late and not warned and not ray.wait([is_there], timeout=0)[0]:
+                warned = True
+                who = "a machine that counts tune.slots_per_worker"
+                warn(shortage(who, num_cpus, num_gpus))
+        return ray.get(answer)
+    except RayTaskError as error:
+        raise error.cause from None
+    finally:
+        ray.kill(counter)  # the workers need what it holds
 
-    from higgs_tune.train.capacity import slots_on_cpu, slots_on_gpu
-    from higgs_tune.train.fit_cli import base_shape
 
-    shape = base_shape(config.base, None)
-    if config.tune.gpus_per_worker:
-        free_bytes, _ = torch.cuda.mem_get_info()
-        return slots_on_gpu(config, shape, free_bytes)
-    return slots_on_cpu(config, shape, _free_host_bytes() // config.tune.num_workers, num_cpus)
+class Counter:
+    """Runs where a worker will."""
+
+    def count(self, config: SweepConfig, num_cpus: int) -> int:
+        """What fits into the memory that is free there."""
+        import torch  # the driver does without
+
+        from higgs_tune.train.capacity import slots_on_cpu, slots_on_gpu
+        from higgs_tune.train.fit_cli import base_shape
+
+        shape = base_shape(config.base, None)
+        if config.tune.gpus_per_worker:
+            free_bytes, _ = torch.cuda.mem_get_info()
+            return slots_on_gpu(config, shape, free_bytes)
+        free_bytes = _free_host_bytes() // config.tune.num_workers
+        return slots_on_cpu(config, shape, free_bytes, num_cpus)
 
 
 def _free_host_bytes() -> int:

@@ -12,13 +12,12 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import HiggsTuneError, NoMemoryError, SweepError
-from higgs_tune.sweep.nodes import cpus_of_worker, shortage
+from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, shortage
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.worker import Worker
 
 FIGURES_S = 10.0  # how often the workers are asked where their time went
-PATIENCE_S = 15.0  # after that a person is told that a worker's process is not there
 MEMORY_PAUSE_S = 30.0  # until a worker without memory for its base tries again
 
 

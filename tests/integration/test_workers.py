@@ -1,11 +1,16 @@
 """Sweeps whose workers are not all alike, or have something to say."""
 
 import json
+import os
+import signal
+from functools import partial
 
 import pytest
 import ray
 
 from higgs_tune.errors import ConfigError, NoMemoryError
+from higgs_tune.sweep import slots
+from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import read_json
 from tests.integration.test_sweep import run, trials_of
 
@@ -68,3 +73,23 @@ def test_warnings_of_a_worker_reach_the_display_and_workers_log(tmp_path, capsys
     assert [e["message"] for e in events if e["event"] == "warning"] == [line]
     accepted = [e for e in events if e["event"] == "base_loaded"]
     assert [e["worker"] for e in accepted] == ["worker-0"]
+
+
+def test_ctrl_c_ends_a_sweep_whose_slots_no_machine_can_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(slots, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(Display, "warn", lambda self, text: (said.append(text), interrupt()))
+    said = []
+    interrupt = partial(os.kill, os.getpid(), signal.SIGINT)
+    auto = {"slots_per_worker": "auto", "gpus_per_worker": 1, "cpus_per_worker": 1}
+    outcome = run(tmp_path, tune=auto)
+    assert (outcome.exit_code, outcome.num_trials) == (130, 0)
+    assert len(said) == 1 and "it needs 1 CPU, 1 GPU" in said[0]
+    assert "auto" in (tmp_path / "s/sweep.yaml").read_text()
+    outcome = run(tmp_path, resume=True, tune={"num_trials": 3, "slots_per_worker": 2})
+    assert (outcome.exit_code, outcome.num_trials) == (0, 3)
+
+
+def test_a_worker_without_a_gpu_counts_its_slots_on_this_machine(tmp_path):
+    outcome = run(tmp_path, tune={"num_trials": 2, "slots_per_worker": "auto"})
+    assert outcome.num_trials == 2
+    assert read_json(tmp_path / "s/env.json")["slots_per_worker"] == 2

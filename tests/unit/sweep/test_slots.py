@@ -1,6 +1,7 @@
 """tune.slots_per_worker: a number, or what the machine holds."""
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,51 +10,87 @@ import yaml
 
 from higgs_tune.errors import ConfigError
 from higgs_tune.sweep import nodes, slots
+from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import record_slots
+
+AUTO = {"slots_per_worker": "auto", "num_workers": 2, "num_trials": 40, "gpus_per_worker": 1}
+
+
+class FakeRay:
+    """One actor that starts, and then answers, when its time has come; a wait lets time pass."""
+
+    def __init__(self):
+        self.asked = {}
+        self.killed = 0
+        self.now = 0.0
+        self.starts_at = self.answers_at = 0.0
+        self.happens = {}  # time → what happens in the wait that passes it
+
+    def remote(self, cls):
+        assert cls is slots.Counter
+        actor = SimpleNamespace(
+            __ray_ready__=SimpleNamespace(remote=lambda: "start"),
+            count=SimpleNamespace(remote=lambda *args: args),
+        )
+        return SimpleNamespace(
+            options=lambda **asked: (
+                self.asked.update(asked) or SimpleNamespace(remote=lambda: actor)
+            )
+        )
+
+    def wait(self, refs, timeout):
+        due = self.starts_at if refs == ["start"] else self.answers_at
+        if due > self.now + timeout:
+            self.now += timeout
+            self.happens.pop(self.now, lambda: None)()
+            return [], refs
+        self.now = max(self.now, due)
+        return refs, []
+
+    def get(self, args):
+        return slots.Counter().count(*args)
+
+    def kill(self, actor):
+        self.killed += 1
 
 
 @pytest.fixture
 def fake_ray(monkeypatch):
-    """Stands in for Ray: runs the task here, and tells which resources it was given."""
-    asked = {}
-
-    def remote(function):
-        def options(**resources):
-            asked.update(resources)
-            return SimpleNamespace(remote=lambda *args: function(*args))
-
-        return SimpleNamespace(options=options)
-
-    fake = SimpleNamespace(remote=remote, get=lambda result: result)
+    fake = FakeRay()
     monkeypatch.setattr(slots, "ray", fake)
+    monkeypatch.setattr(slots.time, "monotonic", lambda: fake.now)
     up = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}]
     monkeypatch.setattr(nodes, "ray", SimpleNamespace(nodes=lambda: up))
-    return asked
+    return fake
 
 
 def counts(monkeypatch, number):
-    monkeypatch.setattr(slots, "_count", lambda config, num_cpus: number)
+    monkeypatch.setattr(slots.Counter, "count", lambda self, config, num_cpus: number)
+
+
+def resolve(config, control=None, warn=pytest.fail):
+    return slots.resolve_slots(config, control or Control(), warn)
 
 
 def test_a_number_stays_and_starts_nothing(make_config, fake_ray):
     config = make_config(tune={"slots_per_worker": 3})
-    assert slots.resolve_slots(config) is config
+    assert resolve(config) is config
     assert slots.slots_of(config) == 3
-    assert fake_ray == {}
+    assert fake_ray.asked == {}
 
 
-def test_auto_asks_a_machine_like_the_workers(make_config, fake_ray, monkeypatch):
+def test_auto_asks_a_machine_like_the_workers_and_lets_it_go(make_config, fake_ray, monkeypatch):
     counts(monkeypatch, 5)
-    tune = {"slots_per_worker": "auto", "num_workers": 2, "num_trials": 40, "gpus_per_worker": 1}
-    resolved = slots.resolve_slots(make_config(tune=tune))
+    resolved = resolve(make_config(tune=AUTO))
     assert slots.slots_of(resolved) == 5
-    assert fake_ray == {"num_cpus": 4, "num_gpus": 1}
+    assert (fake_ray.asked["num_cpus"], fake_ray.asked["num_gpus"]) == (4, 1)
+    assert fake_ray.killed == 1
 
 
 def test_no_more_slots_than_trials(make_config, fake_ray, monkeypatch):
     counts(monkeypatch, 99)
     tune = {"slots_per_worker": "auto", "num_workers": 2, "num_trials": 7}
-    assert slots.slots_of(slots.resolve_slots(make_config(tune=tune))) == 4
+    assert slots.slots_of(resolve(make_config(tune=tune))) == 4
 
 
 def test_no_room_for_a_single_trial_is_one_clear_error(make_config, fake_ray, monkeypatch):
@@ -61,7 +98,44 @@ def test_no_room_for_a_single_trial_is_one_clear_error(make_config, fake_ray, mo
     with pytest.raises(
         ConfigError, match=r"no memory for a single trial\. Lower train\.token_budget"
     ):
-        slots.resolve_slots(make_config(tune={"slots_per_worker": "auto"}))
+        resolve(make_config(tune={"slots_per_worker": "auto"}))
+    assert fake_ray.killed == 1
+
+
+def test_a_person_is_told_once_for_which_machine_the_count_waits(
+    make_config, fake_ray, monkeypatch
+):
+    counts(monkeypatch, 5)
+    said = []
+    fake_ray.starts_at = fake_ray.answers_at = 40.0
+    config = make_config(tune=AUTO)
+    assert slots.slots_of(resolve(config, warn=lambda text: said.append((fake_ray.now, text)))) == 5
+    ((when, text),) = said
+    assert when == nodes.PATIENCE_S
+    assert text.startswith(
+        "waiting for a machine that counts tune.slots_per_worker: it needs 4 CPU, 1 GPU; "
+        "the cluster has 8 CPU, 2 GPU in all"
+    )
+
+
+def test_a_machine_that_is_there_may_take_its_time_to_count(make_config, fake_ray, monkeypatch):
+    counts(monkeypatch, 5)
+    fake_ray.starts_at, fake_ray.answers_at = 3.0, 90.0
+    assert slots.slots_of(resolve(make_config(tune=AUTO))) == 5
+
+
+@pytest.mark.parametrize("starts_at", [2.0, 1e9])
+def test_ctrl_c_ends_the_wait_for_the_count_within_a_second(make_config, fake_ray, starts_at):
+    control, config = Control(), make_config(tune=AUTO)
+
+    def interrupt():
+        control.signal = signal.SIGINT
+
+    fake_ray.starts_at, fake_ray.answers_at = starts_at, 1e9
+    fake_ray.happens[7.0] = interrupt
+    assert resolve(config, control) is config
+    assert fake_ray.now == 7.0
+    assert fake_ray.killed == 1
 
 
 def test_the_free_memory_of_the_host_is_below_its_whole():
