@@ -176,7 +176,7 @@ def make_searcher(study, config, checkpoints=None, **kwargs):
         workers=kwargs.pop("workers", ["w0"]),
         publish=lambda roster, beat: rosters.append(roster),
         serving=kwargs.pop("serving", lambda: []),
-        on_disk_error=kwargs.pop("on_disk_error", lambda error: None),
+        on_study_error=kwargs.pop("on_study_error", lambda error: None),
         **kwargs,
     )
     return searcher, rosters, resumed

@@ -23,6 +23,7 @@ from higgs_tune.sweep.searcher import StudySearcher
 from higgs_tune.sweep.seats import DEFAULT_LOOP
 from higgs_tune.sweep.slots import resolve_slots, slots_of
 from higgs_tune.sweep.stages import Sweep
+from higgs_tune.sweep.storage import storage_faults
 from higgs_tune.sweep.study import TrialRecord
 from higgs_tune.sweep.workers import Workers
 
@@ -52,16 +53,18 @@ def run_sweep(
 
     Raises:
         ConfigError: a setting, or a results folder or a study that belongs to another sweep.
-        SweepError: the results folder cannot be written, or nothing trains.
+        SweepError: the results folder or the study cannot be written, or nothing trains.
         HiggsTuneError: the base or the data cannot be used.
     """
     started = time.monotonic()
     check_pinned(config.base)
     space.check(config)
-    if config.tune.storage is not None and not resume:
-        study.refuse_taken(config.name, config.tune.storage)
-    with open_folder(config, resume=resume, command=command) as results:
-        return _run(config, results, started, resume=resume, loop_path=loop_path)
+    storage = config.tune.storage
+    with storage_faults(storage):
+        if storage is not None and not resume:
+            study.refuse_taken(config.name, storage)
+        with open_folder(config, resume=resume, command=command) as results:
+            return _run(config, results, started, resume=resume, loop_path=loop_path)
 
 
 def _run(
@@ -137,7 +140,7 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
         on_resume=lambda tune_id, trial: replay(scheduler, tune_id, trial, ended=False),
         on_copy=sweep.copied,
         checkpoint_of=sweep.files.checkpoint_of,
-        on_disk_error=sweep.fail_disk,
+        on_study_error=sweep.fail_study,
         deadline=None if time_limit_s is None else time.monotonic() + time_limit_s,
         **sweep.source_settings(),
     )

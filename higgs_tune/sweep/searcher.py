@@ -23,6 +23,7 @@ from higgs_tune.metrics import STEP, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.sweep import space
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.source import LiveTrial, TrialSource
+from higgs_tune.sweep.storage import STORAGE_ERRORS, retried
 from higgs_tune.sweep.study import TrialRecord, ending
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,12 @@ class StudySearcher(TrialSource):
         on_resume: Callable[[str, FrozenTrial], None],
         on_copy: Callable[[TrialRecord, str], None],
         checkpoint_of: Callable[[str], tuple[Path, int] | None],
-        on_disk_error: Callable[[OSError], None],
+        on_study_error: Callable[[Exception], None],
         **source: Any,
     ) -> None:
         super().__init__(**source)
-        self._on_disk_error = on_disk_error
-        self._broken = False  # an append to the journal failed; another would corrupt it
+        self._on_study_error = on_study_error
+        self._broken = False  # a write failed for good; another would corrupt a journal
         self._study = study
         self._config = config
         self._audio_limit = audio_limit
@@ -161,12 +162,16 @@ class StudySearcher(TrialSource):
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        """End the sweep when the journal cannot be written; what it holds stays readable."""
+        """End the sweep when the study cannot be written; what it holds stays readable.
+
+        A proposal is not tried again: it may have left half a trial in the study, which a resumed sweep
+        fails as it does a killed one's.
+        """
         try:
             yield
-        except OSError as error:
+        except (OSError, *STORAGE_ERRORS) as error:
             self._broken = True
-            self._on_disk_error(error)
+            self._on_study_error(error)
 
     def _report(self, live: LiveTrial, result: dict[str, Any]) -> None:
         value, step = result.get(VAL_TEXT_NLL), result.get(STEP)
@@ -175,22 +180,22 @@ class StudySearcher(TrialSource):
         assert live.trial is not None
         if int(step) not in live.reported:
             live.reported.add(int(step))
-            live.trial.report(value, int(step))
+            retried(live.trial.report, value, int(step))
         live.last = {STEP: int(step), VAL_TEXT_NLL: value, VAL_AUDIO_NLL: result[VAL_AUDIO_NLL]}
 
     def _tell(self, live: LiveTrial, status: str, reason: str | None) -> None:
         trial = live.trial
         assert trial is not None
-        trial.set_user_attr(studies.STATUS, status)
-        trial.set_user_attr(studies.REASON, reason)
-        if status not in ("completed", "pruned"):
-            self._study.tell(trial, state=TrialState.FAIL)
-            return
-        trial.set_constraint(VAL_AUDIO_NLL, live.last[VAL_AUDIO_NLL] - self._audio_limit())
-        if status == "completed":
-            self._study.tell(trial, live.last[VAL_TEXT_NLL])
-        else:
-            self._study.tell(trial, state=TrialState.PRUNED)
+        states = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+        state = states.get(status, TrialState.FAIL)
+        value = live.last[VAL_TEXT_NLL] if status == "completed" else None
+        retried(trial.set_user_attr, studies.STATUS, status)
+        retried(trial.set_user_attr, studies.REASON, reason)
+        if state != TrialState.FAIL:
+            excess = live.last[VAL_AUDIO_NLL] - self._audio_limit()
+            retried(trial.set_constraint, VAL_AUDIO_NLL, excess)
+        # skip: one that failed may have been heard
+        retried(self._study.tell, trial, value, state, skip_if_finished=True)
 
     def _sample(self, index: int) -> tuple[optuna.Trial, TrialConfig]:
         seed = space.trial_seed(self._config.tune.seed, "trial", index)

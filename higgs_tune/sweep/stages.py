@@ -28,6 +28,7 @@ from higgs_tune.sweep.scheduler import num_checkpoints
 from higgs_tune.sweep.seats import num_seats
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.source import TrialSource
+from higgs_tune.sweep.storage import storage_error
 from higgs_tune.sweep.study import TrialRecord
 from higgs_tune.sweep.trainable import PackTrial
 from higgs_tune.sweep.workers import Workers
@@ -172,9 +173,12 @@ class Sweep:
             if not self._control.stopping:
                 raise
 
-    def fail_disk(self, error: OSError) -> None:
-        """End the sweep because its results folder cannot be written."""
-        self._control.fail(disk_error(self.results, error))
+    def fail_study(self, error: Exception) -> None:
+        """End the sweep because its study cannot be written."""
+        if isinstance(error, OSError):  # the journal, in the results folder
+            self._control.fail(disk_error(self.results, error))
+        else:
+            self._control.fail(storage_error(self.config.tune.storage, error))
 
 
 def _trial_id(trial: Trial) -> str:

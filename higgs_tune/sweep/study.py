@@ -17,6 +17,7 @@ from higgs_tune.config import TrialConfig
 from higgs_tune.errors import ConfigError
 from higgs_tune.metrics import STEP
 from higgs_tune.sweep.space import same_but_seed
+from higgs_tune.sweep.storage import open_storage
 
 JOURNAL = "study.journal"
 STALE = "the process that ran it ended before it could record the end"
@@ -51,10 +52,14 @@ class TrialRecord:
 
 
 def open_study(name: str, folder: Path, storage_url: str | None) -> optuna.Study:
-    """Load or create the study; the journal in `folder` unless a URL is given."""
+    """Load or create the study; the journal in `folder` unless a URL is given.
+
+    Raises:
+        ConfigError: the database of the URL cannot be used.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    storage: BaseStorage | str
+    storage: BaseStorage
     if storage_url is None:
         path = folder / JOURNAL
         drop_torn_line(path)
@@ -62,7 +67,7 @@ def open_study(name: str, folder: Path, storage_url: str | None) -> optuna.Study
         lock = JournalFileSymlinkLock(str(path), grace_period=5)
         storage = JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     else:
-        storage = storage_url
+        storage = open_storage(storage_url)
     return optuna.create_study(
         study_name=name, storage=storage, direction="minimize", load_if_exists=True
     )
@@ -70,7 +75,7 @@ def open_study(name: str, folder: Path, storage_url: str | None) -> optuna.Study
 
 def refuse_taken(name: str, storage_url: str) -> None:
     """ConfigError if the storage already holds a study of that name: it is another sweep's."""
-    if name in optuna.get_all_study_names(storage_url):
+    if name in optuna.get_all_study_names(open_storage(storage_url)):
         raise ConfigError(
             f"tune.storage already holds a study named {name}. Give --resume to go on with its sweep, "
             "or --name NAME for a new one."

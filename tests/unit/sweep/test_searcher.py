@@ -278,7 +278,7 @@ def test_a_journal_that_cannot_be_written_ends_the_search_and_stays_readable(
 ):
     study = studies.open_study("s", tmp_path, None)
     errors = []
-    searcher, rosters, _ = make_searcher(study, make_config(), on_disk_error=errors.append)
+    searcher, rosters, _ = make_searcher(study, make_config(), on_study_error=errors.append)
     searcher.suggest("a")
     searcher.suggest("b")
 
