@@ -11,6 +11,7 @@ from higgs_tune.config import SweepConfig
 from higgs_tune.errors import ConfigError
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, shortage
+from higgs_tune.sweep.places import whole_paths
 
 
 def slots_of(config: SweepConfig) -> int:
@@ -60,7 +61,10 @@ def _ask_a_machine(
     # as often again as Ray does a task
     lives = {"max_restarts": 3, "max_task_retries": 3}
     counter = remote.options(num_cpus=num_cpus, num_gpus=num_gpus, **lives).remote()
-    is_there, answer = counter.__ray_ready__.remote(), counter.count.remote(config, num_cpus)
+    is_there, answer = (
+        counter.__ray_ready__.remote(),
+        counter.count.remote(whole_paths(config), num_cpus),
+    )
     asked_at, warned = time.monotonic(), False
     try:
         while not ray.wait([answer], timeout=1)[0]:

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import HiggsTuneError, NoMemoryError, SweepError
 from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, shortage
+from higgs_tune.sweep.places import whole_paths
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.worker import Worker
@@ -56,7 +57,7 @@ class Workers:
                 num_gpus=self._num_gpus,
                 max_restarts=-1,
             ).remote(
-                config,
+                whole_paths(config),
                 num_slots=slots_of(config),
                 strict=tune.num_workers == 1,
                 device=device,

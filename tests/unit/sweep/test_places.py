@@ -1,0 +1,32 @@
+"""A worker reads what the command's own folder has, wherever it was started."""
+
+import pytest
+
+from higgs_tune.sweep.places import whole_paths
+
+
+@pytest.mark.parametrize(
+    ("path", "there", "expected"),
+    [
+        ("mine", True, "{here}/mine"),
+        ("mine", False, "{here}/mine"),  # perhaps on the workers only
+        ("bases/mine", True, "{here}/bases/mine"),
+        ("/data/mine", False, "/data/mine"),
+        ("~/mine", False, "~/mine"),
+    ],
+)
+def test_a_relative_path_is_one_from_where_the_command_was_typed(
+    tmp_path, monkeypatch, make_config, path, there, expected
+):
+    monkeypatch.chdir(tmp_path)
+    if there:
+        (tmp_path / path).mkdir(parents=True)
+    found = whole_paths(make_config(base={"path": path}, data={"path": path}))
+    assert {found.base.path, found.data.path} == {expected.format(here=tmp_path)}
+
+
+def test_names_stay_names(make_config):
+    hub = {"path": "bosonai/higgs-audio-v2-generation-3B-base", "revision": "0" * 40}
+    config = make_config(base=hub, data={"path": "embedded:arabic"})
+    assert whole_paths(config) == config
+    assert whole_paths(make_config()) == make_config()
