@@ -39,7 +39,8 @@ def test_a_worker_that_is_not_like_the_first_ends_the_sweep(tmp_path, what, erro
         run(tmp_path, base={"path": f"odd:{what}:{tmp_path / 'first'}"}, tune=TWO)
     assert "worker-" in str(found.value)
     ended = [read_json(path) or {} for path in tmp_path.glob("s/trials/*/status.json")]
-    assert {status["status"] for status in ended} <= {"cancelled"}
+    # the first may have trained some to their end before the other was there to be refused
+    assert {status["status"] for status in ended} <= {"completed", "pruned", "cancelled"}
 
 
 def test_a_resumed_sweep_refuses_data_that_was_prepared_again(tmp_path):

@@ -9,7 +9,7 @@ from higgs_tune.sweep.places import whole_paths
     ("path", "there", "expected"),
     [
         ("mine", True, "{here}/mine"),
-        ("mine", False, "{here}/mine"),  # perhaps on the workers only
+        ("mine", False, "mine"),
         ("bases/mine", True, "{here}/bases/mine"),
         ("/data/mine", False, "/data/mine"),
         ("~/mine", False, "~/mine"),
