@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from higgs_tune.data import tasks
+from higgs_tune.data.plain_text import plain_text
 from higgs_tune.data.shards import DatasetInfo, Row, ShardFile, list_shards, read_info
 from higgs_tune.errors import DataError
 
@@ -19,7 +20,7 @@ _CACHED_GROUPS = 512  # row groups kept decoded: about 128 MiB of 10 s clips
 
 _OPEN_SHARDS = 64  # each takes a file handle and 75 kB of metadata
 # What is in memory of each row: 35 bytes. Audio counts in frames; the reference of a clip is left out
-# but for `last_audio`, which it is. Equal speakers and equal texts have equal numbers.
+# but for `last_audio`, which it is. Equal speakers have equal numbers, and so have texts that sound the same.
 _INDEX = np.dtype(
     [
         ("is_train", bool),
@@ -175,7 +176,7 @@ def _numbers(
         kind == "clip",
         kind == "clip" and ref_text is not None,
         _name_number(speaker),
-        _name_number(text),
+        _name_number(plain_text(text)),
         len(text),
         max(own, default=0),
         sum(own),

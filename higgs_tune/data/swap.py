@@ -4,6 +4,8 @@ from collections import Counter
 
 import numpy as np
 
+from higgs_tune.data.plain_text import plain_text
+
 
 def spread(texts: np.ndarray, speakers: np.ndarray, count: int, seed: int) -> list[int]:
     """Places of up to `count` clips: least used text first, then speaker, then at random.
@@ -35,11 +37,13 @@ def spread(texts: np.ndarray, speakers: np.ndarray, count: int, seed: int) -> li
 
 
 def derange(texts: list[str], lengths: list[int]) -> list[int]:
-    """A permutation without equal texts at i and result[i], close in length.
+    """A permutation without texts that sound the same at i and result[i], close in length.
 
     Sorted by text, a shift by the largest number of equal texts never meets an equal one; exchanges
     that bring the lengths nearer follow until none is left.
     """
+    spelling: dict[str, str] = {}  # the first one stands for all
+    texts = [spelling.setdefault(plain_text(text), text) for text in texts]
     mean_length = {
         text: np.mean([n for n, other in zip(lengths, texts, strict=True) if other == text])
         for text in texts

@@ -4,8 +4,6 @@ Shape letters: N samples, F frames, K cepstral coefficients, A and B frames of t
 """
 
 import math
-import re
-import unicodedata
 from functools import cache
 
 import numpy as np
@@ -19,7 +17,6 @@ _NUM_MELS = 80
 _NUM_CEPSTRA = 13  # the usual choice; the 0th, loudness, is left out
 _FLOOR = 1e-2  # mel magnitudes below it are silence, as for the embedded codec
 _DB = 20 / math.log(10)  # of an amplitude in nats
-_ARABIC_MARKS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u0640]")  # optional in writing
 
 
 @cache
@@ -87,13 +84,3 @@ def warp(cost_AB: np.ndarray) -> tuple[float, int]:
 def character_error_rate(text: str, target: str) -> float:
     """Edits (insert, delete, replace) per character of a target that has one; above 1 is possible."""
     return torchaudio.functional.edit_distance(text, target) / len(target)
-
-
-def plain_text(text: str) -> str:
-    """Text as it sounds: no case, punctuation, Arabic short vowels or doubled spaces.
-
-    A recogniser chooses these freely, so they would count as errors of the speech.
-    """
-    text = _ARABIC_MARKS.sub("", unicodedata.normalize("NFKC", text).casefold())
-    kept = (" " if unicodedata.category(c)[0] in "PZC" else c for c in text)
-    return " ".join("".join(kept).split())

@@ -11,8 +11,9 @@ import torch
 import torchaudio
 from transformers import pipeline
 
+from higgs_tune.data.plain_text import plain_text
 from higgs_tune.errors import ConfigError, ModelError
-from higgs_tune.listen.measures import character_error_rate, plain_text
+from higgs_tune.listen.measures import character_error_rate
 
 _RATE_HZ = 16_000  # Resemblyzer's
 _SILENCE = 1e-4  # peak of full scale 1
@@ -79,7 +80,10 @@ class Recogniser:
         return result["text"]
 
     def error_rate(self, heard: str, target: str) -> float | None:
-        """Character error rate of what was heard; None for a target without letters."""
+        """Character error rate of what was heard; None for a target without letters.
+
+        A recogniser chooses case, punctuation and vowel signs freely: they are no errors of speech.
+        """
         plain = plain_text(target)
         return character_error_rate(plain_text(heard), plain) if plain else None
 

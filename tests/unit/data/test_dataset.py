@@ -51,6 +51,12 @@ def test_few_bytes_of_each_row_are_in_memory(tmp_path: Path):
     assert sum(map(len, arrays)) < 30, "rows are in the index only"
 
 
+def test_a_sentence_has_one_number_however_it_is_written(tmp_path: Path):
+    texts = ["كَتَبَ", "كتب.", "  كتـب\u200f", "قرأ"]
+    found = make(tmp_path, [clip(n, text=text) for n, text in enumerate(texts)]).index["text"]
+    assert found[0] == found[1] == found[2] != found[3]
+
+
 def test_content_hash_ignores_shards_and_sees_codes(tmp_path: Path):
     rows = [clip(n) for n in range(20)]
     one = make(tmp_path / "one", rows).info

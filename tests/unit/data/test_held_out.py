@@ -8,6 +8,7 @@ import pytest
 
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.held_out import validation_sets
+from higgs_tune.data.plain_text import plain_text
 from higgs_tune.data.swap import derange
 from higgs_tune.errors import DataError
 from tests.unit.data.rows import audio, clip, encoded_rows, make, row_of, text
@@ -46,6 +47,19 @@ def test_validation_swaps_are_a_permutation_with_other_texts_near_in_length(tmp_
     assert np.mean(distances) < 3, "48 clips of 5 to 59 frames lie about 1 apart"
     again = validation_sets(Dataset.open(str(tmp_path)), 48)
     assert [c.key for c in again.transcribe_swapped] == [c.key for c in sets.transcribe_swapped]
+
+
+def test_one_sentence_in_two_spellings_is_no_other_text_to_swap_with(tmp_path: Path):
+    sentences = [f"أُحِبُّ البَيْتَ {n}" for n in range(12)]
+    spellings = [spelling for s in sentences for spelling in (s, plain_text(s) + ".")]
+    rows = [
+        clip(n, "validation", text=spelling, num_frames=20 + 9 * (n // 2))
+        for n, spelling in enumerate(spellings)
+    ]
+    swapped = validation_sets(make(tmp_path, [*rows, clip(99)]), 48).transcribe_swapped
+    pairs = [conversation.key.split(":transcribe:audio=") for conversation in swapped]
+    assert len(pairs) == 24
+    assert all(int(own[1:]) // 2 != int(other[1:]) // 2 for own, other in pairs)
 
 
 def test_validation_is_spread_over_texts_and_speakers(tmp_path: Path):

@@ -12,7 +12,6 @@ from higgs_tune.listen.measures import (
     character_error_rate,
     log_mel,
     mel_distance,
-    plain_text,
     warp,
 )
 
@@ -81,12 +80,6 @@ def test_there_is_no_distance_to_a_clip_without_samples():
 )
 def test_the_error_rate_counts_edits_per_character_of_the_target(text, rate):
     assert character_error_rate(text, "abcd") == rate
-
-
-def test_plain_text_drops_what_a_recogniser_may_choose():
-    assert plain_text("  Hello,  WORLD! ") == "hello world"
-    assert plain_text("مَرْيَمُ تُحَضِّرُ") == "مريم تحضر"
-    assert plain_text("…") == ""
 
 
 def test_mel_frames_come_every_ten_milliseconds():

@@ -1,0 +1,18 @@
+"""Texts without what may be written or left out: two that sound the same count as one."""
+
+import re
+import unicodedata
+from functools import cache
+
+_ARABIC_MARKS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u0640]")  # optional in writing
+
+
+def plain_text(text: str) -> str:
+    """Text as it sounds: no case, punctuation, Arabic short vowels or doubled spaces."""
+    text = _ARABIC_MARKS.sub("", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join("".join(map(_kept, text)).split())
+
+
+@cache  # asked of every letter of a dataset
+def _kept(character: str) -> str:
+    return " " if unicodedata.category(character)[0] in "PZC" else character
