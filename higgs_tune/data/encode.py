@@ -35,7 +35,7 @@ from higgs_tune.data.shards import (
     shard_path,
     write_shard,
 )
-from higgs_tune.data.splits import GIVEN, assign_splits, shared_texts
+from higgs_tune.data.splits import divide
 from higgs_tune.device import resolve_device
 from higgs_tune.errors import DataError
 
@@ -98,11 +98,7 @@ def prepare(
         num_total = table.num_rows + table.num_rejected()
         _claim(out, _job(table, facts, options))
         _check_rejected(manifest, out, table, num_total, options)
-        split_rule = assign_splits(table, options.val_fraction, options.seed)
-        if split_rule == GIVEN and (num_shared := shared_texts(table)):
-            logger.warning(
-                "%s: %d texts are in both splits, as its split column says", manifest, num_shared
-            )
+        split_rule = divide(table, manifest, root, options.val_fraction, options.seed)
         _encode_shards(table, out, root, facts, code, options.rows_per_shard)
         _check_rejected(manifest, out, table, num_total, options)
         num_rejected = table.num_rejected()

@@ -144,6 +144,29 @@ def _target_text(turns: list[dict[str, Any]], start: int) -> str:
     return (texts([t for t in turns if t["role"] != "system"]) or texts(turns) or [""])[-1]
 
 
+def taught(row: ManifestRow) -> tuple[list[str], list[str]]:
+    """The texts and recordings that a chat row trains on.
+
+    Those of its learnt turns; a learnt recording counts with the text that it answers, which it may
+    read aloud, and a learnt text with the recording that it may write down.
+    """
+    texts, recordings = [row.text], []
+    asked_texts: list[str] = []
+    asked_audio: list[str] = []
+    for index, turn in enumerate(json.loads(row.turns or "[]")):
+        said = [part["text"] for part in turn["parts"] if part["type"] == "text"]
+        heard = [row.audio[part["audio"]] for part in turn["parts"] if part["type"] == "audio"]
+        if turn["role"] == "user":
+            asked_texts += said
+            asked_audio += heard
+        if turn["role"] == "assistant":
+            if index >= row.start_index:
+                texts += said + (asked_texts if heard else [])
+                recordings += heard + (asked_audio if said else [])
+            asked_texts, asked_audio = [], []
+    return texts, recordings
+
+
 _READ_ALOUD = (("user", "text"), ("assistant", "audio"))
 _WRITTEN_DOWN = (("user", "audio"), ("assistant", "text"))
 

@@ -9,7 +9,7 @@ class PrepareOptions(Settings):
     """What is taken from a manifest and how it is divided."""
 
     max_rejected: float = Field(default=0.05, ge=0)  # below 1 a share of all rows, else a count
-    val_fraction: float = Field(default=0.1, ge=0, le=0.5)  # without a split column
+    val_fraction: float = Field(default=0.1, ge=0, le=0.5)  # of the clips, without a split column
     min_seconds: float = Field(default=0.1, gt=0)  # shortest recording
     max_seconds: float = Field(default=30.0, gt=0)  # longest recording
     max_text_chars: int = Field(default=2000, ge=1)  # longest text of one part

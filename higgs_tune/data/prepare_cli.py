@@ -8,7 +8,7 @@ from higgs_tune.data.options import PrepareOptions
 
 _OPTIONS = {
     "max_rejected": "rejected rows that are allowed: below 1 a share, else a count",
-    "val_fraction": "share of the rows that validate, if the manifest has no split column",
+    "val_fraction": "share of the clips that validate, if the manifest has no split column",
     "min_seconds": "shortest recording",
     "max_seconds": "longest recording",
     "max_text_chars": "longest text of one part",

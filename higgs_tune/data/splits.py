@@ -1,177 +1,205 @@
-"""Which rows validate: given by the manifest, or drawn so that no text is on both sides.
+"""Which rows validate: given by the manifest, or drawn so that no text or recording is on both sides.
 
-The draw goes by hashes of texts and speakers, not by places: rows that are added later do not move
-the others. It happens on the disk, where the rows are.
+Clips validate, chats do not. The draw goes by hashes of texts and speakers, not by places: rows that
+are added later do not move the others. It happens on the disk, where the rows are.
 """
 
-import hashlib
-import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+import logging
+from pathlib import Path
 from sqlite3 import Connection
 
 from higgs_tune.data.row_table import RowTable, Stage
 from higgs_tune.data.rows import Rejection
+from higgs_tune.data.split_marks import split_marks, voice_mark
 from higgs_tune.errors import DataError
 
 _MIN_SPEAKERS = 5  # fewer, and a held-out voice would be too large a share of the data
-_MAX_LEFT_OUT = 0.02  # share of the rows that a speaker split may leave out
-GIVEN = "given by the manifest's split column"
+_MAX_LEFT_OUT = 0.02  # share of the clips that a speaker split may leave out
+_HELD_SPEAKERS = "SELECT speaker FROM rows WHERE split = 'validation'"
+
+logger = logging.getLogger(__name__)
 
 
-def assign_splits(table: RowTable, val_fraction: float, seed: int) -> str:
+def divide(table: RowTable, manifest: Path, root: Path, val_fraction: float, seed: int) -> str:
     """Give each row its split, reject those that are left out, and return the rule in words.
+
+    Warns of a given split that shares texts or recordings, and of one that cannot validate.
+
+    Args:
+        root: folder that recordings are relative to.
 
     Raises:
         DataError: some rows have a split and others none, or there are too few texts to divide.
     """
-    database = table.database
-    total, named = database.execute("SELECT count(*), count(split) FROM rows").fetchone()
+    total, named = table.database.execute("SELECT count(*), count(split) FROM rows").fetchone()
     if named and named < total:
-        number, name = database.execute(
+        number, name = table.database.execute(
             "SELECT number, id FROM rows WHERE split IS NULL ORDER BY number LIMIT 1"
         ).fetchone()
         raise DataError(
-            f"row {number} (id {name!r}) has no split, {named} of {total} rows "
+            f"{manifest}: row {number} (id {name!r}) has no split, {named} of {total} rows "
             "have one. Fill in the column for all rows or for none."
         )
-    if named:
-        return GIVEN
-    if val_fraction == 0:
-        database.execute("UPDATE rows SET split = 'train'")
+    if not named and val_fraction == 0:
+        table.database.execute("UPDATE rows SET split = 'train'")
         return "all rows train"
-    with _hashes(table, seed):
-        return _draw(table, val_fraction, seed)
+    with split_marks(table, root, seed) as database:
+        if named:
+            rule = "given by the manifest's split column"
+            _warn_of_shared(database, manifest)
+        else:
+            rule = _draw(table, manifest, val_fraction, seed)
+        _warn_unless_two_texts(database, manifest)
+    return rule
 
 
-def normal_text(text: str) -> str:
-    """Texts that differ only in case, spacing or Unicode form count as one."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def shared_texts(table: RowTable) -> int:
-    """How many texts are in both splits."""
-    with _hashes(table, 0):
-        return _number(
-            table.database,
-            "SELECT count(*) FROM (SELECT text_hash FROM hashes JOIN rows USING (number) "
-            "GROUP BY text_hash HAVING min(rows.split) < max(rows.split))",
-        )
-
-
-def _hash(name: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-
-
-@contextmanager
-def _hashes(table: RowTable, seed: int) -> Iterator[None]:
-    """Tables for the draw: a hash of each row's text and speaker, and the hashes that are drawn."""
-    database = table.database
+def _warn_of_shared(database: Connection, manifest: Path) -> None:
+    """Say how many validation texts and recordings are trained."""
     database.execute(
-        "CREATE TABLE hashes (number INTEGER PRIMARY KEY, text_hash, voice_hash, split)"
+        "INSERT OR IGNORE INTO trained "
+        "SELECT clips.text FROM clips JOIN rows USING (number) WHERE rows.split = 'train' UNION "
+        "SELECT recording FROM clips JOIN rows USING (number) WHERE rows.split = 'train' UNION "
+        "SELECT mark FROM taught JOIN rows USING (number) WHERE rows.split = 'train'"
     )
-    for name in ("drawn", "trained"):
-        database.execute(f"CREATE TABLE {name} (hash PRIMARY KEY) WITHOUT ROWID")
-    found = database.execute("SELECT number, text, speaker FROM rows ORDER BY number")
-    database.executemany(
-        "INSERT INTO hashes VALUES (?, ?, ?, NULL)",
-        (
-            (number, _hash(normal_text(text), seed), _hash(speaker, seed))
-            for number, text, speaker in found
-        ),
-    )
-    yield
-    for name in ("hashes", "drawn", "trained"):
-        database.execute(f"DROP TABLE {name}")
-
-
-def _draw(table: RowTable, val_fraction: float, seed: int) -> str:
-    database = table.database
-    num_texts = _number(database, "SELECT count(DISTINCT text_hash) FROM hashes")
-    if num_texts < 3:
-        raise DataError(
-            f"found {num_texts} different texts, needed at least 3 to hold some out for "
-            "validation. Add recordings, or a split column, or prepare with --val-fraction 0."
+    shared = []
+    for name in ("text", "recording"):
+        count = _number(
+            database,
+            f"SELECT count(DISTINCT clips.{name}) FROM clips JOIN rows USING (number) "
+            f"WHERE rows.split = 'validation' AND clips.{name} IN trained",
         )
-    target = max(2, round(val_fraction * table.num_rows))
-    rule = f"drawn with seed {seed} for {val_fraction:g} of the rows"
-    if _by_speaker(table, target, seed):
+        if count:
+            shared.append(f"{count} {name}s")
+    if shared:
+        logger.warning(
+            "%s: %s are in both splits, as its split column says", manifest, " and ".join(shared)
+        )
+
+
+def _warn_unless_two_texts(database: Connection, manifest: Path) -> None:
+    num_texts = _number(
+        database,
+        "SELECT count(DISTINCT clips.text) FROM clips JOIN rows USING (number) "
+        "WHERE rows.split = 'validation'",
+    )
+    if num_texts < 2:
+        logger.warning(
+            "%s: found %d different texts of clips for validation, needed 2: no sweep or training "
+            "can validate on this dataset. Chats do not validate: if they only wrap a recording and "
+            "its text, add --clips-from-chat; or add clips.",
+            manifest,
+            num_texts,
+        )
+
+
+def _draw(table: RowTable, manifest: Path, val_fraction: float, seed: int) -> str:
+    database = table.database
+    num_clips, num_kin = database.execute(
+        "SELECT count(*), count(DISTINCT kin) FROM clips"
+    ).fetchone()
+    if not num_clips:
+        database.execute("UPDATE rows SET split = 'train'")
+        return "all rows train: chats do not validate"
+    if num_kin < 3:
+        raise DataError(
+            f"{manifest}: found {num_kin} different texts of clips, needed at least 3 to hold some "
+            "out for validation (texts of one recording count as one). Add recordings, or "
+            "--clips-from-chat, or a split column, or prepare with --val-fraction 0."
+        )
+    target = max(2, round(val_fraction * num_clips))
+    rule = f"drawn with seed {seed} for {val_fraction:g} of the clips"
+    by_speaker = _by_speaker(database, target, seed)
+    if by_speaker:
         rule += ": no speaker and no text is shared"
     else:
-        _by_text(database, target, num_texts)
+        _by_text(database, target, num_kin)
         rule += ": no text is shared, speakers are"
     database.execute(
-        "UPDATE rows SET split = (SELECT split FROM hashes WHERE hashes.number = rows.number)"
+        "UPDATE rows SET split = CASE kind WHEN 'chat' THEN 'train' "
+        "ELSE (SELECT split FROM clips WHERE clips.number = rows.number) END"
     )
-    reason = "left out: a validation speaker says a text of the train split"
-    table.reject(
-        (
-            Rejection(row.number, row.id, row.audio[0], reason)
-            for row in table.rows()
-            if row.split is None
-        ),
-        Stage.SPLIT,
-    )
-    table.drop_rejected()
+    _leave_out(table, by_speaker)
     return rule
+
+
+def _leave_out(table: RowTable, by_speaker: bool) -> None:
+    """Reject the rows that would be on both sides."""
+    table.database.execute(
+        "INSERT OR IGNORE INTO held SELECT text FROM clips WHERE split = 'validation' UNION "
+        "SELECT recording FROM clips WHERE split = 'validation'"
+    )
+    conditions = {
+        "split IS NULL": "a validation speaker says a text of the train split",
+        "number IN (SELECT number FROM taught WHERE mark IN held)": "a chat that teaches a text "
+        "or recording of a validation clip",
+    }
+    if by_speaker:
+        conditions[f"kind = 'chat' AND speaker IN ({_HELD_SPEAKERS})"] = (
+            "a chat of a validation speaker"
+        )
+    for condition, reason in conditions.items():
+        found = table.database.execute(f"SELECT number, id, audio FROM rows WHERE {condition}")
+        table.reject(
+            (
+                Rejection(number, name, json.loads(audio)[0], f"left out: {reason}")
+                for number, name, audio in found
+            ),
+            Stage.SPLIT,
+        )
+        table.drop_rejected()
 
 
 def _brings_nearer(count: int, missing: int) -> bool:
     return count <= 2 * missing  # or it would overshoot by more than is missing now
 
 
-def _by_text(database: Connection, target: int, num_texts: int) -> None:
-    """Whole texts go to validation, about `target` rows; two texts at least, not all."""
+def _by_text(database: Connection, target: int, num_kin: int) -> None:
+    """Whole texts go to validation, about `target` clips; two texts at least, not all."""
     database.execute("DELETE FROM drawn")
     num_drawn = num_rows = 0
-    for text_hash, count in database.execute(
-        "SELECT text_hash, count(*) FROM hashes GROUP BY text_hash ORDER BY text_hash"
-    ):
-        if num_drawn + 1 < num_texts and (
-            num_drawn < 2 or _brings_nearer(count, target - num_rows)
-        ):
-            database.execute("INSERT INTO drawn VALUES (?)", (text_hash,))
+    for kin, count in database.execute("SELECT kin, count(*) FROM clips GROUP BY kin ORDER BY kin"):
+        if num_drawn + 1 < num_kin and (num_drawn < 2 or _brings_nearer(count, target - num_rows)):
+            database.execute("INSERT INTO drawn VALUES (?)", (kin,))
             num_drawn += 1
             num_rows += count
-    database.execute("UPDATE hashes SET split = iif(text_hash IN drawn, 'validation', 'train')")
+    database.execute("UPDATE clips SET split = iif(kin IN drawn, 'validation', 'train')")
 
 
-def _by_speaker(table: RowTable, target: int, seed: int) -> bool:
+def _by_speaker(database: Connection, target: int, seed: int) -> bool:
     """Whole speakers go to validation; False where that is impossible or would leave out too much.
 
     Rows without a speaker might be anyone's: they make a split by speaker impossible.
     """
-    database = table.database
-    first, num_speakers = database.execute(
-        "SELECT min(speaker), count(DISTINCT speaker) FROM rows"
+    unknown = _number(database, "SELECT count(*) FROM rows WHERE speaker = ''")
+    num_clips, num_speakers = database.execute(
+        "SELECT count(*), count(DISTINCT voice) FROM clips"
     ).fetchone()
-    if first == "" or num_speakers < _MIN_SPEAKERS:
+    if unknown or num_speakers < _MIN_SPEAKERS:
         return False
     num_rows = 0
-    for voice_hash, count in database.execute(
-        "SELECT voice_hash, count(*) FROM hashes GROUP BY voice_hash ORDER BY voice_hash"
+    for voice, count in database.execute(
+        "SELECT voice, count(*) FROM clips GROUP BY voice ORDER BY voice"
     ):
         if _brings_nearer(count, target - num_rows):
-            database.execute("INSERT INTO drawn VALUES (?)", (voice_hash,))
+            database.execute("INSERT INTO drawn VALUES (?)", (voice,))
             num_rows += count
     if not num_rows:
         (speaker,) = database.execute(
-            "SELECT speaker FROM rows GROUP BY speaker ORDER BY count(*), speaker LIMIT 1"
+            "SELECT speaker FROM rows WHERE kind = 'clip' "
+            "GROUP BY speaker ORDER BY count(*), speaker LIMIT 1"
         ).fetchone()
-        database.execute("INSERT INTO drawn VALUES (?)", (_hash(speaker, seed),))
+        database.execute("INSERT INTO drawn VALUES (?)", (voice_mark(speaker, seed),))
     database.execute(
-        "INSERT INTO trained SELECT DISTINCT text_hash FROM hashes WHERE voice_hash NOT IN drawn "
-        "ORDER BY text_hash"
+        "INSERT INTO trained SELECT DISTINCT kin FROM clips WHERE voice NOT IN drawn ORDER BY kin"
     )
     database.execute(
-        "UPDATE hashes SET split = CASE WHEN voice_hash NOT IN drawn THEN 'train' "
-        "WHEN text_hash NOT IN trained THEN 'validation' END"
+        "UPDATE clips SET split = CASE WHEN voice NOT IN drawn THEN 'train' "
+        "WHEN kin NOT IN trained THEN 'validation' END"
     )
-    num_held = _number(
-        database, "SELECT count(DISTINCT text_hash) FROM hashes WHERE split = 'validation'"
-    )
-    num_left_out = _number(database, "SELECT count(*) FROM hashes WHERE split IS NULL")
-    return num_held >= 2 and num_left_out <= _MAX_LEFT_OUT * table.num_rows
+    num_held = _number(database, "SELECT count(DISTINCT kin) FROM clips WHERE split = 'validation'")
+    num_left_out = _number(database, "SELECT count(*) FROM clips WHERE split IS NULL")
+    return num_held >= 2 and num_left_out <= _MAX_LEFT_OUT * num_clips
 
 
 def _number(database: Connection, query: str) -> int:

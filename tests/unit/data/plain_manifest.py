@@ -29,7 +29,8 @@ def random_fields(rng: np.random.Generator) -> Fields:
         row = dict.fromkeys(FIELDS, "") | {
             "id": f"r{n}",
             "path": f"{n}.wav",
-            "text": rng.choice(["Satz", "صباح", "a\0b"]) + f" {int(rng.integers(num_texts))}",
+            "text": rng.choice(["Satz", "صباح", "صَبـاح", "a\0b"])
+            + f" {int(rng.integers(num_texts))}",
             "speaker": f"s{int(rng.integers(num_speakers))}",
         }
         if has_split:
@@ -131,7 +132,27 @@ def _reason(row: dict[str, Any], owner: int) -> str | None:
 
 
 def normal(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    kept = [
+        " " if unicodedata.category(letter)[0] in "PZC" else letter
+        for letter in unicodedata.normalize("NFKC", text).casefold()
+        if not unicodedata.name(letter, "").startswith(("ARABIC FATHA", "ARABIC TATWEEL"))
+    ]
+    return " ".join("".join(kept).split())
+
+
+def kin(rows: list[dict[str, Any]], seed: int) -> list[str]:
+    """For each row the first text, by its hash, of those it shares a text or recording with."""
+    texts = [normal(row["text"]) for row in rows]
+    found = list(texts)
+    while True:
+        before = list(found)
+        for names in (texts, [row["audio"][0] for row in rows]):
+            lowest: dict[str, str] = {}
+            for name, one in zip(names, found, strict=True):
+                lowest[name] = min(lowest.get(name, one), one, key=lambda n: _order(n, seed))
+            found = [lowest[name] for name in names]
+        if found == before:
+            return found
 
 
 def split(rows: list[dict[str, Any]], fraction: float, seed: int) -> tuple[list[str | None], str]:
@@ -143,12 +164,12 @@ def split(rows: list[dict[str, Any]], fraction: float, seed: int) -> tuple[list[
         return given, "given by the manifest's split column"
     if fraction == 0:
         return ["train"] * len(rows), "all rows train"
-    texts = [normal(row["text"]) for row in rows]
+    texts = kin(rows, seed)
     voices = [row["speaker"] for row in rows]
     if len(set(texts)) < 3:
-        raise ValueError("different texts, needed at least 3")
+        raise ValueError("different texts of clips, needed at least 3")
     target = max(2, round(fraction * len(rows)))
-    drawn = f"drawn with seed {seed} for {fraction:g} of the rows: "
+    drawn = f"drawn with seed {seed} for {fraction:g} of the clips: "
     if "" not in voices and len(set(voices)) >= 5:
         held = _pick(voices, target, seed, at_least=0)
         held = held or {min(set(voices), key=lambda name: (voices.count(name), name))}
@@ -165,10 +186,14 @@ def split(rows: list[dict[str, Any]], fraction: float, seed: int) -> tuple[list[
     return ["validation" if text in held else "train" for text in texts], rule
 
 
+def _order(name: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}\0{name}".encode()).hexdigest()
+
+
 def _pick(names: list[str], target: int, seed: int, at_least: int) -> set[str]:
     """Names by their hash while they bring the number of rows nearer to the target."""
     counts, picked, num_rows = Counter(names), set[str](), 0
-    for name in sorted(counts, key=lambda n: hashlib.sha256(f"{seed}\0{n}".encode()).hexdigest()):
+    for name in sorted(counts, key=lambda n: _order(n, seed)):
         near = abs(num_rows + counts[name] - target) <= abs(num_rows - target) and num_rows < target
         spare = not at_least or len(picked) + 1 < len(counts)
         if spare and (near or len(picked) < at_least):

@@ -146,7 +146,7 @@ _PLAN = """
 import json, re, sys
 from pathlib import Path
 from higgs_tune.data.manifest import open_manifest
-from higgs_tune.data.splits import assign_splits
+from higgs_tune.data.splits import divide
 
 folder = Path(sys.argv[1])
 for count in map(int, sys.argv[2:]):
@@ -158,7 +158,7 @@ for count in map(int, sys.argv[2:]):
                 row["ref_audio"] = f"a/folder/{count - n - 1}.wav"
             file.write(json.dumps(row) + "\\n")
     with open_manifest(manifest, folder, 2000) as table:
-        assign_splits(table, 0.1, 0)
+        divide(table, manifest, folder, 0.1, 0)
         found = sum(len(part) for part in table.parts(256))
     assert found == count
     # Not ru_maxrss, which starts at what the parent process had.

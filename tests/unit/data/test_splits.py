@@ -1,44 +1,64 @@
 """Validation rows are drawn so that nothing leaks, and stay where they are when rows are added."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from higgs_tune.data import splits
 from higgs_tune.data.files import scratch_database
+from higgs_tune.data.plain_text import plain_text
 from higgs_tune.data.row_table import RowTable
 from higgs_tune.data.rows import ManifestRow, Rejection
-from higgs_tune.data.splits import GIVEN, normal_text
+from higgs_tune.data.splits import divide
 from higgs_tune.errors import DataError
 
 
-def row(number: int, text: str, speaker: str = "", split: str | None = None) -> ManifestRow:
-    return ManifestRow(number, f"r{number}", split, speaker, None, "clip", text, (f"{number}.wav",))
+def row(
+    number: int, text: str, speaker: str = "", split: str | None = None, path: str | None = None
+) -> ManifestRow:
+    audio = (path or f"{number}.wav",)
+    return ManifestRow(number, f"r{number}", split, speaker, None, "clip", text, audio)
+
+
+def chat(
+    number: int,
+    *turns: tuple[str, str],
+    start: int = 1,
+    speaker: str = "",
+    split: str | None = None,
+) -> ManifestRow:
+    """A chat of turns with one part each, an audio where it ends in .wav."""
+    audio = tuple(part for _, part in turns if part.endswith(".wav"))
+    parts = [
+        {"type": "audio", "audio": audio.index(part)}
+        if part in audio
+        else {"type": "text", "text": part}
+        for _, part in turns
+    ]
+    raw = [{"role": role, "parts": [part]} for (role, _), part in zip(turns, parts, strict=True)]
+    last = [part for _, part in turns if part not in audio][-1]
+    return ManifestRow(
+        number, f"r{number}", split, speaker, None, "chat", last, audio,
+        turns=json.dumps(raw), start_index=start,
+    )  # fmt: skip
 
 
 def assign_splits(
-    rows: list[ManifestRow], val_fraction: float, seed: int
+    rows: list[ManifestRow], val_fraction: float, seed: int, root: Path = Path("/data")
 ) -> tuple[list[ManifestRow], list[Rejection], str]:
     """Rows with their split, rows that are left out, the rule."""
     with scratch_database() as database:
         table = RowTable(database)
         for one in rows:
             table.add(one)
-        rule = splits.assign_splits(table, val_fraction, seed)
+        rule = divide(table, Path("m.csv"), root, val_fraction, seed)
         return list(table.rows()), list(table.rejected()), rule
 
 
-def shared_texts(rows: list[ManifestRow]) -> int:
-    with scratch_database() as database:
-        table = RowTable(database)
-        for one in rows:
-            table.add(one)
-        return splits.shared_texts(table)
-
-
 def texts_of(rows: list[ManifestRow], split: str) -> set[str]:
-    return {normal_text(row.text) for row in rows if row.split == split}
+    return {plain_text(row.text) for row in rows if row.split == split}
 
 
 def speakers_of(rows: list[ManifestRow], split: str) -> set[str]:
@@ -58,7 +78,6 @@ def test_no_text_is_ever_shared(seed: int):
     assert len(texts_of(kept, "validation")) >= 2
     assert texts_of(kept, "train")
     assert len(kept) + len(left_out) == len(rows)
-    assert shared_texts(kept) == 0
 
 
 def test_from_five_speakers_on_no_speaker_is_shared():
@@ -67,7 +86,7 @@ def test_from_five_speakers_on_no_speaker_is_shared():
     assert not speakers_of(kept, "train") & speakers_of(kept, "validation")
     assert sum(row.split == "validation" for row in kept) in (20, 40)
     assert not left_out
-    assert rule == "drawn with seed 0 for 0.1 of the rows: no speaker and no text is shared"
+    assert rule == "drawn with seed 0 for 0.1 of the clips: no speaker and no text is shared"
 
 
 def test_a_few_texts_across_the_border_are_left_out_of_validation():
@@ -86,7 +105,7 @@ def test_voices_that_all_say_the_same_texts_are_split_by_text():
     assert not left_out
     assert sum(row.split == "validation" for row in kept) == 40
     assert speakers_of(kept, "validation") == speakers_of(kept, "train")
-    assert rule == "drawn with seed 3 for 0.1 of the rows: no text is shared, speakers are"
+    assert rule == "drawn with seed 3 for 0.1 of the clips: no text is shared, speakers are"
 
 
 def test_unknown_speakers_are_split_by_text():
@@ -102,26 +121,122 @@ def test_rows_that_are_added_do_not_move_the_others():
     assert before != {r.id: r.split for r in assign_splits(rows[:380], 0.1, 1)[0]}
 
 
-def test_a_given_split_is_kept_and_its_shared_texts_counted():
-    rows = [
-        row(0, "a", split="train"),
-        row(1, "A ", split="validation"),
-        row(2, "b", split="train"),
+@pytest.mark.parametrize("seed", range(10))
+def test_spellings_of_a_sentence_and_rows_of_a_recording_stay_together(seed: int, tmp_path: Path):
+    vocalised = [f"كَتَبَ {n}" for n in range(40)]
+    rows = [row(n, text) for n, text in enumerate(vocalised)]
+    rows += [row(40 + n, plain_text(text) + ".\u200f") for n, text in enumerate(vocalised)]
+    rows += [row(80 + n, f"another {n}", path=f"x/../{n}.wav") for n in range(40)]
+    rows += [row(120 + n, f"last {n}", path=f"{n % 3}.flac") for n in range(9)]
+    (tmp_path / "alias.wav").symlink_to(tmp_path / "7.wav")
+    rows += [row(130, "an alias", path=str(tmp_path / "alias.wav"))]
+    kept, left_out, _ = assign_splits(rows, 0.2, seed, tmp_path)
+    assert not left_out
+    sides = [one.split for one in kept]
+    assert sides[:40] == sides[40:80] == sides[80:120]
+    assert sides[7] == sides[-1]
+    assert all(sides[120 + n] == sides[120 + n % 3] for n in range(9))
+    assert 0.1 < sides.count("validation") / len(sides) < 0.3
+
+
+def test_clips_joined_in_a_long_chain_stay_together():
+    rows = [row(n, f"text {n // 2}", path=f"{(n + 1) // 2}.wav") for n in range(200)]
+    rows += [row(200 + n, f"other {n}") for n in range(2)]
+    kept, _, _ = assign_splits(rows, 0.5, 0)
+    assert len({one.split for one in kept[:200]}) == 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_chat_that_teaches_a_validation_text_or_recording_is_left_out(seed: int):
+    texts = [f"جُمْلَة {n}" for n in range(30)]
+    rows = [row(n, text) for n, text in enumerate(texts)]
+    for n in range(0, 30, 3):
+        a, b, c = (plain_text(text) + "!" for text in texts[n : n + 3])
+        many = [("user", a), ("assistant", f"a{n}.wav"), ("user", f"b{n}.wav"), ("assistant", b)]
+        rows.append(chat(100 + n, *many))
+        rows.append(chat(200 + n, *many, start=3))
+        rows.append(chat(300 + n, ("user", f"{n + 2}.wav"), ("assistant", f"It says {n}.")))
+        rows.append(
+            chat(400 + n, ("system", a), ("user", "x"), ("assistant", f"x{n}.wav"), start=2)
+        )
+        rows.append(chat(500 + n, ("user", c), ("assistant", f"c{n}.wav")))
+    kept, left_out, rule = assign_splits(rows, 0.2, seed)
+    assert rule.endswith("for 0.2 of the clips: no text is shared, speakers are")
+    held = {one.number for one in kept if one.split == "validation"}
+    assert len(held) == 6 and max(held) < 30
+    wanted = {100 + n for n in range(0, 30, 3) if {n, n + 1} & held}
+    wanted |= {200 + n for n in range(0, 30, 3) if n + 1 in held}
+    wanted |= {base + n for n in range(0, 30, 3) for base in (300, 500) if n + 2 in held}
+    assert {one.row for one in left_out} == wanted
+    reason = "left out: a chat that teaches a text or recording of a validation clip"
+    assert {one.reason for one in left_out} == {reason}
+
+
+def test_chats_of_held_out_speakers_are_left_out():
+    rows = [row(n, f"text {n}", f"s{n % 12}") for n in range(240)]
+    rows += [
+        chat(300 + n, ("user", f"say {n}"), ("assistant", f"c{n}.wav"), speaker=f"s{n}")
+        for n in range(12)
     ]
     kept, left_out, rule = assign_splits(rows, 0.1, 0)
-    assert (kept, left_out, rule) == (rows, [], GIVEN)
-    assert shared_texts(kept) == 1
+    held = speakers_of(kept, "validation")
+    assert held and not held & speakers_of(kept, "train")
+    assert {f"s{one.row - 300}" for one in left_out} == held
+    assert {one.reason for one in left_out} == {"left out: a chat of a validation speaker"}
+    assert rule.endswith("no speaker and no text is shared")
+
+
+def test_chats_alone_all_train_and_a_warning_names_the_option(caplog: pytest.LogCaptureFixture):
+    rows = [chat(n, ("user", f"text {n}"), ("assistant", f"{n}.wav")) for n in range(24)]
+    kept, left_out, rule = assign_splits(rows, 0.1, 0)
+    assert {one.split for one in kept} == {"train"} and not left_out
+    assert rule == "all rows train: chats do not validate"
+    (warning,) = caplog.messages
+    assert warning.startswith("m.csv: found 0 different texts of clips for validation, needed 2")
+    assert "--clips-from-chat" in warning
+
+
+def test_a_given_split_is_kept_and_its_shared_texts_counted(caplog: pytest.LogCaptureFixture):
+    rows = [
+        row(0, "a", split="train"),
+        row(1, "A.", split="validation"),
+        chat(
+            2,
+            ("user", "b"),
+            ("assistant", "2.wav"),
+            ("user", "c"),
+            ("assistant", "4.wav"),
+            split="train",
+        ),
+        row(3, "b", split="validation"),
+        row(4, "d", split="validation"),
+        row(5, "e", split="validation"),
+        chat(6, ("user", "a"), ("assistant", "6.wav"), split="validation"),
+    ]
+    kept, left_out, rule = assign_splits(rows, 0.1, 0)
+    assert (kept, left_out, rule) == (rows, [], "given by the manifest's split column")
+    (warning,) = caplog.messages
+    assert "m.csv: 2 texts and 1 recordings are in both splits, as its" in warning
+
+
+def test_a_given_split_without_two_validation_texts_is_warned_of(caplog: pytest.LogCaptureFixture):
+    rows = [row(n, f"text {n}", split="validation" if n == 3 else "train") for n in range(9)]
+    assign_splits(rows, 0.1, 0)
+    (warning,) = caplog.messages
+    assert "found 1 different texts of clips for validation, needed 2" in warning
 
 
 def test_a_split_for_some_rows_only_is_an_error():
     rows = [row(0, "a", split="train"), row(1, "b")]
-    with pytest.raises(DataError, match=r"row 1 \(id 'r1'\) has no split, 1 of 2 rows have one"):
+    with pytest.raises(
+        DataError, match=r"m\.csv: row 1 \(id 'r1'\) has no split, 1 of 2 rows have one"
+    ):
         assign_splits(rows, 0.1, 0)
 
 
 def test_too_few_texts_to_divide_is_an_error_unless_all_train():
     rows = [row(n, f"text {n % 2}") for n in range(9)]
-    with pytest.raises(DataError, match="found 2 different texts, needed at least 3"):
+    with pytest.raises(DataError, match=r"m\.csv: found 2 different texts of clips, needed at"):
         assign_splits(rows, 0.1, 0)
     kept, _, rule = assign_splits(rows, 0, 0)
     assert kept == [replace(r, split="train") for r in rows]
