@@ -4,6 +4,7 @@ The file is read once; its rows wait on the disk. A row that cannot be used is r
 reason; a file that cannot be read as what its name says is an error. Audio itself is not touched here.
 """
 
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from higgs_tune.data.rows import (
     Rejection,
     audio_path,
     field,
+    text_field,
     text_problem,
 )
 from higgs_tune.errors import DataError
@@ -110,7 +112,7 @@ def _row(number: int, fields: Any, data_root: Path) -> ManifestRow:
         "number": number,
         "id": field(fields, ID) or f"row{number:06d}",
         "split": _split(field(fields, SPLIT)),
-        "speaker": field(fields, SPEAKER) or "",
+        "speaker": " ".join((text_field(fields, SPEAKER) or "").split()),
         "language": field(fields, LANGUAGE),
     }
     if fields.get("messages") is not None:
@@ -143,7 +145,7 @@ def _text(
     fields: Mapping[str, Any], names: tuple[str, ...], file_names: tuple[str, ...], data_root: Path
 ) -> str | None:
     """The text, from the first field that has one, or from the file that a field names."""
-    text = field(fields, names)
+    text = text_field(fields, names)
     if text is not None:
         return text
     name = audio_path(fields, file_names)
@@ -153,7 +155,7 @@ def _text(
     try:
         if not path.resolve().is_relative_to(data_root.resolve()):
             raise DataError(f"transcript file {name} is outside the data root")
-        return path.read_text(encoding="utf-8-sig").strip()
+        return unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig").strip())
     except UnicodeDecodeError as error:
         raise DataError(f"transcript file {name} is not UTF-8 (byte {error.start})") from None
     except (OSError, ValueError) as error:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from higgs_tune.data.rows import ManifestRow, audio_path, field
+from higgs_tune.data.rows import ManifestRow, audio_path, field, text_field
 from higgs_tune.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -109,7 +109,7 @@ def _text_parts(
     text: str, number: int, audio: list[str], queue: list[Any] | None
 ) -> list[dict[str, Any]]:
     """A text part; where the row lists `audios`, each placeholder in it is the next of them."""
-    checked = field({"text": text}, ("text",), keep_empty=True) or ""
+    checked = text_field({"text": text}, ("text",), keep_empty=True) or ""
     if queue is None or _PLACEHOLDER not in checked:
         return [{"type": "text", "text": checked}]
     pieces = checked.split(_PLACEHOLDER)

@@ -1,6 +1,7 @@
 """A checked row of a manifest, and how its fields are found under their usual names."""
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -98,6 +99,14 @@ def field(
             return value
         found = "" if keep_empty else None
     return found
+
+
+def text_field(
+    fields: Mapping[str, Any], names: tuple[str, ...], *, keep_empty: bool = False
+) -> str | None:
+    """The same as one Unicode form (NFC): what looks equal has equal tokens."""
+    value = field(fields, names, keep_empty=keep_empty)
+    return None if value is None else unicodedata.normalize("NFC", value)
 
 
 def audio_path(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:

@@ -1,6 +1,7 @@
 """Manifests of every kind become checked rows; what cannot be used is rejected with its reason."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,29 @@ def test_metadata_json_with_transcript_files_and_references(tmp_path: Path):
     assert (e.audio, e.ref_text) == (("e.wav", "d.wav"), "d")
     assert [(r.id, r.path) for r in found.rejected] == [("c", "c.wav")]
     assert "reference recording without its text" in found.rejected[0].reason
+
+
+def test_texts_and_speakers_are_composed_and_paths_stay_as_they_are(tmp_path: Path):
+    words = [unicodedata.normalize("NFD", word) for word in ("إيمان", "آخر", "أنا")]
+    speaker, text, path = words[0] + "  " + words[0], words[1], words[2] + ".wav"
+    (tmp_path / "t.txt").write_text(text)
+    rows = [
+        {
+            "id": path,
+            "path": path,
+            "text": text,
+            "speaker": speaker,
+            "ref_audio": path,
+            "ref_text": text,
+        },
+        {"path": path, "transcript_file": "t.txt", "client_id": speaker},
+        chat(("user", [text]), ("assistant", {"type": "audio", "path": path}), speaker=speaker),
+    ]
+    found = jsonl(tmp_path, *rows).rows
+    assert {row.speaker for row in found} == {"إيمان إيمان"}
+    assert {text for row in found for text in row.texts()} == {"آخر"}
+    assert {row.text for row in found} == {"آخر"}
+    assert {name for row in found for name in row.audio} == {path} and found[0].id == path
 
 
 @pytest.mark.parametrize(
