@@ -60,10 +60,14 @@ def clip_coder(codec: Codec, rules: ClipRules) -> Callable[[Names], Outcome]:
         return encode_clip(codec, wave, rate_hz)
 
     def outcome(names: Names) -> Outcome:
+        found: list[np.ndarray] = []
         try:
-            return tuple(codes(name) for name in names)
+            for name in names:
+                found.append(codes(name))
         except DataError as problem:
-            return str(problem)
+            # A rejection has the path of the first recording.
+            return f"{names[len(found)]}: {problem}" if found else str(problem)
+        return tuple(found)
 
     return outcome
 

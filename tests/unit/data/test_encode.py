@@ -100,6 +100,18 @@ def test_every_bad_row_is_listed_and_the_good_ones_are_kept(tmp_path: Path, run)
     assert sorted(Dataset.open(str(tmp_path / "out")).ids) == sorted(row["id"] for row in rows)
 
 
+def test_a_bad_recording_behind_a_good_one_is_named(tmp_path: Path, run):
+    rows = make_root(tmp_path / "root", 6)
+    (tmp_path / "root" / "voice.wav").write_text("no audio " * 50)
+    rows[1] |= {"ref_audio": "voice.wav", "ref_text": "reference"}
+    parts = [{"type": "audio", "path": name} for name in ("0.wav", "voice.wav")]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "two"}]
+    run([*rows, {"id": "chat", "messages": messages}], max_rejected=2, val_fraction=0)
+    found = rejected(tmp_path / "out")
+    assert found.keys() == {"c1", "chat"}
+    assert all(reason.startswith("voice.wav: audio cannot be read") for reason in found.values())
+
+
 @pytest.mark.parametrize("stage", ["manifest", "audio"])
 def test_too_many_rejected_rows_leave_shards_but_no_dataset(tmp_path: Path, run, stage: str):
     rows = make_root(tmp_path / "root", 8)
