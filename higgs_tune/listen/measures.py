@@ -4,6 +4,7 @@ Shape letters: N samples, F frames, K cepstral coefficients, A and B frames of t
 """
 
 import math
+import unicodedata
 from functools import cache
 
 import numpy as np
@@ -82,5 +83,9 @@ def warp(cost_AB: np.ndarray) -> tuple[float, int]:
 
 
 def character_error_rate(text: str, target: str) -> float:
-    """Edits (insert, delete, replace) per character of a target that has one; above 1 is possible."""
+    """Edits (insert, delete, replace) per character of a target that has one; above 1 is possible.
+
+    Of NFC: a tokenizer may bring a vowel sign and a shadda into that order, which is no error.
+    """
+    text, target = (unicodedata.normalize("NFC", one) for one in (text, target))
     return torchaudio.functional.edit_distance(text, target) / len(target)

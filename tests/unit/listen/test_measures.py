@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -80,6 +81,13 @@ def test_there_is_no_distance_to_a_clip_without_samples():
 )
 def test_the_error_rate_counts_edits_per_character_of_the_target(text, rate):
     assert character_error_rate(text, "abcd") == rate
+
+
+def test_error_rate_counts_no_order_of_marks_that_unicode_takes_as_equal():
+    shadda_first = "مُحَم\u0651\u064eدٌ"
+    assert character_error_rate(normalize("NFC", shadda_first), shadda_first) == 0
+    assert character_error_rate(shadda_first, normalize("NFD", "آمين")) > 0
+    assert character_error_rate("", "\u0627\u0653") == 1
 
 
 def test_mel_frames_come_every_ten_milliseconds():
