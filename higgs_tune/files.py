@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -70,6 +71,19 @@ def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     replace_file(path, write)
+
+
+def json_line(content: Mapping[str, Any]) -> str:
+    """A line of JSON, which has no NaN: a figure without a value is null."""
+    return json.dumps(_with_null(content), ensure_ascii=False, allow_nan=False)
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _with_null(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:

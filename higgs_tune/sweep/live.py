@@ -1,6 +1,5 @@
 """What a person sees of a running sweep: a table in a terminal, JSON lines anywhere else."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -12,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from higgs_tune.files import json_line
 from higgs_tune.metrics import STEP, VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.sweep.records import metrics_of
 from higgs_tune.sweep.study import TrialRecord
@@ -106,7 +106,7 @@ class Display:
         """One JSON line; a terminal shows the table instead."""
         if self._live is None:
             line = {"event": kind, "time": round(time.time(), 3), **what}
-            print(json.dumps(line, ensure_ascii=False), file=self._stream, flush=True)
+            print(json_line(line), file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
         """A line above the table, e.g. the dashboard's address."""

@@ -1,6 +1,5 @@
 """What a person sees of a training run: a live line in a terminal, JSON lines anywhere else."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from higgs_tune.files import json_line
 from higgs_tune.metrics import STEP, VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.train.samples import Sample
 
@@ -72,7 +72,7 @@ class Display:
     def line(self, line: dict[str, Any]) -> None:
         """A validation is done."""
         if self._progress is None:
-            print(json.dumps(line), file=self._stream, flush=True)
+            print(json_line(line), file=self._stream, flush=True)
             return
         figures = "   ".join(f"{label} {line[name]:.3f}" for label, name in _SHOWN if name in line)
         end = "" if line["status"] == "running" else f"   {line['status']} {line.get('reason', '')}"

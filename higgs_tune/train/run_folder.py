@@ -22,7 +22,14 @@ from higgs_tune import files, metrics
 from higgs_tune.config import BaseSettings, DataSettings, RunSettings, TrialConfig
 from higgs_tune.config_file import validate
 from higgs_tune.errors import ConfigError, DataError
-from higgs_tune.files import RESUME_FILES, former, replace_folder, write_json, write_json_lines
+from higgs_tune.files import (
+    RESUME_FILES,
+    former,
+    json_line,
+    replace_folder,
+    write_json,
+    write_json_lines,
+)
 from higgs_tune.train.checkpoint import load_interval, read_step
 from higgs_tune.train.samples import Sample
 
@@ -198,12 +205,8 @@ def best_step(lines: Sequence[Line], audio_tolerance: float) -> int | None:
 
 def append(path: Path, line: Line) -> None:
     """Append a line of JSON, which has no NaN: a figure without a value is null."""
-    plain = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in line.items()
-    }
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(json_line(line) + "\n")
 
 
 def write_settings(out: Path, settings: dict[str, Any]) -> None:

@@ -68,12 +68,12 @@ def test_the_table_shows_what_a_person_asks_for(record):
 def test_outside_a_terminal_each_event_is_one_json_line():
     stream = io.StringIO()
     display = Display(stream)
-    display.event("result", trial="t000", step=25)
+    display.event("result", trial="t000", step=25, best={"val/text/nll": float("inf")})
     display.refresh(force=True)
     display.close()
-    line = json.loads(stream.getvalue())
+    line = json.loads(stream.getvalue(), parse_constant=pytest.fail)
     assert line.pop("time") > 0
-    assert line == {"event": "result", "trial": "t000", "step": 25}
+    assert line == {"event": "result", "trial": "t000", "step": 25, "best": {"val/text/nll": None}}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import io
 import json
 
+import pytest
+
 from higgs_tune.train.display import Display, Pace, duration
 from higgs_tune.train.samples import Sample
 
@@ -31,6 +33,12 @@ def test_without_a_terminal_there_are_json_lines_and_nothing_else():
     lines = [json.loads(line) for line in shown(io.StringIO()).splitlines()]
     assert [line["step"] for line in lines] == [5, 20]
     assert lines[0] == LINE
+
+
+def test_a_figure_without_a_value_is_null_in_json():
+    stream = io.StringIO()
+    Display(20, stream).line({**LINE, "val/text/nll": float("nan")})
+    assert json.loads(stream.getvalue(), parse_constant=pytest.fail)["val/text/nll"] is None
 
 
 def test_a_terminal_has_figures_and_samples_as_they_are():
