@@ -48,7 +48,7 @@ def validation_sets(
             f"{dataset.directory}: the validation split has {len(clips)} usable clips with "
             f"{len(np.unique(texts))} different texts, needed at least 2 "
             "of each (chat rows do not validate). Prepare the dataset with a larger --val-fraction "
-            "or --clips-from-chat, or raise data.max_frames."
+            "or --clips-from-chat, or raise data.max_frames, data.max_text_tokens or data.max_rows."
         )
     rows = [dataset.row(index) for index in chosen]
     others = derange([row.text for row in rows], [row.num_frames[0] for row in rows])

@@ -85,9 +85,11 @@ def field(
     found = None
     for name in names:
         value = fields.get(name)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # pandas writes a column of them so where one is missing
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)  # ids and speakers are often numbers
-        if value is None:
+        if value is None or value != value:  # NaN, pandas' missing number
             continue
         if not isinstance(value, str):
             raise DataError(f"{name} is {type(value).__name__}, needed text")
@@ -114,6 +116,11 @@ def audio_path(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     for name in names:
         value = fields.get(name)
         if isinstance(value, Mapping):
+            if value.get("bytes"):
+                raise DataError(
+                    f"{name}: audio inside the manifest is not supported: write its bytes to a file "
+                    "below the data root and give that file's path"
+                )
             inner = audio_path(value, ("path", "url"))
             if inner is None:
                 raise DataError(f"{name} holds no path: audio inside the manifest is not supported")

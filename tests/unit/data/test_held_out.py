@@ -21,7 +21,9 @@ def test_validation_fits_the_base_with_swapped_audio_too(tmp_path: Path):
     assert len(sets.transcribe) == 14, "clips of 10 to 23 frames, texts of 60 to 47 letters"
     for conversation in (*sets.transcribe, *sets.transcribe_swapped, *sets.speak):
         assert encoded_rows(conversation) <= 105
-    with pytest.raises(DataError, match="has 0 usable clips"):
+    with pytest.raises(
+        DataError, match=r"has 0 usable clips.* data\.max_text_tokens or data\.max_rows"
+    ):
         validation_sets(dataset, 40, max_rows=30)
 
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from higgs_tune.errors import DataError
@@ -121,3 +123,26 @@ def test_a_reference_with_a_blank_text_takes_it_from_its_own_row(tmp_path: Path)
     assert [
         (r.path, "reference recording without its text" in r.reason) for r in found.rejected
     ] == [("d.wav", True)]
+
+
+def test_audio_inside_a_parquet_file_is_rejected_with_a_way_out(tmp_path: Path):
+    audio = {"bytes": b"RIFF", "path": "a.wav"}
+    pq.write_table(pa.Table.from_pylist([{"audio": audio, "text": "x"}]), tmp_path / "m.parquet")
+    (rejection,) = read_manifest(tmp_path / "m.parquet", tmp_path, 2000).rejected
+    assert "audio inside the manifest is not supported" in rejection.reason
+    assert "write its bytes to a file" in rejection.reason
+
+
+def test_numbers_that_pandas_wrote_as_floats_are_whole_again(tmp_path: Path):
+    rows = [
+        {"id": 7.0, "speaker": 12.0, "path": "a.wav", "text": "x", "split": float("nan")},
+        {"id": float("nan"), "speaker": float("nan"), "path": "b.wav", "text": "y", "split": None},
+        {"id": 8.5, "speaker": 1.0, "path": "c.wav", "text": "z", "split": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
+    found = read_manifest(tmp_path / "m.parquet", tmp_path, 2000)
+    assert [(row.id, row.speaker, row.split) for row in found.rows] == [
+        ("7", "12", None),
+        ("row000002", "", None),
+    ]
+    assert found.rejected[0].reason == "id is float, needed text"
