@@ -23,7 +23,7 @@ class Clip:
     """A held-out recording, and the voice that it is to be spoken in."""
 
     row: Row
-    reference: Row | None  # another held-out clip of its speaker, as a row of its own
+    reference: Row | None  # the row's own, perhaps a trained one, or a held-out clip's
 
     @property
     def spoken(self) -> Conversation:
