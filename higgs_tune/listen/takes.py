@@ -4,6 +4,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import soundfile
@@ -34,7 +35,7 @@ class Reference:
 def take_prompt(
     text: str, reference: Reference | None, codec: Codec, vocabulary: Vocabulary
 ) -> Prompt:
-    """The prompt of the training task `speak`, or of `clone` with a reference.
+    """The prompt of the training task `speak`, or of `clone` with a reference; texts in NFC as there.
 
     Raises:
         DataError: a text is empty, too long or holds a control token; the reference is no usable
@@ -47,8 +48,10 @@ def take_prompt(
     unspoken_TC = np.zeros((1, vocabulary.num_codebooks), dtype=np.uint16)  # the prompt ends before
     codes, ref_text = (unspoken_TC,), None
     if reference is not None:
-        codes, ref_text = (unspoken_TC, _reference_codes(reference.path, codec)), reference.text
-    row = Row("--text", "validation", "clip", "", text.strip(), codes, ref_text=ref_text)
+        codes = (unspoken_TC, _reference_codes(reference.path, codec))
+        ref_text = normalize("NFC", reference.text)
+    spoken = normalize("NFC", text.strip())
+    row = Row("--text", "validation", "clip", "", spoken, codes, ref_text=ref_text)
     talk = tasks.speak(row) if reference is None else tasks.clone(row, None)
     return prompt_before_audio(encode_conversation(talk, vocabulary))
 

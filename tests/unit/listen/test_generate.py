@@ -1,11 +1,13 @@
 """Speech and text from prompts: the training format, the stop, batches, seeds."""
 
 import dataclasses
+from unicodedata import normalize
 
 import numpy as np
 import pytest
 import torch
 
+from higgs_tune.data.codec import MelRvqCodec, MelRvqCodecConfig
 from higgs_tune.data.conversation import AudioPart, Turn
 from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.errors import DataError
@@ -15,6 +17,7 @@ from higgs_tune.listen.generate import (
     speak,
 )
 from higgs_tune.listen.options import SpeechOptions
+from higgs_tune.listen.takes import take_prompt
 from higgs_tune.model.writing import Prompt, prompt_before_text, write_text
 from tests.models import NUM_CODEBOOKS, NUM_CODES, conversation, tiny_base, vocabulary
 
@@ -40,6 +43,17 @@ def test_a_prompt_is_the_training_sequence_up_to_the_targets_first_row(task):
     assert len(encoded.audio_rows_A) - len(prompt.codes_AC) == 6 + NUM_CODEBOOKS + 1
     np.testing.assert_array_equal(prompt.ids_L, encoded.ids_L[: len(prompt.ids_L)])
     assert encoded.audio_rows_A[len(prompt.codes_AC)] == len(prompt.ids_L)
+
+
+def test_a_text_is_read_in_the_unicode_form_of_the_training_texts():
+    letters = dataclasses.replace(
+        vocabulary(), encode_text=lambda text: [10**6 + ord(c) for c in text]
+    )
+    prompts = [
+        take_prompt(normalize(form, "آمين"), None, MelRvqCodec(MelRvqCodecConfig()), letters)
+        for form in ("NFC", "NFD")
+    ]
+    assert list(prompts[0].ids_L) == list(prompts[1].ids_L)
 
 
 def test_a_prompt_does_not_depend_on_the_speech_that_follows():
