@@ -4,7 +4,8 @@ import re
 import unicodedata
 from functools import cache
 
-_ARABIC_MARKS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u0640]")  # optional in writing
+# Optional in writing: vowel signs, tatweel, and what the Quran's text is annotated with.
+_ARABIC_MARKS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640]")
 
 
 def plain_text(text: str) -> str:
