@@ -23,7 +23,7 @@ from higgs_tune.metrics import STEP, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.sweep import space
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.source import LiveTrial, TrialSource
-from higgs_tune.sweep.storage import STORAGE_ERRORS, retried
+from higgs_tune.sweep.storage import database_errors, retried
 from higgs_tune.sweep.study import TrialRecord, ending
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class StudySearcher(TrialSource):
         """
         try:
             yield
-        except (OSError, *STORAGE_ERRORS) as error:
+        except (OSError, *database_errors()) as error:
             self._broken = True
             self._on_study_error(error)
 
