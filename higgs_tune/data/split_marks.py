@@ -41,7 +41,7 @@ def split_marks(table: RowTable, root: Path, seed: int) -> Iterator[Connection]:
             database.execute("INSERT INTO clips VALUES (?, ?, ?, ?, ?, NULL)", values)
         else:
             texts, recordings = taught(row)
-            marks = [_text_mark(text, seed) for text in texts]
+            marks = [_text_mark(text, seed) for text in texts if plain_text(text)]
             marks += [_recording_mark(root, name, seed) for name in recordings]
             database.executemany(
                 "INSERT INTO taught VALUES (?, ?)", ((row.number, mark) for mark in marks)

@@ -16,6 +16,7 @@ from higgs_tune.errors import DataError
 
 _MIN_SPEAKERS = 5  # fewer, and a held-out voice would be too large a share of the data
 _MAX_LEFT_OUT = 0.02  # share of the clips that a speaker split may leave out
+_MAX_CHATS_LEFT_OUT = 0.25  # and of the chats: a held-out voice may have nearly all of them
 _HELD_SPEAKERS = "SELECT speaker FROM rows WHERE split = 'validation'"
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,17 @@ def _draw(table: RowTable, manifest: Path, val_fraction: float, seed: int) -> st
         "UPDATE rows SET split = CASE kind WHEN 'chat' THEN 'train' "
         "ELSE (SELECT split FROM clips WHERE clips.number = rows.number) END"
     )
+    chats = "SELECT count(*) FROM rows WHERE kind = 'chat'"
+    num_chats = _number(database, chats)
     _leave_out(table, by_speaker)
+    if num_left_out := num_chats - _number(database, chats):
+        logger.warning(
+            "%s: %d of %d chats are left out: they are of validation speakers, or teach a text or "
+            "recording of a validation clip",
+            manifest,
+            num_left_out,
+            num_chats,
+        )
     return rule
 
 
@@ -199,7 +210,20 @@ def _by_speaker(database: Connection, target: int, seed: int) -> bool:
     )
     num_held = _number(database, "SELECT count(DISTINCT kin) FROM clips WHERE split = 'validation'")
     num_left_out = _number(database, "SELECT count(*) FROM clips WHERE split IS NULL")
-    return num_held >= 2 and num_left_out <= _MAX_LEFT_OUT * num_clips
+    few_clips = num_left_out <= _MAX_LEFT_OUT * num_clips
+    return num_held >= 2 and few_clips and _holds_few_chats(database, seed)
+
+
+def _holds_few_chats(database: Connection, seed: int) -> bool:
+    """Whether the drawn speakers have no more of the chats than may be left out."""
+    drawn = {voice for (voice,) in database.execute("SELECT hash FROM drawn")}
+    num_chats = num_held = 0
+    for speaker, count in database.execute(
+        "SELECT speaker, count(*) FROM rows WHERE kind = 'chat' GROUP BY speaker"
+    ):
+        num_chats += count
+        num_held += count if voice_mark(speaker, seed) in drawn else 0
+    return num_held <= _MAX_CHATS_LEFT_OUT * num_chats
 
 
 def _number(database: Connection, query: str) -> int:

@@ -241,3 +241,33 @@ def test_too_few_texts_to_divide_is_an_error_unless_all_train():
     kept, _, rule = assign_splits(rows, 0, 0)
     assert kept == [replace(r, split="train") for r in rows]
     assert rule == "all rows train"
+
+
+def test_a_voice_with_most_of_the_chats_is_not_held_out_with_them(caplog):
+    rows = [row(n, f"text {n}", f"s{n % 10}") for n in range(100)]
+    rows += [
+        chat(100 + n, ("user", f"c{n}.wav"), ("assistant", f"chat {n}"), speaker="s3")
+        for n in range(200)
+    ]
+    for seed in range(20):
+        kept, _, _ = assign_splits(rows, 0.1, seed)
+        assert sum(one.kind == "chat" for one in kept) == 200
+    assert "chats are left out" not in caplog.text
+
+
+def test_a_clip_without_letters_leaves_no_chat_out(caplog):
+    rows = [row(n, "..." if n == 20 else f"text {n}") for n in range(21)]
+    rows += [chat(100 + n, ("user", f"c{n}.wav"), ("assistant", "…"), start=1) for n in range(30)]
+    for seed in range(40):
+        kept, _, _ = assign_splits(rows, 0.2, seed)
+        assert sum(one.kind == "chat" for one in kept) == 30
+
+
+def test_chats_that_are_left_out_are_counted_in_a_warning(caplog):
+    rows = [row(n, f"text {n}") for n in range(10)]
+    rows += [
+        chat(100, ("user", "x.wav"), ("assistant", "text 0")),
+        *(chat(101 + n, ("user", "y.wav"), ("assistant", f"text {n}")) for n in range(1, 10)),
+    ]
+    assign_splits(rows, 0.2, 0)
+    assert "of 10 chats are left out: they are of validation speakers, or teach" in caplog.text
