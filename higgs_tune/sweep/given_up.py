@@ -23,4 +23,4 @@ def reason_of(trial: Trial | None) -> str:
     """The same in a line, and what to do."""
     cause = None if trial is None else cause_of(trial)
     line = "" if cause is None else f": {type(cause).__name__}: {cause}".partition("\n")[0]
-    return f"given up, see tune.max_failures; --resume goes on with it{line}"
+    return f"Ray Tune gave it up as its process or worker failed; --resume goes on with it{line}"

@@ -14,4 +14,6 @@ def whole_paths(config: SweepConfig) -> SweepConfig:
 
 
 def _whole(path: str) -> str:
-    return str(Path.cwd() / path) if Path(path).exists() else path
+    """`embedded` is a base's name, whatever lies here."""
+    is_here = path != "embedded" and Path(path).exists()
+    return str(Path.cwd() / path) if is_here else path

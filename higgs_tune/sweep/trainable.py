@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 JOIN_PATIENCE_S = 120.0  # how long workers may answer that every slot is taken
 REMIND_S = 60.0
 ANSWER_S = 2.0  # what a process that is there needs to say so, even while it imports torch
+START_S = 10.0  # what the worker that the driver chose gets: its process may just be starting
 RANKED = ("completed", "running")
 
 
@@ -107,7 +108,8 @@ class PackTrial(Trainable):
             for name in [names[first], *names[:first], *names[first + 1 :]]:
                 try:
                     worker = ray.get_actor(name)
-                    if len(names) > 1 and not _is_there(worker, name, asked):
+                    patience_s = START_S if name == names[first] else ANSWER_S
+                    if len(names) > 1 and not _is_there(worker, name, asked, patience_s):
                         away.append(name)
                         continue
                     known = self.config["roster_version"], self.config["attempt"]
@@ -125,13 +127,13 @@ class PackTrial(Trainable):
         raise SweepError(f"{self._name}: no worker had a free slot for {JOIN_PATIENCE_S:.0f} s")
 
 
-def _is_there(worker: Any, name: str, asked: dict[str, Any]) -> bool:
+def _is_there(worker: Any, name: str, asked: dict[str, Any], patience_s: float) -> bool:
     """Whether a worker's process answers; a call of one that has none yet would wait for it.
 
     Raises:
         RayActorError: it has just died.
     """
-    timeout_s = 0 if name in asked else ANSWER_S
+    timeout_s = 0 if name in asked else patience_s  # it was waited for already
     if name not in asked:
         asked[name] = worker.ping.remote()
     if not ray.wait([asked[name]], timeout=timeout_s)[0]:

@@ -44,7 +44,7 @@ def test_a_resumed_search_goes_on_with_what_was_given_up(tmp_path):
     told = {f"t{trial.user_attrs['index']:03d}": trial for trial in study_of(outcome).trials}
     for name in lost:
         assert ended[name]["status"] == "cancelled"
-        assert "given up, see tune.max_failures" in ended[name]["reason"]
+        assert "Ray Tune gave it up" in ended[name]["reason"]
         assert "its worker died" in ended[name]["reason"]
         assert told[name].user_attrs["reason"] == ended[name]["reason"]
     trials = trials_of(run(tmp_path, resume=True, **sections).results)

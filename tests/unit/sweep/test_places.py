@@ -25,7 +25,9 @@ def test_a_relative_path_is_one_from_where_the_command_was_typed(
     assert {found.base.path, found.data.path} == {expected.format(here=tmp_path)}
 
 
-def test_names_stay_names(make_config):
+def test_names_stay_names(make_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded").mkdir()
     hub = {"path": "bosonai/higgs-audio-v2-generation-3B-base", "revision": "0" * 40}
     config = make_config(base=hub, data={"path": "embedded:arabic"})
     assert whole_paths(config) == config

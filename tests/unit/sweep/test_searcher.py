@@ -80,7 +80,7 @@ def test_a_trial_that_tune_gives_up_waits_for_a_resumed_sweep(study, make_config
     searcher.on_trial_complete("a", error=True)
     assert study.trials[0].state == TrialState.FAIL
     assert study.trials[0].user_attrs["status"] == "cancelled"
-    assert study.trials[0].user_attrs["reason"].startswith("given up, see tune.max_failures")
+    assert study.trials[0].user_attrs["reason"].startswith("Ray Tune gave it up")
     assert len(studies.unfinished(study)) == 1
 
 
