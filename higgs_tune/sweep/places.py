@@ -7,13 +7,11 @@ from higgs_tune.config import SweepConfig
 
 def whole_paths(config: SweepConfig) -> SweepConfig:
     """The configuration with whole paths for a base and data that lie here, where the command was typed."""
-    base, data = (
-        part.model_copy(update={"path": _whole(part.path)}) for part in (config.base, config.data)
-    )
+    base, data = config.base, config.data.model_copy(update={"path": _whole(config.data.path)})
+    if base.path != "embedded":  # a name, whatever lies here
+        base = base.model_copy(update={"path": _whole(base.path)})
     return config.model_copy(update={"base": base, "data": data})
 
 
 def _whole(path: str) -> str:
-    """`embedded` is a base's name, whatever lies here."""
-    is_here = path != "embedded" and Path(path).exists()
-    return str(Path.cwd() / path) if is_here else path
+    return str(Path.cwd() / path) if Path(path).exists() else path

@@ -213,7 +213,7 @@ def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path)
         )
     try:
         return _wrapped(model, directory)
-    except Exception:  # raised again, whatever it is
+    except Exception:  # raised again; PEFT wraps a base before it reads what may not fit
         _unwrap(model)
         raise
 

@@ -28,6 +28,9 @@ def test_a_relative_path_is_one_from_where_the_command_was_typed(
 def test_names_stay_names(make_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "embedded").mkdir()
+    assert whole_paths(make_config(data={"path": "embedded"})).data.path == str(
+        tmp_path / "embedded"
+    )
     hub = {"path": "bosonai/higgs-audio-v2-generation-3B-base", "revision": "0" * 40}
     config = make_config(base=hub, data={"path": "embedded:arabic"})
     assert whole_paths(config) == config
