@@ -112,9 +112,10 @@ class SlotLostError(SweepError):
 def num_seats(num_slots: int, *, strict: bool) -> int:
     """How many trials a worker takes: one a slot, and some that wait to fill a freed slot at once.
 
-    The more slots the more end together. Among several workers each keeps one, as others may have room.
+    The more slots the more end together, and whoever did not wait comes after the driver's next proposals,
+    one after the other. Among several workers each keeps one, as others may have room.
     """
-    return num_slots + (max(1, num_slots // 4) if strict else 1)
+    return num_slots + (max(1, num_slots // 2) if strict else 1)
 
 
 def import_loop(path: str) -> Callable[..., Loop]:

@@ -143,13 +143,17 @@ def test_a_full_budget_frees_the_slot_for_the_trial_that_is_queued():
     assert changes(table) == ([], ["t2"])
 
 
-def test_a_large_pack_has_somebody_for_each_of_two_slots_freed_at_one_step():
-    names = [f"t{n}" for n in range(10)]
-    table = table_of(*names, slots=8, to_come=5)
-    assert table.join("t10", CONFIG, None, 1, 0) == "full"
-    report(table, "t0", "t1", at=25, status="completed")
-    assert changes(table) == ([], ["t8", "t9"])
-    assert num_seats(8, strict=False) == 9  # among several workers the next may go elsewhere
+@pytest.mark.parametrize(("num_slots", "num_waiting"), [(1, 1), (3, 1), (4, 2), (8, 4)])
+def test_somebody_waits_for_each_of_half_of_the_slots_freed_at_one_step(num_slots, num_waiting):
+    names = [f"t{n:02d}" for n in range(num_slots + num_waiting)]
+    table = table_of(*names, slots=num_slots, to_come=5)
+    assert table.join("t99", CONFIG, None, 1, 0) == "full"
+    report(table, *names[:num_waiting], at=25, status="completed")
+    assert changes(table) == ([], names[num_slots:])
+
+
+def test_one_waits_at_each_of_several_workers():
+    assert num_seats(8, strict=False) == 9  # the next may go elsewhere
 
 
 def test_one_that_sits_down_while_a_decision_is_awaited_is_not_there_before_it_takes_effect():
