@@ -37,12 +37,12 @@ def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 recordings of 1 to 8 s, every fifth row with a reference, one that cannot be used."""
+    """60 recordings of 0.5 to 4 s, every fifth row with a reference, one that cannot be used."""
     root = tmp_path_factory.mktemp("root")
     rng = np.random.default_rng(0)
     lines = []
     for n in range(60):
-        wave = rng.normal(0, 0.1, int(rng.uniform(1, 8) * RATE_HZ)).astype(np.float32)
+        wave = rng.normal(0, 0.1, int(rng.uniform(0.5, 4) * RATE_HZ)).astype(np.float32)
         soundfile.write(root / f"{n}.wav", wave, RATE_HZ)
         row = {"id": f"c{n}", "path": f"{n}.wav", "text": f"text {n}", "speaker": "s"}
         if n % 5 == 0:
