@@ -199,7 +199,7 @@ def _record_environment(path: Path, command: list[str]) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     content = {
         "versions": {name: _version(name) for name in PACKAGES},
-        "git_sha": _git_sha(),
+        "git_sha": git_sha(Path(__file__).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
@@ -221,8 +221,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_sha() -> str | None:
-    return _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"])
+def git_sha(package: Path) -> str | None:
+    """The commit of a package's checkout, with `-dirty` if it was changed; None if git does not hold it.
+
+    An installed package may lie in the repository of whoever uses it.
+    """
+    git = ["git", "-C", str(package)]
+    if _output([*git, "ls-files", "--error-unmatch", "__init__.py"]) is None:
+        return None
+    return _output([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
 
 
 def _gpus() -> list[str]:

@@ -1,5 +1,6 @@
 import errno
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,29 @@ def test_a_new_folder_holds_the_resolved_settings_and_the_environment(make_confi
     assert environment["versions"]["ray"].startswith("2.")
     assert {"git_sha", "python", "platform", "num_cpus", "gpus", "started_at"} <= set(environment)
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "env.json", "sweep.yaml"]
+
+
+def test_the_commit_says_whether_the_code_was_changed_since_and_is_of_this_code(tmp_path):
+    def git(*words):
+        who = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    module = tmp_path / "__init__.py"
+    module.write_text("")
+    assert folders.git_sha(tmp_path) is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "a")
+    git("tag", "v1")
+    commit = git("rev-parse", "HEAD")
+    assert folders.git_sha(tmp_path) == commit
+    installed = tmp_path / ".venv" / "higgs_tune"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("")
+    assert folders.git_sha(installed) is None
+    module.write_text("changed = True\n")
+    assert folders.git_sha(tmp_path) == f"{commit}-dirty"
 
 
 def test_a_folder_that_holds_a_sweep_is_refused_without_resume(make_config):
