@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from higgs_tune.sweep.seats import Roster, SlotLostError
+from higgs_tune.sweep.seats import Roster, SlotLostError, num_seats
 from tests.workers import asking, beat, make_worker, run, saved, seat, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")
@@ -74,7 +74,11 @@ def test_one_of_several_workers_takes_the_slot_of_a_trial_that_stops_asking(
 
 
 def drive(
-    make_config, seed: int, delay_s: float, slots: int = 2
+    make_config,
+    seed: int,
+    delay_s: float,
+    slots: int = 2,
+    pruned: tuple[str, ...] = ("t0", "t3", "t7"),
 ) -> tuple[list[tuple], list[tuple]]:
     """Run nine trials through the slots with racing clients that decide slowly.
 
@@ -100,7 +104,7 @@ def drive(
 
         async def client(name: str, version: int):
             await pause()
-            budget = {"t3": 55, "t4": 51, "t6": 26}.get(name, 100)
+            budget = {"t4": 51, "t6": 26, "t7": 55}.get(name, 100)
             assert await worker.join(name, trial(num_steps=budget), None, version, 0) == "seated"
             while True:
                 await pause()
@@ -109,7 +113,7 @@ def drive(
                 await pause()
                 files = await saved(worker, name)
                 assert json.loads(files["training_state.json"])["step"] == result["step"]
-                stopped = name in ("t0", "t3", "t7") and result["step"] >= 50
+                stopped = name in pruned and result["step"] >= 50
                 if result["status"] != "running" or stopped:
                     break
             state["live"].remove(name)
@@ -126,7 +130,7 @@ def drive(
                 await publish()
                 tasks.append(asyncio.create_task(client(name, state["version"])))
 
-        for _ in range(slots + 1):
+        for _ in range(num_seats(slots, strict=True)):
             await start()
         while len(tasks) < len(names) or not all(task.done() for task in tasks):
             await asyncio.sleep(0.005)
@@ -149,10 +153,15 @@ def test_however_late_decisions_are_the_same_happens_at_the_same_steps(make_conf
 
 
 def test_slots_that_are_freed_together_are_filled_together_however_late_decisions_are(make_config):
-    arrived, log = drive(make_config, seed=1, delay_s=0.01, slots=4)
+    pruned = ("t0", "t7")
+    arrived, log = drive(make_config, seed=1, delay_s=0.01, slots=4, pruned=pruned)
     steps = {(kind, name): step for kind, name, step in log}
-    # t1 and t2 end on their budgets after 100 steps, with only t6 waiting
-    assert steps["leave", "t1"] == steps["leave", "t2"] == 100
-    assert [name for kind, name, step in log if kind == "join" and step == 100] == ["t6", "t7"]
+    # t1, t2 and t3 end on their budgets after 100 steps, with only t5 and t6 waiting
+    assert {steps["leave", name] for name in ("t1", "t2", "t3")} == {100}
+    assert [name for kind, name, step in log if kind == "join" and step == 100] == [
+        "t5",
+        "t6",
+        "t7",
+    ]
     for seed, delay_s in ((2, 0.0), (3, 0.001), (4, 0.03)):
-        assert drive(make_config, seed=seed, delay_s=delay_s, slots=4) == (arrived, log)
+        assert drive(make_config, seed, delay_s, slots=4, pruned=pruned) == (arrived, log)
