@@ -35,7 +35,7 @@ class SweepError(HiggsTuneError):
 
 
 class NoMemoryError(HiggsTuneError):
-    """There is no memory for the base; another program may hold it."""
+    """There is no memory for the base or the codec; another program may hold it."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from transformers import HiggsAudioV2TokenizerModel
 from transformers.utils import logging as hf_logging
 
 from higgs_tune.data.mel_codec import MelRvqCodec, MelRvqCodecConfig
-from higgs_tune.errors import DataError, ModelError
+from higgs_tune.errors import DataError, ModelError, NoMemoryError, is_out_of_memory
 
 __all__ = [
     "Codec",
@@ -55,6 +55,7 @@ def load_codec(path: str, device: str | torch.device = "cpu", revision: str | No
     Raises:
         ModelError: nothing to load there, not a codec that this version knows, or one whose weights
             and configuration do not fit each other.
+        NoMemoryError: the device has no memory for it, or for coding a second.
     """
     source, codec_class = _find_codec(path, revision)
     if not sys.stderr.isatty():
@@ -63,7 +64,8 @@ def load_codec(path: str, device: str | torch.device = "cpu", revision: str | No
         loaded: Any = codec_class.from_pretrained(
             source, revision=revision or "main", dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
+        _refuse_no_memory(error, path, "cpu")
         raise ModelError(f"codec {path}: cannot be loaded: {error}") from error
     codec: Codec = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
@@ -72,9 +74,21 @@ def load_codec(path: str, device: str | torch.device = "cpu", revision: str | No
             f"codec {path}: lacks {len(missing)} weights, {missing[0]} among them. "
             "Download the codec again."
         )
-    codec.to(device).eval()  # type: ignore[arg-type]
-    _probe(codec, path)
+    try:
+        codec.to(device).eval()  # type: ignore[arg-type]
+        _probe(codec, path)
+    except (RuntimeError, MemoryError) as error:
+        _refuse_no_memory(error, path, device)
+        raise
     return codec
+
+
+def _refuse_no_memory(error: Exception, path: str, device: str | torch.device) -> None:
+    """NoMemoryError if that is what an exception says."""
+    if is_out_of_memory(error):
+        raise NoMemoryError(
+            f"codec {path}: finds no memory on {device}: {error}. Free some, or choose another device."
+        ) from error
 
 
 def _find_codec(path: str, revision: str | None) -> tuple[str, type[Codec]]:
@@ -120,6 +134,8 @@ def _probe(codec: Codec, path: str) -> None:
         with torch.inference_mode():
             output: Any = codec.encode(noise.to(codec.device))
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"codec {path}: a second of audio at {config.sample_rate} Hz cannot be coded ({error}). "
             "sample_rate, downsampling ratios and semantic_sample_rate of its config.json do not "

@@ -22,7 +22,7 @@ import torch
 from higgs_tune.cluster import ENVIRONMENT, Cluster, join_cluster
 from higgs_tune.data.clips import ClipRules, Names, Outcome, clip_coder
 from higgs_tune.data.codec import load_codec, weights_digest
-from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.errors import ConfigError, ModelError, NoMemoryError
 
 _MAX_BLOCK_ROWS = 32  # coded by one actor in one go: what is done again when the actor dies
 _BLOCKS_PER_WORKER = 8  # at least, so that the actors end at about the same time
@@ -77,7 +77,7 @@ class _Coder:
     def __call__(self, block: pa.Table) -> pa.Table:
         try:
             code = self._code = self._code or self._load()
-        except ModelError as error:
+        except (ModelError, NoMemoryError) as error:
             return pa.Table.from_pylist([{"index": -1, "fatal": str(error)}], schema=_RESULT)
         columns: dict[str, list[Any]] = {name: [] for name in _RESULT.names}
         for row in block.to_pylist():

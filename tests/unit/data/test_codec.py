@@ -8,7 +8,7 @@ import torch
 
 import higgs_tune
 from higgs_tune.data.codec import MelRvqCodec, decode_clip, encode_clip, load_codec
-from higgs_tune.errors import DataError, ModelError
+from higgs_tune.errors import DataError, ModelError, NoMemoryError
 
 WAVS = Path(higgs_tune.__file__).parent / "embedded" / "wav"
 
@@ -160,3 +160,17 @@ def test_codec_without_weights_is_refused(codec: MelRvqCodec, tmp_path: Path) ->
     codec.config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_codec(str(tmp_path))
+
+
+@pytest.mark.parametrize("where", ["from_pretrained", "to", "encode"])
+def test_no_memory_is_not_taken_for_a_bad_codec(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*_, **__) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(MelRvqCodec, where, fail)
+    with pytest.raises(
+        NoMemoryError, match=r"codec embedded: finds no memory on cpu: .* 2\.00 GiB"
+    ):
+        load_codec("embedded")
