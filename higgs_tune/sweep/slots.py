@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import ConfigError
 from higgs_tune.sweep.control import Control
-from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, shortage
+from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, most_on_one_node, shortage
 from higgs_tune.sweep.places import whole_paths
 
 
@@ -61,10 +61,8 @@ def _ask_a_machine(
     # as often again as Ray does a task
     lives = {"max_restarts": 3, "max_task_retries": 3}
     counter = remote.options(num_cpus=num_cpus, num_gpus=num_gpus, **lives).remote()
-    is_there, answer = (
-        counter.__ray_ready__.remote(),
-        counter.count.remote(whole_paths(config), num_cpus),
-    )
+    is_there = counter.__ray_ready__.remote()
+    answer = counter.count.remote(whole_paths(config), num_cpus)
     asked_at, warned = time.monotonic(), False
     try:
         while not ray.wait([answer], timeout=1)[0]:
@@ -86,7 +84,7 @@ class Counter:
     """Runs where a worker will."""
 
     def count(self, config: SweepConfig, num_cpus: int) -> int:
-        """What fits into the memory that is free there."""
+        """What fits into the memory that is free there, of which other workers of that host take a share."""
         import torch  # the driver does without
 
         from higgs_tune.train.capacity import slots_on_cpu, slots_on_gpu
@@ -96,7 +94,7 @@ class Counter:
         if config.tune.gpus_per_worker:
             free_bytes, _ = torch.cuda.mem_get_info()
             return slots_on_gpu(config, shape, free_bytes)
-        free_bytes = _free_host_bytes() // config.tune.num_workers
+        free_bytes = _free_host_bytes() // most_on_one_node(config.tune)
         return slots_on_cpu(config, shape, free_bytes, num_cpus)
 
 

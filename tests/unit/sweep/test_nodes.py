@@ -101,3 +101,21 @@ def test_workers_that_this_machine_cannot_hold_are_refused(make_config, cluster,
 def test_workers_that_this_machine_holds_are_not_refused(make_config, cluster):
     cluster((4, 2))
     nodes.refuse_more_than_here(make_config(tune=TWO_GPUS).tune)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tune", "expected"),
+    [
+        ([(8, 0)], {"num_workers": 4}, 4),
+        ([(8, 0)] * 4, {"num_workers": 4}, 1),
+        ([(8, 0)] * 4, {"num_workers": 4, "cpus_per_worker": 3}, 2),
+        ([(8, 0), (16, 0)], {"num_workers": 9, "cpus_per_worker": 4}, 4),  # the larger one decides
+        ([(64, 0)], {"num_workers": 2, "cpus_per_worker": 4}, 2),
+        ([(2, 0)], {"num_workers": 3, "cpus_per_worker": 4}, 3),  # none is up that could tell
+    ],
+)
+def test_as_many_workers_share_a_machine_as_its_cpus_let(
+    make_config, cluster, sizes, tune, expected
+):
+    cluster(*sizes)
+    assert nodes.most_on_one_node(make_config(tune=tune).tune) == expected
