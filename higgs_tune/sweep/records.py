@@ -19,7 +19,7 @@ ADAPTER = "adapter"
 NOT_METRICS = frozenset(
     {
         "done", "status", "reason", "account", "config", "trial_id", "pid", "hostname", "node_ip",
-        "date", "timestamp", "training_iteration", "time_this_iter_s", "time_total_s",
+        "date", "sits_at", "timestamp", "training_iteration", "time_this_iter_s", "time_total_s",
         "time_since_restore", "iterations_since_restore", "should_checkpoint", "experiment_tag",
     }
 )  # fmt: skip

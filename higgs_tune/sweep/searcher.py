@@ -90,8 +90,8 @@ class StudySearcher(TrialSource):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Report an intermediate value."""
+        super().on_trial_result(trial_id, result)
         live = self.live.get(trial_id)
-        self._ready.discard(trial_id)
         if live is not None and not self._broken:
             live.status = result.get("status")
             with self._recording():

@@ -17,6 +17,7 @@ Result = dict[str, Any]
 Lease = Literal["seated", "full", "outdated"]
 Snapshot = Callable[[Path], None]  # writes a checkpoint into an empty folder
 DEFAULT_LOOP = "higgs_tune.train.sweep_pack:sweep_loop"
+SITS_AT = "sits_at"  # in a result for the driver: the worker that the trial found, by its place in the list
 CHECKPOINT_INFO = "checkpoint.json"  # beside the adapter: {"trial_id", "step"}
 
 

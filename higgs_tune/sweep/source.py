@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 
 from higgs_tune.metrics import VAL_TEXT_NLL
 from higgs_tune.sweep.given_up import reason_of
-from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.seats import SITS_AT, Roster
 from higgs_tune.sweep.study import TrialRecord
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,13 @@ class TrialSource(Searcher):
     def cancel_live(self, reason: str) -> None:
         """End every running trial: a resumed sweep goes on with it."""
         raise NotImplementedError
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Count the trial where it sits: at another worker if that one had a free slot sooner."""
+        live = self.live.get(trial_id)
+        self._ready.discard(trial_id)
+        if live is not None:
+            live.worker = result.get(SITS_AT, live.worker)
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any

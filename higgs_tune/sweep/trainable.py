@@ -12,7 +12,7 @@ from ray.tune import PlacementGroupFactory, Trainable
 from higgs_tune.config import TrialConfig
 from higgs_tune.errors import SweepError
 from higgs_tune.metrics import VAL_TEXT_NLL
-from higgs_tune.sweep.seats import Files, read_files, write_files
+from higgs_tune.sweep.seats import SITS_AT, Files, read_files, write_files
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class PackTrial(Trainable):
         self._name: str = config["name"]
         self._status = "running"
         files = read_files(Path(config["restore_from"])) if config["restore_from"] else None
-        self._worker = self._lease(files)
+        self._worker, self._sits_at = self._lease(files)
 
     def __repr__(self) -> str:
         """The name that the Ray dashboard shows for this process."""
@@ -53,7 +53,7 @@ class PackTrial(Trainable):
         if self._status not in RANKED:
             # Without its metric no scheduler can rank it: NaN passes every cutoff.
             result.pop(VAL_TEXT_NLL, None)
-        return {**result, "done": self._status != "running"}
+        return {**result, SITS_AT: self._sits_at, "done": self._status != "running"}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Bring the adapter and its training state here; Tune stores the folder.
@@ -96,7 +96,8 @@ class PackTrial(Trainable):
         except (RayActorError, ObjectLostError) as error:  # it owns what it refers to
             raise SweepError(f"{self._name}: its worker died ({error})") from None
 
-    def _lease(self, files: Files | None) -> Any:
+    def _lease(self, files: Files | None) -> tuple[Any, int]:
+        """The worker that took the trial in, and its place in the list of workers."""
         first: int = self.config["worker"]
         names: list[str] = self.config["workers"]
         trial = TrialConfig.model_validate(self.config["trial"])
@@ -115,7 +116,7 @@ class PackTrial(Trainable):
                     known = self.config["roster_version"], self.config["attempt"]
                     lease = ray.get(worker.join.remote(self._trial_id, trial, files, *known))
                     if lease != "full":  # if outdated, Tune lets this process go by itself
-                        return worker
+                        return worker, names.index(name)
                 except (RayActorError, ValueError):  # it restarts, or is not registered yet
                     away.append(name)
             if away:  # a machine that was taken back may return after hours

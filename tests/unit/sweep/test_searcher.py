@@ -250,18 +250,6 @@ def test_no_trial_starts_after_the_time_limit(study, make_config):
     assert rosters[-1].to_come == 0
 
 
-def test_trials_go_to_the_least_loaded_worker(study, make_config):
-    searcher, _, _ = make_searcher(study, make_config())
-    searcher._workers = ["w0", "w1"]
-    assert [searcher.suggest(name)["worker"] for name in "abc"] == [0, 1, 0]
-
-
-def test_a_worker_that_trains_is_filled_before_one_that_is_not_there(study, make_config):
-    searcher, _, _ = make_searcher(study, make_config(), workers=["w0", "w1"], serving=lambda: [1])
-    searcher.set_max_concurrency(4)
-    assert [searcher.suggest(name)["worker"] for name in "abcd"] == [1, 1, 0, 0]
-
-
 def test_a_torn_journal_line_is_dropped_and_the_study_goes_on(tmp_path, make_config):
     searcher, _, _ = make_searcher(studies.open_study("s", tmp_path, None), make_config())
     searcher.suggest("a")

@@ -7,6 +7,8 @@ from ray.exceptions import RayActorError
 
 from higgs_tune.errors import SweepError
 from higgs_tune.sweep import space, trainable
+from higgs_tune.sweep.records import metrics_of
+from higgs_tune.sweep.seats import SITS_AT
 
 NO_PROCESS = object()  # Ray keeps a call until there is one
 CALLS = ("ping", "join")
@@ -68,14 +70,26 @@ def test_a_free_slot_elsewhere_is_taken(make_config, monkeypatch):
     made, _ = trial(
         make_config, monkeypatch, lambda name, now: "seated" if name == "w0" else "full"
     )
-    assert made._lease(None).name == "w0"
+    worker, place = made._lease(None)
+    assert (worker.name, place) == ("w0", 0)
+
+
+def test_a_result_says_where_the_trial_sits_and_no_metrics_file_does(make_config, monkeypatch):
+    made, _ = trial(make_config, monkeypatch, lambda name, now: None)
+    result = {"status": "running", "val/text/nll": 2.5}
+    call = SimpleNamespace(remote=lambda trial_id: ("w0", "next_result"))
+    made._worker = SimpleNamespace(next_result=SimpleNamespace(options=lambda name: call))
+    made._sits_at, made._reset_error = 0, None
+    monkeypatch.setattr(trainable.ray, "get", lambda call: result)
+    assert made.step() == {**result, SITS_AT: 0, "done": False}
+    assert metrics_of(made.step()) == {"val/text/nll": 2.5}
 
 
 def test_a_worker_without_a_process_keeps_nobody_from_the_others(make_config, monkeypatch):
     made, clock = trial(
         make_config, monkeypatch, lambda name, now: "seated" if name == "w0" else NO_PROCESS
     )
-    assert made._lease(None).name == "w0"
+    assert made._lease(None)[0].name == "w0"
     assert clock.now <= 15
 
 
@@ -91,7 +105,7 @@ def test_a_worker_that_is_away_is_waited_for(make_config, monkeypatch, caplog, e
     made, clock = trial(
         make_config, monkeypatch, lambda name, now: error if now < 7200 else "seated"
     )
-    assert made._lease(None).name == "w1"
+    assert made._lease(None)[0].name == "w1"
     assert clock.now >= 7200
     reminders = [line for line in caplog.messages if line == "t000 waits for w1, w0"]
     assert 100 < len(reminders) <= 120
