@@ -44,13 +44,13 @@ def cpus_of_worker(tune: TuneSettings) -> int:
     return 1
 
 
-def most_on_one_node(tune: TuneSettings) -> int:
-    """How many of the workers, which need no GPU, may run on one machine at once, by the CPUs of the largest.
+def most_on_one_node(num_workers: int, num_cpus: int) -> int:
+    """How many workers with so many CPUs and no GPU may share a machine: as many as the largest one holds.
 
-    Nodes that are not up yet are taken to be like those that are; where none fits one, all may share.
+    Where none holds one yet, all may share.
     """
     largest = max((node.num_cpus for node in alive_nodes()), default=0)
-    return min(tune.num_workers, int(largest // cpus_of_worker(tune)) or tune.num_workers)
+    return min(num_workers, int(largest // num_cpus) or num_workers)
 
 
 def refuse_more_than_here(tune: TuneSettings) -> None:

@@ -94,7 +94,7 @@ class Counter:
         if config.tune.gpus_per_worker:
             free_bytes, _ = torch.cuda.mem_get_info()
             return slots_on_gpu(config, shape, free_bytes)
-        free_bytes = _free_host_bytes() // most_on_one_node(config.tune)
+        free_bytes = _free_host_bytes() // most_on_one_node(config.tune.num_workers, num_cpus)
         return slots_on_cpu(config, shape, free_bytes, num_cpus)
 
 

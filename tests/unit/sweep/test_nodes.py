@@ -104,18 +104,19 @@ def test_workers_that_this_machine_holds_are_not_refused(make_config, cluster):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "tune", "expected"),
+    ("sizes", "num_workers", "num_cpus", "expected"),
     [
-        ([(8, 0)], {"num_workers": 4}, 4),
-        ([(8, 0)] * 4, {"num_workers": 4}, 1),
-        ([(8, 0)] * 4, {"num_workers": 4, "cpus_per_worker": 3}, 2),
-        ([(8, 0), (16, 0)], {"num_workers": 9, "cpus_per_worker": 4}, 4),  # the larger one decides
-        ([(64, 0)], {"num_workers": 2, "cpus_per_worker": 4}, 2),
-        ([(2, 0)], {"num_workers": 3, "cpus_per_worker": 4}, 3),  # none is up that could tell
+        ([(8, 0)], 4, 2, 4),
+        ([(8, 0)] * 4, 4, 8, 1),
+        ([(8, 0)] * 4, 4, 3, 2),
+        ([(8, 0), (16, 0)], 9, 4, 4),  # the larger one decides
+        ([(64, 0)], 2, 4, 2),
+        ([(2, 0)], 3, 4, 3),  # none is up that could tell
+        ([], 3, 4, 3),
     ],
 )
 def test_as_many_workers_share_a_machine_as_its_cpus_let(
-    make_config, cluster, sizes, tune, expected
+    cluster, sizes, num_workers, num_cpus, expected
 ):
     cluster(*sizes)
-    assert nodes.most_on_one_node(make_config(tune=tune).tune) == expected
+    assert nodes.most_on_one_node(num_workers, num_cpus) == expected

@@ -139,18 +139,18 @@ def test_ctrl_c_ends_the_wait_for_the_count_within_a_second(make_config, fake_ra
     assert fake_ray.killed == 1
 
 
-@pytest.mark.parametrize(("num_nodes", "share"), [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("num_cpus", "share"), [(2, 4), (4, 2), (8, 1)])
 def test_the_memory_of_a_host_is_shared_by_the_workers_that_it_holds(
-    make_config, monkeypatch, num_nodes, share
+    make_config, monkeypatch, num_cpus, share
 ):
     node = {"Alive": True, "Resources": {"CPU": 8.0}}
-    monkeypatch.setattr(nodes, "ray", SimpleNamespace(nodes=lambda: [node] * num_nodes))
+    monkeypatch.setattr(nodes, "ray", SimpleNamespace(nodes=lambda: [node] * 4))
     monkeypatch.setattr(slots, "_free_host_bytes", lambda: 1200)
     monkeypatch.setattr(
         capacity, "slots_on_cpu", lambda config, shape, free_bytes, num_cpus: free_bytes
     )
     tune = {"slots_per_worker": "auto", "num_workers": 4}
-    assert slots.Counter().count(make_config(tune=tune), 2) == 1200 // share
+    assert slots.Counter().count(make_config(tune=tune), num_cpus) == 1200 // share
 
 
 def test_the_free_memory_of_the_host_is_below_its_whole():
