@@ -93,7 +93,8 @@ class TuneSettings(Settings):
     num_workers: int = Field(default=1, ge=1)  # processes with a base each; one per GPU
     # trials that train together around one base; "auto": as many as the worker's device holds
     slots_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
-    # share of report_every_steps that a trial trains on while its report is decided on
+    # share of report_every_steps, at least one step unless 0, that a trial trains on while its report
+    # is decided on
     ahead_fraction: float = Field(default=0.05, ge=0, le=1)
     # default: as many as let all workers run at once; 1 while no node with their GPUs is up
     cpus_per_worker: int | None = Field(default=None, ge=1)

@@ -59,7 +59,8 @@ class Worker:
         self._build = lambda: import_loop(loop_path)(config, num_slots=num_slots, device=device)
         self._silence = Silence(grace_beats, together=strict)
         self._exit_process, self._writer = exit_process, Writer(put)
-        ahead = round(config.tune.ahead_fraction * config.train.report_every_steps)
+        fraction, interval = config.tune.ahead_fraction, config.train.report_every_steps
+        ahead = max(1, round(fraction * interval)) if fraction else 0
         self._table = Table(num_slots, strict=strict, ahead=ahead)
         self._meter = Meter()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pack")

@@ -141,6 +141,25 @@ def drive(
     return arrived, log
 
 
+@pytest.mark.parametrize(("fraction", "steps"), [(0.0, 4), (0.05, 5), (0.5, 6)])
+def test_a_pack_trains_a_step_ahead_of_a_decision_also_where_the_share_of_an_interval_is_less(
+    make_config, fraction, steps
+):
+    async def scenario():
+        sections = {
+            "tune": {"ahead_fraction": fraction},
+            "train": {"num_steps": 100, "report_every_steps": 4},
+        }
+        worker = make_worker(make_config, slots=1, sections=sections)
+        await worker.sync(Roster(1, ("t1",), 0))
+        await worker.join("t1", trial(report_every_steps=4), None, 1, 1)
+        assert (await worker.next_result("t1"))["step"] == 4
+        await asyncio.sleep(0.1)  # the decision stays out
+        assert worker._table.clock == steps
+
+    run(scenario())
+
+
 def test_however_late_decisions_are_the_same_happens_at_the_same_steps(make_config):
     arrived, log = drive(make_config, seed=1, delay_s=0.01)
     assert len({name for name, *_ in arrived}) == 9
