@@ -50,7 +50,10 @@ class PackLimits:
 
 @dataclass(eq=False)
 class AdapterState:
-    """All that training one adapter needs to go on: plain CPU tensors by full parameter name."""
+    """All that training one adapter needs to go on: plain CPU tensors by full parameter name.
+
+    One that has run its budget may be without moments.
+    """
 
     step: int
     weights: dict[str, Tensor]
@@ -150,9 +153,10 @@ class Engine:
         try:
             self._write(resident, "master", weights)
             if state:
-                self._write(resident, "exp_avg", state.exp_avg)
-                self._write(resident, "exp_avg_sq", state.exp_avg_sq)
                 resident.step = state.step
+                if state.exp_avg or state.step < config.num_steps:
+                    self._write(resident, "exp_avg", state.exp_avg)
+                    self._write(resident, "exp_avg_sq", state.exp_avg_sq)
             self.alive_K[resident.slot] = True
             self.bank.refresh_compute()
         except BaseException:  # raised again; whatever it is, the slot is left to the next trial
@@ -238,13 +242,15 @@ class Engine:
         weights = None if bare else self.bank.pack(batch.slots)
         return self.nll(batch, weights)
 
-    def state(self, trial_id: str) -> AdapterState:
-        """Copy what `add` needs to go on exactly."""
+    def state(self, trial_id: str, *, moments: bool = True) -> AdapterState:
+        """Copy what `add` needs to go on exactly; moments are needed for further steps only."""
         resident = self.residents[trial_id]
-        kinds: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
-        return AdapterState(
-            resident.step, *(self.bank.copies(resident.slot, kind) for kind in kinds)
-        )
+        weights = self.bank.copies(resident.slot, "master")
+        if not moments:
+            return AdapterState(resident.step, weights, {}, {})
+        kinds: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+        both = (self.bank.copies(resident.slot, kind) for kind in kinds)
+        return AdapterState(resident.step, weights, *both)
 
     def gradient_shares(self, trial_id: str) -> dict[str, float]:
         """Target path → share of the squared norm of the averaged gradient; waits for the device."""

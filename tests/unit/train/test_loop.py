@@ -9,7 +9,7 @@ import torch
 from higgs_tune import metrics
 from higgs_tune.data.shards import CodecFacts
 from higgs_tune.errors import DataError, ModelError
-from higgs_tune.train.checkpoint import _INTERVAL
+from higgs_tune.train.checkpoint import _INTERVAL, load_state, save_adapter
 from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
 from tests.models import DATA, NUM_CODEBOOKS, NUM_CODES, make_dataset, tiny_base, trial
@@ -173,6 +173,7 @@ def test_trial_that_joins_at_its_budget_is_validated_once(dataset, tmp_path):
     first.join("a", A)
     expected = [first.advance()["a"] for _ in range(4)][-1]
     first.snapshot("a")(tmp_path)
+    assert not load_state(tmp_path).exp_avg  # nothing to go on with
     again = loop_of(dataset, A, B)
     again.join("a", A, tmp_path)
     again.join("b", B)
@@ -183,6 +184,16 @@ def test_trial_that_joins_at_its_budget_is_validated_once(dataset, tmp_path):
     assert metrics.TRAIN_TEXT_NLL not in results["a"]
     assert again.advance()["b"][metrics.STEP] == 5
     assert again.advance().keys() == {"b"}
+
+
+def test_a_state_without_moments_cannot_train_on(dataset, tmp_path):
+    first = loop_of(dataset, A, num_slots=1)
+    first.join("a", A)
+    first.advance()
+    state = first.engine.state("a", moments=False)
+    save_adapter(tmp_path, state, A, "tiny")
+    with pytest.raises(ValueError, match="a: state does not fit its targets at"):
+        loop_of(dataset, A, num_slots=1).join("a", A, tmp_path)
 
 
 def test_account_names_every_module_and_counts_parameters(dataset):
