@@ -27,33 +27,24 @@ from stock_base import REPORTED, STARTED
 from sweep_time import HERE, WAYS, Results, environment, our_trials, settings_file, timed
 
 from higgs_tune.files import write_json
-from higgs_tune.metrics import TRAIN_TIME_S
 
 COSTS = {"command_to_first_step_s": "command to first step", "between_s": "between two trials"}
 
 
 def our_costs(
-    started: float,
-    events: Sequence[Mapping[str, Any]],
-    results: Results,
-    workers: Mapping[str, Any],
+    started: float, events: Sequence[Mapping[str, Any]], workers: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Fixed costs of our sweep.
 
     Args:
         started: when the command was given, as `time.time` says.
-        events: what the sweep printed; "result" events have a time.
-        results: each trial's metrics, with the seconds that its steps took.
+        events: what the sweep printed, each with a time.
         workers: `workers.json`.
 
     Returns:
-        Seconds. The first step is dated from the first result back, so with a validation too many.
+        Seconds. That the first step starts is seen up to 0.1 s later.
     """
-    heard = {}
-    for event in events:
-        if event["event"] == "result":
-            heard.setdefault(event["trial"], event["time"])
-    begun = min(heard[trial] - found[0][TRAIN_TIME_S] for trial, found in results.items())
+    begun = min(event["time"] for event in events if event["event"] == "training")
     refills = [figures["refill_median_s"] for figures in workers.values()]
     return {
         "command_to_first_step_s": begun - started,
@@ -84,9 +75,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]
     """Run every way once; the costs of each."""
     settings = settings_file(folder, args)
     started, events = run_command(settings)
-    trials, results = our_trials(folder / "ours")
+    trials, _ = our_trials(folder / "ours")
     workers = json.loads((folder / "ours" / "workers.json").read_text())
-    ways = {"ours": our_costs(started, events, results, workers)}
+    ways = {"ours": our_costs(started, events, workers)}
     given = folder / "trials.json"
     write_json(given, {"trials": [t for t in trials if t["trial"]["cross_attention"] == "off"]})
     for way in args.ways:

@@ -163,9 +163,10 @@ def curve(config: TrialConfig, step: int) -> dict[str, float]:
 
 
 def make_searcher(study, config, checkpoints=None, **kwargs):
-    """A StudySearcher with four slots, the rosters that it publishes and the trials it resumes."""
+    """A StudySearcher, the rosters that it publishes and the trials it resumes."""
     rosters = []
     resumed = []
+    workers = kwargs.pop("workers", ["w0"])
     searcher = StudySearcher(
         study,
         config,
@@ -173,9 +174,10 @@ def make_searcher(study, config, checkpoints=None, **kwargs):
         on_resume=lambda tune_id, trial: resumed.append((tune_id, trial.intermediate_values)),
         on_copy=kwargs.pop("on_copy", lambda record, donor_id: None),
         checkpoint_of=lambda trial_id: (checkpoints or {}).get(trial_id),
-        workers=kwargs.pop("workers", ["w0"]),
+        workers=workers,
         publish=lambda roster, beat: rosters.append(roster),
         serving=kwargs.pop("serving", lambda: []),
+        rooms=kwargs.pop("rooms", lambda: [1000] * len(workers)),
         on_study_error=kwargs.pop("on_study_error", lambda error: None),
         **kwargs,
     )

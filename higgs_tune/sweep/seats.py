@@ -70,6 +70,11 @@ class Roster:
     version: int
     live: tuple[str, ...]
     to_come: int
+    room: int | None = None  # how many it sends for now; None: as many as there are seats
+
+    def num_sent(self, num_seats: int) -> int:
+        """How many trials a strict worker with so many seats gets for now."""
+        return num_seats if self.room is None else min(self.room, num_seats)
 
 
 @dataclass(eq=False)

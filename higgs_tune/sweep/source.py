@@ -41,17 +41,17 @@ class TrialSource(Searcher):
         workers: Sequence[str],
         publish: Callable[[Roster, bool], None],
         serving: Callable[[], Sequence[int]],
+        rooms: Callable[[], Sequence[int]],
         deadline: float | None = None,
     ) -> None:
         super().__init__(metric=VAL_TEXT_NLL, mode="min")
         self._workers = list(workers)
         self._publish = publish
-        self._serving = serving
+        self._serving, self._rooms = serving, rooms
         self._deadline = deadline
         self._version = 0
         self._attempt = 0  # counts Tune's loop: of two starts of a trial, the later has the higher
         self._named: tuple[str, ...] = ()  # whom the newest roster names
-        self._max_seated: int | None = None
         self._trials: Sequence[Trial] = ()  # Tune's, whose status says who is paused
         self._ready: set[str] = set()  # Tune's ids of trials whose pause is over
         self._stopped = False
@@ -79,8 +79,7 @@ class TrialSource(Searcher):
         return True
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
-        """Keep to the limit ourselves: Tune's own counts paused trials."""
-        self._max_seated = max_concurrent
+        """Keep to the workers' limits ourselves: Tune's own counts paused trials."""
         return True
 
     def on_pause(self, trial_id: str) -> None:
@@ -126,9 +125,9 @@ class TrialSource(Searcher):
         self.publish()
 
     def is_full(self) -> bool:
-        """Whether every slot is taken, or kept for a trial whose pause is over."""
+        """Whether every seat is taken, or kept for a trial whose pause is over."""
         resting = self.paused().keys() - self._ready
-        return self._max_seated is not None and len(self.live) - len(resting) >= self._max_seated
+        return len(self.live) - len(resting) >= sum(self._rooms())
 
     def paused(self) -> dict[str, Trial]:
         """The trials that Tune has paused, by its ids: they keep no slot."""
@@ -159,7 +158,7 @@ class TrialSource(Searcher):
             self._named = self._seated()
         for trial in paused.values():  # no roster without it is as new as its next lease
             trial.config["roster_version"] = self._version + 1
-        self._publish(Roster(self._version, self._named, to_come), beat)
+        self._publish(Roster(self._version, self._named, to_come, sum(self._rooms())), beat)
 
     def _seated(self) -> tuple[str, ...]:
         paused = self.paused()
@@ -180,8 +179,8 @@ class TrialSource(Searcher):
 
     def _next_worker(self, loads: Sequence[int]) -> int:
         """The one with the fewest trials, of those that train if one of these has room."""
-        room = (self._max_seated or 0) // len(loads)
-        ready = [worker for worker in self._serving() if loads[worker] < room]
+        rooms = self._rooms()
+        ready = [worker for worker in self._serving() if loads[worker] < rooms[worker]]
         return min(ready or range(len(loads)), key=lambda worker: loads[worker])
 
     def _tune_config(self, live: LiveTrial, restore_from: str) -> dict[str, Any]:

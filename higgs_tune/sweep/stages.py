@@ -74,7 +74,7 @@ class Sweep:
         Raises:
             HiggsTuneError: a worker cannot be used.
         """
-        self._workers.hear(self._accept, self._warned, self._display.warn)
+        self._workers.hear(self._accept, self._warned, self._display.warn, self._begun)
 
     def finish(self) -> None:
         """Write what the workers have to say at the end."""
@@ -110,6 +110,9 @@ class Sweep:
         for text in texts:
             self._display.warn(f"{worker} {text}")
 
+    def _begun(self, worker: str) -> None:
+        self._display.event("training", worker=worker)
+
     def copied(self, record: TrialRecord, donor_id: str) -> None:
         """A trial of a population took over another's weights."""
         self.files.copied(record, donor_id)
@@ -122,10 +125,12 @@ class Sweep:
             "workers": self._workers.names,
             "publish": self._workers.publish,
             "serving": self._workers.serving,
+            "rooms": self._workers.rooms,
         }
 
     def run(self, stage: str, source: TrialSource, scheduler: TrialScheduler) -> None:
         """One Tuner from its first trial to its last."""
+        self._workers.begin_stage()
         self._display.board.stage = stage
         self._display.event("stage", stage=stage, trials=source.num_to_come())
         tune = self.config.tune

@@ -4,7 +4,7 @@ The pack does not stand still while Tune decides what becomes of a trial that ha
 is its own optimizer step, and what follows from a report at step s takes effect at step s + `ahead`:
 the trial that was stopped leaves there, the one that was suggested in its place sits down there. The
 slot of a trial that has ended goes to one that waits, at step s; if none does, what follows from its
-report takes effect at step s as well.
+report takes effect at step s as well. Those who are to wait come when the pack already trains.
 
 In a sweep with one worker this is strict, which makes a sweep repeatable: the pack waits at that step if
 the decision is not there yet, and reports go out one at a time, in a fixed order, each when everything
@@ -35,6 +35,7 @@ class Table:
         self._unweighed: list[Report] = []  # of trials that have ended, for `_hurry`
         self._strict = strict
         self._ahead = ahead if strict else 0
+        self._began: int | None = None  # at which step, until those have come who are to wait
         self._attempts: dict[str, int] = {}  # the newest with which each trial has come
         self._dealing: Report | None = None  # handed out; what follows from it is not known yet
         self._leaving: list[tuple[Seat, int | None]] = []  # from which step; None: not known yet
@@ -85,10 +86,19 @@ class Table:
         ]
 
     def settled(self) -> bool:
-        """Whether everything that followed from the last report is known, and note what did."""
+        """Whether everything that followed from the last report is known, and note what did.
+
+        Not so before everyone has come who is to wait for a slot.
+        """
         complete = not self._strict or self._is_complete()
         if complete:
-            now = self._dealing.takes_effect if self._dealing else self.clock
+            now = self.clock if self._began is None else self._began
+            if self._dealing:
+                now = self._dealing.takes_effect
+            more = (
+                self.roster.to_come > 0 and self.roster.num_sent(self._num_seats) < self._num_seats
+            )
+            self._began = now if self._strict and more else None
             self._dealing = None
             for seat in self.seats.values():
                 if seat.asks and seat.since is None:
@@ -96,7 +106,7 @@ class Table:
             self._leaving = [
                 (seat, now if since is None else since) for seat, since in self._leaving
             ]
-        return complete
+        return complete and self._began is None
 
     def next_report(self) -> Report | None:
         """The report to hand out now, if there is one; its trial no longer asks."""
@@ -209,13 +219,16 @@ class Table:
     def _is_complete(self) -> bool:
         """Whether everyone on the roster sits and asks, and nobody else could be sent."""
         live = set(self.roster.live)
-        full = len(live) >= self._num_seats or self.roster.to_come == 0
+        full = len(live) >= self.roster.num_sent(self._num_seats) or self.roster.to_come == 0
         return full and not self.idle() and live - self.absent == set(self.seats)
 
     def _is_open(self) -> bool:
         """Whether everything that takes effect at this step, or before, is known."""
         if not self._strict:
             return True
+        if self._began is not None:  # nothing changes before the first report
+            is_full = len(self.residents) == self._num_slots
+            return (is_full or self._is_complete()) and not any(self._outstanding())
         self._hurry()  # before the pack does anything more
         return not self._is_owed() and (self._dealing is not None or self._is_complete())
 

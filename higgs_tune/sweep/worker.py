@@ -76,6 +76,7 @@ class Worker:
         logging.getLogger("higgs_tune").addHandler(self._notices)
         self._news = asyncio.Event()  # a notice is there
         self._accepted = asyncio.Event()  # the driver knows what was loaded, and agrees
+        self._trains = asyncio.Event()  # the pack does
 
     async def describe(self) -> dict[str, Any]:
         """Load the base if that has not happened; what base.json says of it and the data, and the node."""
@@ -101,6 +102,10 @@ class Worker:
         await self._news.wait()
         self._news.clear()
         return self._notices.take()
+
+    async def trains(self) -> None:
+        """Answers once the pack trains: those who are to wait for a slot may come."""
+        await self._trains.wait()
 
     async def figures(self) -> dict[str, Any]:
         """Where the time went so far."""
@@ -245,9 +250,12 @@ class Worker:
                     kind = "join_s"
                     num_filled = await self._change(loop, out, joining)
                 elif self._table.can_train():
+                    self._trains.set()
                     kind = "other_s"
                     seconds, num_ended = await self._advance(loop)
                 else:
+                    if not self._table.residents:
+                        self._trains.clear()
                     kind = "wait_s" if self._table.num_unfinished() else "idle_s"
                     self._wake.clear()
                     await self._wake.wait()

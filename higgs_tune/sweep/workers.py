@@ -14,7 +14,7 @@ from higgs_tune.config import SweepConfig
 from higgs_tune.errors import HiggsTuneError, NoMemoryError, SweepError
 from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, shortage
 from higgs_tune.sweep.places import whole_paths
-from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.seats import Roster, num_seats
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.worker import Worker
 
@@ -32,6 +32,8 @@ class Member:
     figures: "ray.ObjectRef[dict[str, Any]]"
     since: float  # when its process was asked for, or was found dead
     accepted: bool = False
+    begins: "ray.ObjectRef[Any] | None" = None  # answers once its pack trains
+    trains: bool = False  # its pack has begun in this stage
     is_waited_for: bool = False  # a person was told
     has_served: bool = False
     lacks_memory: bool = False  # a person was told
@@ -49,6 +51,8 @@ class Workers:
             device = "cuda" if tune.gpus_per_worker else "cpu"
         run = uuid.uuid4().hex[:8]  # a second sweep in the same process must not find these
         self.names = [f"{config.name}-worker-{n}-{run}" for n in range(tune.num_workers)]
+        strict, self._num_slots = tune.num_workers == 1, slots_of(config)
+        self._num_seats = num_seats(self._num_slots, strict=strict)
         remote: Any = ray.remote(Worker)
         actors = [
             remote.options(
@@ -58,8 +62,8 @@ class Workers:
                 max_restarts=-1,
             ).remote(
                 whole_paths(config),
-                num_slots=slots_of(config),
-                strict=tune.num_workers == 1,
+                num_slots=self._num_slots,
+                strict=strict,
                 device=device,
                 loop_path=loop_path,
             )
@@ -87,11 +91,25 @@ class Workers:
         """The numbers of those that train: their process is there, its base and data accepted."""
         return [number for number, member in enumerate(self._members) if member.accepted]
 
+    def begin_stage(self) -> None:
+        """All start anew: with one trial a slot."""
+        for member in self._members:
+            member.begins, member.trains = None, False
+
+    def rooms(self) -> list[int]:
+        """How many trials each takes for now.
+
+        Those who are to wait for a slot come when the pack trains: until then the processors, which
+        their processes would need for seconds, have more urgent things to do.
+        """
+        return [self._num_seats if each.trains else self._num_slots for each in self._members]
+
     def hear(
         self,
         accept: Callable[[str, dict[str, Any]], None],
         warned: Callable[[str, list[str]], None],
         waits: Callable[[str], None],
+        begun: Callable[[str], None],
     ) -> None:
         """Take what the workers have answered by now, and never wait for it.
 
@@ -99,6 +117,7 @@ class Workers:
             accept: gets a worker's name and what it has loaded, before it trains; raises to refuse it.
             warned: gets a worker's name and its new warnings.
             waits: gets, once, which worker's process is not there, and what it needs.
+            begun: gets, once a stage, the name of a worker whose pack trains.
 
         Raises:
             HiggsTuneError: a worker cannot load its base or its data, or `accept` refuses them. One that
@@ -119,7 +138,7 @@ class Workers:
                     raise SweepError(f"{member.name} cannot start: {error}") from None
                 if member.accepted:  # it was there, and is not any more
                     member.since, member.is_waited_for = time.monotonic(), False
-                member.accepted = False
+                member.accepted, member.begins, member.trains = False, None, False
                 member.answer = member.actor.describe.remote()
                 member.figures = member.actor.figures.remote()
                 self._check_start(member, waits)
@@ -141,6 +160,10 @@ class Workers:
                 member.accepted = member.has_served = True
                 member.lacks_memory = False
             member.answer = member.actor.serve.remote()
+        for member in self._members:
+            if member.accepted and not member.trains and _begins(member):
+                member.trains = True
+                begun(member.name)
 
     def _check_start(self, member: Member, waits: Callable[[str], None]) -> None:
         """Say once that a worker's process is not there; one that answers loads its base."""
@@ -193,6 +216,19 @@ class Workers:
 
 def _is_there(answer: "ray.ObjectRef[Any]") -> bool:
     return bool(ray.wait([answer], timeout=0)[0])
+
+
+def _begins(member: Member) -> bool:
+    """Whether its pack trains; asks it the first time."""
+    begins = member.begins = member.begins or member.actor.trains.remote()
+    if not _is_there(begins):
+        return False
+    try:
+        ray.get(begins)
+    except RayActorError:  # it restarts, which its next answer will tell
+        member.begins = None
+        return False
+    return True
 
 
 def _lives(member: Member) -> bool:

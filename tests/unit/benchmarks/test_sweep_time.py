@@ -1,7 +1,6 @@
 """What the sweep's comparison and the fixed costs make of what was run."""
 
 import argparse
-from typing import Any
 
 import fixed_costs
 import pytest
@@ -9,7 +8,7 @@ import sweep_time
 from stock_base import REPORTED, STARTED
 
 from higgs_tune.config_file import load_sweep
-from higgs_tune.metrics import STEP, TRAIN_TIME_S, VAL_TEXT_NLL
+from higgs_tune.metrics import STEP, VAL_TEXT_NLL
 
 ARGS = argparse.Namespace(
     clips=2, num_steps=40, report_every=20, trials=5, slots=2, gpus=0, seed=7, scheduler="asha",
@@ -48,18 +47,16 @@ def test_a_way_is_summed_up_by_its_best_and_its_pace():
     )
 
 
-def test_our_costs_are_those_of_the_first_result_and_of_the_refills():
-    results = {
-        "a": [{STEP: 5, TRAIN_TIME_S: 10.0}, {STEP: 10, TRAIN_TIME_S: 9.0}],
-        "b": [{STEP: 5, TRAIN_TIME_S: 10.0}],
-        "c": [{STEP: 5, TRAIN_TIME_S: 8.0}],
-    }
-    times = [("a", 5, 1022.1), ("b", 5, 1022.4), ("a", 10, 1032.4), ("c", 5, 1043.2)]
-    events: list[dict[str, Any]] = [{"event": "sweep_started", "time": 1003.0}]
-    for trial, step, time in times:
-        events.append({"event": "result", "trial": trial, STEP: step, "time": time})
+def test_our_costs_are_those_of_the_first_step_and_of_the_refills():
+    times = [
+        ("sweep_started", 1003.0),
+        ("training", 1012.1),
+        ("result", 1022.1),
+        ("training", 1050.0),
+    ]
+    events = [{"event": event, "time": time} for event, time in times]
     workers = {"worker-0": {"refill_median_s": 0.1}, "worker-1": {"refill_median_s": None}}
-    found = fixed_costs.our_costs(1000.0, events, results, workers)
+    found = fixed_costs.our_costs(1000.0, events, workers)
     assert found["command_to_first_step_s"] == pytest.approx(12.1)
     assert found["between_s"] == [0.1]
 

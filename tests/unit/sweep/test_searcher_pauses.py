@@ -16,8 +16,7 @@ def status_of(tune_id, status, config):
 def test_a_paused_trial_keeps_no_slot_and_no_roster_can_evict_it_when_it_comes_back(
     study, make_config
 ):
-    searcher, rosters, _ = make_searcher(study, make_config())
-    searcher.set_max_concurrency(2)
+    searcher, rosters, _ = make_searcher(study, make_config(), rooms=lambda: [2])
     configs = {name: searcher.suggest(name) for name in "ab"}
     assert searcher.suggest("c") is None
     trials = [status_of("a", "PAUSED", configs["a"]), status_of("b", "RUNNING", configs["b"])]
@@ -35,8 +34,7 @@ def test_a_paused_trial_keeps_no_slot_and_no_roster_can_evict_it_when_it_comes_b
 
 
 def test_a_trial_whose_pause_is_over_gets_a_slot_before_a_new_one(study, make_config):
-    searcher, rosters, _ = make_searcher(study, make_config())
-    searcher.set_max_concurrency(2)
+    searcher, rosters, _ = make_searcher(study, make_config(), rooms=lambda: [2])
     configs = {name: searcher.suggest(name) for name in "ab"}
     searcher.watch([status_of("a", "PAUSED", configs["a"])])
     to_come = rosters[-1].to_come

@@ -11,14 +11,13 @@ TWO = ["w0", "w1"]
 
 
 def test_trials_go_to_the_least_loaded_worker(study, make_config):
-    searcher, _, _ = make_searcher(study, make_config())
-    searcher._workers = TWO
+    searcher, _, _ = make_searcher(study, make_config(), workers=TWO)
     assert [searcher.suggest(name)["worker"] for name in "abc"] == [0, 1, 0]
 
 
 def test_a_worker_that_trains_is_filled_before_one_that_is_not_there(study, make_config):
-    searcher, _, _ = make_searcher(study, make_config(), workers=TWO, serving=lambda: [1])
-    searcher.set_max_concurrency(4)
+    options = {"workers": TWO, "serving": lambda: [1], "rooms": lambda: [2, 2]}
+    searcher, _, _ = make_searcher(study, make_config(), **options)
     assert [searcher.suggest(name)["worker"] for name in "abcd"] == [1, 1, 0, 0]
 
 
@@ -36,9 +35,20 @@ def test_a_trial_counts_where_it_sits_not_where_it_was_sent(study, make_config, 
             workers=TWO,
             publish=lambda roster, beat: None,
             serving=lambda: [0, 1],
+            rooms=lambda: [3, 3],
         )
-    source.set_max_concurrency(6)
     assert [source.suggest(name)["worker"] for name in "abc"] == [0, 1, 0]
     source.on_trial_result("a", {SITS_AT: 1})
     source.on_trial_result("c", {SITS_AT: 1})
     assert [source.suggest(name)["worker"] for name in "de"] == [0, 0]
+
+
+def test_trials_beyond_the_slots_come_when_the_pack_trains(study, make_config):
+    rooms = [2]
+    searcher, rosters, _ = make_searcher(study, make_config(), rooms=lambda: rooms)
+    assert [searcher.suggest(name) is None for name in "abc"] == [False, False, True]
+    assert (rosters[-1].live, rosters[-1].room) == (("t000", "t001"), 2)
+    rooms[0] = 3
+    assert searcher.suggest("c") is not None
+    assert (rosters[-1].live, rosters[-1].room) == (("t000", "t001", "t002"), 3)
+    assert searcher.suggest("d") is None

@@ -107,6 +107,66 @@ def test_a_stop_and_its_successor_take_effect_at_one_step_however_early_they_are
     assert sorted(table.residents) == ["t1", "t2"]
 
 
+def first_two(room: int | None = 2) -> Table:
+    """A table of two slots at which the first two trials train; the third is to wait for a slot."""
+    table = Table(2, strict=True, ahead=5)
+    table.gone(Roster(1, ("t0", "t1"), 2, room))
+    sit(table, "t0")
+    assert changes(table) == ([], [])
+    sit(table, "t1")
+    assert table.next_report() is None
+    assert changes(table) == ([], ["t0", "t1"])
+    return table
+
+
+def test_the_pack_begins_with_its_slots_full_and_trains_while_those_who_wait_come():
+    table = first_two()
+    table.clock = 3
+    assert table.can_train()
+    table.gone(Roster(2, ("t0", "t1", "t2"), 1, 3))
+    assert not table.needs_a_look()
+    table.clock = 7
+    sit(table, "t2", version=2)
+    assert table.next_report() is None
+    assert table.can_train()
+    assert table.seats["t2"].since == 0  # whenever its process was there
+    assert not table.needs_a_look()
+
+
+def test_no_report_goes_out_before_those_who_wait_have_come():
+    table = first_two()
+    report(table, "t0", at=25)
+    assert table.next_report() is None
+    assert not table.can_train()
+    table.gone(Roster(2, ("t0", "t1", "t2"), 1, 3))
+    assert table.next_report() is None
+    sit(table, "t2", version=2)
+    found = table.next_report()
+    assert found is not None
+    assert found.trial_id == "t0"
+    assert table.can_train()
+
+
+def test_a_slot_that_is_free_before_those_who_wait_have_come_waits_for_them():
+    table = first_two()
+    report(table, "t1", at=4, status="diverged")
+    assert changes(table) == ([], [])
+    table.gone(Roster(2, ("t0", "t1", "t2"), 1, 3))
+    assert changes(table) == ([], [])
+    assert not table.can_train()
+    sit(table, "t2", version=2)
+    assert table.next_report() is not None
+    assert changes(table) == ([], ["t2"])
+    assert table.can_train()
+
+
+def test_without_further_trials_nobody_is_waited_for():
+    table = table_of("t0", "t1", slots=2)
+    table.gone(Roster(2, ("t0", "t1"), 0, 2))
+    report(table, "t0", at=25)
+    assert table.next_report() is not None
+
+
 def test_what_a_stopped_trial_trained_on_is_thrown_away():
     table = table_of("t0", "t1", slots=2)
     report(table, "t0", at=25)

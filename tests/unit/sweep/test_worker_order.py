@@ -92,12 +92,13 @@ def drive(
     async def scenario():
         worker = make_worker(make_config, slots=slots)
         names = [f"t{index}" for index in range(9)]
-        state = {"version": 0, "live": [], "queue": list(names)}
+        state = {"version": 0, "live": [], "queue": list(names), "room": slots}
 
         async def publish():
             state["version"] += 1
             live = tuple(state["live"])
-            await worker.sync(Roster(state["version"], live, len(state["queue"])))
+            roster = Roster(state["version"], live, len(state["queue"]), state["room"])
+            await worker.sync(roster)
 
         async def pause():
             await asyncio.sleep(rng.random() * delay_s)
@@ -130,8 +131,14 @@ def drive(
                 await publish()
                 tasks.append(asyncio.create_task(client(name, state["version"])))
 
-        for _ in range(num_seats(slots, strict=True)):
+        for _ in range(slots):
             await start()
+        await worker.trains()
+        await pause()
+        state["room"] = num_seats(slots, strict=True)
+        for _ in range(state["room"] - slots):
+            await start()
+            await pause()
         while len(tasks) < len(names) or not all(task.done() for task in tasks):
             await asyncio.sleep(0.005)
         await asyncio.gather(*tasks)

@@ -70,7 +70,7 @@ def crew(make_config, monkeypatch):
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     config = make_config(tune={"num_workers": 2, "slots_per_worker": 2, "gpus_per_worker": 1})
     workers = Workers(config, loop_path="unused")
-    heard = SimpleNamespace(accepted=[], warned=[], waits=[], refuse=None)
+    heard = SimpleNamespace(accepted=[], warned=[], waits=[], begun=[], refuse=None)
 
     def accept(name, description):
         if heard.refuse is not None:
@@ -78,7 +78,8 @@ def crew(make_config, monkeypatch):
         heard.accepted.append((name, description))
 
     def hear():
-        workers.hear(accept, lambda *what: heard.warned.append(what), heard.waits.append)
+        waits, begun = heard.waits.append, heard.begun.append
+        workers.hear(accept, lambda *what: heard.warned.append(what), waits, begun)
 
     return SimpleNamespace(workers=workers, actors=actors, now=now, heard=heard, hear=hear)
 
@@ -115,6 +116,44 @@ def test_a_worker_that_died_is_described_again_before_it_serves(crew):
     crew.hear()
     assert crew.heard.accepted == [("worker-1", {"n": 1}), ("worker-1", {"n": 2})]
     assert actor.count("serve") == 2
+
+
+def test_a_worker_takes_trials_that_wait_once_its_pack_trains_in_this_stage(crew):
+    assert crew.workers.rooms() == [2, 2]
+    for actor in crew.actors:
+        actor.answer("describe", {})
+    crew.hear()
+    assert crew.workers.rooms() == [2, 2]
+    crew.actors[1].answer("trains", None)
+    for _ in range(2):
+        crew.hear()
+        assert crew.workers.rooms() == [2, 3]
+    assert crew.heard.begun == ["worker-1"]
+    crew.actors[1].answer("serve", DEAD)
+    crew.hear()
+    assert crew.workers.rooms() == [2, 2]
+    crew.actors[0].answer("trains", None)
+    crew.hear()
+    assert crew.workers.rooms() == [3, 2]
+    crew.workers.begin_stage()
+    assert crew.workers.rooms() == [2, 2]
+    crew.hear()
+    assert crew.actors[0].count("trains") == 2
+    crew.actors[0].answer("trains", None)
+    crew.hear()
+    assert crew.heard.begun == ["worker-1", "worker-0", "worker-0"]
+
+
+def test_a_worker_that_dies_before_its_pack_trains_is_asked_again(crew):
+    actor = crew.actors[0]
+    actor.answer("describe", {})
+    crew.hear()
+    actor.answer("trains", DEAD)
+    crew.hear()
+    crew.hear()
+    assert crew.workers.rooms() == [2, 2]
+    assert actor.count("trains") == 2
+    assert crew.heard.begun == []
 
 
 def test_a_worker_whose_memory_is_taken_while_it_is_away_tries_again(crew):
