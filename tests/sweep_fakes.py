@@ -28,18 +28,22 @@ class FakeLoop:
 
     An interval takes FAKE_ROUND_S seconds, with jitter. Learning rates above 5e-2 diverge at the second
     report, batch_clips 13 cannot join, 17 fails, an audio_loss_weight near 0 breaks the audio constraint, the
-    base "broken" cannot be loaded, "warns" warns, "pid:FILE" notes the process that loads it,
-    "odd:WHAT:FILE" is odd in "load", "data" or "base" for all but the first. A checkpoint lists the
-    steps behind it: with whose seed, the how manieth, at which rate.
+    base "broken" cannot be loaded, "warns" warns, "pid:FILE" notes the process that loads it, as does
+    "ill:FILE", which fails the second one; "odd:WHAT:FILE" is odd in "load", "data" or "base" for all
+    but the first. A checkpoint lists the steps behind it: with whose seed, the how manieth, at which rate.
     """
 
     def __init__(self, config: SweepConfig, *, num_slots: int, device: str) -> None:
         if config.base.path == "broken":
             raise ModelError("base.path: no such checkpoint. Give another one.")
         assert device
-        if config.base.path.startswith("pid:"):
-            with open(config.base.path[4:], "a") as file:
+        kind, _, path = config.base.path.partition(":")
+        if kind in ("pid", "ill"):
+            with open(path, "a+") as file:
                 file.write(f"{os.getpid()}\n")
+                file.seek(0)
+                if kind == "ill" and len(file.readlines()) == 2:
+                    raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
         self.num_slots = num_slots
         self.base_metrics = dict(BASE)
         self.preflight: dict[str, Any] = {"ok": True}

@@ -19,7 +19,8 @@ from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.worker import Worker
 
 FIGURES_S = 10.0  # how often the workers are asked where their time went
-MEMORY_PAUSE_S = 30.0  # until a worker without memory for its base tries again
+PAUSE_S = 30.0  # until a worker that cannot load its base any more tries again
+GIVE_UP_S = 600.0  # how long it may try while nobody else trains
 
 
 @dataclass
@@ -36,7 +37,8 @@ class Member:
     trains: bool = False  # its pack has begun in this stage
     is_waited_for: bool = False  # a person was told
     has_served: bool = False
-    lacks_memory: bool = False  # a person was told
+    complaint: str | None = None  # why it cannot load its base now; a person was told
+    fails_since: float = 0.0
     retry_at: float | None = None  # when it tries again to load its base
 
 
@@ -121,7 +123,7 @@ class Workers:
 
         Raises:
             HiggsTuneError: a worker cannot load its base or its data, or `accept` refuses them. One that
-                had served before and only lacks memory now tries again.
+                had served before tries again.
         """
         for member in self._members:
             if member.retry_at is not None:
@@ -144,26 +146,47 @@ class Workers:
                 self._check_start(member, waits)
                 continue
             except RayTaskError as error:
-                if isinstance(error.cause, NoMemoryError) and member.has_served:
-                    member.retry_at = time.monotonic() + MEMORY_PAUSE_S
-                    if not member.lacks_memory:
-                        waits(f"{member.name} {error.cause}; it tries again every 30 s")
-                    member.lacks_memory = True
-                    continue
-                if isinstance(error.cause, HiggsTuneError):
+                if not isinstance(error.cause, HiggsTuneError):
+                    raise
+                if not member.has_served:
                     raise type(error.cause)(f"{member.name} {error.cause}") from None
-                raise
+                self._retry_later(member, error.cause, waits)
+                continue
             if member.accepted:
                 warned(member.name, answer)
             else:
                 accept(member.name, answer)
                 member.accepted = member.has_served = True
-                member.lacks_memory = False
+                member.complaint = None
             member.answer = member.actor.serve.remote()
         for member in self._members:
             if member.accepted and not member.trains and _begins(member):
                 member.trains = True
                 begun(member.name)
+
+    def _retry_later(
+        self, member: Member, cause: HiggsTuneError, waits: Callable[[str], None]
+    ) -> None:
+        """A worker that had served cannot load its base: its new machine, GPU or disk is to blame.
+
+        Memory may be there later. After anything else the process starts anew, because a GPU's error
+        stays with the process that met it.
+
+        Raises:
+            HiggsTuneError: it has tried for long, and nobody else trains.
+        """
+        now, text = time.monotonic(), f"{member.name} {cause}"
+        lacks_memory = isinstance(cause, NoMemoryError)
+        if member.complaint is None:
+            member.fails_since = now
+        alone = not any(other.accepted for other in self._members)
+        if alone and not lacks_memory and now - member.fails_since >= GIVE_UP_S:
+            raise type(cause)(text)
+        if member.complaint != text:
+            waits(f"{text}; it tries again every {PAUSE_S:.0f} s")
+        member.complaint, member.retry_at = text, now + PAUSE_S
+        if not lacks_memory:
+            ray.kill(member.actor, no_restart=False)
 
     def _check_start(self, member: Member, waits: Callable[[str], None]) -> None:
         """Say once that a worker's process is not there; one that answers loads its base."""

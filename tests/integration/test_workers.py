@@ -9,9 +9,9 @@ import pytest
 import ray
 
 from higgs_tune.errors import ConfigError, NoMemoryError
-from higgs_tune.sweep import slots
+from higgs_tune.sweep import slots, workers
 from higgs_tune.sweep.live import Display
-from higgs_tune.sweep.records import read_json
+from higgs_tune.sweep.records import TrialFiles, read_json
 from tests.integration.test_sweep import run, trials_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
@@ -41,6 +41,30 @@ def test_a_worker_that_is_not_like_the_first_ends_the_sweep(tmp_path, what, erro
     ended = [read_json(path) or {} for path in tmp_path.glob("s/trials/*/status.json")]
     # the first may have trained some to their end before the other was there to be refused
     assert {status["status"] for status in ended} <= {"completed", "pruned", "cancelled"}
+
+
+def test_a_worker_that_starts_again_on_a_bad_gpu_gets_another_process(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(workers, "PAUSE_S", 0.5)
+    processes, killed = tmp_path / "processes", []
+    record = TrialFiles.result
+
+    def kill_the_worker(self, trial_id, result):
+        record(self, trial_id, result)
+        if not killed:
+            killed.append(int(processes.read_text()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(TrialFiles, "result", kill_the_worker)
+    tune = {"num_trials": 3, "seed": 3, "scheduler": {"name": "none"}}
+    outcome = run(tmp_path, base={"path": f"ill:{processes}"}, tune=tune)
+    ended = {trial["status"]["status"] for trial in trials_of(outcome.results).values()}
+    assert ended == {"completed"} and outcome.num_trials == 3
+    assert len(set(processes.read_text().split())) == 3  # started, killed by its GPU, well again
+    events = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    (said,) = [e["message"] for e in events if "ECC" in e.get("message", "")]
+    assert said.endswith("uncorrectable ECC error encountered; it tries again every 0 s")
 
 
 def test_a_resumed_sweep_refuses_data_that_was_prepared_again(tmp_path):

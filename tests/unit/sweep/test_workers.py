@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 
-from higgs_tune.errors import ConfigError, DataError, NoMemoryError
+from higgs_tune.errors import ConfigError, DataError, NoMemoryError, SweepError
 from higgs_tune.sweep import nodes
 from higgs_tune.sweep import workers as module
-from higgs_tune.sweep.workers import MEMORY_PAUSE_S, PATIENCE_S, Workers
+from higgs_tune.sweep.workers import GIVE_UP_S, PATIENCE_S, PAUSE_S, Workers
 
 DEAD = ActorUnavailableError("its node is gone", None)
 
@@ -39,7 +39,7 @@ class Actor:
 @pytest.fixture
 def crew(make_config, monkeypatch):
     """Two workers and their actors, a clock, and what `hear` was told."""
-    actors, now = [], [0.0]
+    actors, now, killed = [], [0.0], []
 
     def create(*_, **__):
         actors.append(Actor())
@@ -63,6 +63,7 @@ def crew(make_config, monkeypatch):
             remote=lambda _: SimpleNamespace(options=lambda **_: options),
             get=get,
             wait=wait,
+            kill=lambda actor, no_restart: killed.append((actors.index(actor), no_restart)),
         ),
     )
     up = [{"Alive": True, "Resources": {"CPU": 2.0}}]
@@ -81,7 +82,9 @@ def crew(make_config, monkeypatch):
         waits, begun = heard.waits.append, heard.begun.append
         workers.hear(accept, lambda *what: heard.warned.append(what), waits, begun)
 
-    return SimpleNamespace(workers=workers, actors=actors, now=now, heard=heard, hear=hear)
+    return SimpleNamespace(
+        workers=workers, actors=actors, now=now, killed=killed, heard=heard, hear=hear
+    )
 
 
 def test_every_worker_is_described_and_serves_only_once_it_was_accepted(crew):
@@ -167,7 +170,7 @@ def test_a_worker_whose_memory_is_taken_while_it_is_away_tries_again(crew):
     for count in (3, 4):
         actor.answer("describe", full)
         crew.hear()
-        crew.now[0] += MEMORY_PAUSE_S - 1
+        crew.now[0] += PAUSE_S - 1
         crew.hear()
         assert actor.count("describe") == count - 1
         crew.now[0] += 1
@@ -178,6 +181,51 @@ def test_a_worker_whose_memory_is_taken_while_it_is_away_tries_again(crew):
     actor.answer("describe", {"n": 2})
     crew.hear()
     assert crew.heard.accepted == [("worker-1", {"n": 1}), ("worker-1", {"n": 2})]
+
+
+def test_a_worker_that_has_trained_and_meets_a_bad_machine_starts_anew_and_the_others_go_on(crew):
+    cause = SweepError("on node 10.0.0.2 cannot load base and data: RuntimeError: CUDA error: ECC")
+    broken = RayTaskError("describe", "traceback", cause, ip="10.0.0.2")
+    for actor in crew.actors:
+        actor.answer("describe", {})
+    crew.hear()
+    actor = crew.actors[1]
+    actor.answer("serve", DEAD)
+    crew.hear()
+    for count in (1, 2, 3):
+        actor.answer("describe", broken)
+        crew.hear()
+        assert crew.killed == [(1, False)] * count
+        crew.now[0] += GIVE_UP_S
+        crew.hear()
+    (said,) = [text for text in crew.heard.waits if "cannot load" in text]
+    assert said == f"worker-1 {cause}; it tries again every 30 s"
+    actor.answer("describe", {})
+    crew.hear()
+    assert crew.workers.serving() == [0, 1]
+
+
+def test_a_sweep_ends_when_nobody_trains_and_the_last_worker_cannot_load_its_base_for_long(crew):
+    cause = SweepError("on node 10.0.0.2 cannot load base and data: RuntimeError: CUDA error: ECC")
+    broken = RayTaskError("describe", "traceback", cause, ip="10.0.0.2")
+    actor = crew.actors[1]
+    actor.answer("describe", {})
+    crew.hear()
+    actor.answer("serve", DEAD)
+    crew.hear()
+    actor.answer("describe", broken)
+    crew.hear()
+    crew.now[0] += GIVE_UP_S - 1
+    crew.hear()
+    actor.answer("describe", broken)
+    crew.hear()
+    crew.now[0] += PAUSE_S
+    crew.hear()
+    actor.answer("describe", broken)
+    with pytest.raises(
+        SweepError, match=r"^worker-1 on node 10\.0\.0\.2 cannot load base and data"
+    ):
+        crew.hear()
 
 
 def test_a_worker_without_memory_from_the_start_ends_the_sweep(crew):
