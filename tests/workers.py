@@ -7,7 +7,7 @@ from typing import Any
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.sweep.notices import Notices
-from higgs_tune.sweep.seats import Files, Roster
+from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.worker import Worker
 from tests.sweep_fakes import FakeLoop
 
@@ -66,10 +66,10 @@ def asking(worker: Worker, trial_id: str) -> "asyncio.Task[dict[str, Any]]":
     return asyncio.get_running_loop().create_task(worker.next_result(trial_id))
 
 
-async def saved(worker: Worker, trial_id: str) -> Files:
-    """A checkpoint, without Ray to refer to it."""
+async def saved(worker: Worker, trial_id: str) -> dict[str, bytes]:
+    """A checkpoint's files, without Ray to refer to it."""
     (files,) = await worker.save(trial_id)
-    return files
+    return {name: content.tobytes() for name, content in files.items()}
 
 
 async def beat(worker: Worker, roster: Roster, times: int) -> None:

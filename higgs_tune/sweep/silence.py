@@ -15,17 +15,25 @@ class Silence:
         """
         self.patience, self._together = patience, together
         self._beats: dict[str, int] = {}
+        self._busy: dict[str, int] = {}  # heartbeats more for what it has to do
 
     def beat(self, missing: Iterable[str], number: int) -> None:
         """So many heartbeats more for these trials; the others are there."""
         self._beats = {trial_id: self._beats.get(trial_id, 0) + number for trial_id in missing}
 
-    def heard(self, trial_id: str) -> None:
-        """Count anew."""
+    def heard(self, trial_id: str, busy: int = 0) -> None:
+        """Count anew; it may be silent for so many heartbeats longer until it is heard again."""
         if self._together:
             self._beats.clear()
         self._beats.pop(trial_id, None)
+        self._busy.pop(trial_id, None)
+        if busy:
+            self._busy[trial_id] = busy
 
     def lost(self) -> set[str]:
         """Trials that have been silent for too long."""
-        return {trial_id for trial_id, beats in self._beats.items() if beats >= self.patience}
+        return {
+            trial_id
+            for trial_id, beats in self._beats.items()
+            if beats >= self.patience + self._busy.get(trial_id, 0)
+        }

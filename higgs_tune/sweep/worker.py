@@ -38,6 +38,7 @@ from higgs_tune.sweep.writer import Writer
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+SLOWEST_BYTES_A_BEAT = 10_000_000  # of a disk on which checkpoints are stored, twice by Tune
 CANCELLED = {"status": "cancelled", "reason": "the sweep is ending"}
 
 
@@ -171,6 +172,7 @@ class Worker:
                 raise SlotLostError(f"{trial_id} has reported nothing yet that could be saved")
             return [await self._writer.put(seat.files)]
         reference = await self._writer.take(report)
+        self._silence.heard(trial_id, busy=report.num_bytes // SLOWEST_BYTES_A_BEAT)
         # the next one's is written while the driver deals with this; no more, for the memory
         self._writer.begin(self._table.coming())
         return [reference]

@@ -53,4 +53,7 @@ def _files(report: Report) -> Files:
     info = {"trial_id": report.trial_id, "step": report.result["step"]}
     with tempfile.TemporaryDirectory() as folder:
         report.snapshot(Path(folder))
-        return {**read_files(Path(folder)), CHECKPOINT_INFO: json.dumps(info).encode()}
+        Path(folder, CHECKPOINT_INFO).write_text(json.dumps(info), encoding="utf-8")
+        files = read_files(Path(folder))
+    report.num_bytes = sum(map(len, files.values()))
+    return files

@@ -134,7 +134,7 @@ def test_one_checkpoint_is_written_before_its_result_goes_out(make_config):
     written = []
 
     def put(files):
-        written.append(json.loads(files[CHECKPOINT_INFO])["trial_id"])
+        written.append(json.loads(files[CHECKPOINT_INFO].tobytes())["trial_id"])
         return files
 
     async def scenario():
