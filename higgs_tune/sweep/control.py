@@ -58,12 +58,13 @@ class ControlStopper(Stopper):
 
 @contextmanager
 def signals(control: Control) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a clean end; a second one ends the process at once."""
+    """Turn SIGINT and SIGTERM into a clean end; a Ctrl-C after that ends the process at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if control.signal is not None:
-            os._exit(EXIT_CODES[signal.Signals(number)])
-        control.signal = signal.Signals(number)
+        if control.signal is None:
+            control.signal = signal.Signals(number)
+        elif number == signal.SIGINT:
+            os._exit(EXIT_CODES[signal.SIGINT])
 
     former = {number: signal.signal(number, handle) for number in EXIT_CODES}
     try:

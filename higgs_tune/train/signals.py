@@ -20,7 +20,9 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Note the first SIGTERM or SIGINT; a second one ends the process at once.
+    """Note the first SIGTERM or SIGINT; a Ctrl-C after it ends the process at once.
+
+    A second SIGTERM does not: launchers pass on to all processes what their manager has sent to all.
 
     Outside of the main thread, which alone can handle signals, nothing is ever asked for.
     """
@@ -30,9 +32,10 @@ def stop_signals() -> Iterator[StopRequest]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if request.number is not None:
-            os._exit(EXIT_CODES[signal.Signals(number)])
-        request.number = number
+        if request.number is None:
+            request.number = number
+        elif number == signal.SIGINT:
+            os._exit(EXIT_CODES[signal.SIGINT])
 
     former = {number: signal.signal(number, handle) for number in EXIT_CODES}
     try:
