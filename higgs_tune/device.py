@@ -1,10 +1,13 @@
 """The device that a setting names."""
 
+import os
 import resource
 
 import torch
 
 from higgs_tune.errors import ConfigError
+
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is its former name
 
 
 def resolve_device(name: str, setting: str) -> torch.device:
@@ -32,6 +35,9 @@ def resolve_device(name: str, setting: str) -> torch.device:
             "counted from 0."
         )
     if device.type == "cuda":
+        # Shapes differ from batch to batch: memory would be free, but in pieces. Read at its first use.
+        if not any(os.environ.get(name) for name in _ALLOCATOR):
+            os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
         # PyTorch prefers it on newer GPUs, but it plans anew for every shape, and each batch has another
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device

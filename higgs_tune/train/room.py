@@ -1,8 +1,8 @@
 """Go on when a forward or a backward fails for some adapters of a pack.
 
-When memory runs out: fewer adapters at once, then shorter forwards. After another error: once more, one
-adapter at a time. An adapter of which not even a single clip fits, or that fails by itself twice, ends; its
-neighbours go on.
+When memory runs out: once more on a GPU, whose memory may only have been in pieces, then fewer adapters
+at once, then shorter forwards. After another error: once more, one adapter at a time. An adapter of which
+not even a single clip fits, or that fails by itself twice, ends; its neighbours go on.
 
 A CPU computes each adapter in forwards of its own from the start. A pack's shared matmuls gain little
 there, and so what an adapter computes does not depend on whose company it is in, to the last bit. Alone
@@ -70,6 +70,7 @@ class Room:
 
     def __init__(self, device: torch.device, lanes: Lanes) -> None:
         self._lanes, self._device = lanes, device
+        self._keeps_pieces = device.type == "cuda"  # of freed memory, until they are given back
         self._budgets: dict[int, int] = {}
         self.forget(())
 
@@ -104,11 +105,15 @@ class Room:
                 done |= outcome
                 continue
             work.discard(outcome.group)
-            if together and isinstance(outcome.error, MemoryError):
+            lacks_memory = isinstance(outcome.error, MemoryError)
+            if lacks_memory and together:
                 if self._side_by_side:
                     self._side_by_side = False
                     self._warn(outcome, work, "the CPU's lanes wait for each other")
                 todo.append(outcome.group)  # while nobody else needs memory
+            elif lacks_memory and self._keeps_pieces:
+                self._warn(outcome, work, "with all unused memory given back before")
+                todo.append(outcome.group)
             else:
                 todo += self._instead(outcome, work, done, tried)
         while todo:

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,8 +27,9 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture(autouse=True)
-def attention_as_before():
+def process_as_before(monkeypatch: pytest.MonkeyPatch):
     before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
     yield
     torch.backends.cuda.enable_cudnn_sdp(before)
 
@@ -44,3 +49,27 @@ def test_auto_is_the_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
         monkeypatch.setattr(torch.cuda, "device_count", lambda found=found: int(found))
         assert resolve_device("auto", "base.device").type == device
+
+
+GPU = """
+import torch
+from higgs_tune.device import resolve_device
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+resolve_device("cuda", "base.device")
+print(torch._C._cuda_memorySnapshot(None)["allocator_settings"]["expandable_segments"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("own", "expandable"),
+    [
+        ({}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, False),
+    ],
+)
+def test_a_gpus_memory_grows_in_segments_unless_the_user_says_otherwise(own, expandable):
+    told = {n: v for n, v in os.environ.items() if "ALLOC_CONF" not in n} | own
+    done = subprocess.run([sys.executable, "-c", GPU], env=told, capture_output=True, text=True)
+    assert done.stdout.strip() == str(expandable), done.stderr

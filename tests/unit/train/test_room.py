@@ -106,6 +106,34 @@ def test_fewer_adapters_are_remembered_until_one_leaves(dataset, monkeypatch):
     assert [len(slots) for slots, _ in asked[:3]] == [2, 1, 1]
 
 
+def test_a_gpu_gives_back_its_pieces_and_tries_the_same_again_before_anything_smaller(
+    dataset, clean, monkeypatch, caplog
+):
+    loop = loop_of(dataset, like_gpu=True)
+    room = loop._gradients.room
+    room._keeps_pieces = True
+    given_back = []
+    failing = {3, 8, 9}  # of the forwards; the third of them fails again
+    plain = Engine.forward_backward
+    asked = []
+
+    def in_pieces(self, batch, counts):
+        asked.append((len(batch.slots), len(given_back)))
+        if len(asked) in failing:
+            raise OUT_OF_MEMORY
+        return plain(self, batch, counts)
+
+    monkeypatch.setattr(Engine, "forward_backward", in_pieces)
+    monkeypatch.setattr(Room, "_give_back", lambda self: given_back.append(0))
+    with caplog.at_level(logging.WARNING):
+        results = [loop.advance() for _ in range(2)]
+    assert [num for num, _ in asked[:10]] == [3] * 9 + [2]
+    assert [backs for _, backs in asked[2:5]] == [0, 1, 1]
+    assert (room.width, room._budgets) == (2, {})
+    assert caplog.text.count("with all unused memory given back before") == 2
+    same(results, clean, TRIALS, rel=2e-3, abs=2e-3)
+
+
 def test_lanes_that_need_too_much_together_take_turns(dataset, clean, monkeypatch):
     loop = loop_of(dataset, lanes=2)
     running = []
