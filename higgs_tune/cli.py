@@ -19,6 +19,7 @@ from higgs_tune.config_file import load_sweep, validate
 from higgs_tune.data import prepare_cli
 from higgs_tune.errors import HiggsTuneError, reason_of
 from higgs_tune.listen import commands as listen
+from higgs_tune.local_path import local_path
 from higgs_tune.train import export_cli, fit_cli, train_cli
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fit.set_defaults(run=fit_cli.run)
 
     report = commands.add_parser("report", help="write a sweep's report again")
-    report.add_argument("results", type=Path, help="results folder of a sweep")
+    report.add_argument("results", type=local_path, help="results folder of a sweep")
     report.set_defaults(run=run_report)
 
     export = commands.add_parser("export", help="hand an adapter over, as it is or merged")
@@ -107,7 +108,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `higgs-tune sweep` and `sweeps/run.py`."""
     parser.add_argument(
         "--config",
-        type=Path,
+        type=local_path,
         help=f"default: {DEFAULT_SWEEP}; with --resume the settings that the sweep began with",
     )
     parser.add_argument(

@@ -20,6 +20,7 @@ from higgs_tune.config_space import (
     TargetPath,
 )
 from higgs_tune.errors import did_you_mean
+from higgs_tune.local_path import LocalPath
 
 
 class BaseSettings(Settings):
@@ -58,7 +59,9 @@ class TaskMix(Settings):
 class DataSettings(Settings):
     """What is trained and validated on."""
 
-    path: str = "embedded:arabic"  # a folder made by `higgs-tune data prepare`, or "embedded:NAME"
+    path: LocalPath = (
+        "embedded:arabic"  # a folder made by `higgs-tune data prepare`, or "embedded:NAME"
+    )
     tasks: TaskMix = TaskMix()
     max_frames: int = Field(default=750, ge=4)  # longest clip in codec frames (25 per second)
     max_text_tokens: int = Field(default=512, ge=1)  # longest text of one part
@@ -98,11 +101,11 @@ class TuneSettings(Settings):
     ahead_fraction: float = Field(default=0.05, ge=0, le=1)
     # default: as many as let all workers run at once; 1 while no node with their GPUs is up
     cpus_per_worker: int | None = Field(default=None, ge=1)
-    gpus_per_worker: int = Field(default=0, ge=0)
+    gpus_per_worker: int = Field(default=0, ge=0, le=1)  # a pack trains on one
     # restarts of one trial from its checkpoint after its worker died
     max_failures: int = Field(default=2, ge=0)
     storage: str | None = None  # Optuna URL; default: the journal file in the results folder
-    time_limit_s: float | None = Field(default=None, gt=0)  # stop asking for new trials after this
+    time_limit_s: float | None = Field(default=None, gt=0)  # no new trial of the search after this
 
 
 class ObjectiveSettings(Settings):
@@ -124,6 +127,8 @@ class BaselineSettings(Settings):
         1e-4  # the upper end of what community trainers of this model use
     )
     target_set: str = "all_linear"
+    # clips per optimizer step; default: the first of space.batch_clips
+    batch_clips: int | None = Field(default=None, ge=1, strict=True)
 
 
 class ConfirmSettings(Settings):
@@ -137,7 +142,7 @@ class SweepConfig(Settings):
     """A whole sweep."""
 
     name: str = Field(default="sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    results_dir: str = "results"
+    results_dir: LocalPath = "results"
     base: BaseSettings = BaseSettings()
     data: DataSettings = DataSettings()
     target_sets: dict[str, tuple[TargetPath, ...]] = {
@@ -171,6 +176,11 @@ class SweepConfig(Settings):
                 )
         if self.train.report_every_steps > self.train.num_steps:
             raise ValueError("train.report_every_steps must not exceed train.num_steps")
+        if self.base.device.startswith("cuda") and not self.tune.gpus_per_worker:
+            raise ValueError(
+                f"base.device is {self.base.device} and tune.gpus_per_worker 0: all workers would share "
+                "one GPU. Set tune.gpus_per_worker to 1, or base.device to cpu"
+            )
         self.tune.scheduler.refuse_impossible(self.tune.num_trials, self.train.report_every_steps)
         return self
 

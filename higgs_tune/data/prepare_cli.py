@@ -1,10 +1,10 @@
 """The command `higgs-tune data prepare`; imports no torch until it runs."""
 
 import argparse
-from pathlib import Path
 
 from higgs_tune.config_file import validate
 from higgs_tune.data.options import PrepareOptions
+from higgs_tune.local_path import local_path
 
 _OPTIONS = {
     "max_rejected": "rejected rows that are allowed: below 1 a share, else a count",
@@ -26,10 +26,10 @@ def _positive(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("manifest", type=Path, help=".jsonl, .json, .csv, .tsv or .parquet")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
+    parser.add_argument("manifest", type=local_path, help=".jsonl, .json, .csv, .tsv or .parquet")
+    parser.add_argument("--out", type=local_path, required=True, help="folder of the dataset")
     parser.add_argument(
-        "--data-root", type=Path, help="folder of the recordings (default: the manifest's)"
+        "--data-root", type=local_path, help="folder of the recordings (default: the manifest's)"
     )
     parser.add_argument(
         "--codec", default="embedded", help='"embedded", a folder or a Hub id (default: embedded)'

@@ -130,7 +130,7 @@ def audio_path(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
             continue
         if path.startswith("file://"):
             return unquote(path.removeprefix("file://"))
-        if path.startswith(("http://", "https://", "s3://", "data:")):
+        if "://" in path or path.startswith("data:"):
             raise DataError(f"{name} {path[:60]} is not a local file: download it first")
         return path
     return None

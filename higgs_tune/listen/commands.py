@@ -11,6 +11,7 @@ from higgs_tune.config_file import ModelT, read_yaml, validate
 from higgs_tune.errors import ConfigError
 from higgs_tune.listen.bases import base_for
 from higgs_tune.listen.options import EvaluateOptions, SpeechOptions
+from higgs_tune.local_path import local_path
 
 _SPEECH = {
     "seed": "of the first take; each further one has the next",
@@ -55,11 +56,13 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `higgs-tune generate`."""
     parser.add_argument("--text", required=True, help="what is said")
-    parser.add_argument("--out", type=Path, required=True, help="WAV; a JSON file goes beside it")
+    parser.add_argument(
+        "--out", type=local_path, required=True, help="WAV; a JSON file goes beside it"
+    )
     parser.add_argument(
         "--adapter", default=_NONE, help="adapter folder, or none for the untouched base (default)"
     )
-    parser.add_argument("--reference", type=Path, help="recording of the voice to speak with")
+    parser.add_argument("--reference", type=local_path, help="recording of the voice to speak with")
     parser.add_argument("--reference-text", help="what that recording says")
     parser.add_argument("--num-takes", type=int, default=1, help="out-1.wav, … (default: 1)")
     _add_models(parser)
@@ -75,10 +78,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="adapter folder, beside the untouched base; may be given again; none: the base alone",
     )
     parser.add_argument("--data", help="dataset folder or embedded:NAME (default: embedded:arabic)")
-    parser.add_argument("--out", type=Path, help="folder for page, figures and WAVs")
+    parser.add_argument("--out", type=local_path, help="folder for page, figures and WAVs")
     parser.add_argument(
         "--results",
-        type=Path,
+        type=local_path,
         help="results folder of a sweep: its base, data and best adapter, linked from its report",
     )
     parser.add_argument("--asr", help="transformers speech recogniser, folder or Hub id")

@@ -16,7 +16,7 @@ from higgs_tune.sweep.confirm import ConfirmSource, confirm_records
 from higgs_tune.sweep.control import EXIT_CODES, Control, signals
 from higgs_tune.sweep.folder import disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
-from higgs_tune.sweep.nodes import refuse_more_than_here
+from higgs_tune.sweep.nodes import idle_gpus, refuse_more_than_here
 from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.scheduler import make_scheduler, replay
 from higgs_tune.sweep.searcher import StudySearcher
@@ -86,6 +86,8 @@ def _run(
             display.event("sweep_started", results=str(results), dashboard=cluster.dashboard)
             if cluster.is_own:
                 refuse_more_than_here(config.tune)
+            if (unused := idle_gpus(config.tune)) is not None:
+                display.warn(unused)
             if config.tune.slots_per_worker == "auto":
                 config = resolve_slots(config, control, display.warn)
                 if control.stopping:

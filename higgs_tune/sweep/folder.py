@@ -4,6 +4,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ FILES = (
     "trials", "ray", "study.journal", "base.json", "env.json", "workers.json", "tune.log",
     "workers.log", "sweep.yaml",
 )  # fmt: skip
+_SECRET = re.compile(r"(://)\S*@")  # user and password of tune.storage
 PROBE_BYTES = 4 * 1024 * 1024
 PACKAGES = ("higgs-tune", "torch", "torchaudio", "transformers", "peft", "ray", "optuna", "pyarrow")
 # What a resumed sweep may change: how and how long it runs, never what its trials are.
@@ -92,7 +94,10 @@ def _check(folder: Path, config: SweepConfig, resume: bool) -> None:
             folder, validate(SweepConfig, read_yaml(settings), str(settings)), config
         )
     elif resume:
-        raise ConfigError(f"{folder} holds no sweep to resume. Leave --resume out, or give --name.")
+        raise ConfigError(
+            f"{folder} holds no sweep to resume. Leave --resume out, give --name, or, if its results_dir "
+            "is another, --set results_dir=FOLDER."
+        )
     elif folder.exists() and (
         not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())
     ):
@@ -204,7 +209,7 @@ def _record_environment(path: Path, command: list[str]) -> None:
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
         "gpus": _gpus(),
-        "command": command,
+        "command": [_SECRET.sub(r"\1…@", word) for word in command],
         "started_at": now,
     }
     former = read_json(path)
@@ -222,14 +227,19 @@ def _version(package: str) -> str | None:
 
 
 def git_sha(package: Path) -> str | None:
-    """The commit of a package's checkout, with `-dirty` if it was changed; None if git does not hold it.
+    """The commit of a package's checkout; None if git does not hold it.
 
+    With `-dirty` if it was changed, with `-unchecked` where git cannot tell.
     An installed package may lie in the repository of whoever uses it.
     """
     git = ["git", "-C", str(package)]
     if _output([*git, "ls-files", "--error-unmatch", "__init__.py"]) is None:
         return None
-    return _output([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
+    found = _output([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
+    if found is not None:
+        return found
+    commit = _output([*git, "rev-parse", "HEAD"])  # cluster.yaml leaves git's objects behind
+    return commit and f"{commit}-unchecked"
 
 
 def _gpus() -> list[str]:

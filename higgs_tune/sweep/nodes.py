@@ -67,6 +67,17 @@ def refuse_more_than_here(tune: TuneSettings) -> None:
             )
 
 
+def idle_gpus(tune: TuneSettings) -> str | None:
+    """A warning if the cluster has GPUs and the sweep asks for none."""
+    num_gpus = _total(alive_nodes()).num_gpus
+    if not num_gpus or tune.gpus_per_worker:
+        return None
+    return (
+        f"there are {num_gpus:g} GPUs here, and this sweep trains on CPUs. To use them, set "
+        "tune.gpus_per_worker=1 and tune.num_workers."
+    )
+
+
 def shortage(who: str, num_cpus: int, num_gpus: int) -> str:
     """Who waits for what, and what the cluster has of it."""
     nodes = alive_nodes()

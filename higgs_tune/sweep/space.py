@@ -92,7 +92,7 @@ def baseline_values(config: SweepConfig, *, fixed_flag: bool) -> Values:
     factor = config.space.new_module_lr_factor
     if fixed_flag:
         values[CROSS_ATTENTION_ONLY] = 0.1 if isinstance(factor, Range) else factor
-    values["batch_clips"] = config.space.batch_clips[0]
+    values["batch_clips"] = config.baseline.batch_clips or config.space.batch_clips[0]
     return values
 
 

@@ -1,15 +1,15 @@
 """The command `higgs-tune export`; imports no torch until it runs."""
 
 import argparse
-from pathlib import Path
 
 from higgs_tune.errors import ConfigError
+from higgs_tune.local_path import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("adapter", type=Path, help="adapter folder of a trial or of `train`")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("adapter", type=local_path, help="adapter folder of a trial or of `train`")
+    parser.add_argument("--out", type=local_path, required=True, help="folder to make")
     parser.add_argument(
         "--merge", action="store_true", help="a whole checkpoint instead of an adapter"
     )

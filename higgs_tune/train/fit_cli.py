@@ -10,6 +10,7 @@ from higgs_tune.base_source import local_folder
 from higgs_tune.config import BaseSettings, SweepConfig
 from higgs_tune.config_file import load_sweep
 from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.local_path import local_path
 
 if TYPE_CHECKING:
     from transformers import HiggsAudioV2Config
@@ -19,12 +20,12 @@ PUBLISHED_BASE = "bosonai/higgs-audio-v2-generation-3B-base"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--config", type=Path, required=True, help="YAML of a sweep")
+    parser.add_argument("--config", type=local_path, required=True, help="YAML of a sweep")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting"
     )
     parser.add_argument(
-        "--base-config", type=Path, help="config.json of the base (default: the sweep's base)"
+        "--base-config", type=local_path, help="config.json of the base (default: the sweep's base)"
     )
     parser.add_argument("--gpu-gib", type=float, default=80.0, help="memory of a GPU (default: 80)")
     parser.add_argument(

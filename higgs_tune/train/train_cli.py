@@ -8,6 +8,7 @@ from typing import Any
 from higgs_tune.config import BaseSettings, DataSettings, RunSettings, Settings, TrialConfig
 from higgs_tune.config_file import apply_overrides, read_yaml, validate
 from higgs_tune.errors import ConfigError, did_you_mean
+from higgs_tune.local_path import local_path
 
 SECTIONS: dict[str, type[Settings]] = {
     "base": BaseSettings,
@@ -22,10 +23,13 @@ RECORDS = ("higgs_tune", "lora_config", "results", "command")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "--config", type=Path, required=True, help="best_config.yaml of a sweep, or one like it"
+        "--config",
+        type=local_path,
+        required=True,
+        help="best_config.yaml of a sweep, or one like it",
     )
     parser.add_argument("--data", help="dataset folder instead of the configuration's")
-    parser.add_argument("--out", type=Path, default=Path("trained"), help="default: trained")
+    parser.add_argument("--out", type=local_path, default=Path("trained"), help="default: trained")
     parser.add_argument("--resume", action="store_true", help="go on from --out's last checkpoint")
     parser.add_argument("--seed", type=int, help="another seed than the configuration's")
     parser.add_argument(

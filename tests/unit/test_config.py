@@ -47,6 +47,16 @@ def loaded(tmp_path, text, overrides=()):
         ("space: {new_module_lr_factor: {low: 0, high: 1}}", r"factor.*low: .*greater than 0"),
         ("name: ../up", "name: String should match pattern"),
         ("train: {clip_norm: .nan}", "train.clip_norm"),
+        (
+            "results_dir: s3://bucket/x",
+            r"results_dir: .*s3://bucket/x is an address, needed a path",
+        ),
+        (
+            "data: {path: gs://bucket/x}",
+            r"data\.path: .*gs://bucket/x is an address, needed a path",
+        ),
+        ("tune: {gpus_per_worker: 8}", r"tune\.gpus_per_worker: .*less than or equal to 1"),
+        ("base: {device: cuda}", r"base\.device is cuda and tune\.gpus_per_worker 0"),
         ("[1, 2]", "found a list, needed a mapping"),
         ("a: [", "cannot be read as YAML"),
     ],

@@ -1,5 +1,6 @@
 import errno
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def test_the_commit_says_whether_the_code_was_changed_since_and_is_of_this_code(
     assert folders.git_sha(installed) is None
     module.write_text("changed = True\n")
     assert folders.git_sha(tmp_path) == f"{commit}-dirty"
+    shutil.rmtree(tmp_path / ".git" / "objects")
+    (tmp_path / ".git" / "objects").mkdir()  # as cluster.yaml copies a checkout
+    assert folders.git_sha(tmp_path) == f"{commit}-unchecked"
+
+
+def test_the_command_is_recorded_without_the_databases_password(make_config):
+    command = ["higgs-tune", "sweep", "--set", "tune.storage=postgresql://me:p@ss@host/db"]
+    with folders.open_folder(make_config(), resume=False, command=command) as folder:
+        environment = json.loads((folder / "env.json").read_text())
+    assert environment["command"][-1] == "tune.storage=postgresql://…@host/db"
 
 
 def test_a_folder_that_holds_a_sweep_is_refused_without_resume(make_config):

@@ -103,6 +103,16 @@ def test_workers_that_this_machine_holds_are_not_refused(make_config, cluster):
     nodes.refuse_more_than_here(make_config(tune=TWO_GPUS).tune)
 
 
+def test_gpus_that_a_sweep_does_not_ask_for_are_told(make_config, cluster):
+    cluster((4, 0), (8, 2))
+    said = nodes.idle_gpus(make_config().tune)
+    assert said is not None
+    assert said.startswith("there are 2 GPUs here, and this sweep trains on CPUs.")
+    assert nodes.idle_gpus(make_config(tune=TWO_GPUS).tune) is None
+    cluster((4, 0))
+    assert nodes.idle_gpus(make_config().tune) is None
+
+
 @pytest.mark.parametrize(
     ("sizes", "num_workers", "num_cpus", "expected"),
     [

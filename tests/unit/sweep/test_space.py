@@ -65,6 +65,14 @@ def test_a_baseline_outside_the_space_has_no_parameters(make_config, baseline):
     assert space.searched_part(values, config) is None
 
 
+def test_the_baselines_batch_is_the_first_of_the_space_unless_it_is_set(make_config):
+    for baseline, clips in (({}, 4), ({"batch_clips": 16}, 16)):
+        config = make_config(space={"batch_clips": [4, 8, 16]}, baseline=baseline)
+        assert space.baseline_values(config, fixed_flag=False)["batch_clips"] == clips
+    outside = make_config(space={"batch_clips": [4, 8]}, baseline={"batch_clips": 16})
+    assert space.searched_part(space.baseline_values(outside, fixed_flag=False), outside) is None
+
+
 def test_seeds_differ_by_trial_and_repeat_by_sweep_seed():
     seeds = [space.trial_seed(3, "trial", index) for index in range(50)]
     assert len(set(seeds)) == 50

@@ -1,0 +1,31 @@
+"""Paths that a user gives. `Path` would make a folder named `s3:` of an address without a word."""
+
+from argparse import ArgumentTypeError
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+
+def _local(text: str) -> str:
+    if "://" in text:
+        raise ValueError(
+            f"{text} is an address, needed a path on this machine. Copy what lies there here, or what "
+            "is made here there afterwards."
+        )
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+LocalPath = Annotated[str, AfterValidator(_local)]
+
+
+def local_path(text: str) -> Path:
+    """The path of a command's argument.
+
+    Raises:
+        ArgumentTypeError: it is an address, such as s3://bucket/folder.
+    """
+    try:
+        return Path(_local(text))
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
