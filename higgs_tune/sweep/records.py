@@ -15,6 +15,7 @@ from higgs_tune.sweep.seats import CHECKPOINT_INFO
 from higgs_tune.sweep.study import TrialRecord
 
 ADAPTER = "adapter"
+MOMENTS = "training_state.safetensors"  # of the optimizer: two thirds of a checkpoint
 # What Tune and the worker add to a result beside the metrics.
 NOT_METRICS = frozenset(
     {
@@ -150,7 +151,7 @@ class TrialFiles:
         return None
 
     def end(self, trial_id: str, status: str, reason: str | None, is_feasible: bool | None) -> None:
-        """Record how a trial ended."""
+        """Record how a trial ended; unless a resumed sweep goes on with it, its moments go."""
         assert status in STATUSES, status
         lines = read_metrics(self.folder(trial_id) / "metrics.jsonl")
         spent_s = time.monotonic() - self._started.pop(trial_id, time.monotonic())
@@ -162,6 +163,8 @@ class TrialFiles:
             "wall_s": round(self._earlier_s.pop(trial_id, 0.0) + spent_s, 3),
         }
         write_json(self.folder(trial_id) / "status.json", content)
+        if status != "cancelled":
+            (self.folder(trial_id) / ADAPTER / MOMENTS).unlink(missing_ok=True)
 
     def status(self, trial_id: str) -> dict[str, Any] | None:
         """A trial's status.json, or None while it runs or when it never ran."""

@@ -4,10 +4,21 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
+import torch
+
 from higgs_tune.config import CrossAttention, SweepConfig
 from higgs_tune.config_space import Range
 from higgs_tune.data.tasks import longest_conversation, most_rows
-from higgs_tune.train.memory import RESERVE, Memory, StepShape, predict, slots_that_fit
+from higgs_tune.model.targets import account
+from higgs_tune.train.memory import (
+    RESERVE,
+    Memory,
+    StepShape,
+    empty_model,
+    largest_trial,
+    predict,
+    slots_that_fit,
+)
 from higgs_tune.train.sweep_pack import sweep_limits
 
 if TYPE_CHECKING:
@@ -50,6 +61,16 @@ def predict_modes(
         memory_of(("audio_self" if mode == "off" else mode, *[mode] * (num_slots - 1)))
         for mode in config.space.cross_attention
     ]
+
+
+def most_parameters(config: SweepConfig, shape: "HiggsAudioV2Config") -> int:
+    """Parameters of the sweep's largest trial."""
+    limits = sweep_limits(config, num_slots=1)
+    with torch.device("meta"):
+        model = empty_model(shape, torch.float32)
+    # the second baseline has audio_self in every sweep
+    modes: set[CrossAttention] = {"audio_self", *config.space.cross_attention}
+    return max(account(model, largest_trial(limits, mode))["parameters"] for mode in modes)
 
 
 def largest(memories: Iterable[Memory]) -> Memory:

@@ -53,7 +53,7 @@ def fit(
     """Predicted bytes with one slot and with the sweep's slots, and the slots that fit."""
     import torch  # seconds
 
-    from higgs_tune.train.capacity import largest, predict_modes
+    from higgs_tune.train.capacity import largest, most_parameters, predict_modes
     from higgs_tune.train.memory import (
         GIB,
         RESERVE,
@@ -68,6 +68,8 @@ def fit(
     fitting = slots_that_fit(ones, twos, int(gpu_gib * GIB))
     setting = config.tune.slots_per_worker
     wanted = max(1, fitting) if setting == "auto" else setting
+    confirm = config.confirm
+    repeats = confirm.num_seeds * (1 + confirm.num_configs) if confirm.num_configs else 0
     by_slots = {
         n: largest(memory_of_slots(one, two, n) for one, two in zip(ones, twos, strict=True))
         for n in sorted({1, wanted})
@@ -83,6 +85,9 @@ def fit(
         "reserve": RESERVE,
         "slots_that_fit": fitting,
         "slots_per_worker": setting,
+        # float32, with two moments of each while it trains
+        "checkpoint": 12 * most_parameters(config, shape),
+        "checkpoints_kept": config.tune.num_trials + repeats,
         "torch": torch.__version__,
     }
 
@@ -135,4 +140,9 @@ def _table(found: dict[str, Any], gpu_gib: float) -> str:
     if wanted != "auto" and wanted > fitting:
         advice = "Lower it, train.token_budget, or what the target sets and cross_attention add."
         lines.append(f"tune.slots_per_worker is {wanted}: too many. {advice}")
+    size, kept = found["checkpoint"] / (1 << 30), found["checkpoints_kept"]
+    lines.append(
+        f"a checkpoint of the largest trial takes {size:.2f} GiB, a third once it has ended"
+    )
+    lines.append(f"results_dir takes up to {size * kept:.0f} GiB while {kept} trials run, one each")
     return "\n".join(lines)

@@ -218,24 +218,27 @@ def empty_model(
     return model.requires_grad_(False).eval()
 
 
+def largest_trial(limits: PackLimits, mode: CrossAttention, dropout: float = 0.0) -> TrialConfig:
+    """An adapter as large as the limits allow, with a cross_attention mode."""
+    new: set[TargetPath] = set() if mode == "off" else {"audio_attention"}
+    return TrialConfig(
+        rank=limits.max_rank,
+        alpha=32.0,
+        targets=tuple(sorted((limits.paths - {"audio_attention"}) | new)),
+        cross_attention=mode,
+        dropout=dropout,
+        learning_rate=1e-4,
+        num_steps=2,
+        report_every_steps=1,
+    )
+
+
 def fill_slots(engine: Engine, modes: Sequence[CrossAttention], dropout: float = 0.0) -> list[str]:
-    """Give every slot an adapter as large as the limits allow, with its cross_attention mode."""
+    """Give every slot the largest adapter with its cross_attention mode."""
     limits, names = engine.limits, []
     for slot, mode in enumerate(modes):
-        new: set[TargetPath] = set() if mode == "off" else {"audio_attention"}
-        paths = (limits.paths - {"audio_attention"}) | new
-        trial = TrialConfig(
-            rank=limits.max_rank,
-            alpha=32.0,
-            targets=tuple(sorted(paths)),
-            cross_attention=mode,
-            dropout=dropout,
-            learning_rate=1e-4,
-            num_steps=2,
-            report_every_steps=1,
-        )
         names.append(f"fit-{slot}")
-        engine.add(names[-1], trial)
+        engine.add(names[-1], largest_trial(limits, mode, dropout))
     assert len(names) == limits.num_slots
     return names
 

@@ -102,6 +102,22 @@ def test_wall_time_of_earlier_runs_is_kept(tmp_path, record):
     assert again.status("t000")["wall_s"] >= 100.0
 
 
+@pytest.mark.parametrize(
+    ("status", "kept"), [("cancelled", True), ("pruned", False), ("completed", False)]
+)
+def test_only_a_trial_that_may_go_on_keeps_its_moments(tmp_path, record, status, kept):
+    files = TrialFiles(tmp_path)
+    files.start(record)
+    source = checkpoint(tmp_path / "c1", 25)
+    (source / "training_state.safetensors").write_bytes(b"moments")
+    (source / "adapter_model.safetensors").write_bytes(b"weights")
+    files.checkpoint("t000", source)
+    files.end("t000", status, None, None)
+    adapter = tmp_path / "trials/t000/adapter"
+    assert (adapter / "training_state.safetensors").exists() == kept
+    assert (adapter / "adapter_model.safetensors").exists()
+
+
 def test_a_number_that_is_not_finite_becomes_null_and_no_other_number():
     assert metrics_of({"step": 1, "val/text/nll": math.nan, "x": math.inf, "status": "no"}) == {
         "step": 1,

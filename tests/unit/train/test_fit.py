@@ -9,7 +9,11 @@ from higgs_tune import cli
 from higgs_tune.config import BaseSettings
 from higgs_tune.config_file import load_sweep
 from higgs_tune.model.load import load_base
+from higgs_tune.train.checkpoint import save_adapter
+from higgs_tune.train.engine import Engine
 from higgs_tune.train.fit_cli import fit
+from higgs_tune.train.memory import largest_trial
+from higgs_tune.train.sweep_pack import sweep_limits
 from tests.checkpoints import write_boson
 
 SWEEPS = Path(__file__).parents[3] / "sweeps"
@@ -57,6 +61,7 @@ def test_the_command_prints_parts_that_add_up(capsys) -> None:
     assert found["slots"]["4"]["base"] == found["slots"]["1"]["base"]
     assert found["slots"]["4"]["adapters"] == pytest.approx(4 * found["slots"]["1"]["adapters"])
     assert found["slots_that_fit"] > 4
+    assert found["checkpoints_kept"] == 12 + 2 * 2  # trial 0 and the best, two seeds each
     assert cli.main([*words, "--gpu-gib", "0.2"]) == 0
     table = capsys.readouterr().out
     assert "total" in table and "tune.slots_per_worker is 4: too many" in table
@@ -77,6 +82,19 @@ def test_the_command_prints_parts_that_add_up(capsys) -> None:
 def test_what_cannot_be_predicted_is_one_clear_line(words, message, capsys) -> None:
     assert cli.main(["fit", "--config", str(SWEEPS / "quick.yaml"), *words]) == cli.BAD_INPUT
     assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_as_large_as_predicted(tmp_path) -> None:
+    config = load_sweep(SWEEPS / "quick.yaml", ["space.cross_attention=[off]"])
+    base = load_base(BaseSettings(device="cpu"))
+    limits = sweep_limits(config, num_slots=1)
+    engine = Engine(base, limits)
+    trial = largest_trial(limits, "audio_self")  # the second baseline, in every sweep
+    engine.add("a", trial)
+    save_adapter(tmp_path, engine.state("a"), trial, base.source)
+    written = sum(path.stat().st_size for path in tmp_path.iterdir())
+    predicted = fit(config, None, 80.0, 100)["checkpoint"]
+    assert predicted <= written <= 1.02 * predicted  # names and settings
 
 
 def test_a_config_of_another_model_is_refused(tmp_path, capsys) -> None:
