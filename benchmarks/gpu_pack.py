@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from measured import free_memory
 from output import COLORS, machine, new_figure, ratio, save, settings_of
 from random_base import PRESETS, random_base, random_clips
-from sides import our_step, predicted_bytes, stock_step, synchronise
+from sides import our_step, prediction, stock_step, synchronise
 
 from higgs_tune.device import resolve_device
 from higgs_tune.errors import is_out_of_memory
@@ -159,8 +159,7 @@ def measure_fill(args: argparse.Namespace, gib: float) -> dict[str, Any]:
     device = next(base.model.parameters()).device
     examples = clips_of(base, args, 0, 0)
 
-    def predicted(adapters: int) -> bool:
-        return predicted_bytes(base, args.rank, adapters, examples) <= gib * 2**30
+    predicted = prediction(base, args.rank, examples)
 
     def runs(adapters: int) -> bool:
         fits = True
@@ -181,7 +180,7 @@ def measure_fill(args: argparse.Namespace, gib: float) -> dict[str, Any]:
     measured = largest(runs, args.limit) if args.fill else None
     return {
         "gib": round(gib, 2),
-        "predicted": largest(predicted, args.limit),
+        "predicted": largest(lambda adapters: predicted(adapters) <= gib * 2**30, args.limit),
         "measured": measured,
         "limit": args.limit,
     }

@@ -22,7 +22,7 @@ import torch
 from measured import Side, check_losses, free_memory
 from output import machine, settings_of
 from random_base import PRESETS, random_base, random_clips, step_flops
-from sides import our_step, predicted_bytes, stock_step, synchronise
+from sides import our_step, prediction, stock_step, synchronise
 
 from higgs_tune.device import resolve_device
 from higgs_tune.files import write_json
@@ -69,12 +69,12 @@ def compare(
     ]
     ranks = ranks or (args.rank,)
     here = matmul_flops(device, dtype)
+    predicted = prediction(base, max(ranks), batches[0][0])
     stock: Side | None = None
     alone: float | None = None
     for adapters in args.adapters:
         own = [ranks[n % len(ranks)] for n in range(adapters)]
         flops = sum(step_flops(base.model.config, rank, batches[0][0]) for rank in own)
-        predicted = predicted_bytes(base, max(own), adapters, batches[0][0])
         make = partial(our_step, base, own, split=split)
         countable = not base.compile or device.type == "cuda"
         ours = Side.made(make, adapters, batches, device, base_bytes, count_syncs=countable)
@@ -94,7 +94,7 @@ def compare(
             "floor_h100_ms": round(1000 * flops / H100_FLOPS, 4),
             "floor_here_ms": round(1000 * flops / here, 4),
             "matmul_here_tflops": round(here / 1e12, 3),
-            "predicted_gib": round(predicted / 2**30, 4),
+            "predicted_gib": round(predicted(adapters) / 2**30, 4),
             "ours": ours.figures(tokens),
             "stock": stock.figures(tokens),
         }

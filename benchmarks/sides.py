@@ -16,7 +16,7 @@ from higgs_tune.model.load import Base
 from higgs_tune.model.targets import linear_modules, lora_regex
 from higgs_tune.train.engine import AdapterState, Engine, PackLimits
 from higgs_tune.train.gradients import rows_of
-from higgs_tune.train.memory import StepShape, predict
+from higgs_tune.train.memory import StepShape, memory_of_slots, predict
 
 Step = Callable[[Sequence[Sequence[Encoded]]], Tensor]
 """Trains every adapter for a step on its examples; returns the losses, (K,), unread."""
@@ -36,10 +36,11 @@ def trial_of(rank: int, num_codebooks: int) -> TrialConfig:
     )
 
 
-def predicted_bytes(base: Base, rank: int, adapters: int, examples: Sequence[Encoded]) -> int:
-    """Peak memory of our step as `higgs-tune fit` predicts it, each adapter on such examples.
+def prediction(base: Base, rank: int, examples: Sequence[Encoded]) -> Callable[[int], int]:
+    """Number of adapters → peak bytes of our step as `higgs-tune fit` predicts it, each on such examples.
 
-    `rank` is the largest: `fit` lays all of them out for that.
+    `rank` is the largest: `fit` lays all of them out for that. Each adapter adds the same, so two steps
+    of shapes without values tell them all; more would hold a GPU's machine for minutes.
     """
     config, count = base.model.config, len(examples)
     text_targets = sum(int((e.text_labels_L != IGNORE).sum()) for e in examples)
@@ -50,10 +51,19 @@ def predicted_bytes(base: Base, rank: int, adapters: int, examples: Sequence[Enc
         audio_rows=round(audio_rows / count),
         text_targets=round(text_targets / count),
     )
-    limits = PackLimits.of([trial_of(rank, config.num_codebooks)], num_slots=adapters)
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
-    modes: list[CrossAttention] = ["off"] * adapters
-    return predict(config, dtype, limits, modes, shape).total
+    modes: list[CrossAttention] = ["off", "off"]
+    one, two = (
+        predict(
+            config,
+            dtype,
+            PackLimits.of([trial_of(rank, config.num_codebooks)], num_slots=number),
+            modes[:number],
+            shape,
+        )
+        for number in (1, 2)
+    )
+    return lambda adapters: memory_of_slots(one, two, adapters).total
 
 
 def start_of(base: Base, rank: int) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """Runs a whole sweep, the search and then the confirm stage, and fills its results folder."""
 
 import shutil
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +80,11 @@ def _run(
     display = Display()
     try:
         log = runtime.tune_log(results / "tune.log")
+        # Ray prints that a process has died on standard output, where our table or JSON lines are.
+        aside = redirect_stdout(sys.stderr)
         # Ray replaces the handler of SIGTERM when it starts, so they are set once more after that.
-        with signals(control), log, join_cluster(runtime.ENVIRONMENT) as cluster, signals(control):
+        started_ray = join_cluster(runtime.ENVIRONMENT)
+        with aside, signals(control), log, started_ray as cluster, signals(control):
             if control.stopping:
                 return _outcome(results, found, control, started)
             display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")
