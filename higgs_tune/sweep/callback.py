@@ -15,6 +15,7 @@ from higgs_tune.metrics import STEP, VAL_AUDIO_NLL
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import disk_error
 from higgs_tune.sweep.given_up import cause_of, reason_of
+from higgs_tune.sweep.later import Later
 from higgs_tune.sweep.live import Display, result_event
 from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.seats import CHECKPOINT_INFO
@@ -33,6 +34,7 @@ class SweepCallback(Callback):
         *,
         results: Path,
         files: TrialFiles,
+        later: Later,
         source: TrialSource,
         control: Control,
         display: Display,
@@ -42,7 +44,7 @@ class SweepCallback(Callback):
         close_workers: Callable[[], None],
     ) -> None:
         self._results = results
-        self._files = files
+        self._files, self._later = files, later
         self._source = source
         self._control = control
         self._display = display
@@ -68,6 +70,7 @@ class SweepCallback(Callback):
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Check the workers, see who was paused, send the heartbeat, draw."""
         self._guard(self._check_workers)
+        self._guard(self._later.check)
         self._source.watch(trials)
         paused = {_record(trial).trial_id for trial in self._source.paused().values()}
         self._display.board.pause(paused)
@@ -96,6 +99,7 @@ class SweepCallback(Callback):
         record = _record(trial)
         if self._cancelled:
             return
+        self._later.wait(record.trial_id)
         self._guard(self._files.start, record)
         checkpoint = self._files.checkpoint_of(record.trial_id)
         step = 0 if checkpoint is None else checkpoint[1]
@@ -129,15 +133,27 @@ class SweepCallback(Callback):
         checkpoint: Checkpoint,
         **info: Any,
     ) -> None:
-        """The newest checkpoint becomes the trial's adapter."""
+        """The newest checkpoint becomes the trial's adapter.
+
+        Before its end is recorded, if it has come to that, else beside Tune's loop.
+        """
         trial_id = _record(trial).trial_id
         source = Path(checkpoint.path)
-        if trial_id in self._last and (source / CHECKPOINT_INFO).exists():
-            self._guard(self._files.checkpoint, trial_id, source)
         kept = [path for path in self._kept.get(trial_id, []) if path != source] + [source]
         self._kept[trial_id] = kept[-self._num_checkpoints :]
-        for path in kept[: -self._num_checkpoints]:
-            shutil.rmtree(path, ignore_errors=True)  # what stays goes with the sweep's end
+        stale = kept[: -self._num_checkpoints]
+        is_wanted = trial_id in self._last and (source / CHECKPOINT_INFO).exists()
+
+        def take() -> None:
+            if is_wanted:
+                self._files.checkpoint(trial_id, source)
+            for path in stale:
+                shutil.rmtree(path, ignore_errors=True)  # what stays goes with the sweep's end
+
+        self._later.do(trial_id, take)
+        if self._last.get(trial_id, {}).get("status") != "running":
+            self._later.wait(trial_id)
+            self._guard(self._later.check)
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -164,6 +180,7 @@ class SweepCallback(Callback):
             )
 
     def _end(self, trial_id: str, status: str, reason: str | None) -> None:
+        self._later.wait(trial_id)
         last = self._last.pop(trial_id)
         audio = last.get(VAL_AUDIO_NLL)
         is_feasible = None if audio is None else bool(audio <= self._audio_limit())

@@ -22,6 +22,7 @@ from higgs_tune.sweep.basis import difference
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.control import Control, ControlStopper
 from higgs_tune.sweep.folder import disk_error, disk_fault
+from higgs_tune.sweep.later import Later
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles, read_json
 from higgs_tune.sweep.scheduler import num_checkpoints
@@ -50,7 +51,7 @@ class Sweep:
     ) -> None:
         self.config = config
         self.results = results
-        self.files = TrialFiles(results)
+        self.files, self._later = TrialFiles(results), Later()
         self._workers = workers
         self._control = control
         self._display = display
@@ -115,6 +116,8 @@ class Sweep:
 
     def copied(self, record: TrialRecord, donor_id: str) -> None:
         """A trial of a population took over another's weights."""
+        for trial_id in (donor_id, record.trial_id):
+            self._later.wait(trial_id)
         self.files.copied(record, donor_id)
         change = record.config.schedule[-1].model_dump()
         self._display.event("trial_copied", trial=record.trial_id, **change)
@@ -137,6 +140,7 @@ class Sweep:
         callback = SweepCallback(
             results=self.results,
             files=self.files,
+            later=self._later,
             source=source,
             control=self._control,
             display=self._display,
@@ -177,6 +181,10 @@ class Sweep:
                 self._control.fail(fault)
             if not self._control.stopping:
                 raise
+        try:
+            self._later.finish()
+        except OSError as error:
+            self._control.fail(disk_error(self.results, error))
 
     def fail_study(self, error: Exception) -> None:
         """End the sweep because its study cannot be written."""

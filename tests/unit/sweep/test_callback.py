@@ -1,6 +1,7 @@
 """What the driver does for a running Tuner, without one."""
 
 import errno
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from ray.tune import Checkpoint
 from higgs_tune.errors import SweepError
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.control import Control
+from higgs_tune.sweep.later import Later
+from higgs_tune.sweep.seats import CHECKPOINT_INFO
 from higgs_tune.sweep.study import TrialRecord
 from tests.workers import trial
 
@@ -24,6 +27,7 @@ def saved(tmp_path):
         callback = SweepCallback(
             results=tmp_path,
             files=nothing,
+            later=Later(),
             source=nothing,
             control=nothing,
             display=nothing,
@@ -65,6 +69,46 @@ def test_a_trial_that_starts_again_keeps_what_it_writes_once_more(saved):
     assert save("t0", "c1") == ["c1"]
 
 
+def test_tune_waits_for_the_disk_only_at_a_trials_end(tmp_path):
+    disk, done = threading.Event(), []
+
+    def slow(trial_id, source):
+        assert disk.wait(30)
+        done.append(source.name)
+
+    files = SimpleNamespace(
+        checkpoint=slow, end=lambda *ending: done.append("end"), result=lambda *_: None
+    )
+    board = SimpleNamespace(end=lambda *_: None, result=lambda *_: None)
+    callback = SweepCallback(
+        results=tmp_path,
+        files=files,
+        later=Later(),
+        source=SimpleNamespace(),
+        control=Control(),
+        display=SimpleNamespace(board=board, event=lambda *_, **__: None),
+        num_checkpoints=1,
+        audio_limit=lambda: 1.0,
+        check_workers=lambda: None,
+        close_workers=lambda: None,
+    )
+    record = TrialRecord("t0", 0, "t0", "search", None, trial())
+    of_tune = SimpleNamespace(config={"record": record.to_dict()})
+    callback._last["t0"] = {}
+    for number, status in enumerate(("running", "completed")):
+        folder = tmp_path / f"c{number}"
+        folder.mkdir()
+        (folder / CHECKPOINT_INFO).write_text("{}")
+        callback.on_trial_result(0, [], of_tune, {"status": status, "step": number})
+        if status == "completed":
+            threading.Timer(0.1, disk.set).start()
+        callback.on_checkpoint(0, [], of_tune, Checkpoint(str(folder)))
+        assert done == ([] if status == "running" else ["c0", "c1"])
+    callback.on_trial_complete(0, [], of_tune)
+    assert done == ["c0", "c1", "end"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["c1"]
+
+
 def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
     control, ended = Control(), []
     display = SimpleNamespace(
@@ -73,6 +117,7 @@ def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
     callback = SweepCallback(
         results=tmp_path,
         files=SimpleNamespace(end=lambda *ending: ended.append(ending)),
+        later=Later(),
         source=SimpleNamespace(),
         control=control,
         display=display,

@@ -1,0 +1,37 @@
+"""Work on files beside Tune's loop."""
+
+import threading
+
+import pytest
+
+from higgs_tune.sweep.later import Later
+
+
+def test_work_is_done_in_order_and_whoever_needs_a_trials_files_waits_for_them():
+    later, start, done = Later(), threading.Event(), []
+    later.do("t0", lambda: start.wait(30))
+    later.do("t0", lambda: done.append("t0"))
+    later.do("t1", lambda: done.append("t1"))
+    later.wait("t2")  # nothing was given for it
+    assert done == []
+    start.set()
+    later.wait("t1")
+    assert done == ["t0", "t1"]
+
+
+def test_an_error_is_raised_once_and_the_rest_is_done():
+    def full():
+        raise OSError("No space left on device")
+
+    later, done = Later(), []
+    later.do("t0", full)
+    later.do("t1", lambda: done.append("t1"))
+    later.wait("t0")
+    later.wait("t1")
+    assert done == ["t1"]
+    with pytest.raises(OSError, match="No space left"):
+        later.check()
+    later.check()
+    later.do("t0", full)
+    with pytest.raises(OSError, match="No space left"):
+        later.finish()
