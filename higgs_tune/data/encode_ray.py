@@ -177,7 +177,9 @@ def _gpu_share(cluster: Cluster, num_workers: int, device: str) -> float:
             "so it is auto, cpu or cuda. CUDA_VISIBLE_DEVICES says which ones."
         )
     if device == "cuda" and not num_gpus:
-        raise ConfigError("--device cuda: Ray finds no GPU. Use auto or cpu.")
+        if cluster.is_own:
+            raise ConfigError("--device cuda: Ray finds no GPU. Use auto or cpu.")
+        return 1.0  # machines with GPUs may come when they are asked for
     if device != "cpu" and num_gpus:
         if num_workers <= num_gpus:
             return 1.0

@@ -1,6 +1,9 @@
 """How long a worker has heard nothing of a trial that it waits for."""
 
+import logging
 from collections.abc import Iterable
+
+logger = logging.getLogger(__name__)
 
 
 class Silence:
@@ -16,6 +19,7 @@ class Silence:
         self.patience, self._together = patience, together
         self._beats: dict[str, int] = {}
         self._busy: dict[str, int] = {}  # heartbeats more for what it has to do
+        self._warned = False
 
     def beat(self, missing: Iterable[str], number: int) -> None:
         """So many heartbeats more for these trials; the others are there."""
@@ -37,3 +41,10 @@ class Silence:
             for trial_id, beats in self._beats.items()
             if beats >= self.patience + self._busy.get(trial_id, 0)
         }
+
+    def warn(self, lost: Iterable[str]) -> None:
+        """Say once that the sweep goes on without some."""
+        if not self._warned:
+            self._warned = True
+            text = "going on without %s after %d heartbeats; this sweep may not repeat exactly"
+            logger.warning(text, sorted(lost), self.patience)

@@ -92,9 +92,8 @@ class Table:
         """
         complete = not self._strict or self._is_complete()
         if complete:
-            now = self.clock if self._began is None else self._began
-            if self._dealing:
-                now = self._dealing.takes_effect
+            known = self._dealing.takes_effect if self._dealing else self._began
+            now = self.clock if known is None else known
             more = (
                 self.roster.to_come > 0 and self.roster.num_sent(self._num_seats) < self._num_seats
             )
@@ -103,9 +102,7 @@ class Table:
             for seat in self.seats.values():
                 if seat.asks and seat.since is None:
                     seat.since = now
-            self._leaving = [
-                (seat, now if since is None else since) for seat, since in self._leaving
-            ]
+            self._leaving = [(seat, now if at is None else at) for seat, at in self._leaving]
         return complete and self._began is None
 
     def next_report(self) -> Report | None:
@@ -275,22 +272,15 @@ class Table:
 
     def _waiting(self) -> list[Seat]:
         """Seats without a slot that may have one, in the order in which they get it."""
-        seats = [
-            seat
-            for seat in self.seats.values()
-            if self.residents.get(seat.trial_id) is not seat
-            and not (seat.ended or self._lacks_memory(seat))
-        ]
+        able = [s for s in self.seats.values() if not (s.ended or self._lacks_memory(s))]
+        seats = [seat for seat in able if self.residents.get(seat.trial_id) is not seat]
         return sorted(seats, key=lambda seat: (seat.since or 0, seat.trial_id))
 
     def _due_to_leave(self) -> list[Seat]:
+        due = [seat for seat, since in self._leaving if since is not None and since <= self.clock]
         return [
-            seat
-            for seat, since in self._leaving
-            if since is not None
-            and since <= self.clock
-            and self.residents.get(seat.trial_id) is seat  # else it has ended meanwhile
-        ]
+            s for s in due if self.residents.get(s.trial_id) is s
+        ]  # else it has ended meanwhile
 
     def _ready(self) -> list[Seat]:
         return [s for s in self._waiting() if s.since is not None and s.since <= self.clock]

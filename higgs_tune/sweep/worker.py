@@ -72,7 +72,6 @@ class Worker:
         self._closed = False
         self._broken = False  # the process is about to end
         self._answers: dict[str, asyncio.Future[Result]] = {}  # of trials that ask for a result
-        self._warned = False
         self._notices = Notices()
         logging.getLogger("higgs_tune").addHandler(self._notices)
         self._news = asyncio.Event()  # a notice is there
@@ -140,7 +139,7 @@ class Worker:
         lease = self._table.join(trial_id, config, files, roster_version, attempt)
         if lease != "seated":
             return lease
-        self._let_go(trial_id, "another process took over this trial")
+        self._let_go(trial_id, SlotLostError(f"{trial_id}: another process took over this trial"))
         if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
         self._heard(trial_id)
@@ -197,12 +196,12 @@ class Worker:
 
     def _evict(self, trial_id: str, why: str) -> None:
         self._table.drop(trial_id)
-        self._let_go(trial_id, why)
+        self._let_go(trial_id, SlotLostError(f"{trial_id}: {why}"))
 
-    def _let_go(self, trial_id: str, why: str) -> None:
+    def _let_go(self, trial_id: str, error: Exception) -> None:
         answer = self._answers.pop(trial_id, None)
         if answer is not None and not answer.done():
-            answer.set_exception(SlotLostError(f"{trial_id}: {why}"))
+            answer.set_exception(error)
 
     def _look(self) -> None:
         """Hand out what can be handed out, and wake the pack if the table asks for it."""
@@ -220,13 +219,7 @@ class Worker:
         lost = self._silence.lost()
         if not lost or not self._answers:
             return
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "going on without %s after %d heartbeats; this sweep may not repeat exactly",
-                sorted(lost),
-                self._silence.patience,
-            )
+        self._silence.warn(lost)
         for trial_id in lost & set(self._table.seats):
             self._evict(trial_id, "it did not ask for its next result in time")
         self._table.absent |= lost
@@ -302,7 +295,5 @@ class Worker:
         logger.error("the pack failed", exc_info=error)
         for trial_id in list(self._table.seats):
             self._table.drop(trial_id)
-            answer = self._answers.pop(trial_id, None)
-            if answer is not None and not answer.done():
-                answer.set_exception(error)
+            self._let_go(trial_id, error)
         asyncio.get_running_loop().call_later(1.0, self._exit_process, 1)

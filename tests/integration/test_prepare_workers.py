@@ -201,6 +201,8 @@ def test_more_workers_than_cpus_are_refused(monkeypatch):
         encode_ray._gpu_share(own, 2, "cuda")
     with pytest.raises(encode_ray.ConfigError, match="CUDA_VISIBLE_DEVICES says which"):
         encode_ray._gpu_share(own, 2, "cuda:1")
+    joined = encode_ray.Cluster(None, is_own=False)
+    assert encode_ray._gpu_share(joined, 2, "cuda") == 1  # its machines come when asked for
 
 
 @pytest.mark.parametrize(
