@@ -20,6 +20,7 @@ from higgs_tune.sweep.worker import Worker
 
 FIGURES_S = 10.0  # how often the workers are asked where their time went
 PAUSE_S = 30.0  # until a worker that cannot load its base any more tries again
+LOADING_S = 900.0  # after which a person is told that a worker still loads
 GIVE_UP_S = 600.0  # how long it may try while nobody else trains
 
 
@@ -189,13 +190,17 @@ class Workers:
             ray.kill(member.actor, no_restart=False)
 
     def _check_start(self, member: Member, waits: Callable[[str], None]) -> None:
-        """Say once that a worker's process is not there; one that answers loads its base."""
-        late = time.monotonic() - member.since >= PATIENCE_S
-        if member.accepted or member.is_waited_for or not late or _lives(member):
+        """Say once that a worker's process is not there, or that one which is loads for very long."""
+        waited_s = time.monotonic() - member.since
+        if member.accepted or member.is_waited_for or waited_s < PATIENCE_S:
             return
-        member.is_waited_for = True
         who = f"{member.name} (of {len(self._members)})"
-        waits(shortage(who, self._num_cpus, self._num_gpus))
+        if not _lives(member):
+            member.is_waited_for = True
+            waits(shortage(who, self._num_cpus, self._num_gpus))
+        elif waited_s >= LOADING_S:
+            member.is_waited_for = True
+            waits(f"{who} has been loading base and data for {waited_s / 60:.0f} minutes")
 
     def poll_figures(self) -> dict[str, dict[str, Any]] | None:
         """Now and then, where each worker's time went a while ago; asks them again."""

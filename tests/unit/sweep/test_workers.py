@@ -8,7 +8,7 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from higgs_tune.errors import ConfigError, DataError, NoMemoryError, SweepError
 from higgs_tune.sweep import nodes
 from higgs_tune.sweep import workers as module
-from higgs_tune.sweep.workers import GIVE_UP_S, PATIENCE_S, PAUSE_S, Workers
+from higgs_tune.sweep.workers import GIVE_UP_S, LOADING_S, PATIENCE_S, PAUSE_S, Workers
 
 DEAD = ActorUnavailableError("its node is gone", None)
 
@@ -258,6 +258,16 @@ def test_a_person_is_told_once_which_process_is_missing_and_what_it_needs(crew):
         "waiting for worker-1 (of 2): it needs 1 CPU, 1 GPU; the cluster has 2 CPU, 0 GPU in all, "
         "its largest node 2 CPU, 0 GPU"
     ]
+
+
+def test_a_person_is_told_once_that_a_worker_loads_for_very_long(crew):
+    for actor in crew.actors:
+        actor.answer("figures", {})
+    crew.actors[1].answer("describe", {})
+    for now in (LOADING_S - 1, LOADING_S, 2 * LOADING_S):
+        crew.now[0] = now
+        crew.hear()
+    assert crew.heard.waits == ["worker-0 (of 2) has been loading base and data for 15 minutes"]
 
 
 def test_a_worker_that_was_taken_away_is_waited_for_and_said_to_be(crew):
