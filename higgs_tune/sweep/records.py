@@ -151,7 +151,7 @@ class TrialFiles:
         return None
 
     def end(self, trial_id: str, status: str, reason: str | None, is_feasible: bool | None) -> None:
-        """Record how a trial ended; unless a resumed sweep goes on with it, its moments go."""
+        """Record how a trial ended. Moments are of use only to one with which a resumed sweep goes on."""
         assert status in STATUSES, status
         lines = read_metrics(self.folder(trial_id) / "metrics.jsonl")
         spent_s = time.monotonic() - self._started.pop(trial_id, time.monotonic())
@@ -163,7 +163,7 @@ class TrialFiles:
             "wall_s": round(self._earlier_s.pop(trial_id, 0.0) + spent_s, 3),
         }
         write_json(self.folder(trial_id) / "status.json", content)
-        if status != "cancelled":
+        if status not in ("cancelled", "completed"):  # a completed one's checkpoint has none
             (self.folder(trial_id) / ADAPTER / MOMENTS).unlink(missing_ok=True)
 
     def status(self, trial_id: str) -> dict[str, Any] | None:

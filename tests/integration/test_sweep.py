@@ -79,6 +79,7 @@ def watched():
 
     def on_checkpoint(self, iteration, trials, trial, checkpoint, **info):
         tell(self, iteration, trials, trial, checkpoint, **info)
+        self._later.wait(trial.config["id"])
         noted["checkpoints"].append(len(list(Path(checkpoint.path).parent.glob("checkpoint_*"))))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -103,9 +103,9 @@ def test_wall_time_of_earlier_runs_is_kept(tmp_path, record):
 
 
 @pytest.mark.parametrize(
-    ("status", "kept"), [("cancelled", True), ("pruned", False), ("completed", False)]
+    ("status", "kept"), [("cancelled", True), ("completed", True), ("pruned", False)]
 )
-def test_only_a_trial_that_may_go_on_keeps_its_moments(tmp_path, record, status, kept):
+def test_a_trial_that_was_stopped_for_good_keeps_no_moments(tmp_path, record, status, kept):
     files = TrialFiles(tmp_path)
     files.start(record)
     source = checkpoint(tmp_path / "c1", 25)
