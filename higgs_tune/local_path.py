@@ -13,7 +13,7 @@ def _local(text: str) -> str:
             f"{text} is an address, needed a path on this machine. Copy what lies there here, or what "
             "is made here there afterwards."
         )
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    return text
 
 
 LocalPath = Annotated[str, AfterValidator(_local)]

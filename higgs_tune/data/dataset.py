@@ -77,7 +77,7 @@ class Dataset:
             DataError: nothing there, an unfinished or damaged dataset, or another format version.
         """
         if not path.startswith(_EMBEDDED_PREFIX):
-            return Dataset(Path(path))
+            return Dataset(Path(path).expanduser())
         name = path.removeprefix(_EMBEDDED_PREFIX)
         known = sorted(folder.parent.name for folder in EMBEDDED.glob("*/dataset.json"))
         if name not in known:

@@ -185,6 +185,9 @@ class SweepCallback(Callback):
         audio = last.get(VAL_AUDIO_NLL)
         is_feasible = None if audio is None else bool(audio <= self._audio_limit())
         self._guard(self._files.end, trial_id, status, reason, is_feasible)
+        if status != "cancelled" and self._num_checkpoints == 1:  # else another may have to read it
+            for path in self._kept.pop(trial_id, []):
+                shutil.rmtree(path, ignore_errors=True)
         self._display.board.end(trial_id, status)
         self._display.event(
             "trial_ended", trial=trial_id, status=status, reason=reason, step=last.get(STEP, 0)

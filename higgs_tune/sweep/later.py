@@ -14,7 +14,11 @@ class Later:
         self._unchecked: list[Future[Any]] = []
 
     def do(self, trial_id: str, work: Callable[[], Any]) -> None:
-        """Do something for a trial, after all that was given before."""
+        """Do something for a trial, after all that was given before.
+
+        Waits for what was given for this trial before: of each, one thing at most is outstanding.
+        """
+        self.wait(trial_id)
         self._newest[trial_id] = future = self._thread.submit(work)
         self._unchecked.append(future)
 

@@ -17,7 +17,7 @@ from higgs_tune.errors import SweepError
 # A checkpoint folder: relative path → content, uint8. Ray hands arrays on without a copy, bytes with three.
 Files = dict[str, np.ndarray]
 Result = dict[str, Any]
-Lease = Literal["seated", "full", "outdated"]
+Lease = Literal["seated", "full", "outdated", "away"]
 Snapshot = Callable[[Path], None]  # writes a checkpoint into an empty folder
 DEFAULT_LOOP = "higgs_tune.train.sweep_pack:sweep_loop"
 SITS_AT = "sits_at"  # in a result for the driver: the worker that the trial found, by its place in the list

@@ -145,8 +145,9 @@ class Table:
         return not self._is_open() or bool(self._due_to_leave() or self._due_to_join())
 
     def can_train(self) -> bool:
-        """Whether the pack may do a step now."""
-        return bool(self.residents) and self._is_open()
+        """Whether the pack may do a step now; the first only with every slot taken that can be."""
+        is_short = self._began is not None and len(self.residents) < self._num_slots
+        return bool(self.residents) and not is_short and self._is_open()
 
     def next_stop(self) -> int | None:
         """The step at which the pack has to look at the table again; None: when a trial is due."""

@@ -115,7 +115,9 @@ class PackTrial(Trainable):
                         continue
                     known = self.config["roster_version"], self.config["attempt"]
                     lease = ray.get(worker.join.remote(self._trial_id, trial, files, *known))
-                    if lease != "full":  # if outdated, Tune lets this process go by itself
+                    if lease == "away":
+                        away.append(name)
+                    elif lease != "full":  # if outdated, Tune lets this process go by itself
                         return worker, names.index(name)
                 except (RayActorError, ValueError):  # it restarts, or is not registered yet
                     away.append(name)

@@ -76,7 +76,7 @@ class Worker:
         logging.getLogger("higgs_tune").addHandler(self._notices)
         self._news = asyncio.Event()  # a notice is there
         self._accepted = asyncio.Event()  # the driver knows what was loaded, and agrees
-        self._trains = asyncio.Event()  # the pack does
+        self._trains = asyncio.Event()  # the pack has begun
 
     async def describe(self) -> dict[str, Any]:
         """Load the base if that has not happened; what base.json says of it and the data, and the node."""
@@ -121,7 +121,8 @@ class Worker:
             return
         for trial_id in self._table.gone(roster):
             self._evict(trial_id, "the driver no longer runs this trial")
-        self._silence.beat(self._table.idle() | self._table.unheard(), int(beat))
+        num_beats = int(beat and self._accepted.is_set())  # before that nobody can be heard
+        self._silence.beat(self._table.idle() | self._table.unheard(), num_beats)
         self._give_up_waiting()
         self._look()
 
@@ -133,9 +134,13 @@ class Worker:
         roster_version: int,
         attempt: int,
     ) -> Lease:
-        """Lease a slot, or a place among the next to get one."""
-        if self._broken:
-            return "full"
+        """Lease a slot, or a place among the next to get one.
+
+        None before the driver has accepted what was loaded: a process that cannot load its base ends,
+        and must take no trial along.
+        """
+        if self._broken or not self._accepted.is_set():
+            return "away"
         lease = self._table.join(trial_id, config, files, roster_version, attempt)
         if lease != "seated":
             return lease
@@ -232,7 +237,6 @@ class Worker:
     async def _run(self) -> None:
         """Train whoever sits at the table, until the sweep ends."""
         try:
-            await self._accepted.wait()
             loop = await self._loaded()
             since = time.monotonic()
             while not self._closed:
@@ -244,12 +248,12 @@ class Worker:
                 if out or joining:
                     kind = "join_s"
                     num_filled = await self._change(loop, out, joining)
+                    self._trains.set()  # or has refused everyone: others may come
                 elif self._table.can_train():
-                    self._trains.set()
                     kind = "other_s"
                     seconds, num_ended = await self._advance(loop)
                 else:
-                    if not self._table.residents:
+                    if not self._table.seats:
                         self._trains.clear()
                     kind = "wait_s" if self._table.num_unfinished() else "idle_s"
                     self._wake.clear()

@@ -84,6 +84,7 @@ class Workers:
             for number, actor in enumerate(actors)
         ]
         self._figures: dict[str, dict[str, Any]] = {}
+        self._trained_at = 0.0  # when one was last known to
 
     def publish(self, roster: Roster, beat: bool) -> None:
         """Tell everyone the roster; one that restarts just now hears it with the next heartbeat."""
@@ -100,12 +101,15 @@ class Workers:
             member.begins, member.trains = None, False
 
     def rooms(self) -> list[int]:
-        """How many trials each takes for now.
+        """How many trials each takes for now: none if it cannot load its base any more.
 
         Those who are to wait for a slot come when the pack trains: until then the processors, which
         their processes would need for seconds, have more urgent things to do.
         """
-        return [self._num_seats if each.trains else self._num_slots for each in self._members]
+        rooms = (self._num_seats if each.trains else self._num_slots for each in self._members)
+        return [
+            0 if each.complaint else room for each, room in zip(self._members, rooms, strict=True)
+        ]
 
     def hear(
         self,
@@ -126,11 +130,14 @@ class Workers:
             HiggsTuneError: a worker cannot load its base or its data, or `accept` refuses them. One that
                 had served before tries again.
         """
+        if any(member.accepted for member in self._members):
+            self._trained_at = time.monotonic()
         for member in self._members:
             if member.retry_at is not None:
                 if time.monotonic() < member.retry_at:
                     continue
                 member.retry_at, member.answer = None, member.actor.describe.remote()
+                member.since = time.monotonic()
             if not _is_there(member.answer):
                 self._check_start(member, waits)
                 continue
@@ -174,14 +181,14 @@ class Workers:
         stays with the process that met it.
 
         Raises:
-            HiggsTuneError: it has tried for long, and nobody else trains.
+            HiggsTuneError: it has tried for long, and nobody has trained meanwhile.
         """
         now, text = time.monotonic(), f"{member.name} {cause}"
         lacks_memory = isinstance(cause, NoMemoryError)
         if member.complaint is None:
             member.fails_since = now
-        alone = not any(other.accepted for other in self._members)
-        if alone and not lacks_memory and now - member.fails_since >= GIVE_UP_S:
+        since = max(member.fails_since, self._trained_at)
+        if not lacks_memory and now - since >= GIVE_UP_S:
             raise type(cause)(text)
         if member.complaint != text:
             waits(f"{text}; it tries again every {PAUSE_S:.0f} s")

@@ -123,3 +123,9 @@ def test_reading_rows_imports_no_pandas():
         "assert row.codes[0].size and 'pandas' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_dataset_below_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make(tmp_path / "mine", [clip(0)])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Dataset.open("~/mine").directory == tmp_path / "mine"

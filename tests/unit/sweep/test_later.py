@@ -10,13 +10,14 @@ from higgs_tune.sweep.later import Later
 def test_work_is_done_in_order_and_whoever_needs_a_trials_files_waits_for_them():
     later, start, done = Later(), threading.Event(), []
     later.do("t0", lambda: start.wait(30))
-    later.do("t0", lambda: done.append("t0"))
     later.do("t1", lambda: done.append("t1"))
     later.wait("t2")  # nothing was given for it
     assert done == []
-    start.set()
+    threading.Timer(0.1, start.set).start()
+    later.do("t1", lambda: done.append("t1 again"))  # of each trial one thing at most is left over
+    assert done[0] == "t1"
     later.wait("t1")
-    assert done == ["t0", "t1"]
+    assert done == ["t1", "t1 again"]
 
 
 def test_an_error_is_raised_once_and_the_rest_is_done():

@@ -160,6 +160,23 @@ def test_a_slot_that_is_free_before_those_who_wait_have_come_waits_for_them():
     assert table.can_train()
 
 
+def test_a_slot_without_memory_for_its_first_trial_is_filled_before_the_first_step():
+    table = Table(2, strict=True, ahead=5)
+    table.gone(Roster(1, ("t0", "t1"), 2, 2))
+    for name in ("t0", "t1"):
+        sit(table, name)
+    table.next_report()
+    _, (_, second) = table.take_changes()
+    assert table.refused(second, LACKING)
+    assert not table.can_train()  # else it were a matter of time after which step t2 comes
+    table.gone(Roster(2, ("t0", "t1", "t2"), 1, 3))
+    sit(table, "t2", version=2)
+    table.next_report()
+    assert changes(table) == ([], ["t2"])
+    assert table.clock == 0
+    assert table.can_train()
+
+
 def test_without_further_trials_nobody_is_waited_for():
     table = table_of("t0", "t1", slots=2)
     table.gone(Roster(2, ("t0", "t1"), 0, 2))

@@ -150,23 +150,32 @@ def test_a_failed_round_reaches_every_trial_and_ends_the_process(make_config, mo
         for task in tasks:
             with pytest.raises(RuntimeError, match="device lost"):
                 await task
-        assert await worker.join("t0", trial(), None, 1, 1) == "full"  # it would fail once more
+        assert await worker.join("t0", trial(), None, 1, 1) == "away"  # it would fail once more
         assert await asyncio.wait_for(ended, 10) == 1
 
     run(scenario())
 
 
-def test_nobody_trains_before_the_driver_has_accepted_what_was_loaded(make_config):
+def test_nobody_sits_down_before_the_driver_has_accepted_what_was_loaded(make_config):
     async def scenario():
-        worker = make_worker(make_config, accepted=False)
-        await worker.sync(Roster(1, ("t0",), 0))
-        await seat(worker, "t0")
-        task = asking(worker, "t0")
+        worker = make_worker(make_config, accepted=False, grace_beats=3)
+        roster = Roster(1, ("t0", "t1"), 0)
+        for _ in range(10):  # however long that takes, nobody counts as silent
+            await worker.sync(roster, beat=True)
+            assert await worker.join("t0", trial(), None, 1, 1) == "away"
         assert (await worker.describe())["content_hash"] == "0" * 64
-        assert await never(task)
+        assert await worker.join("t0", trial(), None, 1, 1) == "away"
         serving = asyncio.create_task(worker.serve())
+        await asyncio.sleep(0)
+        assert await worker.join("t0", trial(), None, 1, 1) == "seated"
+        task = asking(worker, "t0")
+        await worker.sync(roster, beat=True)
+        assert await never(task)  # t1 is waited for
+        await seat(worker, "t1")
+        other = asking(worker, "t1")
         assert (await task)["step"] == 25
         assert not serving.done()
+        other.cancel()
 
     run(scenario())
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from higgs_tune.errors import ModelError
 from higgs_tune.sweep.seats import Roster, SlotLostError, num_seats
+from tests.sweep_fakes import FakeLoop
 from tests.workers import asking, beat, make_worker, run, saved, seat, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")
@@ -110,11 +112,13 @@ def drive(
             while True:
                 await pause()
                 result = await worker.next_result(name)
-                arrived.append((name, result["step"], result["val/text/nll"]))
+                step = result.get("step", 0)
+                arrived.append((name, step, result.get("val/text/nll")))
                 await pause()
-                files = await saved(worker, name)
-                assert json.loads(files["training_state.json"])["step"] == result["step"]
-                stopped = name in pruned and result["step"] >= 50
+                if step:
+                    files = await saved(worker, name)
+                    assert json.loads(files["training_state.json"])["step"] == step
+                stopped = name in pruned and step >= 50
                 if result["status"] != "running" or stopped:
                     break
             state["live"].remove(name)
@@ -146,6 +150,22 @@ def drive(
 
     run(scenario())
     return arrived, log
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("bad", [{"t0"}, {"t0", "t1"}, {"t5"}])
+def test_trials_that_cannot_join_hold_nobody_up(make_config, monkeypatch, slots, bad):
+    join = FakeLoop.join
+
+    def damaged(self, trial_id, *args):
+        if trial_id in bad:
+            raise ModelError("damaged checkpoint")
+        return join(self, trial_id, *args)
+
+    monkeypatch.setattr(FakeLoop, "join", damaged)
+    arrived, _ = drive(make_config, seed=1, delay_s=0.002, slots=slots, pruned=())
+    assert {name for name, *_ in arrived} == {f"t{n}" for n in range(9)}
+    assert {name for name, _, text in arrived if text is None} == bad
 
 
 @pytest.mark.parametrize(("fraction", "steps"), [(0.0, 4), (0.05, 5), (0.5, 6)])

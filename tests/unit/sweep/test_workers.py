@@ -196,6 +196,7 @@ def test_a_worker_that_has_trained_and_meets_a_bad_machine_starts_anew_and_the_o
         actor.answer("describe", broken)
         crew.hear()
         assert crew.killed == [(1, False)] * count
+        assert crew.workers.rooms() == [2, 0]  # it would take trials along
         crew.now[0] += GIVE_UP_S
         crew.hear()
     (said,) = [text for text in crew.heard.waits if "cannot load" in text]
@@ -203,6 +204,31 @@ def test_a_worker_that_has_trained_and_meets_a_bad_machine_starts_anew_and_the_o
     actor.answer("describe", {})
     crew.hear()
     assert crew.workers.serving() == [0, 1]
+    assert crew.workers.rooms() == [2, 2]
+
+
+def test_a_worker_that_has_failed_for_long_ends_no_sweep_in_which_others_have_just_trained(crew):
+    cause = SweepError("on node 10.0.0.2 cannot load base and data: RuntimeError: CUDA error: ECC")
+    broken = RayTaskError("describe", "traceback", cause, ip="10.0.0.2")
+    well, ill = crew.actors
+    for actor in crew.actors:
+        actor.answer("describe", {})
+    crew.hear()
+    ill.answer("serve", DEAD)
+    crew.hear()
+    for _ in range(3):
+        ill.answer("describe", broken)
+        crew.hear()
+        crew.now[0] += GIVE_UP_S
+        crew.hear()
+    well.answer("serve", DEAD)  # it is replaced
+    crew.hear()
+    ill.answer("describe", broken)
+    crew.hear()
+    assert not any("has been loading" in text for text in crew.heard.waits)
+    well.answer("describe", {})
+    crew.hear()
+    assert crew.workers.serving() == [0]
 
 
 def test_a_sweep_ends_when_nobody_trains_and_the_last_worker_cannot_load_its_base_for_long(crew):
