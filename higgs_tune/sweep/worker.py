@@ -136,10 +136,11 @@ class Worker:
     ) -> Lease:
         """Lease a slot, or a place among the next to get one.
 
-        None before the driver has accepted what was loaded: a process that cannot load its base ends,
+        Waits until the driver has accepted what was loaded: a process that cannot load its base ends,
         and must take no trial along.
         """
-        if self._broken or not self._accepted.is_set():
+        await self._accepted.wait()
+        if self._broken:
             return "away"
         lease = self._table.join(trial_id, config, files, roster_version, attempt)
         if lease != "seated":

@@ -160,14 +160,12 @@ def test_nobody_sits_down_before_the_driver_has_accepted_what_was_loaded(make_co
     async def scenario():
         worker = make_worker(make_config, accepted=False, grace_beats=3)
         roster = Roster(1, ("t0", "t1"), 0)
-        for _ in range(10):  # however long that takes, nobody counts as silent
-            await worker.sync(roster, beat=True)
-            assert await worker.join("t0", trial(), None, 1, 1) == "away"
+        joining = asyncio.create_task(worker.join("t0", trial(), None, 1, 1))
+        await beat(worker, roster, 10)  # however long that takes, nobody counts as silent
         assert (await worker.describe())["content_hash"] == "0" * 64
-        assert await worker.join("t0", trial(), None, 1, 1) == "away"
+        assert await never(joining)
         serving = asyncio.create_task(worker.serve())
-        await asyncio.sleep(0)
-        assert await worker.join("t0", trial(), None, 1, 1) == "seated"
+        assert await joining == "seated"
         task = asking(worker, "t0")
         await worker.sync(roster, beat=True)
         assert await never(task)  # t1 is waited for

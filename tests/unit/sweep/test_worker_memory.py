@@ -9,7 +9,7 @@ import pytest
 from higgs_tune.errors import NoMemoryError
 from higgs_tune.sweep.seats import Roster
 from tests.sweep_fakes import FakeLoop
-from tests.workers import asking, broken_join, make_worker, run, seat, trial
+from tests.workers import asking, broken_join, make_worker, never, run, seat, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 
@@ -137,15 +137,15 @@ def test_trials_wait_at_a_worker_that_finds_memory_for_its_base_later(make_confi
         monkeypatch.setattr(FakeLoop, "__init__", load)
         worker = make_worker(make_config, accepted=False)
         await worker.sync(Roster(1, ("t0",), 0))
+        joining = asyncio.create_task(worker.join("t0", trial(), None, 1, 0))
         for _ in range(2):
             with pytest.raises(NoMemoryError, match="finds no memory"):
                 await worker.describe()
             assert half_loaded[-1]() is None  # the next try has its memory
-            assert await worker.join("t0", trial(), None, 1, 0) == "away"
+            assert await never(joining)
         assert (await worker.describe())["content_hash"] == "0" * 64
         serving = asyncio.create_task(worker.serve())
-        await asyncio.sleep(0)
-        await seat(worker, "t0")
+        assert await joining == "seated"
         assert (await worker.next_result("t0"))["step"] == 25
         assert not serving.done()
 
