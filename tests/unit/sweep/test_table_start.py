@@ -1,0 +1,82 @@
+"""The start of a stage: the pack begins with its slots full, and those who are to wait come later."""
+
+from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.table import Table
+from tests.unit.sweep.test_table import LACKING, changes, report, sit, table_of
+
+
+def first_two(room: int | None = 2) -> Table:
+    """A table of two slots at which the first two trials train; the third is to wait for a slot."""
+    table = Table(2, strict=True, ahead=5)
+    table.gone(Roster(1, ("t0", "t1"), 2, room))
+    sit(table, "t0")
+    assert changes(table) == ([], [])
+    sit(table, "t1")
+    assert table.next_report() is None
+    assert changes(table) == ([], ["t0", "t1"])
+    return table
+
+
+def test_the_pack_begins_with_its_slots_full_and_trains_while_those_who_wait_come():
+    table = first_two()
+    table.clock = 3
+    assert table.can_train()
+    table.gone(Roster(2, ("t0", "t1", "t2"), 1, 3))
+    assert not table.needs_a_look()
+    table.clock = 7
+    sit(table, "t2", version=2)
+    assert table.next_report() is None
+    assert table.can_train()
+    assert table.seats["t2"].since == 0  # whenever its process was there
+    assert not table.needs_a_look()
+
+
+def test_no_report_goes_out_before_those_who_wait_have_come():
+    table = first_two()
+    report(table, "t0", at=25)
+    assert table.next_report() is None
+    assert not table.can_train()
+    table.gone(Roster(2, ("t0", "t1", "t2"), 1, 3))
+    assert table.next_report() is None
+    sit(table, "t2", version=2)
+    found = table.next_report()
+    assert found is not None
+    assert found.trial_id == "t0"
+    assert table.can_train()
+
+
+def test_a_slot_that_is_free_before_those_who_wait_have_come_waits_for_them():
+    table = first_two()
+    report(table, "t1", at=4, status="diverged")
+    assert changes(table) == ([], [])
+    table.gone(Roster(2, ("t0", "t1", "t2"), 1, 3))
+    assert changes(table) == ([], [])
+    assert not table.can_train()
+    sit(table, "t2", version=2)
+    assert table.next_report() is not None
+    assert changes(table) == ([], ["t2"])
+    assert table.can_train()
+
+
+def test_a_slot_without_memory_for_its_first_trial_is_filled_before_the_first_step():
+    table = Table(2, strict=True, ahead=5)
+    table.gone(Roster(1, ("t0", "t1"), 2, 2))
+    for name in ("t0", "t1"):
+        sit(table, name)
+    table.next_report()
+    _, (_, second) = table.take_changes()
+    assert table.refused(second, LACKING)
+    assert not table.can_train()  # else it were a matter of time after which step t2 comes
+    table.gone(Roster(2, ("t0", "t1", "t2"), 1, 3))
+    sit(table, "t2", version=2)
+    table.next_report()
+    assert changes(table) == ([], ["t2"])
+    assert table.clock == 0
+    assert table.can_train()
+
+
+def test_without_further_trials_nobody_is_waited_for():
+    table = table_of("t0", "t1", slots=2)
+    table.gone(Roster(2, ("t0", "t1"), 0, 2))
+    report(table, "t0", at=25)
+    assert table.next_report() is not None
