@@ -135,6 +135,10 @@ class FakeLoop:
     def num_residents(self) -> int:
         return len(self._steps)
 
+    @property
+    def num_forwards(self) -> int:
+        return self.num_steps
+
     def check(self) -> None:
         pass
 

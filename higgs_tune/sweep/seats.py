@@ -43,6 +43,11 @@ class Loop(Protocol):
         """Trials that have joined and not left."""
         ...
 
+    @property
+    def num_forwards(self) -> int:
+        """What was computed so far, in training and validation: grows while the pack gets anywhere."""
+        ...
+
     def join(
         self, trial_id: str, config: TrialConfig, state_dir: Path | None = None
     ) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 logger = logging.getLogger(__name__)
 
+SLOWEST_BYTES_A_BEAT = 10_000_000  # of a disk on which checkpoints are stored, twice by Tune
+
 
 class Silence:
     """Counts the driver's heartbeats since each trial was heard."""
@@ -25,13 +27,13 @@ class Silence:
         """So many heartbeats more for these trials; the others are there."""
         self._beats = {trial_id: self._beats.get(trial_id, 0) + number for trial_id in missing}
 
-    def heard(self, trial_id: str, busy: int = 0) -> None:
-        """Count anew; it may be silent for so many heartbeats longer until it is heard again."""
+    def heard(self, trial_id: str, num_bytes: int = 0) -> None:
+        """Count anew; it may be silent for longer while it stores a checkpoint of so many bytes."""
         if self._together:
             self._beats.clear()
         self._beats.pop(trial_id, None)
         self._busy.pop(trial_id, None)
-        if busy:
+        if busy := num_bytes // SLOWEST_BYTES_A_BEAT:
             self._busy[trial_id] = busy
 
     def lost(self) -> set[str]:

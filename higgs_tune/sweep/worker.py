@@ -10,16 +10,16 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
 from higgs_tune.config import SweepConfig, TrialConfig
-from higgs_tune.errors import release_frames
+from higgs_tune.errors import SweepError, release_frames
 from higgs_tune.sweep import pack
 from higgs_tune.sweep.meter import Meter
 from higgs_tune.sweep.notices import Notices
+from higgs_tune.sweep.pack_thread import PackThread
 from higgs_tune.sweep.seats import (
     DEFAULT_LOOP,
     Files,
@@ -36,9 +36,7 @@ from higgs_tune.sweep.table import Table
 from higgs_tune.sweep.writer import Writer
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
-SLOWEST_BYTES_A_BEAT = 10_000_000  # of a disk on which checkpoints are stored, twice by Tune
 CANCELLED = {"status": "cancelled", "reason": "the sweep is ending"}
 
 
@@ -64,7 +62,8 @@ class Worker:
         ahead = max(1, round(fraction * interval)) if fraction else 0
         self._table = Table(num_slots, strict=strict, ahead=ahead)
         self._meter = Meter()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pack")
+        self._thread = PackThread(ends=not config.base.compile)
+        self._num_forwards: Callable[[], int] = lambda: 0  # of the loop, once it is there
         self._loading: asyncio.Future[Loop] | None = None
         self._running: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -125,6 +124,8 @@ class Worker:
         self._silence.beat(self._table.idle() | self._table.unheard(), num_beats)
         self._give_up_waiting()
         self._look()
+        if num_beats and not self._broken and self._thread.beat(self._num_forwards()):
+            self._break(SweepError("the pack has hung, see workers.log"))
 
     async def join(
         self,
@@ -177,7 +178,7 @@ class Worker:
                 raise SlotLostError(f"{trial_id} has reported nothing yet that could be saved")
             return [await self._writer.put(seat.files)]
         reference = await self._writer.take(report)
-        self._silence.heard(trial_id, busy=report.num_bytes // SLOWEST_BYTES_A_BEAT)
+        self._silence.heard(trial_id, num_bytes=report.num_bytes)
         # the next one's is written while the driver deals with this; no more, for the memory
         self._writer.begin(self._table.coming())
         return [reference]
@@ -232,13 +233,14 @@ class Worker:
 
     async def _loaded(self) -> Loop:
         if self._loading is None or (self._loading.done() and self._loading.exception()):
-            self._loading = asyncio.get_running_loop().run_in_executor(self._thread, self._build)
+            self._loading = self._thread.run(self._build)
         return await self._loading
 
     async def _run(self) -> None:
         """Train whoever sits at the table, until the sweep ends."""
         try:
             loop = await self._loaded()
+            self._num_forwards = lambda: loop.num_forwards
             since = time.monotonic()
             while not self._closed:
                 self._look()
@@ -270,7 +272,7 @@ class Worker:
     async def _change(self, loop: Loop, out: list[Seat], joining: list[Seat]) -> int:
         """Free slots, then fill them; how many have been filled."""
         self._meter.freed(len(out))
-        outcomes = await self._on_pack(lambda: pack.change(loop, out, joining))
+        outcomes = await self._thread.run(lambda: pack.change(loop, out, joining))
         for seat, outcome in zip(joining, outcomes, strict=True):
             if "account" in outcome:
                 seat.account = outcome["account"]
@@ -288,11 +290,8 @@ class Worker:
             table.clock += 1
             return self._look_up or (stop_at is not None and table.clock >= stop_at)
 
-        results, snapshots, seconds = await self._on_pack(lambda: pack.advance(loop, stop))
+        results, snapshots, seconds = await self._thread.run(lambda: pack.advance(loop, stop))
         return seconds, len(table.reported(results, snapshots))
-
-    async def _on_pack(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _break(self, error: Exception) -> None:
         """Tell every trial, then end the process: a pack that failed cannot be trusted."""

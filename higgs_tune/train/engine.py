@@ -4,7 +4,6 @@ A single run is a pack of one. What one adapter computes depends on its own exam
 alone; neighbours may join, leave or diverge. Shape letters: K slots or adapters of a batch, C codebooks.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +19,9 @@ from higgs_tune.model.adapter_layout import Kind, Named
 from higgs_tune.model.compiled import CompiledForward
 from higgs_tune.model.dropout import Masks
 from higgs_tune.model.groups import lora_groups
+from higgs_tune.model.initial import initial_weights
 from higgs_tune.model.load import Base
-from higgs_tune.model.new_modules import initial_new_modules, new_module_shapes
+from higgs_tune.model.new_modules import new_module_shapes
 from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.model.packed_lora import AdapterBank
 from higgs_tune.model.targets import account
@@ -117,6 +117,7 @@ class Engine:
         self._slot_multiple = 32 if compiles else 1
         self.alive_K = torch.ones(limits.num_slots, dtype=torch.bool, device=self.device)
         self.residents: dict[str, Resident] = {}
+        self.num_forwards = 0  # of all adapters so far
 
     def add(
         self, trial_id: str, config: TrialConfig, state: AdapterState | None = None
@@ -137,8 +138,9 @@ class Engine:
         # the lowest class of ranks in front, others from the end: those of one class share matmuls
         slot = free[-1] if self.bank.share_matmuls and own > lowest else free[0]
         resident = Resident(trial_id, slot, config, account(self.base.model, config))
-        weights = state.weights if state else self._initial_weights(config)
-        shapes = new_module_shapes(self.base.model, config.cross_attention)
+        model = self.base.model
+        weights = state.weights if state else initial_weights(model, self.lora_groups, config)
+        shapes = new_module_shapes(model, config.cross_attention)
         new: list[Named] = [
             (name, tuple(shape), "audio_attention") for name, shape in shapes.items()
         ]
@@ -191,6 +193,7 @@ class Engine:
         Returns:
             Summed nats, detached: text (K,), audio (K, C). Reading them waits for the device.
         """
+        self.num_forwards += 1
         by_slot = {r.slot: r.config.rates_at(r.step) for r in self.residents.values()}
         share_KC = torch.zeros(len(batch.slots), 1 + self.num_codebooks)  # text, then codebooks
         for k, slot in enumerate(batch.slots):
@@ -239,6 +242,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: PackBatch, *, bare: bool = False) -> tuple[Tensor, Tensor]:
         """Summed nats of a batch, text (K,) and audio (K, C); `bare` leaves the adapters out."""
+        self.num_forwards += 1
         weights = None if bare else self.bank.pack(batch.slots)
         return self.nll(batch, weights)
 
@@ -286,19 +290,3 @@ class Engine:
                 )
         for name, view in views.items():
             view.copy_(tensors[name])
-
-    def _initial_weights(self, config: TrialConfig) -> dict[str, Tensor]:
-        """PEFT's start (A uniform, B zero), drawn from the seed whatever else is in the pack."""
-        generator = torch.Generator().manual_seed(config.seed)
-        weights: dict[str, Tensor] = {}
-        for path, group in self.lora_groups:
-            if path not in config.targets:
-                continue
-            for name, linear in group.items():
-                bound = 1 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5)
-                a = torch.empty(config.rank, linear.in_features)
-                weights[f"{name}.lora_A.weight"] = a.uniform_(-bound, bound, generator=generator)
-                weights[f"{name}.lora_B.weight"] = torch.zeros(linear.out_features, config.rank)
-        if config.cross_attention != "off":
-            weights |= initial_new_modules(self.base.model, config.cross_attention, config.seed)
-        return weights

@@ -6,14 +6,32 @@ from typing import Any
 from higgs_tune.config import DataSettings
 from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.known_texts import check_texts
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tasks import longest_conversation
 from higgs_tune.data.tokens import Encoded, encode_conversation
-from higgs_tune.errors import ConfigError
+from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.model.load import Base
 
 logger = logging.getLogger(__name__)
 _CACHED_ROWS = 4_000_000  # of tokenised examples kept; at most 152 bytes each with 8 codebooks
+
+
+def check_fits(dataset: Dataset, base: Base) -> None:
+    """Refuse a dataset that this base cannot read.
+
+    Raises:
+        DataError: it was coded for another base, or its texts have characters without a token.
+    """
+    config, codec = base.model.config, dataset.info.codec
+    num_codes = min(config.audio_stream_bos_id, config.audio_stream_eos_id)
+    if (codec.num_codebooks, codec.codebook_size) != (config.num_codebooks, num_codes):
+        raise DataError(
+            f"{dataset.directory}: coded with {codec.num_codebooks} codebooks of "
+            f"{codec.codebook_size}, the base {base.source} needs {config.num_codebooks} of "
+            f"{num_codes}. Prepare the data again with the codec of this base."
+        )
+    check_texts(dataset, base.vocabulary)
 
 
 class Examples:

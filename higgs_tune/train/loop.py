@@ -16,15 +16,13 @@ from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
 from higgs_tune.data.collate import TargetCounts, count_targets
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.held_out import validation_sets
-from higgs_tune.data.known_texts import check_texts
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.device import peak_memory_mib
-from higgs_tune.errors import DataError
 from higgs_tune.model.load import Base, load_base
 from higgs_tune.train.checkpoint import load_interval, load_state, save_adapter, save_interval
 from higgs_tune.train.engine import Engine, PackLimits
-from higgs_tune.train.examples import Examples
+from higgs_tune.train.examples import Examples, check_fits
 from higgs_tune.train.gradients import Clips, Gradients
 from higgs_tune.train.imbalance import preflight
 from higgs_tune.train.interval import Interval
@@ -47,16 +45,7 @@ class PackLoop:
         limits: PackLimits,
         world: World = ALONE,
     ) -> None:
-        config = base.model.config
-        codec = dataset.info.codec
-        num_codes = min(config.audio_stream_bos_id, config.audio_stream_eos_id)
-        if (codec.num_codebooks, codec.codebook_size) != (config.num_codebooks, num_codes):
-            raise DataError(
-                f"{dataset.directory}: coded with {codec.num_codebooks} codebooks of "
-                f"{codec.codebook_size}, the base {base.source} needs {config.num_codebooks} of "
-                f"{num_codes}. Prepare the data again with the codec of this base."
-            )
-        check_texts(dataset, base.vocabulary)
+        check_fits(dataset, base)
         self.engine = Engine(base, limits, world.rank)
         self._gradients = Gradients(self.engine)
         self.content_hash: str = dataset.info.content_hash
@@ -77,7 +66,7 @@ class PackLoop:
         self.preflight: dict[str, float | int] = preflight(
             self._single_nll,
             [self._examples.encode(c) for c in probes],
-            config.codebook_size,
+            base.model.config.codebook_size,
             each=lambda nll, many: self.engine.lanes.run([partial(nll, one) for one in many]),
         ).record()
         self.base_metrics: dict[str, float] = self._validator.bare()
@@ -137,6 +126,11 @@ class PackLoop:
     def num_residents(self) -> int:
         """Trials that have joined and not left."""
         return len(self._runs)
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards so far, in training and validation: grows while the pack gets anywhere."""
+        return self.engine.num_forwards
 
     def snapshot(self, trial_id: str) -> Callable[[Path], None]:
         """What writes the trial's adapter in PEFT's format and its training state into an empty folder.

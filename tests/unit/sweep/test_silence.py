@@ -1,6 +1,6 @@
 """For how long a worker waits for a trial that says nothing."""
 
-from higgs_tune.sweep.silence import Silence
+from higgs_tune.sweep.silence import SLOWEST_BYTES_A_BEAT, Silence
 
 
 def beats_until_lost(silence: Silence, trial_id: str) -> int:
@@ -14,7 +14,7 @@ def beats_until_lost(silence: Silence, trial_id: str) -> int:
 def test_a_trial_that_stores_a_large_checkpoint_may_be_silent_for_longer():
     silence = Silence(5, together=False)
     assert beats_until_lost(silence, "t0") == 5
-    silence.heard("t0", busy=20)
+    silence.heard("t0", num_bytes=20 * SLOWEST_BYTES_A_BEAT)
     assert beats_until_lost(silence, "t0") == 25
     silence.heard("t0")
     assert beats_until_lost(silence, "t0") == 5
@@ -22,6 +22,6 @@ def test_a_trial_that_stores_a_large_checkpoint_may_be_silent_for_longer():
 
 def test_a_word_of_another_does_not_shorten_that():
     silence = Silence(5, together=True)
-    silence.heard("t0", busy=20)
+    silence.heard("t0", num_bytes=20 * SLOWEST_BYTES_A_BEAT)
     silence.heard("t1")
     assert beats_until_lost(silence, "t0") == 25
