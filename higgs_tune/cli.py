@@ -162,7 +162,7 @@ def _sweep_config(args: argparse.Namespace) -> SweepConfig:
         config = load_sweep(DEFAULT_SWEEP, place)
         where = {"name": args.name or _pick_name(config, resume=True)}
         where["results_dir"] = config.results_dir  # the stored one is where the folder once was
-        stored = Path(config.results_dir, where["name"], "sweep.yaml")
+        stored = config.results_root / where["name"] / "sweep.yaml"
         if stored.exists():
             others = [text for text in args.set if text not in place]
             config = load_sweep(stored, others)
@@ -174,7 +174,7 @@ def _pick_name(config: SweepConfig, *, resume: bool) -> str:
     from higgs_tune.sweep.folder import is_free
 
     pattern = re.compile(rf"{re.escape(config.name)}(?:-(\d+))?")
-    folder = Path(config.results_dir)
+    folder = config.results_root
     taken = {
         int(match[1] or 1)
         for entry in (folder.iterdir() if folder.is_dir() else ())

@@ -4,6 +4,7 @@ The YAML, `--set a.b=c` and `best_config.yaml` use these names. `TrialConfig` is
 search space with everything that a training run needs to be repeated; `SweepConfig` is the whole.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -155,6 +156,11 @@ class SweepConfig(Settings):
     tune: TuneSettings = TuneSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     confirm: ConfirmSettings = ConfirmSettings()
+
+    @property
+    def results_root(self) -> Path:
+        """The folder of the results folders."""
+        return Path(self.results_dir).expanduser()
 
     @model_validator(mode="after")
     def _target_sets_known(self) -> "SweepConfig":

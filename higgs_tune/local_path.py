@@ -20,12 +20,12 @@ LocalPath = Annotated[str, AfterValidator(_local)]
 
 
 def local_path(text: str) -> Path:
-    """The path of a command's argument.
+    """The path of a command's argument; `~` is the home folder, which shells leave in `--out=~/x`.
 
     Raises:
         ArgumentTypeError: it is an address, such as s3://bucket/folder.
     """
     try:
-        return Path(_local(text))
+        return Path(_local(text)).expanduser()
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None

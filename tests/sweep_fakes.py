@@ -28,9 +28,10 @@ class FakeLoop:
 
     An interval takes FAKE_ROUND_S seconds, with jitter. Learning rates above 5e-2 diverge at the second
     report, batch_clips 13 cannot join, 17 fails, an audio_loss_weight near 0 breaks the audio constraint, the
-    base "broken" cannot be loaded, "warns" warns, "pid:FILE" notes the process that loads it, as does
-    "ill:FILE", which fails the second one; "odd:WHAT:FILE" is odd in "load", "data" or "base" for all
-    but the first. A checkpoint lists the steps behind it: with whose seed, the how manieth, at which rate.
+    base "broken" cannot be loaded, "warns" warns, "pid:FILE" notes the process that loads it, as do
+    "ill:FILE", which fails the second one, and "scarce:FILE", which has memory for two;
+    "odd:WHAT:FILE" is odd in "load", "data" or "base" for all but the first. A checkpoint lists the
+    steps behind it: with whose seed, the how manieth, at which rate.
     """
 
     def __init__(self, config: SweepConfig, *, num_slots: int, device: str) -> None:
@@ -38,12 +39,15 @@ class FakeLoop:
             raise ModelError("base.path: no such checkpoint. Give another one.")
         assert device
         kind, _, path = config.base.path.partition(":")
-        if kind in ("pid", "ill"):
+        if kind in ("pid", "ill", "scarce"):
             with open(path, "a+") as file:
                 file.write(f"{os.getpid()}\n")
                 file.seek(0)
-                if kind == "ill" and len(file.readlines()) == 2:
-                    raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+                number = len(file.readlines())
+            if kind == "ill" and number == 2:
+                raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+            if kind == "scarce" and number > 2:
+                raise RuntimeError("CUDA error: out of memory")
         self.num_slots = num_slots
         self.base_metrics = dict(BASE)
         self.preflight: dict[str, Any] = {"ok": True}

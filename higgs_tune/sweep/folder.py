@@ -45,7 +45,7 @@ def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Ite
             or there is nothing to resume, or another process runs a sweep there.
         SweepError: it cannot be written, or the disk is full.
     """
-    folder = Path(config.results_dir).absolute() / config.name
+    folder = config.results_root.absolute() / config.name
     _check(folder, config, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,8 @@ class TrialSource(Searcher):
     def is_full(self) -> bool:
         """Whether every seat is taken, or kept for a trial whose pause is over."""
         resting = self.paused().keys() - self._ready
-        return len(self.live) - len(resting) >= sum(self._rooms())
+        # one is always let in: asked while nobody runs, Tune would wait for minutes, heartbeats too
+        return len(self.live) - len(resting) >= max(1, sum(self._rooms()))
 
     def paused(self) -> dict[str, Trial]:
         """The trials that Tune has paused, by its ids: they keep no slot."""

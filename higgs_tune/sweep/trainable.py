@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 
 JOIN_PATIENCE_S = 120.0  # how long workers may answer that every slot is taken
 REMIND_S = 60.0
-ANSWER_S = 2.0  # what a process that is there needs to say so, even while it imports torch
-START_S = 10.0  # what the worker that the driver chose gets: its process may just be starting
+START_S = 10.0  # what the worker that the driver chose gets: it may be about to be ready
+ANSWER_S = 2.0  # what the others need to say that they are
+AGAIN_S = 0.1  # after which those who were full, or are starting anew, are asked again
 RANKED = ("completed", "running")
 
 
@@ -37,7 +38,9 @@ class PackTrial(Trainable):
         self._trial_id: str = config["id"]
         self._name: str = config["name"]
         self._status = "running"
-        files = read_files(Path(config["restore_from"])) if config["restore_from"] else None
+        files = None
+        if config["restore_from"]:  # stored once, however often workers are asked
+            files = ray.put(read_files(Path(config["restore_from"])))
         self._worker, self._sits_at = self._lease(files)
 
     def __repr__(self) -> str:
@@ -96,21 +99,21 @@ class PackTrial(Trainable):
         except (RayActorError, ObjectLostError) as error:  # it owns what it refers to
             raise SweepError(f"{self._name}: its worker died ({error})") from None
 
-    def _lease(self, files: Files | None) -> tuple[Any, int]:
+    def _lease(self, files: "ray.ObjectRef[Files] | None") -> tuple[Any, int]:
         """The worker that took the trial in, and its place in the list of workers."""
         first: int = self.config["worker"]
         names: list[str] = self.config["workers"]
         trial = TrialConfig.model_validate(self.config["trial"])
         deadline = time.monotonic() + JOIN_PATIENCE_S
         reminder = time.monotonic() + REMIND_S
-        asked: dict[str, Any] = {}  # workers that have not said yet whether they are there
+        asked: dict[str, Any] = {}  # workers that are not ready yet
         while time.monotonic() < deadline:
             away = []
             for name in [names[first], *names[:first], *names[first + 1 :]]:
                 try:
                     worker = ray.get_actor(name)
                     patience_s = START_S if name == names[first] else ANSWER_S
-                    if len(names) > 1 and not _is_there(worker, name, asked, patience_s):
+                    if not _is_ready(worker, name, asked, patience_s):
                         away.append(name)
                         continue
                     known = self.config["roster_version"], self.config["attempt"]
@@ -121,24 +124,27 @@ class PackTrial(Trainable):
                         return worker, names.index(name)
                 except (RayActorError, ValueError):  # it restarts, or is not registered yet
                     away.append(name)
+            if len(asked) == len(names):  # whoever is ready first
+                ray.wait(list(asked.values()), timeout=REMIND_S)
+            else:
+                time.sleep(AGAIN_S)
             if away:  # a machine that was taken back may return after hours
                 deadline = time.monotonic() + JOIN_PATIENCE_S
                 if time.monotonic() >= reminder:
                     reminder = time.monotonic() + REMIND_S
                     logger.warning("%s waits for %s", self._name, ", ".join(away))
-            time.sleep(0.1)
         raise SweepError(f"{self._name}: no worker had a free slot for {JOIN_PATIENCE_S:.0f} s")
 
 
-def _is_there(worker: Any, name: str, asked: dict[str, Any], patience_s: float) -> bool:
-    """Whether a worker's process answers; a call of one that has none yet would wait for it.
+def _is_ready(worker: Any, name: str, asked: dict[str, Any], patience_s: float) -> bool:
+    """Whether a worker takes trials; a call of one that has no process yet would wait for it.
 
     Raises:
         RayActorError: it has just died.
     """
     timeout_s = 0 if name in asked else patience_s  # it was waited for already
     if name not in asked:
-        asked[name] = worker.ping.remote()
+        asked[name] = worker.ready.remote()
     if not ray.wait([asked[name]], timeout=timeout_s)[0]:
         return False
     ray.get(asked.pop(name))

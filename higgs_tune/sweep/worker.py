@@ -17,6 +17,7 @@ import ray
 from higgs_tune.config import SweepConfig, TrialConfig
 from higgs_tune.errors import SweepError, release_frames
 from higgs_tune.sweep import pack
+from higgs_tune.sweep.answers import Answers
 from higgs_tune.sweep.meter import Meter
 from higgs_tune.sweep.notices import Notices
 from higgs_tune.sweep.pack_thread import PackThread
@@ -70,11 +71,13 @@ class Worker:
         self._look_up = False  # the pack is to stop after its current step
         self._closed = False
         self._broken = False  # the process is about to end
-        self._answers: dict[str, asyncio.Future[Result]] = {}  # of trials that ask for a result
+        self._answers = Answers()
         self._notices = Notices()
         logging.getLogger("higgs_tune").addHandler(self._notices)
         self._news = asyncio.Event()  # a notice is there
-        self._accepted = asyncio.Event()  # the driver knows what was loaded, and agrees
+        self._accepted = (
+            asyncio.Event()
+        )  # the driver knows what was loaded, and agrees, or is ending
         self._trains = asyncio.Event()  # the pack has begun
 
     async def describe(self) -> dict[str, Any]:
@@ -87,8 +90,12 @@ class Worker:
             raise pack.load_error(error, node) from error
         return pack.description(loop) | {"node": node}
 
-    async def ping(self) -> None:
-        """This process is there."""
+    async def ready(self) -> None:
+        """Answers once trials may join: the driver has accepted what was loaded.
+
+        A process that cannot load its base ends, and must take no trial along.
+        """
+        await self._accepted.wait()
 
     async def serve(self) -> list[str]:
         """Train the trials that join, from now on; answers when there are new warnings.
@@ -120,11 +127,11 @@ class Worker:
             return
         for trial_id in self._table.gone(roster):
             self._evict(trial_id, "the driver no longer runs this trial")
-        num_beats = int(beat and self._accepted.is_set())  # before that nobody can be heard
-        self._silence.beat(self._table.idle() | self._table.unheard(), num_beats)
+        self._silence.beat(self._table.idle() | self._table.unheard(), int(beat))
         self._give_up_waiting()
         self._look()
-        if num_beats and not self._broken and self._thread.beat(self._num_forwards()):
+        watched = beat and self._accepted.is_set()  # loading may take as long
+        if watched and not self._broken and self._thread.beat(self._num_forwards()):
             self._break(SweepError("the pack has hung, see workers.log"))
 
     async def join(
@@ -135,19 +142,16 @@ class Worker:
         roster_version: int,
         attempt: int,
     ) -> Lease:
-        """Lease a slot, or a place among the next to get one.
-
-        Waits until the driver has accepted what was loaded: a process that cannot load its base ends,
-        and must take no trial along.
-        """
-        await self._accepted.wait()
-        if self._broken:
+        """Lease a slot, or a place among the next to get one."""
+        if self._broken or not self._accepted.is_set():
             return "away"
         lease = self._table.join(trial_id, config, files, roster_version, attempt)
         if lease != "seated":
             return lease
-        self._let_go(trial_id, SlotLostError(f"{trial_id}: another process took over this trial"))
-        if self._running is None:
+        self._answers.fail(
+            trial_id, SlotLostError(f"{trial_id}: another process took over this trial")
+        )
+        if self._running is None and not self._closed:
             self._running = asyncio.get_running_loop().create_task(self._run())
         self._heard(trial_id)
         return lease
@@ -163,7 +167,7 @@ class Worker:
         seat = self._seat(trial_id)
         if self._closed:
             return CANCELLED
-        answer = self._answers[trial_id] = asyncio.get_running_loop().create_future()
+        answer = self._answers.ask(trial_id)
         seat.asks = True
         self._heard(trial_id)
         return await answer
@@ -186,10 +190,8 @@ class Worker:
     async def close(self) -> None:
         """Let everyone who asks go; the pack trains no further."""
         self._closed = True
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_result(CANCELLED)
-        self._answers.clear()
+        self._accepted.set()  # nobody need wait for that any more
+        self._answers.give_all(CANCELLED)
         self._look()
 
     def _seat(self, trial_id: str) -> Seat:
@@ -203,20 +205,13 @@ class Worker:
 
     def _evict(self, trial_id: str, why: str) -> None:
         self._table.drop(trial_id)
-        self._let_go(trial_id, SlotLostError(f"{trial_id}: {why}"))
-
-    def _let_go(self, trial_id: str, error: Exception) -> None:
-        answer = self._answers.pop(trial_id, None)
-        if answer is not None and not answer.done():
-            answer.set_exception(error)
+        self._answers.fail(trial_id, SlotLostError(f"{trial_id}: {why}"))
 
     def _look(self) -> None:
         """Hand out what can be handed out, and wake the pack if the table asks for it."""
         while not self._closed and (report := self._table.next_report()) is not None:
             self._silence.heard(report.trial_id)
-            answer = self._answers.pop(report.trial_id)
-            if not answer.done():
-                answer.set_result(report.result)
+            self._answers.give(report.trial_id, report.result)
             self._writer.begin(report)  # it will be asked for
         self._look_up = self._closed or self._table.needs_a_look()
         self._wake.set()
@@ -299,5 +294,5 @@ class Worker:
         logger.error("the pack failed", exc_info=error)
         for trial_id in list(self._table.seats):
             self._table.drop(trial_id)
-            self._let_go(trial_id, error)
+            self._answers.fail(trial_id, error)
         asyncio.get_running_loop().call_later(1.0, self._exit_process, 1)

@@ -67,6 +67,27 @@ def test_a_worker_that_starts_again_on_a_bad_gpu_gets_another_process(
     assert said.endswith("uncorrectable ECC error encountered; it tries again every 0 s")
 
 
+def test_trials_of_a_worker_that_finds_no_memory_any_more_go_to_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "PAUSE_S", 0.5)
+    monkeypatch.setenv("FAKE_ROUND_S", "0.3")  # both workers have trials when one dies
+    processes, heard, killed = tmp_path / "processes", set(), []
+    record = TrialFiles.result
+
+    def kill_a_worker(self, trial_id, result):
+        record(self, trial_id, result)
+        heard.add(trial_id)
+        if not killed and {"t000", "t001"} <= heard:
+            killed.append(int(processes.read_text().split()[0]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(TrialFiles, "result", kill_a_worker)
+    tune = {**TWO, "num_trials": 4, "slots_per_worker": 1, "scheduler": {"name": "none"}}
+    outcome = run(tmp_path, base={"path": f"scarce:{processes}"}, tune=tune)
+    assert killed and len(processes.read_text().split()) > 2
+    ended = {name: trial["status"] for name, trial in trials_of(outcome.results).items()}
+    assert [status and status["status"] for status in ended.values()] == ["completed"] * 4
+
+
 def test_a_resumed_sweep_refuses_data_that_was_prepared_again(tmp_path):
     run(tmp_path, tune={"num_trials": 3, "seed": 3})
     base, trials = (tmp_path / "s/base.json"), trials_of(tmp_path / "s")

@@ -9,6 +9,7 @@ from higgs_tune import errors
 from higgs_tune.config import SweepConfig, TrialConfig
 from higgs_tune.config_file import apply_overrides, load_sweep, read_yaml, to_yaml, validate
 from higgs_tune.errors import ConfigError
+from higgs_tune.local_path import local_path
 from tests.models import trial
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
@@ -179,3 +180,10 @@ def test_errors_cross_process_borders(name):
 def test_a_trial_needs_a_lora_target():
     with pytest.raises(ValueError, match="audio_attention alone has no LoRA"):
         trial(targets=("audio_attention",), cross_attention="audio_self")
+
+
+def test_the_home_folder_may_be_meant(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = SweepConfig.model_validate({"results_dir": "~/runs"})
+    assert config.results_root == Path("/home/someone/runs")
+    assert local_path("~/voice.wav") == Path("/home/someone/voice.wav")

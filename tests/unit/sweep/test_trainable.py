@@ -10,8 +10,8 @@ from higgs_tune.sweep import space, trainable
 from higgs_tune.sweep.records import metrics_of
 from higgs_tune.sweep.seats import SITS_AT
 
-NO_PROCESS = object()  # Ray keeps a call until there is one
-CALLS = ("ping", "join")
+NOT_READY = object()  # no process, for which Ray keeps a call, or one that still loads
+CALLS = ("ready", "join")
 
 
 class Clock:
@@ -27,22 +27,24 @@ class Clock:
 
 
 def trial(make_config, monkeypatch, answers) -> tuple[trainable.PackTrial, Clock]:
-    """A trial whose workers w0 and w1 answer `answers(name, time)`: a lease, an error, or NO_PROCESS."""
+    """A trial whose workers w0 and w1 answer `answers(name, time)`: a lease, an error, or NOT_READY."""
     clock = Clock()
 
     def get(call):
         name, what = call
         answer = answers(name, clock.now)
-        assert answer is not NO_PROCESS, "it waits for ever"
+        assert answer is not NOT_READY, "it waits for ever"
         if isinstance(answer, Exception):
             raise answer
-        return None if what == "ping" else answer
+        return None if what == "ready" else answer
 
     def wait(calls, timeout):
-        if answers(calls[0][0], clock.now) is not NO_PROCESS:
-            return calls, []
-        clock.sleep(timeout)
-        return [], calls
+        end = clock.now + timeout
+        while not (done := [c for c in calls if answers(c[0], clock.now) is not NOT_READY]):
+            if clock.now >= end:
+                break
+            clock.sleep(min(0.5, end - clock.now))
+        return done, [c for c in calls if c not in done]
 
     def get_actor(name):
         calls = {what: SimpleNamespace(remote=lambda *_, w=what: (name, w)) for what in CALLS}
@@ -85,12 +87,33 @@ def test_a_result_says_where_the_trial_sits_and_no_metrics_file_does(make_config
     assert metrics_of(made.step()) == {"val/text/nll": 2.5}
 
 
-def test_a_worker_without_a_process_keeps_nobody_from_the_others(make_config, monkeypatch):
+@pytest.mark.parametrize("other", [NOT_READY, "away", "full", RayActorError()])
+def test_a_worker_that_takes_nobody_keeps_nobody_from_the_others(make_config, monkeypatch, other):
     made, clock = trial(
-        make_config, monkeypatch, lambda name, now: "seated" if name == "w0" else NO_PROCESS
+        make_config, monkeypatch, lambda name, now: "seated" if name == "w0" else other
     )
     assert made._lease(None)[0].name == "w0"
     assert clock.now <= 15
+
+
+def test_whoever_is_ready_first_is_taken_at_once(make_config, monkeypatch):
+    ready_at = {"w0": 400.0, "w1": 7200.0}
+    made, clock = trial(
+        make_config,
+        monkeypatch,
+        lambda name, now: "seated" if now >= ready_at[name] else NOT_READY,
+    )
+    assert made._lease(None)[0].name == "w0"
+    assert 400 <= clock.now < 401
+
+
+def test_full_only_counts_from_when_somebody_is_there(make_config, monkeypatch):
+    made, clock = trial(
+        make_config, monkeypatch, lambda name, now: "full" if now >= 300 else NOT_READY
+    )
+    with pytest.raises(SweepError, match="no worker had a free slot for 120 s"):
+        made._lease(None)
+    assert 420 <= clock.now < 422
 
 
 def test_workers_that_stay_full_end_the_attempt(make_config, monkeypatch):
@@ -103,12 +126,12 @@ def test_workers_that_stay_full_end_the_attempt(make_config, monkeypatch):
 @pytest.mark.parametrize("error", [RayActorError(), ValueError("no such actor")])
 def test_a_worker_that_is_away_is_waited_for(make_config, monkeypatch, caplog, error):
     made, clock = trial(
-        make_config, monkeypatch, lambda name, now: error if now < 7200 else "seated"
+        make_config, monkeypatch, lambda name, now: error if now < 1800 else "seated"
     )
     assert made._lease(None)[0].name == "w1"
-    assert clock.now >= 7200
+    assert clock.now >= 1800
     reminders = [line for line in caplog.messages if line == "t000 waits for w1, w0"]
-    assert 100 < len(reminders) <= 120
+    assert 25 <= len(reminders) <= 30
 
 
 def test_an_error_of_a_reset_is_the_running_trials(make_config, monkeypatch):

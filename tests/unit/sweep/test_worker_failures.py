@@ -160,12 +160,14 @@ def test_nobody_sits_down_before_the_driver_has_accepted_what_was_loaded(make_co
     async def scenario():
         worker = make_worker(make_config, accepted=False, grace_beats=3)
         roster = Roster(1, ("t0", "t1"), 0)
-        joining = asyncio.create_task(worker.join("t0", trial(), None, 1, 1))
+        ready = asyncio.create_task(worker.ready())
         await beat(worker, roster, 10)  # however long that takes, nobody counts as silent
         assert (await worker.describe())["content_hash"] == "0" * 64
-        assert await never(joining)
+        assert await never(ready)
+        assert await worker.join("t0", trial(), None, 1, 1) == "away"
         serving = asyncio.create_task(worker.serve())
-        assert await joining == "seated"
+        await ready
+        assert await worker.join("t0", trial(), None, 1, 1) == "seated"
         task = asking(worker, "t0")
         await worker.sync(roster, beat=True)
         assert await never(task)  # t1 is waited for
@@ -174,6 +176,22 @@ def test_nobody_sits_down_before_the_driver_has_accepted_what_was_loaded(make_co
         assert (await task)["step"] == 25
         assert not serving.done()
         other.cancel()
+
+    run(scenario())
+
+
+def test_the_end_of_a_sweep_lets_go_who_waits_for_a_worker_that_loads(make_config, monkeypatch):
+    monkeypatch.setattr(FakeLoop, "__init__", lambda self, config, **_: pytest.fail("it loads"))
+
+    async def scenario():
+        worker = make_worker(make_config, accepted=False)
+        await worker.sync(Roster(1, ("t0",), 0))
+        ready = asyncio.create_task(worker.ready())
+        assert await never(ready)
+        await worker.close()
+        await ready
+        assert await worker.join("t0", trial(), None, 1, 1) == "seated"
+        assert (await worker.next_result("t0"))["status"] == "cancelled"
 
     run(scenario())
 

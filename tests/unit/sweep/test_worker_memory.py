@@ -121,7 +121,7 @@ def test_memory_of_the_host_that_runs_out_in_a_join_is_called_that(make_config, 
     run(scenario())
 
 
-def test_trials_wait_at_a_worker_that_finds_memory_for_its_base_later(make_config, monkeypatch):
+def test_trials_may_come_to_a_worker_that_finds_memory_for_its_base_later(make_config, monkeypatch):
     left = [MemoryError("taken"), RuntimeError("CUDA error: out of memory")]
     plain = FakeLoop.__init__
     half_loaded: list[weakref.ref] = []
@@ -137,15 +137,16 @@ def test_trials_wait_at_a_worker_that_finds_memory_for_its_base_later(make_confi
         monkeypatch.setattr(FakeLoop, "__init__", load)
         worker = make_worker(make_config, accepted=False)
         await worker.sync(Roster(1, ("t0",), 0))
-        joining = asyncio.create_task(worker.join("t0", trial(), None, 1, 0))
+        ready = asyncio.create_task(worker.ready())
         for _ in range(2):
             with pytest.raises(NoMemoryError, match="finds no memory"):
                 await worker.describe()
             assert half_loaded[-1]() is None  # the next try has its memory
-            assert await never(joining)
+            assert await never(ready)
         assert (await worker.describe())["content_hash"] == "0" * 64
         serving = asyncio.create_task(worker.serve())
-        assert await joining == "seated"
+        await ready
+        await seat(worker, "t0")
         assert (await worker.next_result("t0"))["step"] == 25
         assert not serving.done()
 

@@ -216,6 +216,7 @@ def test_a_worker_that_has_failed_for_long_ends_no_sweep_in_which_others_have_ju
     crew.hear()
     ill.answer("serve", DEAD)
     crew.hear()
+    ill.answer("figures", {})  # its process is there, and loads anew each time
     for _ in range(3):
         ill.answer("describe", broken)
         crew.hear()
