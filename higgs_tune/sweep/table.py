@@ -8,14 +8,15 @@ report takes effect at step s as well. Those who are to wait come when the pack 
 
 In a sweep with one worker this is strict, which makes a sweep repeatable: the pack waits at that step if
 the decision is not there yet, and reports go out one at a time, in a fixed order, each when everything
-that followed from the former is known. Otherwise results that race to the driver would decide what
-the sampler and the scheduler have seen when they choose. With several workers nothing waits: a change
-takes effect at the pack's next step.
+that followed from the former is known, if only by name: a trial's process may come later. Otherwise
+results that race to the driver would decide what the sampler and the scheduler have seen when they
+choose. With several workers nothing waits: a change takes effect at the pack's next step.
 """
 
 from collections.abc import Iterable, Mapping
 
 from higgs_tune.config import TrialConfig
+from higgs_tune.sweep.expected import Expected
 from higgs_tune.sweep.seats import Files, Lease, Report, Result, Roster, Seat, Snapshot, num_seats
 
 
@@ -27,15 +28,15 @@ class Table:
         self.residents: dict[str, Seat] = {}  # in the pack; perhaps no longer in `seats`
         self.roster = Roster(-1, (), 0)
         self.clock = 0  # optimizer steps of the pack
-        self.absent: set[str] = set()  # on the roster, but waited for too long
-        self._num_slots = num_slots
+        self.expected = Expected()
+        self.num_slots = num_slots
         self._num_seats = num_seats(num_slots, strict=strict)
         self._num_departures = 0  # from the pack
         self._num_batches = 0  # of reports
         self._unweighed: list[Report] = []  # of trials that have ended, for `_hurry`
         self._strict = strict
         self._ahead = ahead if strict else 0
-        self._began: int | None = None  # at which step, until those have come who are to wait
+        self._began: int | None = None  # at which step, until those are named who are to wait
         self._attempts: dict[str, int] = {}  # the newest with which each trial has come
         self._dealing: Report | None = None  # handed out; what follows from it is not known yet
         self._leaving: list[tuple[Seat, int | None]] = []  # from which step; None: not known yet
@@ -61,7 +62,7 @@ class Table:
         self.drop(trial_id)
         self.seats[trial_id] = Seat(trial_id, config, files, roster_version)
         self._attempts[trial_id] = attempt
-        self.absent.discard(trial_id)
+        self.expected.absent.discard(trial_id)
         return "seated"
 
     def drop(self, trial_id: str) -> None:
@@ -79,6 +80,7 @@ class Table:
     def gone(self, roster: Roster) -> list[str]:
         """Take the driver's roster; the trials that it no longer names."""
         self.roster = roster
+        self.expected.keep(roster.live)
         return [
             seat.trial_id
             for seat in self.seats.values()
@@ -88,10 +90,10 @@ class Table:
     def settled(self) -> bool:
         """Whether everything that followed from the last report is known, and note what did.
 
-        Not so before everyone has come who is to wait for a slot.
+        Not so before everyone is named who is to wait for a slot.
         """
-        complete = not self._strict or self._is_complete()
-        if complete:
+        is_decided = not self._strict or self._is_decided()
+        if is_decided:
             known = self._dealing.takes_effect if self._dealing else self._began
             now = self.clock if known is None else known
             more = (
@@ -99,11 +101,10 @@ class Table:
             )
             self._began = now if self._strict and more else None
             self._dealing = None
-            for seat in self.seats.values():
-                if seat.asks and seat.since is None:
-                    seat.since = now
+            self.expected.name(self._unplaced(), now)
             self._leaving = [(seat, now if at is None else at) for seat, at in self._leaving]
-        return complete and self._began is None
+        self.expected.place(self.seats.values())
+        return is_decided and self._began is None
 
     def next_report(self) -> Report | None:
         """The report to hand out now, if there is one; its trial no longer asks."""
@@ -114,6 +115,8 @@ class Table:
         if not ready:
             return None
         report = min(ready, key=Report.turn)
+        if report.takes_effect > self.clock and self._is_awaited():
+            return None  # the pack stands still for a process that is to come: that first
         seat = self.seats[report.trial_id]
         seat.reports.popleft()
         seat.asks = False
@@ -146,14 +149,12 @@ class Table:
 
     def can_train(self) -> bool:
         """Whether the pack may do a step now; the first only with every slot taken that can be."""
-        is_short = self._began is not None and len(self.residents) < self._num_slots
+        is_short = self._began is not None and len(self.residents) < self.num_slots
         return bool(self.residents) and not is_short and self._is_open()
 
     def next_stop(self) -> int | None:
         """The step at which the pack has to look at the table again; None: when a trial is due."""
-        steps = [report.takes_effect for report in self._outstanding()]
-        steps += [since for _, since in self._leaving if since is not None]
-        steps += [seat.since for seat in self._waiting() if seat.since is not None]
+        steps = [*self._changes(), *(since for _, since in self._leaving if since is not None)]
         return min((step for step in steps if step > self.clock), default=None)
 
     def reported(
@@ -191,44 +192,51 @@ class Table:
             seat.reports.append(self._report(seat.trial_id, result, None))
         return False
 
-    def num_wanted(self) -> int:
-        """How many slots could be busy now, by the trials there or, if memory is not short, to come."""
-        num_lacking = sum(self._lacks_memory(seat) for seat in self.seats.values())
-        to_come = 0 if num_lacking else self.roster.to_come
-        return min(self._num_slots, self.num_unfinished() - num_lacking + to_come)
-
-    def num_busy(self) -> int:
-        """Slots with a trial in them; one that was stopped is busy no more, even if it trains on."""
-        held = self.residents.items()
-        return sum(self.seats.get(trial_id) is seat for trial_id, seat in held)
-
-    def num_unfinished(self) -> int:
-        """Trials here that train, or will."""
-        return sum(not seat.ended for seat in self.seats.values())
-
     def idle(self) -> set[str]:
         """Trials whose trainable does not ask for its next result."""
         return {seat.trial_id for seat in self.seats.values() if not seat.asks}
 
-    def unheard(self) -> set[str]:
-        """Trials on the roster without a seat; with several workers they may sit elsewhere."""
-        return set(self.roster.live) - set(self.seats) - self.absent if self._strict else set()
+    def quiet(self) -> set[str]:
+        """Trials of which a word is waited for; with several workers others may sit elsewhere."""
+        missing = set(self.roster.live) - set(self.seats) - self.expected.absent
+        return self.idle() | missing if self._strict else self.idle()
 
-    def _is_complete(self) -> bool:
-        """Whether everyone on the roster sits and asks, and nobody else could be sent."""
-        live = set(self.roster.live)
+    def _is_decided(self) -> bool:
+        """Whether nobody else could be sent, and whoever was heard of before asks for more, or is gone.
+
+        The driver names a trial before its process is there: that need not be waited for.
+        """
+        live = self.roster.live
         full = len(live) >= self.roster.num_sent(self._num_seats) or self.roster.to_come == 0
-        return full and not self.idle() and live - self.absent == set(self.seats)
+        heard = self.seats.keys() <= set(live) and not self.idle() - self.expected.steps().keys()
+        return full and heard
+
+    def _unplaced(self) -> list[str]:
+        """Trials of which it is to be said from which step they may train."""
+        if not self._strict:  # others may sit elsewhere
+            return [trial_id for trial_id, seat in self.seats.items() if seat.since is None]
+        named = {trial_id: self.seats.get(trial_id) for trial_id in self.roster.live}
+        return [trial_id for trial_id, seat in named.items() if seat is None or seat.since is None]
+
+    def _is_awaited(self) -> bool:
+        """Whether a slot that is free now waits for a trial that is to come."""
+        awaited = self.expected.by(self.clock)
+        line = awaited | {seat.trial_id: seat.since or 0 for seat in self._ready()}
+        first = sorted(line, key=lambda t: (line[t], t))[: self._num_free()]
+        return not awaited.keys().isdisjoint(first)
 
     def _is_open(self) -> bool:
         """Whether everything that takes effect at this step, or before, is known."""
         if not self._strict:
             return True
         if self._began is not None:  # nothing changes before the first report
-            is_full = len(self.residents) == self._num_slots
-            return (is_full or self._is_complete()) and not any(self._outstanding())
+            is_full = len(self.residents) == self.num_slots
+            everyone = self._is_decided() and not self.expected.steps()
+            return (is_full or everyone) and not any(self._outstanding())
         self._hurry()  # before the pack does anything more
-        return not self._is_owed() and (self._dealing is not None or self._is_complete())
+        if self._is_owed() or self._is_awaited():
+            return False
+        return self._dealing is not None or self._is_decided()
 
     def _outstanding(self) -> Iterable[Report]:
         """Reports whose consequences are not known yet."""
@@ -250,8 +258,8 @@ class Table:
         """
         if self._is_owed() or not self._unweighed:
             return
-        num_free = self._num_slots - len(self.residents) + len(self._due_to_leave())
-        num_lacking = max(0, num_free - len(self._ready()))
+        num_to_sit = len(self._ready()) + len(self.expected.by(self.clock))
+        num_lacking = max(0, self._num_free() - num_to_sit)
         for report in sorted(self._unweighed, key=Report.turn)[:num_lacking]:
             report.takes_effect = self.clock
         self._unweighed.clear()
@@ -268,31 +276,38 @@ class Table:
         del self.residents[seat.trial_id]
         self._num_departures += 1
 
-    def _lacks_memory(self, seat: Seat) -> bool:
+    def _num_free(self) -> int:
+        """Slots to which somebody could sit down at this step."""
+        return self.num_slots - len(self.residents) + len(self._due_to_leave())
+
+    def lacks_memory(self, seat: Seat) -> bool:
+        """Whether it finds no room beside those who are there now."""
         return seat.refused_after == self._num_departures and not seat.ended
 
     def _waiting(self) -> list[Seat]:
         """Seats without a slot that may have one, in the order in which they get it."""
-        able = [s for s in self.seats.values() if not (s.ended or self._lacks_memory(s))]
+        able = [s for s in self.seats.values() if not (s.ended or self.lacks_memory(s))]
         seats = [seat for seat in able if self.residents.get(seat.trial_id) is not seat]
         return sorted(seats, key=lambda seat: (seat.since or 0, seat.trial_id))
 
     def _due_to_leave(self) -> list[Seat]:
         due = [seat for seat, since in self._leaving if since is not None and since <= self.clock]
-        return [
-            s for s in due if self.residents.get(s.trial_id) is s
-        ]  # else it has ended meanwhile
+        # else it has ended meanwhile
+        return [seat for seat in due if self.residents.get(seat.trial_id) is seat]
 
     def _ready(self) -> list[Seat]:
         return [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
 
     def _due_to_join(self) -> list[Seat]:
         ready = [seat for seat in self._ready() if seat.trial_id not in self.residents]
-        return ready[: self._num_slots - len(self.residents)]
+        return ready[: self.num_slots - len(self.residents)]
 
     def _skip_to_next_change(self) -> None:
         """Nobody trains, so the clock goes to the next step at which that can change."""
-        steps = [report.takes_effect for report in self._outstanding()]
-        steps += [seat.since for seat in self._waiting() if seat.since is not None]
-        if steps:
-            self.clock = max(self.clock, min(steps))
+        self.clock = max(self.clock, min(self._changes(), default=0))
+
+    def _changes(self) -> list[int]:
+        """The steps at which a report takes effect or somebody may sit down."""
+        waiting = [seat.since for seat in self._waiting() if seat.since is not None]
+        reports = [report.takes_effect for report in self._outstanding()]
+        return [*reports, *waiting, *self.expected.steps().values()]

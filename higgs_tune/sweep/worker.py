@@ -20,6 +20,7 @@ from higgs_tune.sweep import pack
 from higgs_tune.sweep.answers import Answers
 from higgs_tune.sweep.meter import Meter
 from higgs_tune.sweep.notices import Notices
+from higgs_tune.sweep.occupancy import num_busy, num_unfinished, num_wanted
 from higgs_tune.sweep.pack_thread import PackThread
 from higgs_tune.sweep.seats import (
     DEFAULT_LOOP,
@@ -127,7 +128,7 @@ class Worker:
             return
         for trial_id in self._table.gone(roster):
             self._evict(trial_id, "the driver no longer runs this trial")
-        self._silence.beat(self._table.idle() | self._table.unheard(), int(beat))
+        self._silence.beat(self._table.quiet(), int(beat))
         self._give_up_waiting()
         self._look()
         watched = beat and self._accepted.is_set()  # loading may take as long
@@ -224,7 +225,7 @@ class Worker:
         self._silence.warn(lost)
         for trial_id in lost & set(self._table.seats):
             self._evict(trial_id, "it did not ask for its next result in time")
-        self._table.absent |= lost
+        self._table.expected.absent |= lost
 
     async def _loaded(self) -> Loop:
         if self._loading is None or (self._loading.done() and self._loading.exception()):
@@ -239,7 +240,7 @@ class Worker:
             since = time.monotonic()
             while not self._closed:
                 self._look()
-                wanted, busy = self._table.num_wanted(), self._table.num_busy()
+                wanted, busy = num_wanted(self._table), num_busy(self._table)
                 seconds: dict[str, float] = {}
                 num_filled = num_ended = 0
                 out, joining = self._table.take_changes()
@@ -253,7 +254,7 @@ class Worker:
                 else:
                     if not self._table.seats:
                         self._trains.clear()
-                    kind = "wait_s" if self._table.num_unfinished() else "idle_s"
+                    kind = "wait_s" if num_unfinished(self._table) else "idle_s"
                     self._wake.clear()
                     await self._wake.wait()
                 spent_s, since = time.monotonic() - since, time.monotonic()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from higgs_tune.config import TrialConfig
+from higgs_tune.sweep.occupancy import num_busy, num_wanted
 from higgs_tune.sweep.seats import Roster, num_seats
 from higgs_tune.sweep.table import Table
 
@@ -111,11 +112,11 @@ def test_what_a_stopped_trial_trained_on_is_thrown_away():
     table = table_of("t0", "t1", slots=2)
     report(table, "t0", at=25)
     table.next_report()
-    assert table.num_busy() == 2
+    assert num_busy(table) == 2
     table.gone(Roster(2, ("t1",), 0))
     table.drop("t0")
     assert len(table.residents) == 2
-    assert table.num_busy() == 1
+    assert num_busy(table) == 1
     assert report(table, "t0", at=28, status="completed") == ["t0"]
     assert table.next_report() is None
     table.clock = 30
@@ -264,7 +265,7 @@ def test_a_trial_that_sits_down_again_takes_its_slot_after_it_was_freed():
 def test_who_finds_no_memory_waits_until_somebody_leaves(leaves):
     table = table_of("t0", "t1", "t2", slots=3)
     assert table.refused(table.seats["t2"], LACKING)
-    assert table.num_wanted() == table.num_busy() == 2  # memory closes the third slot
+    assert num_wanted(table) == num_busy(table) == 2  # memory closes the third slot
     assert table.can_train()
     assert not table.needs_a_look()
     assert changes(table) == ([], [])

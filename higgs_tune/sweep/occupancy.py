@@ -1,0 +1,20 @@
+"""How many slots of a worker have a trial in them, and how many could."""
+
+from higgs_tune.sweep.table import Table
+
+
+def num_unfinished(table: Table) -> int:
+    """Trials there that train, or will."""
+    return sum(not seat.ended for seat in table.seats.values())
+
+
+def num_busy(table: Table) -> int:
+    """Slots with a trial in them; one that was stopped is busy no more, even if it trains on."""
+    return sum(table.seats.get(trial_id) is seat for trial_id, seat in table.residents.items())
+
+
+def num_wanted(table: Table) -> int:
+    """How many slots could be busy now, by the trials there or, if memory is not short, to come."""
+    num_lacking = sum(table.lacks_memory(seat) for seat in table.seats.values())
+    to_come = 0 if num_lacking else table.roster.to_come
+    return min(table.num_slots, num_unfinished(table) - num_lacking + to_come)

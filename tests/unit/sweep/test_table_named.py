@@ -1,0 +1,96 @@
+"""What follows from a report is known once its successor is named; the successor's process comes later."""
+
+from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.table import Table
+from tests.unit.sweep.test_table import changes, report, sit, table_of
+
+SIX = ("t0", "t1", "t2", "t3", "t4", "t5")
+
+
+def four_have_ended() -> Table:
+    """All four slots are free, two trials wait, and five are to come."""
+    table = table_of(*SIX, slots=4, to_come=5)
+    report(table, "t0", "t1", "t2", "t3", at=25, status="completed")
+    return table
+
+
+def follow(table: Table, name: str, successor: str) -> None:
+    """The driver hears a trial's end, and names who comes in its place."""
+    found = table.next_report()
+    assert found is not None
+    assert found.trial_id == name
+    live = [other for other in table.roster.live if other != name]
+    for names, to_come in ((live, 0), ([*live, successor], -1)):
+        roster = Roster(table.roster.version + 1, tuple(names), table.roster.to_come + to_come)
+        for gone in table.gone(roster):
+            table.drop(gone)
+        if successor not in names:
+            assert table.next_report() is None
+
+
+def test_the_next_report_goes_out_when_the_successor_of_the_former_is_named():
+    table = four_have_ended()
+    follow(table, "t0", "t6")
+    follow(table, "t1", "t7")
+    table.settled()
+    assert changes(table) == ([], [])  # two slots wait for processes
+    sit(table, "t7", version=5)
+    table.settled()
+    assert not table.can_train()
+    sit(table, "t6", version=5)
+    table.settled()
+    assert [table.seats[name].since for name in ("t6", "t7")] == [25, 25]
+    assert changes(table) == ([], ["t4", "t5", "t6", "t7"])
+    assert table.can_train()
+
+
+def test_a_successor_sits_down_at_the_step_of_the_report_that_it_follows_however_late_it_comes():
+    table = table_of("t0", "t1", "t2", slots=2, to_come=3)
+    table.gone(Roster(2, ("t0", "t1", "t2"), 3, 3))
+    report(table, "t0", at=25)
+    report(table, "t1", at=27)
+    table.next_report()
+    table.gone(Roster(3, ("t1", "t2"), 3, 3))  # t0 was stopped
+    table.drop("t0")
+    table.gone(Roster(4, ("t1", "t2", "t3"), 2, 3))
+    found = table.next_report()
+    assert found is not None and found.trial_id == "t1"
+    assert table.next_stop() == 30
+    table.clock = 30
+    assert changes(table) == (["t0"], ["t2"])  # who waited; t3 is not needed yet
+    assert table.can_train()
+    table.seats["t1"].asks = True
+    table.settled()
+    table.clock = 31
+    assert table.can_train()
+    sit(table, "t3", version=4)
+    table.settled()
+    assert table.seats["t3"].since == 30
+
+
+def test_while_the_pack_stands_still_for_a_process_the_driver_gets_nothing_less_urgent():
+    table = four_have_ended()
+    follow(table, "t0", "t6")
+    follow(table, "t1", "t7")
+    assert table.next_report() is None  # t2's, which takes effect at step 30
+    for name in ("t6", "t7"):
+        sit(table, name, version=5)
+    found = table.next_report()
+    assert found is not None
+    assert found.trial_id == "t2"
+
+
+def test_who_is_waited_for_too_long_or_taken_back_holds_nobody_up():
+    table = four_have_ended()
+    follow(table, "t0", "t6")
+    follow(table, "t1", "t7")
+    table.settled()
+    table.expected.absent.add("t6")
+    assert changes(table) == ([], [])
+    table.gone(Roster(6, ("t2", "t3", "t4", "t5", "t6"), 0))  # t7 was cancelled
+    table.settled()
+    assert changes(table) == ([], ["t4", "t5"])
+    assert table.can_train()
+    sit(table, "t6", version=6)
+    table.settled()
+    assert changes(table) == ([], ["t6"])
