@@ -8,6 +8,7 @@ import torch
 from higgs_tune.config_file import validate
 from higgs_tune.data.collate import collate, count_targets
 from higgs_tune.model.audio_attention import with_cross_attention
+from higgs_tune.model.new_modules import initial_new_modules
 from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.train.engine import Engine, PackLimits
 from tests.models import example, stock_inputs, tiny_base, trial
@@ -183,3 +184,34 @@ def test_yaml_booleans_mean_the_original_flag(value, mode):
     ).model_dump()
     read = validate(type(trial()), raw | {"cross_attention": value}, "test")
     assert read.cross_attention == mode
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_new_modules_are_drawn_from_the_seed_with_the_checkpoints_deviation(mode):
+    model = tiny_base().model
+    first, again, other = (initial_new_modules(model, mode, seed) for seed in (1, 1, 2))
+    for name, weight in first.items():
+        is_drawn = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        assert torch.equal(weight, again[name])
+        assert torch.equal(weight, other[name]) != is_drawn
+        if is_drawn:
+            assert float(weight.std()) == pytest.approx(model.config.initializer_range, rel=0.15)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_new_modules_train_at_a_rate_of_their_own(mode):
+    config = trial(
+        cross_attention=mode, targets=("attention", "audio_attention"), learning_rate=1e-2,
+        new_module_lr_factor=0.25, warmup_fraction=0.0,
+    )  # fmt: skip
+    engine = Engine(tiny_base(), PackLimits.of([config], num_slots=1))
+    engine.add("on", config)
+    before = engine.state("on").weights
+    engine.forward_backward(engine.batch({0: MIXED}), {0: count_targets(MIXED, 4)})
+    engine.optim_step(["on"])
+    moved = {n: float((w - before[n]).abs().max()) for n, w in engine.state("on").weights.items()}
+    # Adam's first step moves every weight by its rate, whatever its gradient
+    rates = {"lora_B.weight": 1e-2, "audio_attn.o_proj.weight": 0.25e-2}
+    for end, rate in rates.items():
+        found = [largest for name, largest in moved.items() if name.endswith(end)]
+        assert found and found == pytest.approx([rate] * len(found), rel=1e-2)

@@ -246,3 +246,21 @@ def test_a_mask_does_not_depend_on_padding():
 
     for tight, loose in zip(draw(3, 4), draw(5, 9), strict=True):
         assert torch.equal(tight, torch.cat([loose[:3], loose[5:9]]))
+
+
+def test_every_forward_of_an_engine_has_masks_of_its_own(monkeypatch):
+    named, plain = [], engine_module.Masks
+
+    def masks(device, seeds):
+        named.append(seeds[0])
+        return plain(device, seeds)
+
+    monkeypatch.setattr(engine_module, "Masks", masks)
+    config = trial(seed=7, dropout=0.3)
+    for process in (0, 1):
+        engine = Engine(tiny_base(), PackLimits.of([config], num_slots=1), process)
+        engine.add("0", config)
+        sums_of(engine, range(2))
+    micro = range(2)
+    assert named == [(7, step, process, n) for process in (0, 1) for step in (0, 1) for n in micro]
+    assert len(set(named)) == 8

@@ -204,3 +204,82 @@ def num_linears(losses):
             seen.add(node)
             todo += [before for before, _ in node.next_functions]
     return sum("AdaptedLinear" in node.name() for node in seen)
+
+
+@pytest.mark.parametrize("ill", TRIALS)
+def test_nan_weights_in_any_slot_do_not_reach_the_others(pack, share, ill):
+    _, clean = pack
+    engine = engine_of(share, *TRIALS)
+    for view in engine.bank.views(engine.residents[ill].slot, "master").values():
+        view.fill_(float("nan"))
+    losses = train(engine, list(TRIALS), range(2))
+    assert engine.alive_K.tolist() == [
+        resident.trial_id != ill
+        for resident in sorted(engine.residents.values(), key=lambda resident: resident.slot)
+    ]
+    for trial_id in set(TRIALS) - {ill}:
+        torch.testing.assert_close(losses[trial_id], clean[trial_id][:2], rtol=0, atol=0)
+
+
+SAME_MODE = {0: [example("clone", 1, 12, 9), example("speak", 3)], 1: [example("clone", 2, 4, 3)]}
+
+
+def gradients_of(mode, slots, ill=None):
+    """Gradients of adapters with the same new modules, the second one padded; one may be NaN."""
+    configs = {
+        n: trial(seed=n, cross_attention=mode, targets=("attention", "audio_attention"))
+        for n in slots
+    }
+    engine = Engine(tiny_base(), PackLimits.of([*configs.values()], num_slots=len(slots)))
+    examples = {}
+    for n, config in configs.items():
+        slot = engine.add(str(n), config).slot
+        examples[slot] = SAME_MODE[n]
+        generator = torch.Generator().manual_seed(n)  # o_proj and B of 0 would hide much
+        for view in engine.bank.views(slot, "master").values():
+            view.copy_(0.1 * torch.randn(view.shape, generator=generator))
+            if n == ill:
+                view.fill_(float("nan"))
+    counts = {slot: count_targets(own, 4) for slot, own in examples.items()}
+    engine.forward_backward(engine.batch(examples), counts)
+    return {n: engine.bank.views(engine.residents[str(n)].slot, "grad") for n in slots}
+
+
+@pytest.mark.parametrize("mode", ["audio_self", "text_to_audio"])
+def test_adapters_with_the_same_new_modules_do_not_touch_each_other(mode):
+    packed = gradients_of(mode, (0, 1))
+    for n in (0, 1):
+        alone = gradients_of(mode, (n,))[n]
+        beside_nan = gradients_of(mode, (0, 1), ill=1 - n)[n]
+        for name, gradient in alone.items():
+            torch.testing.assert_close(packed[n][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+            assert torch.equal(beside_nan[name], packed[n][name]), name
+
+
+def test_the_slot_of_a_trial_that_diverged_serves_the_next(share):
+    engine = engine_of(share, "small")
+    train(engine, ["small"], range(1), poison=0)
+    slot = engine.residents["small"].slot
+    assert not engine.alive_K[slot]
+    engine.remove("small")
+    assert engine.add("plain", TRIALS["plain"]).slot == slot
+    before = engine.state("plain").weights
+    train(engine, ["plain"], range(1))
+    assert engine.alive_K[slot]
+    assert any(
+        not torch.equal(w, before[name]) for name, w in engine.state("plain").weights.items()
+    )
+
+
+@pytest.mark.parametrize("task, factor", [("transcribe", 3.0), ("speak", 0.5)])
+def test_a_weight_scales_the_gradient_of_its_own_loss(task, factor):
+    gradients = []
+    for weights in ({}, {"text_loss_weight": 3.0, "audio_loss_weight": 0.5}):
+        config = trial(**weights)
+        engine = Engine(tiny_base(), PackLimits.of([config], num_slots=1))
+        engine.add("a", config)
+        examples = [example(task, 1)]
+        engine.forward_backward(engine.batch({0: examples}), {0: count_targets(examples, 4)})
+        gradients.append(engine.bank.lora.grad.clone())
+    assert gradients[0].any()
+    torch.testing.assert_close(gradients[1], factor * gradients[0], rtol=1e-5, atol=1e-7)

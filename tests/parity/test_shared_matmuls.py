@@ -152,3 +152,16 @@ def test_what_an_adapter_lacks_stays_zero_where_matmuls_are_shared():
             own = engine.bank.views(resident.slot, kind).items()
             num_own = sum(int(view.count_nonzero()) for name, view in own if "lora_" in name)
             assert 0 < num_own == int(row.count_nonzero()), (trial_id, kind)
+
+
+def test_each_combination_of_slots_has_factors_of_its_own():
+    configs = [trial(seed=n, targets=("attention",)) for n in range(3)]
+    engine = Engine(tiny_base(), PackLimits.of(configs, num_slots=3), share_matmuls=True)
+    for n, config in enumerate(configs):
+        engine.add(str(n), config)
+    _, group = engine.lora_groups[0]
+    for slots in ((0, 1), (0, 1, 2), (0,)):
+        (run,) = engine.bank.pack(slots).runs(group)
+        factors = run.factors
+        for whole in (factors.a_krD, factors.a_grad_krD, *factors.b_kOr, *factors.b_grad_kOr):
+            assert whole.shape[:-2] == ((len(slots),) if len(slots) > 1 else ())

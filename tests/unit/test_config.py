@@ -187,3 +187,28 @@ def test_the_home_folder_may_be_meant(monkeypatch):
     config = SweepConfig.model_validate({"results_dir": "~/runs"})
     assert config.results_root == Path("/home/someone/runs")
     assert local_path("~/voice.wav") == Path("/home/someone/voice.wav")
+
+
+def change(step, **rates):
+    common = {"new_module_lr_factor": 0.1, "text_loss_weight": 1.0, "audio_loss_weight": 1.0}
+    return {"step": step, "learning_rate": 1e-3, "copied_from": "t002", **common, **rates}
+
+
+def test_changed_rates_count_from_their_step_on():
+    schedule = [change(5, learning_rate=2e-2), change(10, learning_rate=3e-2)]
+    config = validate(TrialConfig, trial().model_dump() | {"schedule": schedule}, "trial")
+    rates = [config.rates_at(step)["learning_rate"] for step in (0, 4, 5, 9, 10, 19)]
+    assert rates == [1e-2, 1e-2, 2e-2, 2e-2, 3e-2, 3e-2]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ([change(5), change(5)], "its steps must increase"),
+        ([change(10), change(5)], "its steps must increase"),
+        ([change(5, text_loss_weight=0, audio_loss_weight=0)], "nothing to learn"),
+    ],
+)
+def test_a_schedule_that_cannot_be_trained_is_refused(schedule, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(TrialConfig, trial().model_dump() | {"schedule": schedule}, "trial")

@@ -1,6 +1,7 @@
 """The validation sets."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.held_out import validation_sets
 from higgs_tune.data.plain_text import plain_text
-from higgs_tune.data.swap import derange
+from higgs_tune.data.swap import derange, spread
 from higgs_tune.errors import DataError
-from tests.unit.data.rows import audio, clip, encoded_rows, make, row_of, text
+from tests.unit.data.rows import audio, chat, clip, encoded_rows, make, row_of, text
 
 
 def test_validation_fits_the_base_with_swapped_audio_too(tmp_path: Path):
@@ -98,3 +99,17 @@ def test_derangement_holds_for_any_texts_without_a_majority():
         result = derange(texts, rng.integers(1, 50, size).tolist())
         assert sorted(result) == list(range(size))
         assert all(texts[i] != texts[j] for i, j in enumerate(result))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_another_text_counts_for_more_than_another_speaker(seed: int):
+    texts, speakers = np.array([0] * 5 + [1, 2, 3, 4, 5]), np.array([0] * 5 + [1] * 5)
+    places = spread(texts, speakers, 4, seed)
+    assert len({int(texts[place]) for place in places}) == 4
+
+
+def test_chats_do_not_validate(tmp_path: Path):
+    rows = [clip(n, "validation") for n in range(4)]
+    rows += [replace(chat(n), split="validation") for n in range(4)]
+    sets = validation_sets(make(tmp_path, rows), 8)
+    assert sorted(row_of(c) for c in sets.transcribe) == ["r0", "r1", "r2", "r3"]

@@ -158,3 +158,45 @@ def test_a_roomy_limit_of_rows_changes_no_batch(tmp_path: Path):
     free, limited = (TrainOrder(dataset, mix, 6, seed=5, max_rows=n) for n in (None, 2048))
     for step in range(30):
         assert [c.key for c in free.batch(step)] == [c.key for c in limited.batch(step)]
+
+
+def test_the_reference_does_not_follow_from_the_draw_of_the_task(tmp_path: Path):
+    rows = [clip(n, speaker="one") for n in range(40)]
+    mix = TaskMix(transcribe=1, speak=1, clone=1)  # clone takes the upper third of the draws
+    order = TrainOrder(make(tmp_path, rows), mix, 8, seed=0)
+    drawn = [c for step in range(100) for c in order.batch(step) if c.task == "clone"]
+    heard = [int(text(c, 0).split()[1]) for c in drawn]
+    assert np.mean([number < 20 for number in heard]) == pytest.approx(0.5, abs=0.12)
+
+
+def test_clips_of_similar_length_share_a_batch_in_later_epochs_too(tmp_path: Path):
+    rows = [clip(n, num_frames=1 + n, text="same") for n in range(515)]  # 64 batches and 3 clips
+    order = TrainOrder(make(tmp_path, rows), TaskMix(speak=0), 8, seed=0)
+    spreads = [np.ptp([len(audio(c, 0)) for c in order.batch(step)]) for step in range(66, 126)]
+    assert np.median(spreads) < 64, "a random batch of 8 spans about 400 of 515 lengths"
+
+
+def test_clones_share_a_batch_by_the_length_of_both_clips(tmp_path: Path):
+    rows = [clip(2 * n, speaker=f"s{n}", num_frames=10, text="same") for n in range(512)]
+    rows += [
+        clip(2 * n + 1, "train", f"s{n}", "diff", num_frames=2 + n) for n in range(512)
+    ]  # fmt: skip
+    order = TrainOrder(make(tmp_path, rows), TaskMix(transcribe=0, speak=0, clone=1), 8, seed=0)
+    totals = [
+        [len(audio(c, 1)) + len(audio(c, 3)) for c in order.batch(step)] for step in range(128)
+    ]
+    assert np.median([np.ptp(batch) for batch in totals]) < 64, "of 12 to 523"
+
+
+def test_what_is_exactly_at_a_limit_is_kept(tmp_path: Path):
+    clones = TaskMix(transcribe=0, speak=0, clone=1)
+    one = make(tmp_path / "one", [clip(0, num_frames=7, text="x" * 9, ref_text="r" * 12)])
+    whole = int(one.sizes(len)["rows"][0] + one.sizes(len)["reference_rows"][0])
+    for limit, most in (("max_frames", 7), ("max_text", 12), ("max_rows", whole)):
+        assert TrainOrder(one, clones, 1, 0, **{limit: most}).num_rows == 1
+        with pytest.raises(DataError, match="all 1 rows of the train split are skipped"):
+            TrainOrder(one, clones, 1, 0, **{limit: most - 1})
+    alone = int(one.sizes(len)["rows"][0])
+    assert TrainOrder(one, TaskMix(), 1, 0, max_rows=alone).num_rows == 1
+    with pytest.raises(DataError, match="all 1 rows of the train split are skipped"):
+        TrainOrder(one, TaskMix(), 1, 0, max_rows=alone - 1)

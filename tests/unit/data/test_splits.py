@@ -271,3 +271,24 @@ def test_chats_that_are_left_out_are_counted_in_a_warning(caplog):
     ]
     assign_splits(rows, 0.2, 0)
     assert "of 10 chats are left out: they are of validation speakers, or teach" in caplog.text
+
+
+def test_the_number_of_validation_clips_comes_as_near_as_whole_texts_can():
+    rows = [row(n, f"text {n // 3}") for n in range(81)]
+    kept, _, _ = assign_splits(rows, 0.1, 0)
+    assert sum(one.split == "validation" for one in kept) == 9, "8.1 are wanted, 3 a text"
+
+
+def test_something_is_left_to_train_whatever_the_fraction():
+    kept, _, _ = assign_splits([row(n, f"text {n}") for n in range(4)], 0.95, 0)
+    assert len(texts_of(kept, "train")) == 1
+
+
+def test_voices_that_share_many_texts_are_split_by_text():
+    rows = [
+        row(n, f"text {n % 20}" if n % 20 < 8 else f"own {n}", f"s{n // 20}") for n in range(240)
+    ]
+    for seed in range(10):
+        kept, left_out, rule = assign_splits(rows, 0.1, seed)
+        assert rule.endswith("no text is shared, speakers are"), "a voice's 8 of 240 are above 2 %"
+        assert len(kept) == 240 and not left_out

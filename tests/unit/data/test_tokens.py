@@ -113,3 +113,28 @@ def test_codes_of_another_codec_are_refused(codes, message):
     talk = Conversation("row 7", "speak", (Turn("assistant", (AudioPart(codes),), target=True),))
     with pytest.raises(DataError, match=message):
         encode_conversation(talk, vocabulary())
+
+
+def test_a_clip_ends_before_the_first_frame_in_which_any_codebook_ends():
+    codes_TC = random_codes(np.random.default_rng(0), 6)
+    delayed_AC = delay_codes(codes_TC, BOS, EOS)
+    delayed_AC[1 + 2 + 4, 2] = EOS  # of frame 4 in codebook 2 alone
+    np.testing.assert_array_equal(undelay_codes(delayed_AC, EOS), codes_TC[:4])
+
+
+@pytest.mark.parametrize("text_last", [True, False])
+def test_the_end_of_turn_is_learnt_behind_a_text_only(text_last):
+    voc = vocabulary()
+    text, audio = TextPart("hello"), AudioPart(random_codes(np.random.default_rng(0), 3))
+    parts = (audio, text) if text_last else (text, audio)
+    turns = (Turn("user", (TextPart("say"),)), Turn("assistant", parts, target=True))
+    one = encode_conversation(Conversation("row 7", "chat", turns), voc)
+    learnt = one.text_labels_L[one.text_labels_L != IGNORE].tolist()
+    assert learnt == [*voc.encode_text("hello"), *[voc.end_of_turn] * text_last]
+
+
+def test_the_last_rows_of_a_clip_are_placeholders_of_the_delay():
+    voc = vocabulary()
+    one = example("speak", 4)
+    wanted = [voc.audio] * (7 + 2) + [voc.audio_delay] * (NUM_CODEBOOKS - 1)
+    assert one.ids_L[one.audio_rows_A].tolist() == wanted

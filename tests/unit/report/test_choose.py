@@ -165,3 +165,12 @@ def test_the_exported_run_keeps_audio_itself(tmp_path: Path) -> None:
     choice = chosen(tmp_path)
     assert (choice.trial.id, [r.id for r in choice.runs]) == ("t002", ["c004", "c005"])
     assert choice.adapter_run.id == "c005"
+
+
+def test_audio_exactly_at_the_limit_holds_in_confirm(tmp_path: Path) -> None:
+    builder = confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.6, 2.5)})
+    limit = read_results(tmp_path).audio_limit
+    assert limit is not None
+    for run_id, seed in (("c004", 100), ("c005", 101)):
+        run(builder, run_id, 2.1, limit, seed=seed, origin="confirm", confirms="t002")
+    assert chosen(tmp_path).trial.id == "t002"

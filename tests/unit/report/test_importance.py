@@ -169,3 +169,19 @@ def test_median_of_an_even_number_lies_between_the_middle_two(tmp_path: Path) ->
     (level,) = levels(read_results(tmp_path), "target_set")
     assert (level.num_trials, level.best) == (4, pytest.approx(2.0))
     assert level.median == pytest.approx(3.5)
+
+
+def test_just_enough_trials_give_an_importance(tmp_path: Path) -> None:
+    assert info_of(sweep(tmp_path, MIN_TRIALS, target_set)).num_trials == MIN_TRIALS
+
+
+def test_trials_whose_rates_changed_on_the_way_do_not_count(tmp_path: Path) -> None:
+    sweep(tmp_path, 12, nothing)
+    change = {
+        "step": 50, "learning_rate": 1e-3, "new_module_lr_factor": 0.1, "text_loss_weight": 1.0,
+        "audio_loss_weight": 1.0, "copied_from": "t003",
+    }  # fmt: skip
+    config = TrialConfig.model_validate({**trial_config().model_dump(), "schedule": (change,)})
+    builder = Builder(tmp_path, sweep_config())
+    builder.trial("t020", config, curve(config, 0.5, 0.1, 3.9, 150))
+    assert info_of(tmp_path).num_trials == 12

@@ -1,3 +1,5 @@
+import optuna
+
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.confirm import confirm_records
 from tests.sweep_fakes import finish, make_searcher
@@ -66,3 +68,26 @@ def test_an_extended_sweep_confirms_its_new_best_under_new_ids(tmp_path, make_co
     ids = [(record.trial_id, record.confirms) for record in second]
     assert ids == [("c000", "t000"), ("c002", "t002")]
     assert second[0] == first[0]
+
+
+def test_no_seed_of_the_search_is_used_again(tmp_path, make_config):
+    values = [(5.0, 3.0), (4.0, 3.0), (3.0, 3.0), (2.0, 3.0)]
+    records = confirmed(tmp_path, make_config, values, num_configs=2, num_seeds=3)
+    trials = studies.latest(studies.open_study("s", tmp_path, None).trials).values()
+    searched = {record.config.seed for trial in trials if (record := studies.record_of(trial))}
+    seeds = {record.config.seed for record in records}
+    assert (len(searched), len(seeds)) == (4, 3)
+    assert not searched & seeds
+
+
+def test_an_extended_sweep_with_more_seeds_keeps_the_runs_that_exist(tmp_path, make_config):
+    values, options = [(5.0, 3.0), (2.0, 3.0)], {"num_configs": 1}
+    first = confirmed(tmp_path, make_config, values, num_seeds=2, **options)
+    (tmp_path / "more").mkdir()
+    second = confirmed(tmp_path / "more", make_config, values, first, num_seeds=3, **options)
+    assert second[:4] == first
+    assert [record.trial_id for record in second[4:]] == ["c004", "c005"]
+
+
+def test_a_trial_whose_audio_was_never_judged_is_not_feasible():
+    assert not studies.feasible(optuna.trial.create_trial(value=1.0))

@@ -1,6 +1,7 @@
 import errno
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -139,3 +140,16 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_former_one(tmp_path, monkeypa
     folder = tmp_path / "trials" / "t000"
     assert files.checkpoint_of("t000") == (folder / "adapter", 25)
     assert [path.name for path in folder.iterdir()] == ["adapter"]
+
+
+def test_a_copy_goes_on_from_its_donors_step_even_if_it_had_come_further(tmp_path, record):
+    files, donor = TrialFiles(tmp_path), replace(record, trial_id="t001", number=1)
+    for one, steps in ((record, (25, 50, 75)), (donor, (25, 50))):
+        files.start(one)
+        for step in steps:
+            files.result(one.trial_id, {"step": step, "val/text/nll": float(step)})
+    files.checkpoint("t001", checkpoint(tmp_path / "c1", 50))
+    files.copied(record, "t001")
+    files.result("t000", {"step": 75, "val/text/nll": 1.0})
+    lines = read_metrics(tmp_path / "trials" / "t000" / "metrics.jsonl")
+    assert [(line["step"], line["val/text/nll"]) for line in lines] == [(25, 25), (50, 50), (75, 1)]

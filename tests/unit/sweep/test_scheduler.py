@@ -14,6 +14,7 @@ from higgs_tune.sweep.scheduler import (
     Earlier,
     grace_steps,
     make_scheduler,
+    num_checkpoints,
     past_warmup,
     replay,
 )
@@ -239,3 +240,15 @@ def test_rates_are_drawn_from_their_range_and_again_by_the_same_seed():
     assert 1e-4 <= min(log_scale) < 2e-4 and 5e-3 < max(log_scale) <= 1e-2
     assert sorted(log_scale)[100] == pytest.approx(1e-3, rel=0.6)  # half lie below the middle power
     assert 0.5 <= min(plain) < 0.6 and 1.9 < max(plain) <= 2.0
+
+
+@pytest.mark.parametrize(
+    "name, perturb, expected", [("pbt", 25, 3), ("pbt", 50, 4), ("asha", None, 1)]
+)
+def test_a_donors_checkpoint_is_kept_until_it_has_been_read(name, perturb, expected):
+    """What lies between two copyings, the one at the second, and one to spare."""
+    settings = {"name": name} if perturb is None else {"name": name, "perturb_every_steps": perturb}
+    config = SweepConfig.model_validate(
+        {"train": {"report_every_steps": 25}, "tune": {"scheduler": settings}}
+    )
+    assert num_checkpoints(config) == expected

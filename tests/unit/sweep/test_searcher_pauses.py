@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
 from optuna.trial import TrialState
 
 from higgs_tune.sweep import study as studies
-from tests.sweep_fakes import make_searcher, report
+from tests.sweep_fakes import AUDIO_LIMIT, make_searcher, report
 
 
 def status_of(tune_id, status, config):
@@ -112,3 +113,28 @@ def test_an_interrupted_copy_is_resumed_with_its_schedule(study, make_config):
     assert [config["id"] for config in resumed] == ["t000", "t001", "t002", "t003"]
     assert resumed[3]["trial"] == before["trial"]
     assert resumed[3]["rates"] == rates
+
+
+def test_a_copy_of_a_copy_keeps_the_whole_schedule_and_counts_its_donors_last_result(
+    study, make_config
+):
+    searcher, _, _ = make_searcher(study, make_config())
+    configs = {name: searcher.suggest(name) for name in "abcd"}
+    for name, value, audio in (("b", 4.0, 2.0), ("c", 3.0, 2.5), ("d", 5.0, 3.0)):
+        searcher.on_trial_result(name, report(value, 50, audio=audio))
+    rates = configs["c"]["rates"]
+    searcher.copied("d", "t002", {**rates, "learning_rate": 2e-3}, 50)
+    config = searcher.copied("b", "t003", {**rates, "learning_rate": 3e-3}, 100)
+    changes = [(change["step"], change["copied_from"]) for change in config["trial"]["schedule"]]
+    assert changes == [(50, "t002"), (100, "t003")]
+    searcher.on_trial_complete("d", None)  # stopped before it has reported by itself
+    entry = studies.latest(study.trials)[3]
+    assert entry.constraints["val/audio/nll_per_code"] == pytest.approx(2.5 - AUDIO_LIMIT)
+
+
+def test_a_paused_trial_does_not_count_as_its_workers_load(study, make_config):
+    searcher, _, _ = make_searcher(study, make_config(), workers=["w0", "w1"])
+    configs = {name: searcher.suggest(name) for name in "abc"}
+    assert [config["worker"] for config in configs.values()] == [0, 1, 0]
+    searcher.watch([status_of(name, "PAUSED", configs[name]) for name in "ac"])
+    assert searcher.suggest("d")["worker"] == 0

@@ -7,7 +7,9 @@ from functools import partial
 import torch
 
 from higgs_tune.data.collate import collate, count_targets
+from higgs_tune.model.losses import codebook_nll_sum, text_nll_sum
 from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.gradients import Clips, Gradients
 from higgs_tune.train.lanes import Lanes
 from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
@@ -99,3 +101,27 @@ def test_lanes_that_need_the_fp32_sum_at_once_share_one(monkeypatch):
     lanes.run([partial(bank.keep_gradients, [slot]) for slot in (0, 1)])
     for slot in (0, 1):
         assert (total(bank, slot) == 1).all()
+
+
+def test_losses_of_bfloat16_logits_are_summed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(2, 500, 3, 20, generator=generator)).bfloat16()
+    labels = torch.randint(20, (2, 500, 3), generator=generator)
+    exact = -logits.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0].sum(1)
+    audio_KC = codebook_nll_sum(logits, labels)
+    text_K = text_nll_sum(logits[:, :, 0], labels[:, :, 0])
+    assert audio_KC.dtype == text_K.dtype == torch.float32
+    torch.testing.assert_close(audio_KC.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(text_K.double(), exact[:, 0], rtol=1e-5, atol=0)
+
+
+def test_the_micro_batches_of_a_step_add_up_to_the_whole():
+    counts = {0: count_targets(EXAMPLES, NUM_CODEBOOKS)}
+    sums = []
+    for at_once in (1, len(EXAMPLES)):
+        clips = {0: Clips(EXAMPLES, at_once, token_budget=4096)}
+        sums.append(Gradients(engine_of(torch.float32)).add(clips, counts)[0])
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-4, atol=1e-3)
+    engine = engine_of(torch.bfloat16)
+    Gradients(engine).add({0: Clips(EXAMPLES, 1, token_budget=4096)}, counts)
+    assert engine.bank.lora.grad_sum is not None, "bf16 gradients are added in fp32"

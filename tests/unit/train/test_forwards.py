@@ -7,7 +7,7 @@ import pytest
 import torch
 from random_base import PRESETS, random_base
 
-from higgs_tune.train.forwards import Costs, share_forwards
+from higgs_tune.train.forwards import Costs, cost_of, share_forwards
 from tests.models import tiny_base
 from tests.packs import TRIALS, limit_clips, loop_of, same
 
@@ -98,3 +98,9 @@ def test_memory_that_runs_out_in_one_of_several_forwards_costs_nothing(dataset, 
     assert sum(len(slots) > 1 for slots, _ in asked) == 1  # never again
     assert loop._gradients.room.width == 1
     same(results, clean, TRIALS, rel=2e-3, abs=2e-3)
+
+
+def test_each_run_of_neighbouring_slots_takes_the_host_time():
+    rows = {slot: [(1, 1)] for slot in range(4)}
+    found = [cost_of(group, rows, COSTS) for group in ((0, 1), (0, 2), (0, 1, 3))]
+    assert found == [1100, 1200, 1200]

@@ -1,5 +1,6 @@
 """The probes pass on our labels and catch the mission's leak."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -90,3 +91,14 @@ def test_a_base_above_chance_is_reported_as_misaligned():
     inner = nll_of(tiny_base())
     with pytest.raises(LeakError, match="misaligned labels"):
         preflight(lambda one: (inner(one)[0], 3 * inner(one)[1]), EXAMPLES, NUM_CODES + 2)
+
+
+def test_a_base_without_a_finite_loss_is_refused():
+    inner = nll_of(tiny_base())
+
+    def broken(one):
+        text, audio = inner(one)
+        return text, audio and math.nan
+
+    with pytest.raises(LeakError, match="has nan nats"):
+        preflight(broken, EXAMPLES, NUM_CODES + 2)

@@ -10,6 +10,7 @@ import torch
 from higgs_tune import metrics
 from higgs_tune.data.collate import TargetCounts
 from higgs_tune.train.interval import Interval
+from higgs_tune.train.parallel import World
 
 STEPS = [
     (torch.tensor([6.0, 2.0, 8.0]), torch.tensor(0.5), TargetCounts(3, np.array([2, 4])), 10),
@@ -60,3 +61,19 @@ def test_an_interval_without_a_step_has_its_time_only():
     following = filled().next()
     assert following.num_steps == 0
     assert following.metrics() == {metrics.TRAIN_TIME_S: 10.0}
+
+
+class Two(World):
+    """Another process has the same figures."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return 2 * values
+
+
+def test_nats_and_rows_are_those_of_all_processes():
+    interval = filled()  # whose counts of targets are
+    interval.gather(Two())
+    figures = interval.metrics()
+    assert figures[metrics.TRAIN_TEXT_NLL] == pytest.approx(2 * 15 / 5)
+    assert figures[metrics.GRAD_NORM] == pytest.approx(0.3)
+    assert figures[metrics.TOKENS_PER_S] == pytest.approx(2 * 60 / 4)
