@@ -4,8 +4,8 @@ from higgs_tune.sweep.table import Table
 
 
 def num_unfinished(table: Table) -> int:
-    """Trials there that train, or will."""
-    return sum(not seat.ended for seat in table.seats.values())
+    """Trials that train, or will: there, or named and on their way."""
+    return sum(not seat.ended for seat in table.seats.values()) + len(table.missing())
 
 
 def num_busy(table: Table) -> int:

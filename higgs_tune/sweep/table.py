@@ -107,7 +107,10 @@ class Table:
         return is_decided and self._began is None
 
     def next_report(self) -> Report | None:
-        """The report to hand out now, if there is one; its trial no longer asks."""
+        """The report to hand out now, if there is one; its trial no longer asks.
+
+        None, too, while the pack stands still for a process that is to come: the driver's next work is that.
+        """
         if not self.settled():
             return None
         self._hurry()
@@ -116,7 +119,7 @@ class Table:
             return None
         report = min(ready, key=Report.turn)
         if report.takes_effect > self.clock and self._is_awaited():
-            return None  # the pack stands still for a process that is to come: that first
+            return None
         seat = self.seats[report.trial_id]
         seat.reports.popleft()
         seat.asks = False
@@ -197,9 +200,13 @@ class Table:
         return {seat.trial_id for seat in self.seats.values() if not seat.asks}
 
     def quiet(self) -> set[str]:
-        """Trials of which a word is waited for; with several workers others may sit elsewhere."""
-        missing = set(self.roster.live) - set(self.seats) - self.expected.absent
-        return self.idle() | missing if self._strict else self.idle()
+        """Trials of which a word is waited for."""
+        return self.idle() | self.missing()
+
+    def missing(self) -> set[str]:
+        """Trials that have no seat yet; with several workers they may sit elsewhere."""
+        live = set(self.roster.live) if self._strict else set()
+        return live - self.seats.keys() - self.expected.absent
 
     def _is_decided(self) -> bool:
         """Whether nobody else could be sent, and whoever was heard of before asks for more, or is gone.
@@ -214,16 +221,20 @@ class Table:
     def _unplaced(self) -> list[str]:
         """Trials of which it is to be said from which step they may train."""
         if not self._strict:  # others may sit elsewhere
-            return [trial_id for trial_id, seat in self.seats.items() if seat.since is None]
+            return [t for t, seat in self.seats.items() if seat.asks and seat.since is None]
         named = {trial_id: self.seats.get(trial_id) for trial_id in self.roster.live}
         return [trial_id for trial_id, seat in named.items() if seat is None or seat.since is None]
 
     def _is_awaited(self) -> bool:
         """Whether a slot that is free now waits for a trial that is to come."""
         awaited = self.expected.by(self.clock)
-        line = awaited | {seat.trial_id: seat.since or 0 for seat in self._ready()}
-        first = sorted(line, key=lambda t: (line[t], t))[: self._num_free()]
-        return not awaited.keys().isdisjoint(first)
+        first = sorted(self._line(), key=lambda one: one[::-1])[: self._num_free()]
+        return any(trial_id in awaited for trial_id, _ in first)
+
+    def _line(self) -> list[tuple[str, int | None]]:
+        """Who may sit down at this step, or will once it has come, and since when."""
+        ready = [(seat.trial_id, seat.since) for seat in self._ready()]
+        return [*ready, *self.expected.by(self.clock).items()]
 
     def _is_open(self) -> bool:
         """Whether everything that takes effect at this step, or before, is known."""
@@ -258,8 +269,7 @@ class Table:
         """
         if self._is_owed() or not self._unweighed:
             return
-        num_to_sit = len(self._ready()) + len(self.expected.by(self.clock))
-        num_lacking = max(0, self._num_free() - num_to_sit)
+        num_lacking = max(0, self._num_free() - len(self._line()))
         for report in sorted(self._unweighed, key=Report.turn)[:num_lacking]:
             report.takes_effect = self.clock
         self._unweighed.clear()

@@ -1,8 +1,9 @@
 """What follows from a report is known once its successor is named; the successor's process comes later."""
 
+from higgs_tune.sweep.occupancy import num_unfinished, num_wanted
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.table import Table
-from tests.unit.sweep.test_table import changes, report, sit, table_of
+from tests.unit.sweep.test_table import CONFIG, changes, report, sit, table_of
 
 SIX = ("t0", "t1", "t2", "t3", "t4", "t5")
 
@@ -94,3 +95,27 @@ def test_who_is_waited_for_too_long_or_taken_back_holds_nobody_up():
     sit(table, "t6", version=6)
     table.settled()
     assert changes(table) == ([], ["t6"])
+
+
+def test_a_slot_that_waits_for_a_process_is_wanted_though_nobody_else_is_to_come():
+    table = table_of("t0", "t1", slots=2)
+    report(table, "t0", "t1", at=100, status="completed")
+    for names in (("t0",), ("t0", "t2")):
+        for gone in table.gone(Roster(table.roster.version + 1, names, 0)):
+            table.drop(gone)
+    assert num_wanted(table) == num_unfinished(table) == 1
+
+
+def test_among_several_workers_the_line_is_by_who_asked_first():
+    table = table_of("t0", "t1", "t2", slots=2, strict=False)
+    table.gone(Roster(2, ("t0", "t3", "t4"), 0))
+    for name in ("t1", "t2"):
+        table.drop(name)
+    for clock, joins, asks in ((3, "t3", ""), (5, "t4", "t4"), (7, "", "t3")):
+        table.clock = clock
+        if joins:
+            assert table.join(joins, CONFIG, None, 2, 1) == "seated"
+        if asks:
+            table.seats[asks].asks = True
+        table.settled()
+    assert [table.seats[name].since for name in ("t4", "t3")] == [5, 7]
