@@ -16,22 +16,17 @@ choose. With several workers nothing waits: a change takes effect at the pack's 
 from collections.abc import Iterable, Mapping
 
 from higgs_tune.config import TrialConfig
-from higgs_tune.sweep.expected import Expected
+from higgs_tune.sweep.line import Line
 from higgs_tune.sweep.seats import Files, Lease, Report, Result, Roster, Seat, Snapshot, num_seats
 
 
-class Table:
+class Table(Line):
     """The seats of a worker. Knows no clock but the pack's, no thread and no event loop."""
 
     def __init__(self, num_slots: int, *, strict: bool, ahead: int) -> None:
-        self.seats: dict[str, Seat] = {}
-        self.residents: dict[str, Seat] = {}  # in the pack; perhaps no longer in `seats`
+        super().__init__(num_slots)
         self.roster = Roster(-1, (), 0)
-        self.clock = 0  # optimizer steps of the pack
-        self.expected = Expected()
-        self.num_slots = num_slots
         self._num_seats = num_seats(num_slots, strict=strict)
-        self._num_departures = 0  # from the pack
         self._num_batches = 0  # of reports
         self._unweighed: list[Report] = []  # of trials that have ended, for `_hurry`
         self._strict = strict
@@ -39,7 +34,6 @@ class Table:
         self._began: int | None = None  # at which step, until those are named who are to wait
         self._attempts: dict[str, int] = {}  # the newest with which each trial has come
         self._dealing: Report | None = None  # handed out; what follows from it is not known yet
-        self._leaving: list[tuple[Seat, int | None]] = []  # from which step; None: not known yet
 
     def join(
         self,
@@ -225,17 +219,6 @@ class Table:
         named = {trial_id: self.seats.get(trial_id) for trial_id in self.roster.live}
         return [trial_id for trial_id, seat in named.items() if seat is None or seat.since is None]
 
-    def _is_awaited(self) -> bool:
-        """Whether a slot that is free now waits for a trial that is to come."""
-        awaited = self.expected.by(self.clock)
-        first = sorted(self._line(), key=lambda one: one[::-1])[: self._num_free()]
-        return any(trial_id in awaited for trial_id, _ in first)
-
-    def _line(self) -> list[tuple[str, int | None]]:
-        """Who may sit down at this step, or will once it has come, and since when."""
-        ready = [(seat.trial_id, seat.since) for seat in self._ready()]
-        return [*ready, *self.expected.by(self.clock).items()]
-
     def _is_open(self) -> bool:
         """Whether everything that takes effect at this step, or before, is known."""
         if not self._strict:
@@ -280,37 +263,6 @@ class Table:
         if result["status"] != "running":
             self._unweighed.append(report)
         return report
-
-    def _vacate(self, seat: Seat) -> None:
-        """A resident's slot is free, and its memory."""
-        del self.residents[seat.trial_id]
-        self._num_departures += 1
-
-    def _num_free(self) -> int:
-        """Slots to which somebody could sit down at this step."""
-        return self.num_slots - len(self.residents) + len(self._due_to_leave())
-
-    def lacks_memory(self, seat: Seat) -> bool:
-        """Whether it finds no room beside those who are there now."""
-        return seat.refused_after == self._num_departures and not seat.ended
-
-    def _waiting(self) -> list[Seat]:
-        """Seats without a slot that may have one, in the order in which they get it."""
-        able = [s for s in self.seats.values() if not (s.ended or self.lacks_memory(s))]
-        seats = [seat for seat in able if self.residents.get(seat.trial_id) is not seat]
-        return sorted(seats, key=lambda seat: (seat.since or 0, seat.trial_id))
-
-    def _due_to_leave(self) -> list[Seat]:
-        due = [seat for seat, since in self._leaving if since is not None and since <= self.clock]
-        # else it has ended meanwhile
-        return [seat for seat in due if self.residents.get(seat.trial_id) is seat]
-
-    def _ready(self) -> list[Seat]:
-        return [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
-
-    def _due_to_join(self) -> list[Seat]:
-        ready = [seat for seat in self._ready() if seat.trial_id not in self.residents]
-        return ready[: self.num_slots - len(self.residents)]
 
     def _skip_to_next_change(self) -> None:
         """Nobody trains, so the clock goes to the next step at which that can change."""

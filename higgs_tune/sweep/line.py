@@ -1,0 +1,59 @@
+"""The slots of a pack: who is in them, who leaves, and who sits down next."""
+
+from higgs_tune.sweep.expected import Expected
+from higgs_tune.sweep.seats import Seat
+
+
+class Line:
+    """Knows from which step each may leave or sit down; `Table` decides that."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.seats: dict[str, Seat] = {}
+        self.residents: dict[str, Seat] = {}  # in the pack; perhaps no longer in `seats`
+        self.clock = 0  # optimizer steps of the pack
+        self.expected = Expected()
+        self.num_slots = num_slots
+        self._num_departures = 0  # from the pack
+        self._leaving: list[tuple[Seat, int | None]] = []  # from which step; None: not known yet
+
+    def _vacate(self, seat: Seat) -> None:
+        """A resident's slot is free, and its memory."""
+        del self.residents[seat.trial_id]
+        self._num_departures += 1
+
+    def _num_free(self) -> int:
+        """Slots to which somebody could sit down at this step."""
+        return self.num_slots - len(self.residents) + len(self._due_to_leave())
+
+    def lacks_memory(self, seat: Seat) -> bool:
+        """Whether it finds no room beside those who are there now."""
+        return seat.refused_after == self._num_departures and not seat.ended
+
+    def _waiting(self) -> list[Seat]:
+        """Seats without a slot that may have one, in the order in which they get it."""
+        able = [s for s in self.seats.values() if not (s.ended or self.lacks_memory(s))]
+        seats = [seat for seat in able if self.residents.get(seat.trial_id) is not seat]
+        return sorted(seats, key=lambda seat: (seat.since or 0, seat.trial_id))
+
+    def _due_to_leave(self) -> list[Seat]:
+        due = [seat for seat, since in self._leaving if since is not None and since <= self.clock]
+        # else it has ended meanwhile
+        return [seat for seat in due if self.residents.get(seat.trial_id) is seat]
+
+    def _ready(self) -> list[Seat]:
+        return [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
+
+    def _due_to_join(self) -> list[Seat]:
+        ready = [seat for seat in self._ready() if seat.trial_id not in self.residents]
+        return ready[: self.num_slots - len(self.residents)]
+
+    def _is_awaited(self) -> bool:
+        """Whether a slot that is free now waits for a trial that is to come."""
+        awaited = self.expected.by(self.clock)
+        first = sorted(self._line(), key=lambda one: one[::-1])[: self._num_free()]
+        return any(trial_id in awaited for trial_id, _ in first)
+
+    def _line(self) -> list[tuple[str, int | None]]:
+        """Who may sit down at this step, or will once it has come, and since when."""
+        ready = [(seat.trial_id, seat.since) for seat in self._ready()]
+        return [*ready, *self.expected.by(self.clock).items()]
