@@ -36,8 +36,8 @@ class Line:
         return sorted(seats, key=lambda seat: (seat.since or 0, seat.trial_id))
 
     def _due_to_leave(self) -> list[Seat]:
+        """Stopped trials that are to go now, and have not ended meanwhile."""
         due = [seat for seat, since in self._leaving if since is not None and since <= self.clock]
-        # else it has ended meanwhile
         return [seat for seat in due if self.residents.get(seat.trial_id) is seat]
 
     def _ready(self) -> list[Seat]:

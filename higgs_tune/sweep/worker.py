@@ -76,9 +76,7 @@ class Worker:
         self._notices = Notices()
         logging.getLogger("higgs_tune").addHandler(self._notices)
         self._news = asyncio.Event()  # a notice is there
-        self._accepted = (
-            asyncio.Event()
-        )  # the driver knows what was loaded, and agrees, or is ending
+        self._accepted = asyncio.Event()  # the driver agrees with what was loaded, or is ending
         self._trains = asyncio.Event()  # the pack has begun
 
     async def describe(self) -> dict[str, Any]:
