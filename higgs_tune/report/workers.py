@@ -8,7 +8,7 @@ _LABELS = {
     "validate_s": "in validation",
     "join_s": "seating trials",
     "save_s": "taking snapshots",
-    "wait_s": "waiting for decisions",
+    "wait_s": "waiting for decisions or processes",
     "idle_s": "without a trial",
     "other_s": "elsewhere",
 }

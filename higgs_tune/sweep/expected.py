@@ -31,6 +31,10 @@ class Expected:
             if seat.asks and seat.since is None and seat.trial_id in self._since:
                 seat.since = self._since.pop(seat.trial_id)
 
+    def give_up(self, trial_ids: Iterable[str]) -> None:
+        """Wait no longer for these, until they come."""
+        self.absent.update(trial_ids)
+
     def steps(self) -> dict[str, int]:
         """Those that are still waited for."""
         return {t: since for t, since in self._since.items() if t not in self.absent}

@@ -50,10 +50,10 @@ class Line:
     def _is_awaited(self) -> bool:
         """Whether a slot that is free now waits for a trial that is to come."""
         awaited = self.expected.by(self.clock)
-        first = sorted(self._line(), key=lambda one: one[::-1])[: self._num_free()]
-        return any(trial_id in awaited for trial_id, _ in first)
+        return any(trial_id in awaited for _, trial_id in self._line()[: self._num_free()])
 
-    def _line(self) -> list[tuple[str, int | None]]:
-        """Who may sit down at this step, or will once it has come, and since when."""
-        ready = [(seat.trial_id, seat.since) for seat in self._ready()]
-        return [*ready, *self.expected.by(self.clock).items()]
+    def _line(self) -> list[tuple[int, str]]:
+        """Since when, and who: may sit down at this step, or will once it has come; the next one first."""
+        ready = [(seat.since or 0, seat.trial_id) for seat in self._ready()]
+        awaited = [(since, trial_id) for trial_id, since in self.expected.by(self.clock).items()]
+        return sorted([*ready, *awaited])

@@ -223,7 +223,7 @@ class Worker:
         self._silence.warn(lost)
         for trial_id in lost & set(self._table.seats):
             self._evict(trial_id, "it did not ask for its next result in time")
-        self._table.expected.absent |= lost
+        self._table.expected.give_up(lost)
 
     async def _loaded(self) -> Loop:
         if self._loading is None or (self._loading.done() and self._loading.exception()):

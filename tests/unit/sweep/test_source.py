@@ -52,3 +52,9 @@ def test_trials_beyond_the_slots_come_when_the_pack_trains(study, make_config):
     assert searcher.suggest("c") is not None
     assert (rosters[-1].live, rosters[-1].room) == (("t000", "t001", "t002"), 3)
     assert searcher.suggest("d") is None
+
+
+def test_one_trial_is_let_in_even_while_no_worker_has_room(study, make_config):
+    searcher, _, _ = make_searcher(study, make_config(), rooms=lambda: [0])
+    assert searcher.suggest("a") is not None  # else Tune would ask again after minutes only
+    assert searcher.suggest("b") is None

@@ -86,7 +86,7 @@ def test_who_is_waited_for_too_long_or_taken_back_holds_nobody_up():
     follow(table, "t0", "t6")
     follow(table, "t1", "t7")
     table.settled()
-    table.expected.absent.add("t6")
+    table.expected.give_up(["t6"])
     assert changes(table) == ([], [])
     table.gone(Roster(6, ("t2", "t3", "t4", "t5", "t6"), 0))  # t7 was cancelled
     table.settled()
