@@ -6,9 +6,9 @@ from collections.abc import Coroutine
 from typing import Any
 
 from higgs_tune.config import TrialConfig
-from higgs_tune.sweep.notices import Notices
 from higgs_tune.sweep.seats import Roster
-from higgs_tune.sweep.worker import Worker
+from higgs_tune.sweep.worker.actor import Worker
+from higgs_tune.sweep.worker.notices import Notices
 from tests.sweep_fakes import FakeLoop
 
 

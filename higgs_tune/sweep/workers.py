@@ -16,7 +16,7 @@ from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, shortage
 from higgs_tune.sweep.places import whole_paths
 from higgs_tune.sweep.seats import Roster, num_seats
 from higgs_tune.sweep.slots import slots_of
-from higgs_tune.sweep.worker import Worker
+from higgs_tune.sweep.worker.actor import Worker
 
 FIGURES_S = 10.0  # how often the workers are asked where their time went
 PAUSE_S = 30.0  # until a worker that cannot load its base any more tries again

@@ -23,8 +23,8 @@ from higgs_tune.metrics import STATUSES
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.driver import SweepOutcome, run_sweep
-from higgs_tune.sweep.meter import KINDS
 from higgs_tune.sweep.records import TrialFiles, read_json, read_metrics
+from higgs_tune.sweep.worker.meter import KINDS
 from tests.sweep_fakes import curve
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]

@@ -7,7 +7,7 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from higgs_tune.config import BaseSettings
 from higgs_tune.errors import ModelError, NoMemoryError
 from higgs_tune.model.load import load_base
-from higgs_tune.sweep.pack import load_error
+from higgs_tune.sweep.worker.pack import load_error
 from tests.checkpoints import write_native
 from tests.models import tiny_base
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from higgs_tune.report.build import build_report
 from higgs_tune.report.results import read_results
 from higgs_tune.report.workers import workers_sentence
-from higgs_tune.sweep.meter import Meter
+from higgs_tune.sweep.worker.meter import Meter
 from tests.unit.report.builder import Builder
 
 

@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from higgs_tune.errors import DataError, HiggsTuneError, ModelError
-from higgs_tune.sweep import pack
 from higgs_tune.sweep.seats import Roster, SlotLostError
+from higgs_tune.sweep.worker import pack
 from tests.sweep_fakes import FakeLoop
 from tests.workers import asking, beat, broken_join, make_worker, never, run, saved, seat, trial
 

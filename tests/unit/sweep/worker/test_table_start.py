@@ -1,8 +1,8 @@
 """The start of a stage: the pack begins with its slots full, and those who are to wait come later."""
 
 from higgs_tune.sweep.seats import Roster
-from higgs_tune.sweep.table import Table
-from tests.unit.sweep.test_table import LACKING, changes, report, sit, table_of
+from higgs_tune.sweep.worker.table import Table
+from tests.unit.sweep.worker.test_table import LACKING, changes, report, sit, table_of
 
 
 def first_two(room: int | None = 2) -> Table:

@@ -1,8 +1,8 @@
 """Who gets a seat, and whose turn it is when a slot is free."""
 
-from higgs_tune.sweep.occupancy import num_busy, num_wanted
 from higgs_tune.sweep.seats import Roster
-from tests.unit.sweep.test_table import CONFIG, LACKING, changes, report, sit, table_of
+from higgs_tune.sweep.worker.occupancy import num_busy, num_wanted
+from tests.unit.sweep.worker.test_table import CONFIG, LACKING, changes, report, sit, table_of
 
 
 def test_a_trial_that_has_ended_keeps_no_seat_from_another():

@@ -16,8 +16,8 @@ choose. With several workers nothing waits: a change takes effect at the pack's 
 from collections.abc import Iterable, Mapping
 
 from higgs_tune.config import TrialConfig
-from higgs_tune.sweep.line import Line
 from higgs_tune.sweep.seats import Files, Lease, Report, Result, Roster, Seat, Snapshot, num_seats
+from higgs_tune.sweep.worker.line import Line
 
 
 class Table(Line):

@@ -1,6 +1,6 @@
 """How many slots of a worker have a trial in them, and how many could."""
 
-from higgs_tune.sweep.table import Table
+from higgs_tune.sweep.worker.table import Table
 
 
 def num_unfinished(table: Table) -> int:

@@ -1,6 +1,6 @@
 """For how long a worker waits for a trial that says nothing."""
 
-from higgs_tune.sweep.silence import SLOWEST_BYTES_A_BEAT, Silence
+from higgs_tune.sweep.worker.silence import SLOWEST_BYTES_A_BEAT, Silence
 
 
 def beats_until_lost(silence: Silence, trial_id: str) -> int:

@@ -16,12 +16,6 @@ import ray
 
 from higgs_tune.config import SweepConfig, TrialConfig
 from higgs_tune.errors import SweepError, release_frames
-from higgs_tune.sweep import pack
-from higgs_tune.sweep.answers import Answers
-from higgs_tune.sweep.meter import Meter
-from higgs_tune.sweep.notices import Notices
-from higgs_tune.sweep.occupancy import num_busy, num_unfinished, num_wanted
-from higgs_tune.sweep.pack_thread import PackThread
 from higgs_tune.sweep.seats import (
     DEFAULT_LOOP,
     Files,
@@ -33,9 +27,15 @@ from higgs_tune.sweep.seats import (
     SlotLostError,
     import_loop,
 )
-from higgs_tune.sweep.silence import Silence
-from higgs_tune.sweep.table import Table
-from higgs_tune.sweep.writer import Writer
+from higgs_tune.sweep.worker import pack
+from higgs_tune.sweep.worker.answers import Answers
+from higgs_tune.sweep.worker.meter import Meter
+from higgs_tune.sweep.worker.notices import Notices
+from higgs_tune.sweep.worker.occupancy import num_busy, num_unfinished, num_wanted
+from higgs_tune.sweep.worker.pack_thread import PackThread
+from higgs_tune.sweep.worker.silence import Silence
+from higgs_tune.sweep.worker.table import Table
+from higgs_tune.sweep.worker.writer import Writer
 
 logger = logging.getLogger(__name__)
 

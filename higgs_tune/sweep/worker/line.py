@@ -1,7 +1,7 @@
 """The slots of a pack: who is in them, who leaves, and who sits down next."""
 
-from higgs_tune.sweep.expected import Expected
 from higgs_tune.sweep.seats import Seat
+from higgs_tune.sweep.worker.expected import Expected
 
 
 class Line:

@@ -1,6 +1,6 @@
 import pytest
 
-from higgs_tune.sweep.meter import KINDS, Meter
+from higgs_tune.sweep.worker.meter import KINDS, Meter
 
 
 def trained(train_s: float, **more: float) -> dict[str, float]:

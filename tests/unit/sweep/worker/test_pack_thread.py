@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from higgs_tune.errors import SweepError
-from higgs_tune.sweep import pack_thread
-from higgs_tune.sweep.pack_thread import PackThread
 from higgs_tune.sweep.seats import Roster
+from higgs_tune.sweep.worker import pack_thread
+from higgs_tune.sweep.worker.pack_thread import PackThread
 from tests.sweep_fakes import FakeLoop
 from tests.workers import asking, beat, make_worker, run, seat
 

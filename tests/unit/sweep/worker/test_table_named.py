@@ -1,9 +1,9 @@
 """What follows from a report is known once its successor is named; the successor's process comes later."""
 
-from higgs_tune.sweep.occupancy import num_unfinished, num_wanted
 from higgs_tune.sweep.seats import Roster
-from higgs_tune.sweep.table import Table
-from tests.unit.sweep.test_table import CONFIG, changes, report, sit, table_of
+from higgs_tune.sweep.worker.occupancy import num_unfinished, num_wanted
+from higgs_tune.sweep.worker.table import Table
+from tests.unit.sweep.worker.test_table import CONFIG, changes, report, sit, table_of
 
 SIX = ("t0", "t1", "t2", "t3", "t4", "t5")
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from higgs_tune.config import TrialConfig
-from higgs_tune.sweep.occupancy import num_busy, num_wanted
 from higgs_tune.sweep.seats import Roster, num_seats
-from higgs_tune.sweep.table import Table
+from higgs_tune.sweep.worker.occupancy import num_busy, num_wanted
+from higgs_tune.sweep.worker.table import Table
 
 CONFIG = TrialConfig(
     rank=8, alpha=32.0, targets=("attention",), learning_rate=1e-3, num_steps=100,
