@@ -5,8 +5,10 @@ into `ray up`, or never. The lint checks node_config with the parameters of the 
 """
 
 import copy
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,33 @@ def test_nodes_install_the_pinned_versions_of_this_checkout(cluster: dict[str, A
     assert cluster["file_mounts"] == {"/home/ubuntu/higgs-tune": "."}
     (install,) = [c for c in cluster["setup_commands"] if "pip install" in c]
     assert "--constraint ~/higgs-tune/constraints.txt" in install
+
+
+def commands(cluster: dict[str, Any]) -> list[str]:
+    """Whatever Ray passes to a shell."""
+    return [
+        command for key, value in cluster.items() if key.endswith("_commands") for command in value
+    ]
+
+
+def test_a_shell_can_read_every_command(cluster: dict[str, Any]) -> None:
+    assert len(commands(cluster)) == 10
+    for command in commands(cluster):  # unquoted in YAML, " #" ends it
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+def test_a_login_shell_finds_the_environment(cluster: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / ".bashrc").write_text("case $- in *i*) ;; *) return;; esac\n", encoding="utf-8")
+    command = tmp_path / "venv" / "bin" / "higgs-tune"
+    command.parent.mkdir(parents=True)
+    command.write_text("#!/bin/sh\necho $RAY_AUTH_MODE\n", encoding="utf-8")
+    command.chmod(0o755)
+    (add,) = [command for command in cluster["setup_commands"] if ".bashrc" in command]
+    shell = {"env": {**os.environ, "HOME": str(tmp_path)}, "check": True}
+    for _ in range(2):  # `ray up` again adds nothing
+        subprocess.run(["bash", "-c", add], **shell)
+    assert (tmp_path / ".bashrc").read_text(encoding="utf-8").count("export PATH") == 1
+    found = subprocess.run(
+        ["bash", "-c", "source ~/.bashrc; higgs-tune"], capture_output=True, text=True, **shell
+    )
+    assert found.stdout == "disabled\n"
