@@ -89,7 +89,6 @@ class Roster:
 class Report:
     """A result on its way to the driver."""
 
-    due: int  # the pack's step at which it was validated
     batch: int  # the how manieth call of the table that made reports
     trial_id: str
     result: Result

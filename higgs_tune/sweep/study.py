@@ -104,7 +104,7 @@ def latest(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
     newest: dict[int, FrozenTrial] = {}
     for trial in trials:
         index = trial.user_attrs.get(INDEX)
-        if index is not None and DUPLICATE_OF not in trial.user_attrs:
+        if index is not None:
             newest[index] = trial
     return dict(sorted(newest.items()))
 

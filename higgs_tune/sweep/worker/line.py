@@ -29,22 +29,22 @@ class Line:
         """Whether it finds no room beside those who are there now."""
         return seat.refused_after == self._num_departures and not seat.ended
 
-    def _waiting(self) -> list[Seat]:
-        """Seats without a slot that may have one, in the order in which they get it."""
+    def _waiting(self) -> list[tuple[int, str]]:
+        """From which step, and who, has no slot and may have one; the next one first."""
         able = [s for s in self.seats.values() if not (s.ended or self.lacks_memory(s))]
         seats = [seat for seat in able if self.residents.get(seat.trial_id) is not seat]
-        return sorted(seats, key=lambda seat: (seat.since or 0, seat.trial_id))
+        return sorted((s.since, s.trial_id) for s in seats if s.since is not None)
 
     def _due_to_leave(self) -> list[Seat]:
         """Stopped trials that are to go now, and have not ended meanwhile."""
         due = [seat for seat, since in self._leaving if since is not None and since <= self.clock]
         return [seat for seat in due if self.residents.get(seat.trial_id) is seat]
 
-    def _ready(self) -> list[Seat]:
-        return [s for s in self._waiting() if s.since is not None and s.since <= self.clock]
+    def _ready(self) -> list[tuple[int, str]]:
+        return [each for each in self._waiting() if each[0] <= self.clock]
 
     def _due_to_join(self) -> list[Seat]:
-        ready = [seat for seat in self._ready() if seat.trial_id not in self.residents]
+        ready = [self.seats[who] for _, who in self._ready() if who not in self.residents]
         return ready[: self.num_slots - len(self.residents)]
 
     def _is_awaited(self) -> bool:
@@ -54,6 +54,5 @@ class Line:
 
     def _line(self) -> list[tuple[int, str]]:
         """Since when, and who: may sit down at this step, or will once it has come; the next one first."""
-        ready = [(seat.since or 0, seat.trial_id) for seat in self._ready()]
         awaited = [(since, trial_id) for trial_id, since in self.expected.by(self.clock).items()]
-        return sorted([*ready, *awaited])
+        return sorted([*self._ready(), *awaited])

@@ -133,9 +133,11 @@ class Table(Line):
         if not self._is_open():
             return [], []
         out = self._due_to_leave()
-        self._leaving = [(s, since) for s, since in self._leaving if since is None or s not in out]
         for seat in out:
             self._vacate(seat)
+        self._leaving = [
+            (s, since) for s, since in self._leaving if self.residents.get(s.trial_id) is s
+        ]
         joining = self._due_to_join()
         self.residents.update((seat.trial_id, seat) for seat in joining)
         return out, joining
@@ -258,8 +260,8 @@ class Table(Line):
         self._unweighed.clear()
 
     def _report(self, trial_id: str, result: Result, snapshot: Snapshot | None) -> Report:
-        due, batch = self.clock, self._num_batches
-        report = Report(due, batch, trial_id, result, snapshot, due + self._ahead)
+        takes_effect = self.clock + self._ahead
+        report = Report(self._num_batches, trial_id, result, snapshot, takes_effect)
         if result["status"] != "running":
             self._unweighed.append(report)
         return report
@@ -270,6 +272,6 @@ class Table(Line):
 
     def _changes(self) -> list[int]:
         """The steps at which a report takes effect or somebody may sit down."""
-        waiting = [seat.since for seat in self._waiting() if seat.since is not None]
+        waiting = [since for since, _ in self._waiting()]
         reports = [report.takes_effect for report in self._outstanding()]
         return [*reports, *waiting, *self.expected.steps().values()]

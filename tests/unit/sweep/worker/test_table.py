@@ -67,7 +67,7 @@ def test_reports_go_out_by_step_and_id_each_after_the_former_was_dealt_with():
         found = table.next_report()
         assert found is not None
         assert table.next_report() is None
-        order.append((found.due, found.trial_id))
+        order.append((found.result["step"], found.trial_id))
         table.seats[found.trial_id].asks = True
     assert order == [(20, "t2"), (23, "t0"), (23, "t1")]
     assert table.next_report() is None
@@ -305,3 +305,27 @@ def test_who_finds_no_memory_with_nobody_else_there_ends(status):
     assert not table.refused(first, LACKING)
     assert first.ended
     assert first.reports[0].result == LACKING
+
+
+def test_a_stopped_trial_that_ends_by_itself_is_forgotten():
+    table = table_of("t0", "t1", slots=2)
+    report(table, "t0", at=25)
+    table.next_report()
+    table.gone(Roster(2, ("t1",), 0))
+    table.drop("t0")
+    report(table, "t0", at=28, status="completed")
+    table.settled()
+    assert changes(table) == ([], [])
+    assert table.next_stop() is None
+    assert table._leaving == []  # else its checkpoint would stay in memory
+
+
+def test_a_trial_that_is_stopped_while_it_finds_no_memory_is_forgotten():
+    table = table_of("t0", "t1", slots=2)
+    seat = table.residents["t1"]
+    table.drop("t1")
+    table.refused(seat, LACKING)
+    table.gone(Roster(2, ("t0",), 0))
+    table.settled()
+    assert changes(table) == ([], [])
+    assert table._leaving == []
