@@ -75,14 +75,3 @@ class ConfirmSource(TrialSource):
         record = self._records.pop(0)
         checkpoint = self._checkpoint_of(record.trial_id)
         return self._seat(trial_id, record, None, str(checkpoint[0]) if checkpoint else "")
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """Free the seat."""
-        self._unseat(trial_id)
-
-    def cancel_live(self, reason: str) -> None:
-        """Free every seat."""
-        for tune_id in list(self.live):
-            self._unseat(tune_id)

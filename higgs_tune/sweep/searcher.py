@@ -9,7 +9,7 @@ the audio constraint. It also keeps the roster, by which the workers know whom t
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +62,16 @@ class StudySearcher(TrialSource):
     def num_to_come(self) -> int:
         """Unfinished ones of an earlier run, and what is missing to num_trials."""
         return len(self._queue) + max(0, self._config.tune.num_trials - self._next_index)
+
+    def resuming(self, paused: Collection[str]) -> set[str]:
+        """A population goes on as soon as all of it is paused, even before the scheduler says so.
+
+        Else the pack would train baselines on, by as many steps as that takes.
+        """
+        searched = {key for key, live in self.live.items() if live.record.origin == "search"}
+        if self._config.tune.scheduler.name == "pbt" and searched == set(paused):
+            return searched
+        return super().resuming(paused)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial's config for Tune; None while there is none, or FINISHED."""

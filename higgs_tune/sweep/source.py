@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -61,9 +61,16 @@ class TrialSource(Searcher):
         """How many trials will still be suggested."""
         raise NotImplementedError
 
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Free the seat."""
+        self._unseat(trial_id)
+
     def cancel_live(self, reason: str) -> None:
         """End every running trial: a resumed sweep goes on with it."""
-        raise NotImplementedError
+        for tune_id in list(self.live):
+            self._unseat(tune_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Count the trial where it sits: at another worker if that one had a free slot sooner."""
@@ -135,6 +142,10 @@ class TrialSource(Searcher):
         found = (trial for trial in self._trials if trial.status == Trial.PAUSED)
         return {trial.trial_id: trial for trial in found if trial.trial_id in self.live}
 
+    def resuming(self, paused: Collection[str]) -> set[str]:
+        """Those of the paused trials, by Tune's ids, that the workers have to wait for."""
+        return self._ready.intersection(paused)
+
     def watch(self, trials: Sequence[Trial]) -> None:
         """Look at Tune's trials, and tell the workers at once if one was paused or goes on."""
         self._trials = trials
@@ -142,6 +153,8 @@ class TrialSource(Searcher):
         for trial in trials:
             if trial.status in (Trial.PENDING, Trial.PAUSED):
                 trial.config["attempt"] = self._attempt
+                if live := self.live.get(trial.trial_id):
+                    trial.config["worker"] = live.worker  # elsewhere a seat would be left of it
         if self._seated() != self._named:
             self.publish()
 
@@ -153,7 +166,7 @@ class TrialSource(Searcher):
         """
         paused = self.paused()
         to_come = 0 if self.over() else self.num_to_come()
-        to_come += len(self._ready & paused.keys())
+        to_come += len(self.resuming(paused.keys()))
         if self._seated() != self._named:
             self._version += 1
             self._named = self._seated()
@@ -200,9 +213,7 @@ class TrialSource(Searcher):
             "attempt": self._attempt,
         }
 
-    def _unseat(self, tune_id: str) -> LiveTrial | None:
-        live = self.live.pop(tune_id, None)
+    def _unseat(self, tune_id: str) -> None:
         self._ready.discard(tune_id)
-        if live is not None:
+        if self.live.pop(tune_id, None) is not None:
             self.publish()
-        return live

@@ -46,6 +46,37 @@ def test_a_trial_whose_pause_is_over_gets_a_slot_before_a_new_one(study, make_co
     assert searcher.suggest("c") is not None
 
 
+@pytest.mark.parametrize("scheduler, to_come", [("pbt", 2), ("hyperband", 0)])
+def test_beside_a_baseline_a_pack_waits_for_a_population_of_which_everyone_is_paused(
+    study, make_config, scheduler, to_come
+):
+    config = make_config(tune={"num_trials": 4, "scheduler": {"name": scheduler}})
+    searcher, rosters, _ = make_searcher(study, config)
+    trials = [status_of(name, "RUNNING", searcher.suggest(name)) for name in "abcd"]
+    trials[2].status = "PAUSED"
+    searcher.watch(trials)
+    assert (rosters[-1].live, rosters[-1].to_come) == (("t000", "t001", "t003"), 0)
+    trials[3].status = "PAUSED"
+    searcher.watch(trials)
+    assert (rosters[-1].live, rosters[-1].to_come) == (("t000", "t001"), to_come)
+    for name in "cd":  # compared
+        searcher.on_unpause(name)
+    assert rosters[-1].to_come == 2
+    trials[2].status = "PENDING"
+    searcher.watch(trials)
+    assert (rosters[-1].live, rosters[-1].to_come) == (("t000", "t001", "t002"), 1)
+
+
+def test_a_pack_waits_for_a_population_whose_last_member_ends(study, make_config):
+    config = make_config(tune={"num_trials": 4, "scheduler": {"name": "pbt"}})
+    searcher, rosters, _ = make_searcher(study, config)
+    trials = [status_of(name, "RUNNING", searcher.suggest(name)) for name in "abcd"]
+    trials[2].status = "PAUSED"
+    searcher.watch(trials)
+    searcher.on_trial_complete("d", report(4.0, 50, "diverged"))
+    assert (rosters[-1].live, rosters[-1].to_come) == (("t000", "t001"), 1)
+
+
 def test_of_two_starts_of_a_trial_the_later_has_the_higher_attempt(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     config = searcher.suggest("a")

@@ -1,11 +1,13 @@
 """Which worker a trial is sent to."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from higgs_tune.sweep.confirm import ConfirmSource
 from higgs_tune.sweep.seats import SITS_AT
 from higgs_tune.sweep.study import record_of
-from tests.sweep_fakes import make_searcher
+from tests.sweep_fakes import make_searcher, report
 
 TWO = ["w0", "w1"]
 
@@ -58,3 +60,13 @@ def test_one_trial_is_let_in_even_while_no_worker_has_room(study, make_config):
     searcher, _, _ = make_searcher(study, make_config(), rooms=lambda: [0])
     assert searcher.suggest("a") is not None  # else Tune would ask again after minutes only
     assert searcher.suggest("b") is None
+
+
+@pytest.mark.parametrize("status", ["PENDING", "PAUSED"])
+def test_a_trial_that_starts_again_is_sent_to_where_it_sat(study, make_config, status):
+    searcher, _, _ = make_searcher(study, make_config(), workers=TWO)
+    config = searcher.suggest("a")
+    assert config["worker"] == 0
+    searcher.on_trial_result("a", {**report(5.0, 25), SITS_AT: 1})
+    searcher.watch([SimpleNamespace(trial_id="a", status=status, config=config)])
+    assert config["worker"] == 1  # else a seat would be left of it there
