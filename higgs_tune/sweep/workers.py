@@ -4,7 +4,6 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -12,6 +11,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import HiggsTuneError, NoMemoryError, SweepError
+from higgs_tune.sweep.member import Member, is_there
 from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, shortage
 from higgs_tune.sweep.places import whole_paths
 from higgs_tune.sweep.seats import Roster, num_seats
@@ -22,25 +22,9 @@ FIGURES_S = 10.0  # how often the workers are asked where their time went
 PAUSE_S = 30.0  # until a worker that cannot load its base any more tries again
 LOADING_S = 900.0  # after which a person is told that a worker still loads
 GIVE_UP_S = 600.0  # how long it may try while nobody else trains
-
-
-@dataclass
-class Member:
-    """One worker and what it was asked last."""
-
-    name: str  # for people
-    actor: Any
-    answer: "ray.ObjectRef[Any]"  # of `describe`, or of `serve` once that was accepted
-    figures: "ray.ObjectRef[dict[str, Any]]"
-    since: float  # when its process was asked for, or was found dead
-    accepted: bool = False
-    begins: "ray.ObjectRef[Any] | None" = None  # answers once its pack trains
-    trains: bool = False  # its pack has begun in this stage
-    is_waited_for: bool = False  # a person was told
-    has_served: bool = False
-    complaint: str | None = None  # why it cannot load its base now; a person was told
-    fails_since: float = 0.0
-    retry_at: float | None = None  # when it tries again to load its base
+MAX_DEATHS = (
+    3  # one after the other, of a worker that loads, before that is taken for its machine's fault
+)
 
 
 class Workers:
@@ -74,14 +58,7 @@ class Workers:
         ]
         self._asked_at = time.monotonic()
         self._members = [
-            Member(
-                f"worker-{number}",
-                actor,
-                actor.describe.remote(),
-                actor.figures.remote(),
-                self._asked_at,
-            )
-            for number, actor in enumerate(actors)
+            Member(f"worker-{number}", actor, self._asked_at) for number, actor in enumerate(actors)
         ]
         self._figures: dict[str, dict[str, Any]] = {}
         self._trained_at = 0.0  # when one was last known to
@@ -92,13 +69,13 @@ class Workers:
             member.actor.sync.remote(roster, beat=beat)
 
     def serving(self) -> list[int]:
-        """The numbers of those that train: their process is there, its base and data accepted."""
+        """The numbers of those that take trials: their process is there, its base and data accepted."""
         return [number for number, member in enumerate(self._members) if member.accepted]
 
     def begin_stage(self) -> None:
         """All start anew: with one trial a slot."""
         for member in self._members:
-            member.begins, member.trains = None, False
+            member.begin_anew()
 
     def rooms(self) -> list[int]:
         """How many trials each takes for now: none if it cannot load its base any more.
@@ -115,7 +92,7 @@ class Workers:
         self,
         accept: Callable[[str, dict[str, Any]], None],
         warned: Callable[[str, list[str]], None],
-        waits: Callable[[str], None],
+        tell: Callable[[str], None],
         begun: Callable[[str], None],
     ) -> None:
         """Take what the workers have answered by now, and never wait for it.
@@ -123,7 +100,7 @@ class Workers:
         Args:
             accept: gets a worker's name and what it has loaded, before it trains; raises to refuse it.
             warned: gets a worker's name and its new warnings.
-            waits: gets, once, which worker's process is not there, and what it needs.
+            tell: gets, once, what keeps a worker from its work: no machine, no memory, a long load.
             begun: gets, once a stage, the name of a worker whose pack trains.
 
         Raises:
@@ -136,44 +113,64 @@ class Workers:
             if member.retry_at is not None:
                 if time.monotonic() < member.retry_at:
                     continue
-                member.retry_at, member.answer = None, member.actor.describe.remote()
-                member.since = time.monotonic()
-            if not _is_there(member.answer):
-                self._check_start(member, waits)
+                member.retry_at = None
+                member.since, member.loads_long = time.monotonic(), False
+                member.ask()
+            if not is_there(member.answer):
+                self._check_start(member, tell)
                 continue
             try:
                 answer = ray.get(member.answer)
             except RayActorError as error:
                 if error.actor_init_failed:
                     raise SweepError(f"{member.name} cannot start: {error}") from None
-                if member.accepted:  # it was there, and is not any more
-                    member.since, member.is_waited_for = time.monotonic(), False
-                member.accepted, member.begins, member.trains = False, None, False
-                member.answer = member.actor.describe.remote()
-                member.figures = member.actor.figures.remote()
-                self._check_start(member, waits)
+                self._died(member, tell)
                 continue
             except RayTaskError as error:
                 if not isinstance(error.cause, HiggsTuneError):
                     raise
                 if not member.has_served:
                     raise type(error.cause)(f"{member.name} {error.cause}") from None
-                self._retry_later(member, error.cause, waits)
+                self._retry_later(member, error.cause, tell)
                 continue
             if member.accepted:
                 warned(member.name, answer)
             else:
                 accept(member.name, answer)
                 member.accepted = member.has_served = True
-                member.complaint = None
+                member.complaint, member.num_deaths = None, 0
             member.answer = member.actor.serve.remote()
         for member in self._members:
-            if member.accepted and not member.trains and _begins(member):
+            if member.accepted and not member.trains and member.begins():
                 member.trains = True
                 begun(member.name)
 
+    def _died(self, member: Member, tell: Callable[[str], None]) -> None:
+        """Its process is gone, by itself or with its machine. Ray starts another.
+
+        Raises:
+            SweepError: none comes so far that it serves, and no worker has.
+        """
+        was_loading = not member.accepted and member.lives()
+        if member.accepted or was_loading:
+            member.since, member.is_waited_for, member.loads_long = time.monotonic(), False, False
+        member.num_deaths += was_loading
+        member.accepted = False
+        member.begin_anew()
+        member.ask()
+        if member.num_deaths < MAX_DEATHS:
+            self._check_start(member, tell)
+            return
+        cause = SweepError(
+            "ends each time it loads base and data, as a rule because its machine's memory runs out "
+            "(Ray's own messages say more). Give it a machine with more, or lower tune.num_workers"
+        )
+        if not any(each.has_served for each in self._members):
+            raise SweepError(f"{member.name} {cause}.")
+        self._retry_later(member, cause, tell)
+
     def _retry_later(
-        self, member: Member, cause: HiggsTuneError, waits: Callable[[str], None]
+        self, member: Member, cause: HiggsTuneError, tell: Callable[[str], None]
     ) -> None:
         """A worker that had served cannot load its base: its new machine, GPU or disk is to blame.
 
@@ -191,23 +188,27 @@ class Workers:
         if not lacks_memory and now - since >= GIVE_UP_S:
             raise type(cause)(text)
         if member.complaint != text:
-            waits(f"{text}; it tries again every {PAUSE_S:.0f} s")
+            tell(f"{text}; it tries again every {PAUSE_S:.0f} s")
         member.complaint, member.retry_at = text, now + PAUSE_S
         if not lacks_memory:
             ray.kill(member.actor, no_restart=False)
 
-    def _check_start(self, member: Member, waits: Callable[[str], None]) -> None:
+    def _check_start(self, member: Member, tell: Callable[[str], None]) -> None:
         """Say once that a worker's process is not there, or that one which is loads for very long."""
-        waited_s = time.monotonic() - member.since
-        if member.accepted or member.is_waited_for or waited_s < PATIENCE_S:
+        now = time.monotonic()
+        waited_s = now - member.since
+        if member.accepted or waited_s < PATIENCE_S:
             return
         who = f"{member.name} (of {len(self._members)})"
-        if not _lives(member):
-            member.is_waited_for = True
-            waits(shortage(who, self._num_cpus, self._num_gpus))
-        elif waited_s >= LOADING_S:
-            member.is_waited_for = True
-            waits(f"{who} has been loading base and data for {waited_s / 60:.0f} minutes")
+        if not member.lives():
+            if not member.is_waited_for:
+                member.is_waited_for = True
+                tell(shortage(who, self._num_cpus, self._num_gpus))
+        elif member.is_waited_for:  # it has come, and begins to load
+            member.since, member.is_waited_for = now, False
+        elif waited_s >= LOADING_S and not member.loads_long:
+            member.loads_long = True
+            tell(f"{who} has been loading base and data for {waited_s / 60:.0f} minutes")
 
     def poll_figures(self) -> dict[str, dict[str, Any]] | None:
         """Now and then, where each worker's time went a while ago; asks them again."""
@@ -233,7 +234,7 @@ class Workers:
         asked = [member.figures for member in self._members]
         ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
         for member in self._members:
-            if _is_there(member.figures):
+            if is_there(member.figures):
                 with suppress(RayActorError):  # it restarts, and counts anew
                     self._figures[member.name] = ray.get(member.figures)
         return self._figures
@@ -247,31 +248,3 @@ class Workers:
         """End the processes."""
         for member in self._members:
             ray.kill(member.actor)
-
-
-def _is_there(answer: "ray.ObjectRef[Any]") -> bool:
-    return bool(ray.wait([answer], timeout=0)[0])
-
-
-def _begins(member: Member) -> bool:
-    """Whether its pack trains; asks it the first time."""
-    begins = member.begins = member.begins or member.actor.trains.remote()
-    if not _is_there(begins):
-        return False
-    try:
-        ray.get(begins)
-    except RayActorError:  # it restarts, which its next answer will tell
-        member.begins = None
-        return False
-    return True
-
-
-def _lives(member: Member) -> bool:
-    """Whether its process has answered since it was last found dead."""
-    if not _is_there(member.figures):
-        return False
-    try:
-        ray.get(member.figures)
-    except RayActorError:
-        return False
-    return True
