@@ -82,7 +82,12 @@ class SweepCallback(Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Record the end of every running trial before Tune takes its time to clean up."""
-        if not self._control.stopping or self._cancelled:
+        if self._control.stopping:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Record every running trial as cancelled, once: a resumed sweep goes on with it."""
+        if self._cancelled:
             return
         self._cancelled = True
         reason = self._control.reason

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import OutOfMemoryError
 from ray.tune import (
     CheckpointConfig,
     FailureConfig,
@@ -15,7 +16,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from higgs_tune.config import SweepConfig
-from higgs_tune.errors import ConfigError, HiggsTuneError
+from higgs_tune.errors import ConfigError, HiggsTuneError, SweepError
 from higgs_tune.files import write_json
 from higgs_tune.metrics import VAL_AUDIO_NLL
 from higgs_tune.sweep.basis import difference
@@ -181,6 +182,17 @@ class Sweep:
                 self._control.fail(fault)
             if not self._control.stopping:
                 raise
+        except RuntimeError as error:  # Tune takes only other deaths of a trial's process for one
+            if not isinstance(error.__cause__, OutOfMemoryError):
+                raise
+            self._control.fail(
+                SweepError(
+                    "a machine's memory ran out, and Ray ended a trial's process there. What was "
+                    "recorded is kept. End other programs or use a machine with more; then start "
+                    f"again with --resume. Ray says: {error.__cause__}"
+                )
+            )
+            callback.cancel()
         try:
             self._later.finish()
         except OSError as error:

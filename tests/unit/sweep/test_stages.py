@@ -1,0 +1,72 @@
+"""What ends a stage beside its trials."""
+
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import OutOfMemoryError
+
+from higgs_tune.errors import SweepError
+from higgs_tune.sweep import stages
+from higgs_tune.sweep.control import Control
+from higgs_tune.sweep.records import read_json
+from higgs_tune.sweep.stages import Sweep
+from tests.sweep_fakes import make_searcher
+
+
+class Nothing:
+    """Takes every call."""
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+@pytest.fixture
+def run(study, make_config, tmp_path, monkeypatch):
+    """Run a stage in which a trial starts, and Tune then fails with an error; gives what ended it."""
+
+    def run_until(error):
+        def fit(tuner):
+            (callback,) = tuner.callbacks
+            config = searcher.suggest("a")
+            callback.on_trial_start(0, [], SimpleNamespace(trial_id="a", config=config))
+            raise error
+
+        def create(_, *, run_config, **__):
+            tuner = SimpleNamespace(callbacks=run_config.callbacks)
+            tuner.fit = lambda: fit(tuner)
+            return tuner
+
+        monkeypatch.setattr(stages, "Tuner", create)
+        control = Control()
+        display = SimpleNamespace(board=Nothing(), event=lambda *_, **__: None)
+        config = make_config()
+        searcher, _, _ = make_searcher(study, config)
+        workers = SimpleNamespace(begin_stage=lambda: None, close=lambda: None)
+        Sweep(config, tmp_path, workers, control, display).run("search", searcher, None)
+        return control.error
+
+    return run_until
+
+
+def unexpected(cause):
+    """As Tune's actor manager raises what it does not know."""
+    try:
+        raise RuntimeError(f"Caught unexpected exception: {cause}") from cause
+    except RuntimeError as error:
+        return error
+
+
+def test_a_trials_process_that_ray_ends_for_memory_ends_the_sweep_and_loses_nothing(run, tmp_path):
+    error = run(
+        unexpected(OutOfMemoryError("Task was killed due to the node running low on memory."))
+    )
+    assert isinstance(error, SweepError)
+    assert "memory ran out" in str(error) and "--resume" in str(error)
+    assert str(error).endswith("Ray says: Task was killed due to the node running low on memory.")
+    status = read_json(tmp_path / "trials" / "t000" / "status.json")
+    assert status["status"] == "cancelled"
+
+
+def test_another_unexpected_error_is_raised(run):
+    with pytest.raises(RuntimeError, match="Caught unexpected"):
+        run(unexpected(ValueError("?")))
