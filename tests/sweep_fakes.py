@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import random
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,16 +29,19 @@ class FakeLoop:
 
     An interval takes FAKE_ROUND_S seconds, with jitter. Learning rates above 5e-2 diverge at the second
     report, batch_clips 13 cannot join, 17 fails, an audio_loss_weight near 0 breaks the audio constraint, the
-    base "broken" cannot be loaded, "warns" warns, "pid:FILE" notes the process that loads it, as do
-    "ill:FILE", which fails the second one, and "scarce:FILE", which has memory for two;
-    "odd:WHAT:FILE" is odd in "load", "data" or "base" for all but the first. A checkpoint lists the
-    steps behind it: with whose seed, the how manieth, at which rate.
+    base "broken" cannot be loaded, "killed" kills who loads it, "warns" warns, "pid:FILE" notes the
+    process that loads it, as do "ill:FILE", which fails the second one, and "scarce:FILE", which has
+    memory for two; "odd:WHAT:FILE" is odd in "load", "data" or "base" for all but the first. A
+    checkpoint lists the steps behind it: with whose seed, the how manieth, at which rate.
     """
 
     def __init__(self, config: SweepConfig, *, num_slots: int, device: str) -> None:
         if config.base.path == "broken":
             raise ModelError("base.path: no such checkpoint. Give another one.")
         assert device
+        if config.base.path == "killed":  # once the driver knows that the process is there
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
         kind, _, path = config.base.path.partition(":")
         if kind in ("pid", "ill", "scarce"):
             with open(path, "a+") as file:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import ray
 
-from higgs_tune.errors import ConfigError, NoMemoryError
+from higgs_tune.errors import ConfigError, NoMemoryError, SweepError
 from higgs_tune.sweep import slots, workers
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles, read_json
@@ -86,6 +86,13 @@ def test_trials_of_a_worker_that_finds_no_memory_any_more_go_to_the_other(tmp_pa
     assert killed and len(processes.read_text().split()) > 2
     ended = {name: trial["status"] for name, trial in trials_of(outcome.results).items()}
     assert [status and status["status"] for status in ended.values()] == ["completed"] * 4
+
+
+def test_a_worker_that_is_killed_each_time_it_loads_ends_the_sweep(tmp_path):
+    with pytest.raises(SweepError, match=r"^worker-0 ends each time it loads base and data"):
+        run(tmp_path, base={"path": "killed"}, tune={"num_trials": 3})
+    ended = [read_json(path) or {} for path in tmp_path.glob("s/trials/*/status.json")]
+    assert {status["status"] for status in ended} <= {"cancelled"}
 
 
 def test_a_resumed_sweep_refuses_data_that_was_prepared_again(tmp_path):
