@@ -3,6 +3,8 @@
     python benchmarks/gpu_step.py                                              # 8 clips of 400 tokens
     python benchmarks/gpu_step.py --adapters 1,2,4,8,16 --clips 1 --tokens 600 # packing
     python benchmarks/gpu_step.py --preset small                               # seconds on a CPU
+    python benchmarks/gpu_step.py --layers 8 --dtype float32 --split --adapters 1,2,4 --clips 1 --tokens 100
+                                   # a fifth of the model at its real width, on a CPU with 16 GiB
 
 The base has the real configuration and random weights, made on the device; nothing is downloaded. Both
 sides train all-linear LoRA on the same frozen tensors, examples and labels, from the same start, with
@@ -11,6 +13,7 @@ adapter) alternate. A side that runs out of memory is noted as out_of_memory; th
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -157,7 +160,11 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--layers", type=int, help="instead of the preset's number")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--split", action="store_true", help="each adapter on a core, as sweeps on CPUs"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--adapters", type=adapter_counts, default=[1], help="such as 1,2,4,8")
     parser.add_argument("--clips", type=int, default=8, help="of each adapter's step")
@@ -177,7 +184,9 @@ def main() -> None:
     args = arguments()
     device = resolve_device(args.device, "--device")
     started = time.perf_counter()
-    base = random_base(PRESETS[args.preset], device, getattr(torch, args.dtype))
+    config = copy.deepcopy(PRESETS[args.preset])
+    config.num_hidden_layers = args.layers or config.num_hidden_layers
+    base = random_base(config, device, getattr(torch, args.dtype))
     synchronise(device)
     result: dict[str, Any] = settings_of(args) | {
         "parameters": sum(p.numel() for p in base.model.parameters()),
@@ -190,7 +199,7 @@ def main() -> None:
     print(
         f"{result['machine']['device']}; {args.clips} × {args.tokens} tokens a step and adapter\n{COLUMNS}"
     )
-    for record in compare(base, args):
+    for record in compare(base, args, split=args.split):
         result["packs"].append(record)
         print(row(record), flush=True)
         if args.out:

@@ -105,7 +105,14 @@ def records(monkeypatch, *arguments):
     return list(gpu_step.compare(small_base(), args))
 
 
-SHORT = ("--preset=small", "--clips=2", "--tokens=60", "--repeats=2")
+SHORT = (
+    "--preset=small",
+    "--layers=2",
+    "--dtype=float32",
+    "--clips=2",
+    "--tokens=60",
+    "--repeats=2",
+)
 
 
 def test_stock_out_of_memory_keeps_our_figures(monkeypatch):
@@ -170,6 +177,9 @@ def test_the_script_runs_end_to_end_on_a_cpu(tmp_path):
     assert [pack["adapters"] for pack in result["packs"]] == [1, 2]
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert len(done.stdout.splitlines()) == 5
+    model = small_base().model  # of three layers, of which --layers leaves two
+    whole, layer = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[2]))
+    assert result["parameters"] == whole - layer
     for pack in result["packs"]:
         assert pack["losses_compared"] == measured.NUM_CHECKED
         assert pack["ours"]["host_syncs"] == 0 < pack["stock"]["host_syncs"]

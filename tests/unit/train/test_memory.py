@@ -100,11 +100,11 @@ def test_prediction_is_within_a_tenth_of_the_allocators_peak(case: str, dtype: s
     model = model.to(getattr(torch, dtype)).requires_grad_(False).eval()
     base = Base(model, None, None, "small")  # type: ignore[arg-type]
 
-    def run() -> None:
+    def run(step: StepShape = step) -> None:
         engine = Engine(base, limits)
         run_step(engine, fill_slots(engine, modes), step)
 
-    run()  # what the first call in a process makes once
+    run(StepShape(1, text_rows=4, audio_rows=8, text_targets=2))  # what a process makes once
     peak = measured_peak(run)
     assert predicted.total - predicted.base == pytest.approx(peak, rel=0.1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -114,7 +114,7 @@ def test_prediction_is_within_a_tenth_of_the_allocators_peak(case: str, dtype: s
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("rows", [1, 40])
 def test_the_line_through_few_layers_meets_the_whole_model(case: str, rows: int) -> None:
-    config = small_config(num_layers=7)
+    config = small_config(num_layers=5)
     limits = PackLimits(
         **({"num_slots": 1, "max_rank": 16, "paths": frozenset(ALL_LINEAR)} | CASES[case][0])
     )
