@@ -31,7 +31,9 @@ class Line:
 
     def _waiting(self) -> list[tuple[int, str]]:
         """From which step, and who, has no slot and may have one; the next one first."""
-        able = [s for s in self.seats.values() if not (s.ended or self.lacks_memory(s))]
+        able = [s for s in self.seats.values() if not s.ended]
+        if not self._due_to_leave():  # else there may be memory in a moment
+            able = [seat for seat in able if not self.lacks_memory(seat)]
         seats = [seat for seat in able if self.residents.get(seat.trial_id) is not seat]
         return sorted((s.since, s.trial_id) for s in seats if s.since is not None)
 

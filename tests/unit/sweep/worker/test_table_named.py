@@ -3,7 +3,7 @@
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.worker.occupancy import num_unfinished, num_wanted
 from higgs_tune.sweep.worker.table import Table
-from tests.unit.sweep.worker.test_table import CONFIG, changes, report, sit, table_of
+from tests.unit.sweep.worker.test_table import CONFIG, LACKING, changes, report, sit, table_of
 
 SIX = ("t0", "t1", "t2", "t3", "t4", "t5")
 
@@ -119,3 +119,18 @@ def test_among_several_workers_the_line_is_by_who_asked_first():
             table.seats[asks].asks = True
         table.settled()
     assert [table.seats[name].since for name in ("t4", "t3")] == [5, 7]
+
+
+def test_nobody_waits_for_a_process_whose_slot_goes_to_one_that_found_no_memory():
+    table = table_of("t0", "t1", "t2", slots=3)
+    assert table.refused(table.seats["t2"], LACKING)
+    report(table, "t0", at=25)
+    table.next_report()
+    table.gone(Roster(2, ("t1", "t2"), 2))
+    table.drop("t0")
+    table.gone(Roster(3, ("t1", "t2", "t3", "t4"), 0))
+    sit(table, "t3", version=3)
+    table.settled()
+    table.clock = 30  # two slots for three: t2, t3, and t4, whose process is to come
+    assert changes(table) == (["t0"], ["t2", "t3"])
+    assert table.can_train()
