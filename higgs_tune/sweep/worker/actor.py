@@ -194,9 +194,9 @@ class Worker:
         self._look()
 
     def _seat(self, trial_id: str) -> Seat:
-        if trial_id not in self._table.seats:
+        if trial_id not in self._table.line.seats:
             raise SlotLostError(f"{trial_id} has no slot in this worker")
-        return self._table.seats[trial_id]
+        return self._table.line.seats[trial_id]
 
     def _heard(self, trial_id: str) -> None:
         self._silence.heard(trial_id)
@@ -221,9 +221,9 @@ class Worker:
         if not lost or not self._answers:
             return
         self._silence.warn(lost)
-        for trial_id in lost & set(self._table.seats):
+        for trial_id in lost & set(self._table.line.seats):
             self._evict(trial_id, "it did not ask for its next result in time")
-        self._table.expected.give_up(lost)
+        self._table.line.expected.give_up(lost)
 
     async def _loaded(self) -> Loop:
         if self._loading is None or (self._loading.done() and self._loading.exception()):
@@ -250,7 +250,7 @@ class Worker:
                     kind = "other_s"
                     seconds, num_ended = await self._advance(loop)
                 else:
-                    if not self._table.seats:
+                    if not self._table.line.seats:
                         self._trains.clear()
                     kind = "wait_s" if num_unfinished(self._table) else "idle_s"
                     self._wake.clear()
@@ -281,8 +281,8 @@ class Worker:
         table, stop_at = self._table, self._table.next_stop()
 
         def stop() -> bool:
-            table.clock += 1
-            return self._look_up or (stop_at is not None and table.clock >= stop_at)
+            table.line.clock += 1
+            return self._look_up or (stop_at is not None and table.line.clock >= stop_at)
 
         results, snapshots, seconds = await self._thread.run(lambda: pack.advance(loop, stop))
         return seconds, len(table.reported(results, snapshots))
@@ -291,7 +291,7 @@ class Worker:
         """Tell every trial, then end the process: a pack that failed cannot be trusted."""
         self._broken = True
         logger.error("the pack failed", exc_info=error)
-        for trial_id in list(self._table.seats):
+        for trial_id in list(self._table.line.seats):
             self._table.drop(trial_id)
             self._answers.fail(trial_id, error)
         asyncio.get_running_loop().call_later(1.0, self._exit_process, 1)

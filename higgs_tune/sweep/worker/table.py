@@ -20,11 +20,11 @@ from higgs_tune.sweep.seats import Files, Lease, Report, Result, Roster, Seat, S
 from higgs_tune.sweep.worker.line import Line
 
 
-class Table(Line):
+class Table:
     """The seats of a worker. Knows no clock but the pack's, no thread and no event loop."""
 
     def __init__(self, num_slots: int, *, strict: bool, ahead: int) -> None:
-        super().__init__(num_slots)
+        self.line = Line(num_slots)
         self.roster = Roster(-1, (), 0)
         self._num_seats = num_seats(num_slots, strict=strict)
         self._num_batches = 0  # of reports
@@ -50,34 +50,34 @@ class Table(Line):
         """
         if attempt < self._attempts.get(trial_id, 0):
             return "outdated"
-        others = [s for s in self.seats.values() if s.trial_id != trial_id and not s.ended]
+        others = [s for s in self.line.seats.values() if s.trial_id != trial_id and not s.ended]
         if len(others) >= self._num_seats:
             return "full"
         self.drop(trial_id)
-        self.seats[trial_id] = Seat(trial_id, config, files, roster_version)
+        self.line.seats[trial_id] = Seat(trial_id, config, files, roster_version)
         self._attempts[trial_id] = attempt
-        self.expected.absent.discard(trial_id)
+        self.line.expected.absent.discard(trial_id)
         return "seated"
 
     def drop(self, trial_id: str) -> None:
         """Forget a trial; what it trains until it leaves the pack is thrown away."""
-        seat = self.seats.pop(trial_id, None)
-        if seat is not None and self.residents.get(trial_id) is seat:
-            self._leaving.append((seat, None))
+        seat = self.line.seats.pop(trial_id, None)
+        if seat is not None and self.line.residents.get(trial_id) is seat:
+            self.line.leaving.append((seat, None))
 
     def restore(self, trial_id: str, files: Files) -> None:
         """Let a trial start from another checkpoint."""
-        seat = self.seats[trial_id]
+        seat = self.line.seats[trial_id]
         self.drop(trial_id)
-        self.seats[trial_id] = Seat(trial_id, seat.config, files, seat.roster_version)
+        self.line.seats[trial_id] = Seat(trial_id, seat.config, files, seat.roster_version)
 
     def gone(self, roster: Roster) -> list[str]:
         """Take the driver's roster; the trials that it no longer names."""
         self.roster = roster
-        self.expected.keep(roster.live)
+        self.line.expected.keep(roster.live)
         return [
             seat.trial_id
-            for seat in self.seats.values()
+            for seat in self.line.seats.values()
             if seat.trial_id not in roster.live and seat.roster_version <= roster.version
         ]
 
@@ -89,15 +89,17 @@ class Table(Line):
         is_decided = not self._strict or self._is_decided()
         if is_decided:
             known = self._dealing.takes_effect if self._dealing else self._began
-            now = self.clock if known is None else known
+            now = self.line.clock if known is None else known
             more = (
                 self.roster.to_come > 0 and self.roster.num_sent(self._num_seats) < self._num_seats
             )
             self._began = now if self._strict and more else None
             self._dealing = None
-            self.expected.name(self._unplaced(), now)
-            self._leaving = [(seat, now if at is None else at) for seat, at in self._leaving]
-        self.expected.place(self.seats.values())
+            self.line.expected.name(self._unplaced(), now)
+            self.line.leaving = [
+                (seat, now if at is None else at) for seat, at in self.line.leaving
+            ]
+        self.line.expected.place(self.line.seats.values())
         return is_decided and self._began is None
 
     def next_report(self) -> Report | None:
@@ -108,13 +110,13 @@ class Table(Line):
         if not self.settled():
             return None
         self._hurry()
-        ready = [s.reports[0] for s in self.seats.values() if s.asks and s.reports]
+        ready = [s.reports[0] for s in self.line.seats.values() if s.asks and s.reports]
         if not ready:
             return None
         report = min(ready, key=Report.turn)
-        if report.takes_effect > self.clock and self._is_awaited():
+        if report.takes_effect > self.line.clock and self.line.is_awaited():
             return None
-        seat = self.seats[report.trial_id]
+        seat = self.line.seats[report.trial_id]
         seat.reports.popleft()
         seat.asks = False
         seat.last = report
@@ -123,38 +125,38 @@ class Table(Line):
 
     def coming(self) -> Report | None:
         """The report that goes out next, unless others come in before."""
-        ready = [seat.reports[0] for seat in self.seats.values() if seat.reports]
+        ready = [seat.reports[0] for seat in self.line.seats.values() if seat.reports]
         return min(ready, key=Report.turn, default=None)
 
     def take_changes(self) -> tuple[list[Seat], list[Seat]]:
         """Who leaves the pack at this step, and who then joins it, in that order."""
-        if not self.residents:
+        if not self.line.residents:
             self._skip_to_next_change()
         if not self._is_open():
             return [], []
-        out = self._due_to_leave()
+        out = self.line.due_to_leave()
         for seat in out:
-            self._vacate(seat)
-        self._leaving = [
-            (s, since) for s, since in self._leaving if self.residents.get(s.trial_id) is s
+            self.line.vacate(seat)
+        self.line.leaving = [
+            (s, since) for s, since in self.line.leaving if self.line.residents.get(s.trial_id) is s
         ]
-        joining = self._due_to_join()
-        self.residents.update((seat.trial_id, seat) for seat in joining)
+        joining = self.line.due_to_join()
+        self.line.residents.update((seat.trial_id, seat) for seat in joining)
         return out, joining
 
     def needs_a_look(self) -> bool:
         """Whether the pack must not go on to its next stop, because something came in between."""
-        return not self._is_open() or bool(self._due_to_leave() or self._due_to_join())
+        return not self._is_open() or bool(self.line.due_to_leave() or self.line.due_to_join())
 
     def can_train(self) -> bool:
         """Whether the pack may do a step now; the first only with every slot taken that can be."""
-        is_short = self._began is not None and len(self.residents) < self.num_slots
-        return bool(self.residents) and not is_short and self._is_open()
+        is_short = self._began is not None and len(self.line.residents) < self.line.num_slots
+        return bool(self.line.residents) and not is_short and self._is_open()
 
     def next_stop(self) -> int | None:
         """The step at which the pack has to look at the table again; None: when a trial is due."""
-        steps = [*self._changes(), *(since for _, since in self._leaving if since is not None)]
-        return min((step for step in steps if step > self.clock), default=None)
+        steps = [*self._changes(), *(since for _, since in self.line.leaving if since is not None)]
+        return min((step for step in steps if step > self.line.clock), default=None)
 
     def reported(
         self, results: Mapping[str, Result], snapshots: Mapping[str, Snapshot]
@@ -163,15 +165,15 @@ class Table(Line):
         ended = []
         self._num_batches += 1
         for trial_id, result in results.items():
-            seat = self.residents[trial_id]
-            if self.seats.get(trial_id) is seat:
+            seat = self.line.residents[trial_id]
+            if self.line.seats.get(trial_id) is seat:
                 if seat.account is not None:
                     result, seat.account = {**result, "account": seat.account}, None
                 snapshot = snapshots.get(trial_id)
                 seat.reports.append(self._report(trial_id, result, snapshot))
             if result["status"] != "running":
                 seat.ended = True
-                self._vacate(seat)
+                self.line.vacate(seat)
                 ended.append(trial_id)
         return ended
 
@@ -180,20 +182,20 @@ class Table(Line):
 
         If memory is what it lacks and others are there, it does so until one of them leaves.
         """
-        del self.residents[seat.trial_id]
-        if result["status"] == "out_of_memory" and self.residents:
-            seat.refused_after = self._num_departures
+        del self.line.residents[seat.trial_id]
+        if result["status"] == "out_of_memory" and self.line.residents:
+            seat.refused_after = self.line.num_departures
             return True
         seat.ended = True
-        self._num_departures += 1
+        self.line.num_departures += 1
         self._num_batches += 1
-        if self.seats.get(seat.trial_id) is seat:
+        if self.line.seats.get(seat.trial_id) is seat:
             seat.reports.append(self._report(seat.trial_id, result, None))
         return False
 
     def idle(self) -> set[str]:
         """Trials whose trainable does not ask for its next result."""
-        return {seat.trial_id for seat in self.seats.values() if not seat.asks}
+        return {seat.trial_id for seat in self.line.seats.values() if not seat.asks}
 
     def quiet(self) -> set[str]:
         """Trials of which a word is waited for."""
@@ -202,7 +204,7 @@ class Table(Line):
     def missing(self) -> set[str]:
         """Trials that have no seat yet; with several workers they may sit elsewhere."""
         live = set(self.roster.live) if self._strict else set()
-        return live - self.seats.keys() - self.expected.absent
+        return live - self.line.seats.keys() - self.line.expected.absent
 
     def _is_decided(self) -> bool:
         """Whether nobody else could be sent, and whoever was heard of before asks for more, or is gone.
@@ -211,14 +213,17 @@ class Table(Line):
         """
         live = self.roster.live
         full = len(live) >= self.roster.num_sent(self._num_seats) or self.roster.to_come == 0
-        heard = self.seats.keys() <= set(live) and not self.idle() - self.expected.steps().keys()
+        heard = (
+            self.line.seats.keys() <= set(live)
+            and not self.idle() - self.line.expected.steps().keys()
+        )
         return full and heard
 
     def _unplaced(self) -> list[str]:
         """Trials of which it is to be said from which step they may train."""
         if not self._strict:  # others may sit elsewhere
-            return [t for t, seat in self.seats.items() if seat.asks and seat.since is None]
-        named = {trial_id: self.seats.get(trial_id) for trial_id in self.roster.live}
+            return [t for t, seat in self.line.seats.items() if seat.asks and seat.since is None]
+        named = {trial_id: self.line.seats.get(trial_id) for trial_id in self.roster.live}
         return [trial_id for trial_id, seat in named.items() if seat is None or seat.since is None]
 
     def _is_open(self) -> bool:
@@ -226,11 +231,11 @@ class Table(Line):
         if not self._strict:
             return True
         if self._began is not None:  # nothing changes before the first report
-            is_full = len(self.residents) == self.num_slots
-            everyone = self._is_decided() and not self.expected.steps()
+            is_full = len(self.line.residents) == self.line.num_slots
+            everyone = self._is_decided() and not self.line.expected.steps()
             return (is_full or everyone) and not any(self._outstanding())
         self._hurry()  # before the pack does anything more
-        if self._is_owed() or self._is_awaited():
+        if self._is_owed() or self.line.is_awaited():
             return False
         return self._dealing is not None or self._is_decided()
 
@@ -239,12 +244,12 @@ class Table(Line):
         if self._strict:
             if self._dealing is not None:
                 yield self._dealing
-            for seat in self.seats.values():
+            for seat in self.line.seats.values():
                 yield from seat.reports
 
     def _is_owed(self) -> bool:
         """Whether something that takes effect at this step is not known yet."""
-        return any(report.takes_effect <= self.clock for report in self._outstanding())
+        return any(report.takes_effect <= self.line.clock for report in self._outstanding())
 
     def _hurry(self) -> None:
         """Let successors of trials that have just ended come at once to the slots for which nobody waits.
@@ -254,13 +259,13 @@ class Table(Line):
         """
         if self._is_owed() or not self._unweighed:
             return
-        num_lacking = max(0, self._num_free() - len(self._line()))
+        num_lacking = max(0, self.line.num_free() - len(self.line.queue()))
         for report in sorted(self._unweighed, key=Report.turn)[:num_lacking]:
-            report.takes_effect = self.clock
+            report.takes_effect = self.line.clock
         self._unweighed.clear()
 
     def _report(self, trial_id: str, result: Result, snapshot: Snapshot | None) -> Report:
-        takes_effect = self.clock + self._ahead
+        takes_effect = self.line.clock + self._ahead
         report = Report(self._num_batches, trial_id, result, snapshot, takes_effect)
         if result["status"] != "running":
             self._unweighed.append(report)
@@ -268,10 +273,10 @@ class Table(Line):
 
     def _skip_to_next_change(self) -> None:
         """Nobody trains, so the clock goes to the next step at which that can change."""
-        self.clock = max(self.clock, min(self._changes(), default=0))
+        self.line.clock = max(self.line.clock, min(self._changes(), default=0))
 
     def _changes(self) -> list[int]:
         """The steps at which a report takes effect or somebody may sit down."""
-        waiting = [since for since, _ in self._waiting()]
+        waiting = [since for since, _ in self.line.waiting()]
         reports = [report.takes_effect for report in self._outstanding()]
-        return [*reports, *waiting, *self.expected.steps().values()]
+        return [*reports, *waiting, *self.line.expected.steps().values()]

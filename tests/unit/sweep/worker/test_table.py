@@ -30,12 +30,12 @@ def table_of(*names: str, slots: int, to_come: int = 0, **options: Any) -> Table
 
 def sit(table: Table, name: str, version: int = 1) -> None:
     assert table.join(name, CONFIG, None, version, 0) == "seated"
-    table.seats[name].asks = True
+    table.line.seats[name].asks = True
 
 
 def report(table: Table, *names: str, at: int, status: str = "running") -> list[str]:
     """The pack arrives at a step and validates."""
-    table.clock = at
+    table.line.clock = at
     results = {name: {"step": at, "status": status, "of": name} for name in names}
     return table.reported(results, dict.fromkeys(names, Path.touch))
 
@@ -68,7 +68,7 @@ def test_reports_go_out_by_step_and_id_each_after_the_former_was_dealt_with():
         assert found is not None
         assert table.next_report() is None
         order.append((found.result["step"], found.trial_id))
-        table.seats[found.trial_id].asks = True
+        table.line.seats[found.trial_id].asks = True
     assert order == [(20, "t2"), (23, "t0"), (23, "t1")]
     assert table.next_report() is None
 
@@ -79,11 +79,11 @@ def test_the_pack_trains_on_until_the_decision_takes_effect_and_then_waits():
     assert table.next_stop() == 30
     assert table.can_train()
     table.next_report()
-    table.clock = 29
+    table.line.clock = 29
     assert table.can_train()
-    table.clock = 30
+    table.line.clock = 30
     assert not table.can_train()
-    table.seats["t0"].asks = True
+    table.line.seats["t0"].asks = True
     table.next_report()
     assert table.can_train()
     assert table.next_stop() is None
@@ -94,7 +94,7 @@ def test_a_stop_and_its_successor_take_effect_at_one_step_however_early_they_are
     table = table_of("t0", "t1", "t2", slots=2, to_come=1)
     report(table, "t0", at=25)
     table.next_report()
-    table.clock = known_at
+    table.line.clock = known_at
     assert table.gone(Roster(2, ("t1", "t2"), 1)) == ["t0"]
     table.drop("t0")
     table.gone(Roster(3, ("t1", "t2", "t3"), 0))
@@ -103,9 +103,9 @@ def test_a_stop_and_its_successor_take_effect_at_one_step_however_early_they_are
     if known_at < 30:
         assert changes(table) == ([], [])
         assert table.next_stop() == 30
-        table.clock = 30
+        table.line.clock = 30
     assert changes(table) == (["t0"], ["t2"])
-    assert sorted(table.residents) == ["t1", "t2"]
+    assert sorted(table.line.residents) == ["t1", "t2"]
 
 
 def test_what_a_stopped_trial_trained_on_is_thrown_away():
@@ -115,11 +115,11 @@ def test_what_a_stopped_trial_trained_on_is_thrown_away():
     assert num_busy(table) == 2
     table.gone(Roster(2, ("t1",), 0))
     table.drop("t0")
-    assert len(table.residents) == 2
+    assert len(table.line.residents) == 2
     assert num_busy(table) == 1
     assert report(table, "t0", at=28, status="completed") == ["t0"]
     assert table.next_report() is None
-    table.clock = 30
+    table.line.clock = 30
     assert changes(table) == ([], [])  # it has left by itself
 
 
@@ -135,7 +135,7 @@ def test_a_slot_freed_while_a_stop_is_decided_is_filled_at_the_same_step(order):
         else:
             report(table, "t0", at=28, status="completed")
     assert changes(table) == ([], ["t2"])
-    assert table.clock == 28
+    assert table.line.clock == 28
 
 
 def test_a_full_budget_frees_the_slot_for_the_trial_that_is_queued():
@@ -166,7 +166,7 @@ def test_one_that_sits_down_while_a_decision_is_awaited_is_not_there_before_it_t
     deal(table, "t1", ("t2", "t3"))
     assert table.can_train()
     assert changes(table) == ([], [])
-    table.clock = 30
+    table.line.clock = 30
     assert changes(table) == ([], ["t3"])
 
 
@@ -176,7 +176,7 @@ def test_a_second_slot_freed_at_one_step_is_filled_at_once_by_the_next_proposed(
     report(table, "t2", at=24)
     if first == "dealt with":
         table.next_report()
-        table.seats["t2"].asks = True
+        table.line.seats["t2"].asks = True
     report(table, "t0", "t1", at=25, status="completed")
     assert not table.can_train()  # t3 takes one slot; for the other nobody is there yet
     assert changes(table) == ([], [])
@@ -185,12 +185,12 @@ def test_a_second_slot_freed_at_one_step_is_filled_at_once_by_the_next_proposed(
         assert found is not None
         assert found.trial_id == "t2"
         assert not table.can_train()
-        table.seats["t2"].asks = True
+        table.line.seats["t2"].asks = True
     deal(table, "t0", ("t1", "t2", "t3", "t4"), 3, sits="t4")
     assert changes(table) == ([], ["t3", "t4"])
     assert table.can_train()  # what follows from t1 takes effect later
     deal(table, "t1", ("t2", "t3", "t4", "t5"), 2, sits="t5")
-    assert table.clock == 25
+    assert table.line.clock == 25
     assert table.next_stop() == 30
 
 
@@ -212,13 +212,13 @@ def test_when_nobody_trains_the_clock_goes_to_where_the_decision_takes_effect():
     report(table, "t1", at=102, status="completed")
     deal(table, "t1", ("t2",))
     assert changes(table) == ([], ["t2"])
-    assert table.clock == 105
+    assert table.line.clock == 105
 
 
 @pytest.mark.parametrize("decided", ["before", "after"])
 def test_a_join_that_fails_moves_no_successor_to_another_step(decided):
     table = table_of("t0", "t1", "t2", slots=2, to_come=1)
-    second = table.seats["t2"]
+    second = table.line.seats["t2"]
     report(table, "t0", at=25, status="completed")
     if decided == "before":
         found = table.next_report()
@@ -234,9 +234,9 @@ def test_a_join_that_fails_moves_no_successor_to_another_step(decided):
         assert table.refused(second, LACKING)
         deal(table, "t0", ("t1", "t2", "t3"), sits="t3")
     assert table.can_train()
-    table.clock = 29
+    table.line.clock = 29
     assert changes(table) == ([], [])
-    table.clock = 30
+    table.line.clock = 30
     assert changes(table) == ([], ["t3"])
 
 
@@ -246,7 +246,7 @@ def test_nobody_waits_where_there_are_several_workers():
     assert [table.next_report(), table.next_report()] != [None, None]
     assert table.can_train()
     assert table.next_stop() is None
-    table.clock = 26
+    table.line.clock = 26
     assert not table.needs_a_look()
     table.drop("t0")
     table.next_report()
@@ -264,7 +264,7 @@ def test_a_trial_that_sits_down_again_takes_its_slot_after_it_was_freed():
 @pytest.mark.parametrize("leaves", ["ends", "stopped"])
 def test_who_finds_no_memory_waits_until_somebody_leaves(leaves):
     table = table_of("t0", "t1", "t2", slots=3)
-    assert table.refused(table.seats["t2"], LACKING)
+    assert table.refused(table.line.seats["t2"], LACKING)
     assert num_wanted(table) == num_busy(table) == 2  # memory closes the third slot
     assert table.can_train()
     assert not table.needs_a_look()
@@ -279,16 +279,16 @@ def test_who_finds_no_memory_waits_until_somebody_leaves(leaves):
         table.drop("t0")
         table.gone(Roster(2, ("t1", "t2"), 0))
         assert table.next_report() is None
-        table.clock = 30
+        table.line.clock = 30
         assert changes(table) == (["t0"], ["t2"])
-    assert not table.seats["t2"].reports
+    assert not table.line.seats["t2"].reports
 
 
 def test_who_finds_no_memory_keeps_no_smaller_one_from_the_slot():
     table = table_of("t0", "t1", "t2", slots=2)
-    assert table.refused(table.seats["t1"], LACKING)
+    assert table.refused(table.line.seats["t1"], LACKING)
     assert changes(table) == ([], ["t2"])
-    assert not table.refused(table.seats["t2"], LACKING | {"status": "failed"})
+    assert not table.refused(table.line.seats["t2"], LACKING | {"status": "failed"})
     deal(table, "t2", ("t0", "t1"))
     assert changes(table) == ([], ["t1"])  # what t2 had is free
 
@@ -296,7 +296,7 @@ def test_who_finds_no_memory_keeps_no_smaller_one_from_the_slot():
 @pytest.mark.parametrize("status", ["failed", "out_of_memory"])
 def test_who_finds_no_memory_with_nobody_else_there_ends(status):
     table = table_of("t0", "t1", slots=2)
-    first, second = table.seats["t0"], table.seats["t1"]
+    first, second = table.line.seats["t0"], table.line.seats["t1"]
     assert table.refused(first, LACKING)  # `second` joins with it
     assert not table.refused(second, LACKING | {"status": status})
     assert second.ended
@@ -317,15 +317,15 @@ def test_a_stopped_trial_that_ends_by_itself_is_forgotten():
     table.settled()
     assert changes(table) == ([], [])
     assert table.next_stop() is None
-    assert table._leaving == []  # else its checkpoint would stay in memory
+    assert table.line.leaving == []  # else its checkpoint would stay in memory
 
 
 def test_a_trial_that_is_stopped_while_it_finds_no_memory_is_forgotten():
     table = table_of("t0", "t1", slots=2)
-    seat = table.residents["t1"]
+    seat = table.line.residents["t1"]
     table.drop("t1")
     table.refused(seat, LACKING)
     table.gone(Roster(2, ("t0",), 0))
     table.settled()
     assert changes(table) == ([], [])
-    assert table._leaving == []
+    assert table.line.leaving == []

@@ -40,7 +40,7 @@ def test_the_next_report_goes_out_when_the_successor_of_the_former_is_named():
     assert not table.can_train()
     sit(table, "t6", version=5)
     table.settled()
-    assert [table.seats[name].since for name in ("t6", "t7")] == [25, 25]
+    assert [table.line.seats[name].since for name in ("t6", "t7")] == [25, 25]
     assert changes(table) == ([], ["t4", "t5", "t6", "t7"])
     assert table.can_train()
 
@@ -57,16 +57,16 @@ def test_a_successor_sits_down_at_the_step_of_the_report_that_it_follows_however
     found = table.next_report()
     assert found is not None and found.trial_id == "t1"
     assert table.next_stop() == 30
-    table.clock = 30
+    table.line.clock = 30
     assert changes(table) == (["t0"], ["t2"])  # who waited; t3 is not needed yet
     assert table.can_train()
-    table.seats["t1"].asks = True
+    table.line.seats["t1"].asks = True
     table.settled()
-    table.clock = 31
+    table.line.clock = 31
     assert table.can_train()
     sit(table, "t3", version=4)
     table.settled()
-    assert table.seats["t3"].since == 30
+    assert table.line.seats["t3"].since == 30
 
 
 def test_while_the_pack_stands_still_for_a_process_the_driver_gets_nothing_less_urgent():
@@ -86,7 +86,7 @@ def test_who_is_waited_for_too_long_or_taken_back_holds_nobody_up():
     follow(table, "t0", "t6")
     follow(table, "t1", "t7")
     table.settled()
-    table.expected.give_up(["t6"])
+    table.line.expected.give_up(["t6"])
     assert changes(table) == ([], [])
     table.gone(Roster(6, ("t2", "t3", "t4", "t5", "t6"), 0))  # t7 was cancelled
     table.settled()
@@ -112,18 +112,18 @@ def test_among_several_workers_the_line_is_by_who_asked_first():
     for name in ("t1", "t2"):
         table.drop(name)
     for clock, joins, asks in ((3, "t3", ""), (5, "t4", "t4"), (7, "", "t3")):
-        table.clock = clock
+        table.line.clock = clock
         if joins:
             assert table.join(joins, CONFIG, None, 2, 1) == "seated"
         if asks:
-            table.seats[asks].asks = True
+            table.line.seats[asks].asks = True
         table.settled()
-    assert [table.seats[name].since for name in ("t4", "t3")] == [5, 7]
+    assert [table.line.seats[name].since for name in ("t4", "t3")] == [5, 7]
 
 
 def test_nobody_waits_for_a_process_whose_slot_goes_to_one_that_found_no_memory():
     table = table_of("t0", "t1", "t2", slots=3)
-    assert table.refused(table.seats["t2"], LACKING)
+    assert table.refused(table.line.seats["t2"], LACKING)
     report(table, "t0", at=25)
     table.next_report()
     table.gone(Roster(2, ("t1", "t2"), 2))
@@ -131,6 +131,6 @@ def test_nobody_waits_for_a_process_whose_slot_goes_to_one_that_found_no_memory(
     table.gone(Roster(3, ("t1", "t2", "t3", "t4"), 0))
     sit(table, "t3", version=3)
     table.settled()
-    table.clock = 30  # two slots for three: t2, t3, and t4, whose process is to come
+    table.line.clock = 30  # two slots for three: t2, t3, and t4, whose process is to come
     assert changes(table) == (["t0"], ["t2", "t3"])
     assert table.can_train()

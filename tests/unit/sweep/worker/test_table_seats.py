@@ -19,9 +19,9 @@ def test_who_has_waited_longest_gets_the_slot_whatever_the_ids():
     table.next_report()
     table.gone(Roster(2, (*names, "t4"), 0))
     sit(table, "t4", version=2)
-    table.seats["t0"].asks = True
+    table.line.seats["t0"].asks = True
     assert table.settled()
-    table.clock = 30
+    table.line.clock = 30
     assert changes(table) == ([], [])
     report(table, "t1", at=100, status="completed")
     assert changes(table) == ([], ["t9"])
@@ -29,6 +29,6 @@ def test_who_has_waited_longest_gets_the_slot_whatever_the_ids():
 
 def test_a_trial_to_come_wants_no_slot_that_memory_closes():
     table = table_of("t0", "t1", "t2", slots=3)
-    assert table.refused(table.seats["t2"], LACKING)
+    assert table.refused(table.line.seats["t2"], LACKING)
     table.gone(Roster(2, ("t0", "t1", "t2"), 1))
     assert num_wanted(table) == num_busy(table) == 2

@@ -19,15 +19,15 @@ def first_two(room: int | None = 2) -> Table:
 
 def test_the_pack_begins_with_its_slots_full_and_trains_while_those_who_wait_come():
     table = first_two()
-    table.clock = 3
+    table.line.clock = 3
     assert table.can_train()
     table.gone(Roster(2, ("t0", "t1", "t2"), 1, 3))
     assert not table.needs_a_look()
-    table.clock = 7
+    table.line.clock = 7
     sit(table, "t2", version=2)
     assert table.next_report() is None
     assert table.can_train()
-    assert table.seats["t2"].since == 0  # whenever its process was there
+    assert table.line.seats["t2"].since == 0  # whenever its process was there
     assert not table.needs_a_look()
 
 
@@ -44,7 +44,7 @@ def test_no_report_goes_out_before_those_who_wait_are_named():
     assert table.next_stop() == 30
     sit(table, "t2", version=2)
     assert table.next_report() is None
-    assert table.seats["t2"].since == 0
+    assert table.line.seats["t2"].since == 0
 
 
 def test_a_slot_that_is_free_before_those_who_wait_have_come_waits_for_them():
@@ -73,7 +73,7 @@ def test_a_slot_without_memory_for_its_first_trial_is_filled_before_the_first_st
     sit(table, "t2", version=2)
     table.next_report()
     assert changes(table) == ([], ["t2"])
-    assert table.clock == 0
+    assert table.line.clock == 0
     assert table.can_train()
 
 

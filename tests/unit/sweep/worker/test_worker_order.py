@@ -181,10 +181,10 @@ def test_a_pack_trains_a_share_of_an_interval_ahead_of_a_decision_and_no_less_th
         await worker.sync(Roster(1, ("t1",), 0))
         await worker.join("t1", trial(report_every_steps=4), None, 1, 1)
         assert (await worker.next_result("t1"))["step"] == 4
-        while worker._table.clock < steps:
+        while worker._table.line.clock < steps:
             await asyncio.sleep(0.002)
         await asyncio.sleep(0.1)  # the decision stays out
-        assert worker._table.clock == steps
+        assert worker._table.line.clock == steps
 
     run(scenario())
 
