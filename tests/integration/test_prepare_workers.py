@@ -5,8 +5,6 @@ import re
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from higgs_tune.data.options import PrepareOptions
 from higgs_tune.errors import ModelError
 from tests.codecs import save_tiny_higgs_codec
 from tests.integration.conftest import Start
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 RATE_HZ = 24_000
@@ -147,13 +146,6 @@ def start(manifest: Path, codec_folder: Path, tmp_path: Path, start_process: Sta
     return lambda: start_process(sys.executable, "-m", "higgs_tune.cli", *words)
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.005)
-
-
 def is_alive(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE
@@ -170,6 +162,7 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on(
         process = start()
         record = shards / f"part-{number:05d}.json"
         wait_until(lambda p=process, r=record: r.exists() or p.poll() is not None)
+        assert process.poll() is None, process.communicate()[0]
         process.send_signal(signal.SIGSTOP)  # it would end while its actors are looked up
         workers = actors(process.pid)
         assert len(workers) == 2

@@ -13,6 +13,7 @@ from higgs_tune.sweep import slots, workers
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles, read_json
 from tests.integration.test_sweep import run, trials_of
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 2, "cpus_per_worker": 1}
@@ -76,6 +77,8 @@ def test_trials_of_a_worker_that_finds_no_memory_any_more_go_to_the_other(tmp_pa
     def kill_a_worker(self, trial_id, result):
         record(self, trial_id, result)
         heard.add(trial_id)
+        if killed:  # the sweep must not end before that worker has tried to come back
+            wait_until(lambda: len(processes.read_text().split()) > 2)
         if not killed and {"t000", "t001"} <= heard:
             killed.append(int(processes.read_text().split()[0]))
             os.kill(killed[0], signal.SIGKILL)
