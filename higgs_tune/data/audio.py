@@ -1,12 +1,14 @@
 """Recordings as mono waves, or the reason why one cannot be used."""
 
 import math
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
+from higgs_tune.data.mp3 import mp3_seconds
 from higgs_tune.errors import DataError
 
 _SHOWN_CHARS = 120
@@ -18,6 +20,10 @@ _MAX_KERNEL = 50_000_000
 _CUT_CHUNK = re.compile(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
 _STREAM_BYTES = 0x7FFF0000  # sizes from here on are written before a recording's length is known
 _MAX_MISSING_S = 0.1  # less is no word; some encoders count a frame too many
+_MAX_MP3_MISSING_S = 0.3  # the decoder's delay and the encoder's padding are frames, too
+_UNOPENED = "audio cannot be opened"
+_ABSENT = "does not exist"
+_USE_OTHER = "convert it to WAV or FLAC, for example with ffmpeg"
 
 
 def locate(root: Path, name: str) -> Path:
@@ -37,12 +43,25 @@ def locate(root: Path, name: str) -> Path:
                 f"audio {shown} is outside the data root {root}: move it inside or set --data-root"
             )
         if not path.is_file():
-            state = "is not a file" if path.exists() else "does not exist"
+            state = "is not a file" if path.exists() else _ABSENT
             raise DataError(f"audio {shown} {state} (looked in {root})")
     except (OSError, ValueError, RuntimeError) as error:
         detail = getattr(error, "strerror", None) or error
         raise DataError(f"audio {shown!r} is not a usable path ({detail})") from None
     return path
+
+
+def is_passing(reason: str) -> bool:
+    """Whether a rejection is the file system's: another time, or on another machine, it may not hold."""
+    return _UNOPENED in reason or _ABSENT in reason
+
+
+def can_be_opened(root: Path, name: str) -> bool:
+    """Whether a manifest's file is there and may be read, here and now."""
+    try:
+        return os.access(locate(root, name), os.R_OK)
+    except DataError:
+        return False
 
 
 def read_clip(
@@ -53,19 +72,31 @@ def read_clip(
     Channels are averaged. The length is checked before samples are read.
 
     Raises:
-        DataError: not audio, cut off, too short or long, silent, not finite, or at a rate that
-            cannot be resampled to `target_rate_hz`.
+        DataError: cannot be opened, not audio, cut off, an MP3 whose header states less than it holds,
+            too short or long, silent, not finite, or at a rate that cannot be resampled to
+            `target_rate_hz`.
     """
+    try:
+        path.open("rb").close()  # libsndfile does not say why it cannot
+    except OSError as error:
+        raise DataError(f"{_UNOPENED}: {error.strerror}") from None
     try:
         with soundfile.SoundFile(path) as file:
             rate_hz = file.samplerate
             stated_s = _stated_frames(file) / rate_hz
             _check_length(file.frames / rate_hz, min_seconds, max_seconds)
             wave = file.read(dtype="float32", always_2d=True).mean(axis=1)
+            is_mp3 = file.format == "MP3"
     except (soundfile.LibsndfileError, OSError) as error:
         detail = str(error).split(": ", 1)[-1] if path.stat().st_size else "the file is empty"
-        raise DataError(f"audio cannot be read: {detail}") from None
+        advice = f": {_USE_OTHER}" if "not recognised" in detail else ""
+        raise DataError(f"audio cannot be read: {detail.rstrip('.')}{advice}") from None
     found_s = len(wave) / rate_hz
+    if is_mp3 and (held_s := mp3_seconds(path.read_bytes())) - found_s > _MAX_MP3_MISSING_S:
+        raise DataError(
+            f"audio is read in part: {found_s:.2f} s of about {held_s:.2f} s, because the MP3's header "
+            f"states less than it holds: {_USE_OTHER}"
+        )
     if stated_s - found_s > _MAX_MISSING_S:
         raise DataError(
             f"audio is cut off: {found_s:.2f} s of the {stated_s:.2f} s its header states"

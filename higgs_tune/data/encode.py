@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.data.audio import locate
+from higgs_tune.data.audio import can_be_opened, is_passing, locate
 from higgs_tune.data.clips import ClipRules, Codes, Names, Outcome, code_here
 from higgs_tune.data.codec import Codec, load_codec, weights_digest
 from higgs_tune.data.files import write_json, write_json_lines
@@ -154,6 +154,8 @@ def _encode_shards(
         # Before the audio is read: a file that changes meanwhile makes the record stale.
         fingerprint = _fingerprint(part, root)
         record = _read_record(out, index, fingerprint)
+        if record is not None and _is_mended(record, part, root):
+            record = None
         if record is None:
             to_do[index] = fingerprint
             num_to_do += len(part)
@@ -215,6 +217,16 @@ def _read_record(out: Path, index: int, fingerprint: str) -> list[dict[str, Any]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}). Delete it and run again.") from None
     return record["rejected"] if record["fingerprint"] == fingerprint else None
+
+
+def _is_mended(rejected: Sequence[dict[str, Any]], part: Sequence[ManifestRow], root: Path) -> bool:
+    """Whether recordings that could not be opened then, or on another machine, can be now."""
+    rows = {row.number: row for row in part}
+    return any(
+        all(can_be_opened(root, name) for name in rows[rejection["row"]].audio)
+        for rejection in rejected
+        if is_passing(rejection["reason"])
+    )
 
 
 def _fingerprint(part: Sequence[ManifestRow], root: Path) -> str:

@@ -7,12 +7,14 @@ reason; a file that cannot be read as what its name says is an error. Audio itse
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
 from higgs_tune.data.files import scratch_database
 from higgs_tune.data.manifest_files import read_fields
 from higgs_tune.data.messages import chat_row, clip_from_chat
+from higgs_tune.data.plain_text import visible
 from higgs_tune.data.row_table import RowTable, Stage
 from higgs_tune.data.rows import (
     ID,
@@ -29,6 +31,7 @@ from higgs_tune.data.rows import (
     Rejection,
     audio_path,
     field,
+    refuse_segment,
     text_field,
     text_problem,
 )
@@ -78,27 +81,34 @@ def open_manifest(
                 f"{path}: found no rows. A manifest has at least one recording with text."
             )
         table.complete()
-        table.reject(_problems(table, max_text_chars), Stage.MANIFEST)
+        table.reject(_problems(table, data_root, max_text_chars), Stage.MANIFEST)
         table.drop_rejected()
         yield table
 
 
-def _problems(table: RowTable, max_text_chars: int) -> Iterator[Rejection]:
+def _problems(table: RowTable, data_root: Path, max_text_chars: int) -> Iterator[Rejection]:
     """Rows that are well-formed and yet cannot be used."""
     for row, owner in table.rows_and_owners():
         if row.number != owner:
             problem = f"id {row.id!r} is already that of row {owner}; ids are unique"
         else:
-            problem = _problem(row, max_text_chars)
+            problem = _problem(row, data_root, max_text_chars)
         if problem:
             yield Rejection(row.number, row.id, row.audio[0], problem)
 
 
-def _problem(row: ManifestRow, max_text_chars: int) -> str | None:
+def _problem(row: ManifestRow, data_root: Path, max_text_chars: int) -> str | None:
     if row.kind == "clip" and len(row.audio) == 2 and row.ref_text is None:
         return (
             "has a reference recording without its text: add ref_transcript, or a row of its own "
             "for that recording"
+        )
+    if row.kind == "clip" and len({normpath(data_root / name) for name in row.audio}) < len(
+        row.audio
+    ):
+        return (
+            "has itself as its reference recording, which teaches to copy: name another recording of "
+            "this speaker, or none, and one is drawn"
         )
     texts = row.texts()
     return next(filter(None, (text_problem(text, max_text_chars) for text in texts)), None)
@@ -112,11 +122,12 @@ def _row(number: int, fields: Any, data_root: Path) -> ManifestRow:
         "number": number,
         "id": field(fields, ID) or f"row{number:06d}",
         "split": _split(field(fields, SPLIT)),
-        "speaker": " ".join((text_field(fields, SPEAKER) or "").split()),
+        "speaker": " ".join(visible(text_field(fields, SPEAKER) or "").split()),
         "language": field(fields, LANGUAGE),
     }
     if fields.get("messages") is not None:
         return chat_row(fields, identity)
+    refuse_segment(fields)
     path = audio_path(fields, PATH)
     if path is None:
         raise DataError(f"has no audio: needed one of the fields {', '.join(PATH)}, or messages")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from higgs_tune.data.rows import ManifestRow, audio_path, field, text_field
+from higgs_tune.data.rows import ManifestRow, audio_path, field, refuse_segment, text_field
 from higgs_tune.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -60,11 +60,13 @@ def chat_row(fields: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest
 
 
 def _start_index(value: Any, turns: list[dict[str, Any]]) -> int:
-    if value is None:
+    if value is None or value != value:  # NaN, pandas' missing number
         answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers:
             raise DataError("messages have no assistant message: nothing to learn")
         return answers[-1]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas writes a column of them so where one is missing
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(turns):
         raise DataError(f"start_index is {value!r}, needed a number from 0 to {len(turns) - 1}")
     return value
@@ -88,6 +90,7 @@ def _parts(
                 raise DataError(f"message {number} has a text part without text")
             parts += _text_parts(text, number, audio, queue)
         elif part.get("type") in ("audio", "audio_url"):
+            refuse_segment(part)
             path = audio_path(part, _AUDIO_KEYS)
             if path is None:
                 inside = any(part.get(key) for key in _RAW_KEYS)

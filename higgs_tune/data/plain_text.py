@@ -8,12 +8,20 @@ from functools import cache
 _ARABIC_MARKS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640]")
 
 
+def visible(text: str) -> str:
+    """Text without characters that only steer its layout: direction and joining marks, soft hyphens."""
+    return "".join(character for character in text if unicodedata.category(character) != "Cf")
+
+
 def plain_text(text: str) -> str:
-    """Text as it sounds: no case, punctuation, Arabic short vowels or doubled spaces."""
+    """Text as it sounds: no case, punctuation, Arabic short vowels, invisible marks or doubled spaces."""
     text = _ARABIC_MARKS.sub("", unicodedata.normalize("NFKC", text).casefold())
     return " ".join("".join(map(_kept, text)).split())
 
 
 @cache  # asked of every letter of a dataset
 def _kept(character: str) -> str:
-    return " " if unicodedata.category(character)[0] in "PZC" else character
+    category = unicodedata.category(character)
+    if category == "Cf":
+        return ""
+    return " " if category[0] in "PZC" else character

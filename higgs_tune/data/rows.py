@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from urllib.parse import unquote
 
+from higgs_tune.data.plain_text import visible
 from higgs_tune.data.tokens import CONTROL_TOKENS
 from higgs_tune.errors import DataError
 
@@ -30,6 +31,7 @@ LANGUAGE = ("language", "lang", "locale")
 SPLIT = ("split",)
 REF_AUDIO = ("ref_audio_file", "ref_audio", "ref_path", "ref_audio_path")
 REF_TEXT = ("ref_text", "ref_transcript")
+SEGMENT = ("offset", "start", "start_time")
 REF_TEXT_FILE = ("ref_transcript_file", "ref_text_file")
 
 
@@ -136,9 +138,20 @@ def audio_path(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     return None
 
 
+def refuse_segment(fields: Mapping[str, Any]) -> None:
+    """DataError if the fields name only a part of a recording, as NeMo's manifests can."""
+    for name in SEGMENT:
+        value = fields.get(name)
+        if value is not None and value == value and value not in (0, "", "0"):
+            raise DataError(
+                f"{name} is {value!r}: parts of a recording are not read, and the whole of it says "
+                f"more than the text. Cut the recording into files, and leave {name} out"
+            )
+
+
 def text_problem(text: str, max_chars: int) -> str | None:
     """Why a text cannot be used, or None."""
-    if not text.strip():
+    if not visible(text).strip():
         return "text is empty"
     if len(text) > max_chars:
         return f"text has {len(text)} characters, limit is {max_chars} (max_text_chars)"

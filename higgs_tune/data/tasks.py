@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Literal
 
+import numpy as np
+
 from higgs_tune.config import DataSettings
 from higgs_tune.data.conversation import AudioPart, Conversation, Role, TextPart, Turn
 from higgs_tune.data.shards import Row
@@ -33,7 +35,8 @@ def speak(row: Row) -> Conversation:
 def clone(row: Row, reference: Row | None) -> Conversation:
     """Reference text and audio, then the target's text and audio.
 
-    The reference is the row's own where it has one, else the clip `reference`.
+    The reference is the row's own where it has one, else the clip `reference`. If that is the target's very
+    recording, listed twice, the row is spoken without it: its codes would stand in the prompt.
     """
     if row.ref_text is not None:
         key, ref_text, ref_codes_TC = f"{row.id}:clone", row.ref_text, row.codes[1]
@@ -41,6 +44,8 @@ def clone(row: Row, reference: Row | None) -> Conversation:
         assert reference is not None, row.id
         key, ref_text = f"{row.id}:clone:ref={reference.id}", reference.text
         ref_codes_TC = reference.codes[0]
+    if np.array_equal(ref_codes_TC, row.codes[0]):
+        return speak(row)
     turns = (
         Turn("user", (TextPart(ref_text),)),
         Turn("assistant", (AudioPart(ref_codes_TC),)),

@@ -44,7 +44,8 @@ def choose_clips(
     """Some of the validation clips of the losses, spread over texts and speakers.
 
     The reference is the clip's own where it has one, else another validation clip of its speaker
-    with another text; a clip with neither, or with `options.task` speak, is spoken without.
+    with another text; a clip with neither, with an own one that is too long, or with `options.task`
+    speak, is spoken without.
 
     Args:
         max_rows: positions of the base; the reference, the text and as much speech as was recorded
@@ -72,22 +73,27 @@ def choose_clips(
     candidates = usable[dataset.index["is_clip"][usable]]
     num_rows = dataset.sizes(text_length)["rows"].astype(np.int64)
     references = References(texts, speakers, candidates, num_rows, max_rows=max_rows / 2)
+    own_fits = num_rows + dataset.sizes(text_length)["reference_rows"] <= max_rows / 2
     picks = np.random.default_rng(seed).random(len(chosen))
     return [
-        Clip(dataset.row(index), _reference(dataset, index, references, pick))
+        Clip(
+            dataset.row(index), _reference(dataset, index, references, pick, bool(own_fits[index]))
+        )
         for index, pick in zip(chosen, picks, strict=True)
     ]
 
 
-def _reference(dataset: Dataset, index: int, references: References, pick: float) -> Row | None:
-    row = dataset.row(index)
+def _reference(
+    dataset: Dataset, index: int, references: References, pick: float, own_fits: bool
+) -> Row | None:
+    """The clip's own reference or a drawn one; none that is the recording itself, listed twice."""
+    row, found = dataset.row(index), None
     if row.ref_text is not None:
-        return own_reference(row)
-    return (
-        dataset.row(references.draw(index, pick))
-        if references.exist(np.array([index]))[0]
-        else None
-    )
+        found = own_reference(row) if own_fits else None
+    elif references.exist(np.array([index]))[0]:
+        found = dataset.row(references.draw(index, pick))
+    is_itself = found is not None and np.array_equal(found.codes[0], row.codes[0])
+    return None if is_itself else found
 
 
 def own_reference(row: Row) -> Row:

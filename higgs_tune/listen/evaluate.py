@@ -24,14 +24,13 @@ from higgs_tune.listen.generate import (
 from higgs_tune.listen.measures import character_error_rate, mel_distance
 from higgs_tune.listen.options import SpeechOptions
 from higgs_tune.listen.picture import draw_spectrogram
-from higgs_tune.listen.systems import System
+from higgs_tune.listen.systems import RECORDING, REFERENCE, System
 from higgs_tune.listen.takes import frame_limit, seconds_of, wave_of, write_wav
 from higgs_tune.listen.voices import Recogniser, VoiceJudge
 from higgs_tune.model.load import Base
 from higgs_tune.model.writing import Written, prompt_before_text, write_text
 from higgs_tune.train.checkpoint import adapted
 
-RECORDING, REFERENCE = "recording", "reference"
 AUDIO_FOLDER = "audio"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from higgs_tune import metrics as m
-from higgs_tune.listen.evaluate import RECORDING, REFERENCE
+from higgs_tune.listen.systems import RECORDING, REFERENCE
 from higgs_tune.report.listening import speech_table
 from higgs_tune.report.template import escape, fill
 

@@ -13,11 +13,11 @@ from higgs_tune.data.dataset import Dataset
 from higgs_tune.errors import ConfigError
 from higgs_tune.files import write_json, write_json_lines, write_text, writing
 from higgs_tune.listen.clips import choose_clips
-from higgs_tune.listen.evaluate import RECORDING, Bench, Judges, means, recording_rows, system_rows
+from higgs_tune.listen.evaluate import Bench, Judges, means, recording_rows, system_rows
 from higgs_tune.listen.losses import validation_losses
 from higgs_tune.listen.options import AGAIN, EvaluateOptions, SpeechOptions
 from higgs_tune.listen.page import render_page
-from higgs_tune.listen.systems import check_codec, check_data_codec, name_systems
+from higgs_tune.listen.systems import RECORDING, check_codec, check_data_codec, name_systems
 from higgs_tune.listen.voices import Recogniser, VoiceJudge
 from higgs_tune.model.load import Base, load_base
 from higgs_tune.report.listening import DATA, PAGE

@@ -13,6 +13,7 @@ from higgs_tune.model.load import Base
 from higgs_tune.report.listening import WEIGHTS
 
 BASE = "base"
+RECORDING, REFERENCE = "recording", "reference"  # beside the systems in an evaluation's folder
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def name_systems(adapters: Sequence[Path]) -> list[System]:
         folder = adapter.resolve()
         name = folder.parent.name if folder.name == "adapter" else folder.name
         name = re.sub(r"[^\w.-]+", "-", name) or "adapter"
-        taken = {system.name for system in systems}
+        taken = {RECORDING, REFERENCE, *(system.name for system in systems)}
         number = next(n for n in range(1, len(taken) + 2) if numbered(name, n) not in taken)
         systems.append(System(numbered(name, number), adapter))
     return systems

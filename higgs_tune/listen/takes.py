@@ -49,7 +49,7 @@ def take_prompt(
     codes, ref_text = (unspoken_TC,), None
     if reference is not None:
         codes = (unspoken_TC, _reference_codes(reference.path, codec))
-        ref_text = normalize("NFC", reference.text)
+        ref_text = normalize("NFC", reference.text.strip())
     spoken = normalize("NFC", text.strip())
     row = Row("--text", "validation", "clip", "", spoken, codes, ref_text=ref_text)
     talk = tasks.speak(row) if reference is None else tasks.clone(row, None)

@@ -121,6 +121,11 @@ def _reason(row: dict[str, Any], owner: int) -> str | None:
             "has a reference recording without its text: add ref_transcript, or a row of its own "
             "for that recording"
         )
+    if len(row["audio"]) == 2 and row["audio"][0] == row["audio"][1]:
+        return (
+            "has itself as its reference recording, which teaches to copy: name another recording of "
+            "this speaker, or none, and one is drawn"
+        )
     for text in [row["text"], row["ref_text"]]:
         if text == "":
             return "text is empty"

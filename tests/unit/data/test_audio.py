@@ -7,6 +7,7 @@ import pytest
 import soundfile
 
 from higgs_tune.data.audio import locate, read_clip
+from higgs_tune.data.mp3 import mp3_seconds
 from higgs_tune.errors import DataError
 
 
@@ -61,7 +62,7 @@ def test_waves_that_cannot_be_used(tmp_path: Path, wave: np.ndarray, message: st
     "content, message",
     [
         (b"", "cannot be read: the file is empty"),
-        (b"this is no audio at all" * 9, "cannot be read: Format not recognised"),
+        (b"this is no audio at all" * 9, "Format not recognised: convert it to WAV or FLAC"),
         (b"RIFF\x24\x00\x00\x00WAVEfmt ", "cannot be read"),
     ],
 )
@@ -69,6 +70,43 @@ def test_files_that_are_no_audio(tmp_path: Path, content: bytes, message: str):
     (tmp_path / "a.wav").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 11025, 16000, 24000, 44100, 48000])
+@pytest.mark.parametrize("mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
+def test_a_whole_mp3_is_read(tmp_path: Path, rate_hz: int, mode: str):
+    path, wave = tmp_path / "a.mp3", tone(2, rate_hz)
+    soundfile.write(path, wave, rate_hz, bitrate_mode=mode, compression_level=0.5)
+    found, _ = read(path)
+    assert len(found) == len(wave)
+    assert mp3_seconds(path.read_bytes()) == pytest.approx(2, abs=0.25)
+
+
+def test_an_mp3_whose_header_states_no_length_is_not_read_in_part(tmp_path: Path):
+    path = tmp_path / "a.mp3"
+    wave = np.concatenate([np.full(96000, 1e-4), np.random.default_rng(0).normal(0, 0.1, 96000)])
+    soundfile.write(path, wave, 24000, bitrate_mode="VARIABLE", compression_level=0.5)
+    content = path.read_bytes()
+    path.write_bytes(content[content.index(b"\xff\xf3", content.index(b"Xing")) :])
+    with pytest.raises(DataError, match=r"read in part: 2\.\d+ s of about 8\.\d+ s.*WAV or FLAC"):
+        read(path)
+
+
+def test_an_mp3_of_two_files_is_not_read_in_part(tmp_path: Path):
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, tone(3), 24000)
+    tag = b"ID3\x04\x00\x00\x00\x00\x02\x00" + bytes(256)
+    path.write_bytes(tag + path.read_bytes() + tag + path.read_bytes())
+    with pytest.raises(DataError, match=r"read in part: 3\.\d+ s of about 6\.\d+ s"):
+        read(path)
+
+
+def test_bytes_that_look_like_a_frame_are_none_unless_another_follows():
+    header = bytes.fromhex("fff344c0")  # MPEG 2, layer III, 32 kbit/s, 24 kHz
+    frame = header + bytes(96 - 4)
+    assert mp3_seconds(3 * frame) == pytest.approx(3 * 0.024)
+    assert mp3_seconds(header + bytes(500)) == 0
+    assert mp3_seconds(b"RIFF" + bytes(500)) == 0
 
 
 @pytest.mark.parametrize("ending", ["wav", "aiff", "mp3"])

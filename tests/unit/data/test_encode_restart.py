@@ -50,6 +50,36 @@ def test_a_recording_that_was_mended_is_encoded_on_the_next_run(tmp_path: Path, 
     assert rejected(tmp_path / "out") == {}
 
 
+def test_a_recording_that_could_not_be_opened_for_a_while_is_read_on_the_next_run(
+    tmp_path: Path, run, monkeypatch
+):
+    rows, real = make_root(tmp_path / "root", 8), Path.open
+
+    def forbidden(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == "5.wav":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", forbidden)
+        with pytest.raises(DataError, match=r"1 of 8 rows .*cannot be opened: Permission denied"):
+            run(rows, max_rejected=0)
+    seen = spy(monkeypatch)
+    assert run(rows, max_rejected=0).num_rows == 8
+    assert len(seen) == 4, "the other shard is not touched"
+
+
+def test_a_broken_recording_does_not_have_its_shard_coded_again(tmp_path: Path, run, monkeypatch):
+    rows = make_root(tmp_path / "root", 8)
+    (tmp_path / "root" / "5.wav").write_bytes(b"no audio")
+    with pytest.raises(DataError, match="1 of 8 rows are rejected"):
+        run(rows, max_rejected=0)
+    seen = spy(monkeypatch)
+    with pytest.raises(DataError, match="1 of 8 rows are rejected"):
+        run(rows, max_rejected=0)
+    assert not seen
+
+
 @pytest.mark.parametrize("stop_after", [0, 3, 4, 9])
 def test_a_run_that_was_cut_off_goes_on_and_gives_the_same_bytes(
     tmp_path: Path, run, monkeypatch, stop_after: int

@@ -99,7 +99,7 @@ def test_all_rows_and_all_their_texts_are_looked_at(embedded: Vocabulary, tmp_pa
             {"role": "assistant", "parts": [{"type": "audio", "audio": 0}]},
         ]
     )
-    reference = row(9).codes * 2
+    reference = row(9).codes + row(8).codes
     dataset = rewritten(
         tmp_path,
         row5=row(5, text="да ☕"),

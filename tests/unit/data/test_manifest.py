@@ -76,7 +76,7 @@ def test_texts_and_speakers_are_composed_and_paths_stay_as_they_are(tmp_path: Pa
             "path": path,
             "text": text,
             "speaker": speaker,
-            "ref_audio": path,
+            "ref_audio": f"sub/{path}",
             "ref_text": text,
         },
         {"path": path, "transcript_file": "t.txt", "client_id": speaker},
@@ -86,7 +86,8 @@ def test_texts_and_speakers_are_composed_and_paths_stay_as_they_are(tmp_path: Pa
     assert {row.speaker for row in found} == {"إيمان إيمان"}
     assert {text for row in found for text in row.texts()} == {"آخر"}
     assert {row.text for row in found} == {"آخر"}
-    assert {name for row in found for name in row.audio} == {path} and found[0].id == path
+    assert {name for row in found for name in row.audio} == {path, f"sub/{path}"}
+    assert found[0].id == path
 
 
 @pytest.mark.parametrize(
@@ -297,3 +298,37 @@ def test_a_file_that_is_no_manifest_is_an_error(
 def test_a_missing_manifest_is_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"nothing\.csv: no such file"):
         read_manifest(tmp_path / "nothing.csv", tmp_path, 10)
+
+
+@pytest.mark.parametrize("name", ["offset", "start", "start_time"])
+def test_a_part_of_a_recording_is_not_trained_on_all_of_it(tmp_path: Path, name: str):
+    row = {"audio_filepath": "a.wav", "text": "x", "duration": 3.2}
+    assert rf"{name} is 12.5: parts of a recording" in reason(jsonl(tmp_path, row | {name: 12.5}))
+    part = SPOKEN[1] | {name: 12.5}
+    assert name in reason(jsonl(tmp_path, chat(("user", "x"), ("assistant", part))))
+    for whole in (0, 0.0, None, float("nan"), ""):
+        assert len(jsonl(tmp_path, row | {name: whole}).rows) == 1
+
+
+@pytest.mark.parametrize("other", ["a.wav", "./a.wav", "sub/../a.wav", "{root}/a.wav"])
+def test_a_recording_is_not_its_own_reference(tmp_path: Path, other: str):
+    row = {"path": "a.wav", "text": "x", "ref_text": "x", "ref_audio": other.format(root=tmp_path)}
+    assert "has itself as its reference recording" in reason(jsonl(tmp_path, row))
+    assert len(jsonl(tmp_path, row | {"ref_audio": "b.wav"}).rows) == 1
+
+
+def test_a_start_index_that_pandas_wrote_as_a_float_is_read(tmp_path: Path):
+    first, missing = (chat(("user", "say"), SPOKEN, start_index=at) for at in (1.0, float("nan")))
+    assert [row.start_index for row in jsonl(tmp_path, first, missing).rows] == [1, 1]
+    assert "start_index is 0.5" in reason(jsonl(tmp_path, first | {"start_index": 0.5}))
+
+
+def test_speakers_that_look_equal_are_one_voice(tmp_path: Path):
+    names = ("أحمد", "\u200fأحمد\u200f", "أح\u200dمد", "\ufeffأحمد ")
+    rows = [{"path": f"{n}.wav", "text": "x", "speaker": name} for n, name in enumerate(names)]
+    assert {row.speaker for row in jsonl(tmp_path, *rows).rows} == {"أحمد"}
+
+
+def test_a_text_of_invisible_marks_is_empty(tmp_path: Path):
+    row = {"path": "a.wav", "text": "\u200f\u202b\ufeff"}
+    assert reason(jsonl(tmp_path, row)) == "text is empty"

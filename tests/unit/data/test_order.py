@@ -1,6 +1,7 @@
 """The order of training."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,19 @@ def test_a_speaker_with_one_text_or_no_name_is_not_cloned(tmp_path: Path):
     cloned = {row_of(c) for s in range(20) for c in order.batch(s) if c.task == "clone"}
     assert cloned == {"r6", "r7"}
     assert TrainOrder(dataset, TaskMix(transcribe=0, speak=0, clone=1), 1, 0).num_skipped == 6
+
+
+def test_no_clone_is_prompted_with_the_recording_that_it_learns(tmp_path: Path):
+    only_clones = TaskMix(transcribe=0, speak=0, clone=1)
+    twice = [clip(n // 2, speaker="s") for n in range(6)]  # each recording with two texts
+    rows = [replace(row, id=f"r{n}", text=f"text {n}") for n, row in enumerate(twice)]
+    rows += [replace(clip(9, ref_text="its own", speaker="t"), codes=2 * clip(9).codes)]
+    order = TrainOrder(make(tmp_path, rows), only_clones, 1, 0)
+    drawn = [c for step in range(20 * order.num_rows) for c in order.batch(step)]
+    clones = [c for c in drawn if c.task == "clone"]
+    assert {row_of(c) for c in clones} == {f"r{n}" for n in range(6)}
+    assert not any(np.array_equal(audio(c, 1), audio(c, 3)) for c in clones)
+    assert {c.task for c in drawn if row_of(c) == "r9"} == {"speak"}
 
 
 def test_chat_rows_keep_their_turns(tmp_path: Path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from higgs_tune.data.plain_text import plain_text
+from higgs_tune.data.plain_text import plain_text, visible
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,9 @@ from higgs_tune.data.plain_text import plain_text
 )
 def test_plain_text_drops_what_may_be_left_out(text: str, plain: str):
     assert plain_text(text) == plain
+
+
+@pytest.mark.parametrize("mark", ["\u00ad", "\u200c", "\u200d", "\u200f", "\u202b", "\ufeff"])
+def test_invisible_marks_inside_a_word_are_no_space(mark: str):
+    assert plain_text(f"كتا{mark}ب") == "كتاب"
+    assert visible(f"{mark}كتا{mark}ب") == "كتاب"

@@ -1,5 +1,6 @@
 """Which held-out clips are spoken, in whose voice."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,22 @@ def test_a_reference_that_leaves_no_room_for_the_speech_is_not_taken(dataset) ->
     rows = int(dataset.sizes(len)["rows"][:2].sum())
     assert chosen(dataset, max_rows=2 * rows)["r0"].reference is not None
     assert chosen(dataset, max_rows=2 * rows - 8)["r0"].reference is None
+
+
+def test_an_own_reference_that_leaves_no_room_for_the_speech_is_not_taken(dataset) -> None:
+    sizes = dataset.sizes(len)
+    rows = int(sizes["rows"][3] + sizes["reference_rows"][3])
+    assert chosen(dataset, max_rows=2 * rows)["r3"].reference is not None
+    clip = chosen(dataset, max_rows=2 * rows - 1)["r3"]
+    assert (clip.reference, clip.spoken.task) == (None, "speak")
+
+
+def test_a_recording_that_is_there_twice_is_not_its_own_reference(tmp_path) -> None:
+    rows = [replace(row(0, "validation", "anna", text), id=text) for text in ("one", "two")]
+    write_dataset(tmp_path, rows, CODEC, rows_per_shard=8)
+    clips = chosen(Dataset.open(str(tmp_path)))
+    assert clips.keys() == {"one", "two"}
+    assert all(clip.reference is None for clip in clips.values())
 
 
 def test_without_cloning_nothing_has_a_reference(dataset) -> None:

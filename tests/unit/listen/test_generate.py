@@ -5,9 +5,10 @@ from unicodedata import normalize
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
-from higgs_tune.data.codec import MelRvqCodec, MelRvqCodecConfig
+from higgs_tune.data.codec import MelRvqCodec, MelRvqCodecConfig, load_codec
 from higgs_tune.data.conversation import AudioPart, Turn
 from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.errors import DataError
@@ -17,9 +18,10 @@ from higgs_tune.listen.generate import (
     speak,
 )
 from higgs_tune.listen.options import SpeechOptions
-from higgs_tune.listen.takes import take_prompt
+from higgs_tune.listen.takes import Reference, take_prompt
 from higgs_tune.model.writing import Prompt, prompt_before_text, write_text
 from tests.models import NUM_CODEBOOKS, NUM_CODES, conversation, tiny_base, vocabulary
+from tests.unit.data.recordings import RATE_HZ, speech
 
 GREEDY = SpeechOptions(temperature=0)
 BOS, EOS = NUM_CODES, NUM_CODES + 1
@@ -52,6 +54,20 @@ def test_a_text_is_read_in_the_unicode_form_of_the_training_texts():
     prompts = [
         take_prompt(normalize(form, "آمين"), None, MelRvqCodec(MelRvqCodecConfig()), letters)
         for form in ("NFC", "NFD")
+    ]
+    assert list(prompts[0].ids_L) == list(prompts[1].ids_L)
+
+
+@pytest.mark.parametrize("more", ["\r\n", " ", "\n"])
+def test_a_reference_text_is_read_as_the_training_texts(tmp_path, more):
+    letters = dataclasses.replace(
+        vocabulary(), encode_text=lambda text: [10**6 + ord(c) for c in text]
+    )
+    letters = dataclasses.replace(letters, num_codebooks=8, stream_bos=1024, stream_eos=1025)
+    soundfile.write(tmp_path / "r.wav", speech(0), RATE_HZ)
+    prompts = [
+        take_prompt("hi", Reference(tmp_path / "r.wav", text), load_codec("embedded"), letters)
+        for text in ("hello", f"hello{more}")
     ]
     assert list(prompts[0].ids_L) == list(prompts[1].ids_L)
 

@@ -18,6 +18,11 @@ def test_systems_are_named_by_their_folders():
     assert names == ["base", "best", "b-c", "best-2"]
 
 
+def test_no_system_is_named_like_the_recordings_beside_it():
+    names = [system.name for system in name_systems([Path("a/reference"), Path("b/recording")])]
+    assert names == ["base", "reference-2", "recording-2"]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Embedded speech as `data prepare` records it: with the weights of its codec."""
