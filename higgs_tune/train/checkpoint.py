@@ -223,7 +223,9 @@ def _wrapped(model: HiggsAudioV2ForConditionalGeneration, directory: Path) -> Pe
     try:
         with warnings.catch_warnings():  # PEFT 0.21 reads a property that transformers 5.23 renamed
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            wrapped = PeftModel.from_pretrained(model, str(directory)).eval()
+            # else PEFT reads it onto whatever GPU there is
+            device = str(model.device)
+            wrapped = PeftModel.from_pretrained(model, str(directory), torch_device=device).eval()
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise

@@ -56,8 +56,6 @@ class Display:
             self._task = self._progress.add_task("", total=num_steps, pace="")
 
     def __enter__(self) -> "Display":
-        if self._progress is not None:
-            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,8 +63,9 @@ class Display:
             self._progress.stop()
 
     def step(self, step: int) -> None:
-        """An optimizer step is done."""
+        """An optimizer step is done; of several processes only one is told, and shows it."""
         if self._progress is not None:
+            self._progress.start()  # if it has not
             self._progress.update(self._task, completed=step, pace=self._pace.after(step))
 
     def line(self, line: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def merge(
             weight = linear.weight.data
             weight.copy_(weight.float() + module.get_delta_weight("default").float())
     merged: HiggsAudioV2ForConditionalGeneration = adapted.unload()
-    return merged.to(dtype=model.dtype).requires_grad_(False).eval()  # type: ignore[call-arg]
+    return merged.requires_grad_(False).eval()
 
 
 def _write_company(

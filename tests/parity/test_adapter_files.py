@@ -91,6 +91,14 @@ def test_a_base_without_the_adapted_text_head_is_refused(tmp_path):
         attach_adapter(base, tmp_path)
 
 
+def test_an_adapter_is_read_onto_the_device_of_its_base(tmp_path, monkeypatch):
+    trained(tmp_path)
+    asked = []
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: asked.append("cuda") or "cpu")
+    load_adapter(tiny_base().model, tmp_path)
+    assert not asked, "export merges on a CPU, beside GPUs that may be full"
+
+
 def test_a_base_is_as_it_was_after_an_adapter_that_does_not_fit(tmp_path):
     base = trained(tmp_path).base.model
     before = [(name, type(module)) for name, module in base.named_modules()]

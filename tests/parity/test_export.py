@@ -16,7 +16,7 @@ from higgs_tune.errors import ModelError
 from higgs_tune.model.load import load_base, load_checkpoint
 from higgs_tune.train.checkpoint import load_adapter, save_adapter, save_interval
 from higgs_tune.train.engine import Engine, PackLimits
-from higgs_tune.train.export import adapter_base
+from higgs_tune.train.export import adapter_base, merge
 from tests.boson_reference import boson_logits
 from tests.checkpoints import SHARD_BYTES, boson_config, boson_names, write_boson, write_native
 from tests.full_disk import largest_file
@@ -303,3 +303,15 @@ def test_an_export_into_a_folder_that_cannot_be_made_is_one_error(tmp_path, caps
     (tmp_path / "file").touch()
     assert cli.main(["export", str(adapter), "--out", str(tmp_path / "file" / "out")]) == 2
     assert "file/out: cannot be written: [Errno 20] Not a directory" in capsys.readouterr().err
+
+
+def test_a_merge_leaves_the_rotary_frequencies_in_float32(tmp_path):
+    base = tiny_base(dtype=torch.bfloat16)
+    base.model.model.rotary_emb.float()  # as from_pretrained leaves it
+    config = trial()
+    engine = Engine(base, PackLimits.of([config], num_slots=1))
+    engine.add("a", config)
+    save_adapter(tmp_path, engine.state("a"), config, "tiny")
+    merged = merge(base.model, tmp_path)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in merged.model.rotary_emb.buffers()} == {torch.float32}

@@ -35,6 +35,13 @@ def test_without_a_terminal_there_are_json_lines_and_nothing_else():
     assert lines[0] == LINE
 
 
+def test_a_process_that_is_told_nothing_shows_nothing():
+    stream = Terminal()
+    with Display(20, stream):  # as all but the first of several
+        pass
+    assert stream.getvalue() == ""
+
+
 def test_a_figure_without_a_value_is_null_in_json():
     stream = io.StringIO()
     Display(20, stream).line({**LINE, "val/text/nll": float("nan")})
