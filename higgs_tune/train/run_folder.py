@@ -10,6 +10,7 @@ tensorboard/     the figures for TensorBoard
 """
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,10 @@ from higgs_tune.files import (
 from higgs_tune.train.checkpoint import load_interval, read_step
 from higgs_tune.train.samples import Sample
 
+logger = logging.getLogger(__name__)
+
 METRICS, SAMPLES, SETTINGS = "metrics.jsonl", "samples.jsonl", "config.json"
+BEST_NOTE = "best.json"  # in best_adapter/: its step
 ADAPTER, BEST, KEPT, BOARD = "adapter", "best_adapter", "checkpoints", "tensorboard"
 Line = dict[str, Any]
 
@@ -175,13 +179,48 @@ def keep(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
     """Copy the checkpoint that was just validated to where the best, or the newest few, are."""
     step = lines[-1][metrics.STEP]
     if best_step(lines, run.audio_tolerance) == step:
-        ignore = shutil.ignore_patterns(*RESUME_FILES)
-        replace_folder(out / BEST, lambda fresh: _copy(out / ADAPTER, fresh, ignore))
+        _copy_best(out, out / ADAPTER, step)
     if run.keep_checkpoints:
         replace_folder(out / KEPT / f"step-{step:06d}", lambda fresh: _copy(out / ADAPTER, fresh))
         kept = sorted((out / KEPT).glob("step-*"), key=lambda f: int(f.name.removeprefix("step-")))
         for folder in kept[: -run.keep_checkpoints]:
             shutil.rmtree(folder)
+
+
+def mend_best(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
+    """Let `best_adapter/` be what the lines say, which another tolerance or checkpoint may have changed.
+
+    Where no copy of the best step is kept there is none, until a later step is better.
+    """
+    note = out / BEST / BEST_NOTE
+    if not note.exists() and (out / BEST).exists():
+        return  # of a run that began before its step was noted
+    step = best_step(lines, run.audio_tolerance) if lines else None
+    held = json.loads(note.read_text(encoding="utf-8"))[metrics.STEP] if note.exists() else None
+    if step == held:
+        return
+    with writing(out):
+        kept = out / KEPT / f"step-{step or 0:06d}"
+        if kept.exists():
+            _copy_best(out, kept, step)
+        elif held is not None:
+            shutil.rmtree(out / BEST)
+            logger.warning(
+                "%s: removed, it was of step %d; by run.audio_tolerance %g the best is %s, of which no "
+                "checkpoint is kept",
+                out / BEST,
+                held,
+                run.audio_tolerance,
+                "none" if step is None else f"step {step}",
+            )
+
+
+def _copy_best(out: Path, checkpoint: Path, step: int | None) -> None:
+    def write(fresh: Path) -> None:
+        _copy(checkpoint, fresh, shutil.ignore_patterns(*RESUME_FILES))
+        write_json(fresh / BEST_NOTE, {metrics.STEP: step})
+
+    replace_folder(out / BEST, write)
 
 
 def keep_again(out: Path, lines: Sequence[Line], run: RunSettings) -> None:

@@ -66,7 +66,9 @@ def train_single(
 
     def open_folder() -> list[Line]:
         if resume:
-            return folder.rewind(out, started)
+            lines = folder.rewind(out, started)
+            folder.mend_best(out, lines, run)
+            return lines
         folder.check_new(out)
         return []
 

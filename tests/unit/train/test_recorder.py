@@ -1,6 +1,7 @@
 """What a run keeps: its best, its checkpoints, its samples; when it stops early."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,8 @@ from higgs_tune.config import RunSettings
 from higgs_tune.errors import DataError
 from higgs_tune.train import checkpoint, recorder
 from higgs_tune.train.recorder import early_stop_reason
-from higgs_tune.train.run_folder import BEST, KEPT, best_step
+from higgs_tune.train.run_folder import BEST, KEPT, best_step, mend_best
+from tests.models import trial
 from tests.runs import assert_same_run, read_lines
 
 
@@ -82,6 +84,45 @@ def test_best_adapter_is_the_checkpoint_of_the_best_step(run_single):
     )
     torch.testing.assert_close(best, then, rtol=0, atol=0)
     assert not list((out / "best_adapter").glob("training_state*"))
+
+
+FASTER = {"seed": 1, "audio_loss_weight": 0.0, "learning_rate": 5e-2}  # audio gets worse
+
+
+def best_of(out: Path) -> tuple[int, dict]:
+    """The step and the weights of `best_adapter/`."""
+    step = json.loads((out / "best_adapter" / "best.json").read_text())["step"]
+    return step, load_file(out / "best_adapter" / "adapter_model.safetensors")
+
+
+def test_best_adapter_follows_the_tolerance_of_a_resume(run_single, caplog):
+    run, _, out = run_single
+    settings = {"trial": trial(**FASTER), "keep_checkpoints": 4}
+    run(**settings, audio_tolerance=10.0)
+    for tolerance in (0.0, 10.0):
+        step = best_step(read_lines(out / "metrics.jsonl"), tolerance)
+        run(**settings, resume=True, audio_tolerance=tolerance)
+        checkpoint = out / "checkpoints" / f"step-{step:06d}" / "adapter_model.safetensors"
+        found, weights = best_of(out)
+        assert found == step
+        torch.testing.assert_close(weights, load_file(checkpoint), rtol=0, atol=0)
+    assert not caplog.records
+    shutil.rmtree(out / "checkpoints" / "step-000005")
+    run(**settings, resume=True, audio_tolerance=0.0)
+    assert not (out / "best_adapter").exists()
+    assert "was of step 20; by run.audio_tolerance 0 the best is step 5" in caplog.text
+
+
+def test_best_adapter_is_none_of_a_future_that_was_given_up(run_single):
+    run, _, out = run_single
+    settings = RunSettings(keep_checkpoints=4, audio_tolerance=10.0)
+    run(keep_checkpoints=4, audio_tolerance=10.0)
+    assert best_of(out)[0] == 20
+    lines = [line for line in read_lines(out / "metrics.jsonl") if line["step"] <= 10]
+    mend_best(out, lines, settings)  # as after going back to the checkpoint of step 10
+    assert best_of(out)[0] == best_step(lines, 10.0) <= 10
+    mend_best(out, [], settings)
+    assert not (out / "best_adapter").exists()
 
 
 def test_the_newest_checkpoints_are_kept_and_lead_back(run_single, uninterrupted):
