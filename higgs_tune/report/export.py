@@ -62,6 +62,8 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
         "data": results.sweep.data.model_dump(mode="json")
         | {"content_hash": results.base_file.get("content_hash")},
         "trial": choice.adapter_run.config.model_dump(mode="json"),
+        # best_adapter/ of that training keeps audio as the sweep's best had to
+        "run": {"audio_tolerance": results.sweep.objective.audio_tolerance},
         "lora_config": _lora_config(choice.adapter_run),
         "results": {
             "note": note,

@@ -44,7 +44,7 @@ def test_best_config_holds_what_is_needed_to_train_it_again(finished: tuple[Path
     folder, summary = finished
     content = yaml.safe_load((folder / "best_config.yaml").read_text())
     assert set(content) == {
-        "higgs_tune", "base", "data", "trial", "lora_config", "results", "command",
+        "higgs_tune", "base", "data", "trial", "run", "lora_config", "results", "command",
     }  # fmt: skip
     results = read_results(folder)
     best = next(trial for trial in results.trials if trial.id == summary.best_id)
