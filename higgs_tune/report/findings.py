@@ -5,6 +5,7 @@ that, and a text loss that fell without an audio gain is not called listening.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from higgs_tune import metrics as m
@@ -154,17 +155,20 @@ def _medians(results: Results, setting: str) -> str:
 
 def _notes(results: Results, choice: Choice | None) -> list[str]:
     notes = []
-    open_ends = {
-        "running or lost": results.count(UNFINISHED),
-        "cancelled": results.count("cancelled"),
-    }
-    if any(open_ends.values()):
-        counts = ", ".join(f"{count} {word}" for word, count in open_ends.items() if count)
-        notes.append(f"The sweep is not finished. Its trials: {counts}.")
+    num_trials = results.sweep.tune.num_trials
+    if open_ends := _open_ends(results.search):
+        notes.append(f"The sweep is not finished. Its trials: {open_ends}.")
+    elif 0 < len(results.search) < num_trials:
+        notes.append(f"The search ended after {len(results.search)} of {num_trials} trials.")
     if choice is not None and choice.confirm == "skipped":
         notes.append("The confirm stage was switched off (confirm.num_configs is 0).")
     if choice is not None and choice.confirm == "unfinished":
         notes.append("The confirm stage has not finished; the choice rests on the search alone.")
+    if open_ends := _open_ends(results.confirm):
+        notes.append(
+            f"Confirm runs without an end: {open_ends}. A configuration without all its runs counts "
+            "as not confirmed; --resume goes on with them."
+        )
     baseline = results.baseline
     if baseline is not None and baseline.history and not baseline.full_budget:
         last = baseline.last(m.VAL_TEXT_NLL)
@@ -173,6 +177,13 @@ def _notes(results: Results, choice: Choice | None) -> list[str]:
     if choice is not None and not (choice.adapter_run.directory / "adapter").is_dir():
         notes.append(f"{choice.adapter_run.id} left no adapter; train it again to get one.")
     return notes
+
+
+def _open_ends(trials: Iterable[Trial]) -> str:
+    """How many of the trials --resume would go on with, in words; empty if there are none."""
+    counts = Counter(trial.status for trial in trials)
+    words = {UNFINISHED: "running or lost", "cancelled": "cancelled"}
+    return ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])
 
 
 def trial_counts(results: Results) -> str:

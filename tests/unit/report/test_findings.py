@@ -160,6 +160,47 @@ def test_interrupted_sweep_is_said(tmp_path: Path) -> None:
     assert trial_counts(read_results(tmp_path)).startswith("3 in the search: 1 ran to the end")
 
 
+@pytest.mark.parametrize(
+    "status, said", [("cancelled", "1 cancelled"), (None, "1 running or lost")]
+)
+def test_a_confirm_run_without_an_end_is_said(
+    tmp_path: Path, status: str | None, said: str
+) -> None:
+    pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
+    builder = Builder(tmp_path)
+    builder.trial("t002", CONFIG, curve(CONFIG, 2.5, 0.4, 3.9, 150))
+    for seed in range(2):
+        config, ends = trial_config(seed=100 + seed), "completed" if seed == 0 else status
+        rows = curve(config, 1.0, 0.4, 3.9, 150)[: None if seed == 0 else 3]
+        run_id = f"c{20 + seed:03d}"
+        builder.trial(run_id, config, rows, origin="confirm", confirms="t002", status=ends)
+    found = findings(tmp_path)
+    assert found.choice is not None
+    assert (found.choice.trial.id, found.choice.confirm) == ("t001", "done")
+    note = next(note for note in found.notes if note.startswith("Confirm runs"))
+    assert said in note
+    assert "counts as not confirmed" in note
+    assert "--resume" in note
+
+
+def test_a_finished_confirm_stage_needs_no_note(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
+    assert not [note for note in found.notes if "onfirm" in note]
+
+
+def test_a_search_that_ended_before_its_last_trial_is_said(tmp_path: Path) -> None:
+    for name, num_trials in (("short", 5), ("whole", 2)):
+        sweep = sweep_config(tune={"num_trials": num_trials}, confirm={"num_configs": 0})
+        builder = Builder(tmp_path / name, sweep).start()
+        for trial_id in ("t000", "t001"):
+            builder.trial(trial_id, CONFIG, curve(CONFIG, 3.0, 0.4, 3.9, 150))
+    said = "The search ended after 2 of 5 trials."
+    assert said in findings(tmp_path / "short").notes
+    assert not [n for n in findings(tmp_path / "whole").notes if n.startswith("The search ended")]
+    Builder(tmp_path / "short").trial("t002", CONFIG, [], status=None)
+    assert not [n for n in findings(tmp_path / "short").notes if n.startswith("The search ended")]
+
+
 def test_summary_is_one_screen(tmp_path: Path) -> None:
     realistic(tmp_path)
     results = read_results(tmp_path)
