@@ -72,10 +72,48 @@ def _line(model: type[BaseModel], problem: ErrorDetails) -> str:
     return f"{location}: {needed}{shown}" if location else f"{needed}{shown}"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; ConfigError names the file and, where known, the line."""
+_MERGE = "tag:yaml.org,2002:merge"  # several `<<` add up
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which would drop the first of two equal keys without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The mapping as it is written, before merge keys (`<<`) add what its own may replace."""
+        node = super().compose_mapping_node(anchor)
+        assert node is not None
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(
+                    f"{self.name}, line {line}: {key.value!r} is there twice, first in line "
+                    f"{lines[name]}, and only the last would count. Keep one of them."
+                )
+            lines[name] = line
+        return node
+
+
+def _parse(text: str, where: str) -> Any:
+    """What a YAML text says; ConfigError, with `where` and the line, for a key that is there twice."""
+    loader = _Loader(text)
+    loader.name = where
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping in which no key is there twice.
+
+    Raises:
+        ConfigError: it is none; names the file and, where known, the line.
+    """
+    try:
+        raw = _parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file. Give an existing YAML file with --config."
@@ -103,14 +141,14 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, 
             if not isinstance(node, dict):
                 raise ConfigError(f"--set {text}: {parent} is a value, not a section.")
         try:
-            node[leaf] = _yaml_value(value)
+            node[leaf] = _yaml_value(value, f"--set {text}")
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text}: the value is not YAML: {error}") from None
     return result
 
 
-def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
+def _yaml_value(text: str, where: str) -> Any:
+    value = _parse(text, where)
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:
             return float(value)

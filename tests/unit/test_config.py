@@ -110,6 +110,35 @@ def test_a_missing_file_and_wrong_encoding_are_clear(tmp_path):
         read_yaml(tmp_path / "latin.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "line", "first"),
+    [
+        ("train: {clip_norm: 0.5}\ntune: {num_trials: 4}\ntrain: {num_steps: 50}\n", "train", 3, 1),
+        ("tune:\n  seed: 1\n  num_trials: 4\n  'seed': 2\n", "seed", 4, 2),
+    ],
+)
+def test_a_key_that_is_there_twice_is_an_error_with_its_line(tmp_path, text, key, line, first):
+    message = rf"sweep\.yaml, line {line}: '{key}' is there twice, first in line {first}"
+    with pytest.raises(ConfigError, match=message):
+        loaded(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"--set space={seed: 1, seed: 2}, line 1: 'seed' is"):
+        loaded(tmp_path, "{}", ["space={seed: 1, seed: 2}"])
+
+
+def test_merge_keys_may_be_overridden(tmp_path):
+    text = (
+        "target_sets: {a: &a [attention], all_linear: *a}\n"
+        "tune: &tune {seed: 1, scheduler: &asha {name: asha, grace_fraction: 0.5}}\n"
+        "tune_copy: {<<: *tune, seed: 2, scheduler: {<<: *asha, name: median}}\n"
+        "again: {<<: [*tune, *asha], seed: 3}\n"
+    )
+    path = tmp_path / "merged.yaml"
+    path.write_text(text)
+    raw = read_yaml(path)
+    assert raw["tune_copy"] == {"seed": 2, "scheduler": {"name": "median", "grace_fraction": 0.5}}
+    assert raw["again"] == raw["tune"] | {"name": "asha", "grace_fraction": 0.5, "seed": 3}
+
+
 def test_overrides_use_the_yamls_names_and_yaml_values(tmp_path):
     config = loaded(
         tmp_path,
