@@ -129,7 +129,7 @@ class BaselineSettings(Settings):
     )
     target_set: str = "all_linear"
     # clips per optimizer step; default: the first of space.batch_clips
-    batch_clips: int | None = Field(default=None, ge=1, strict=True)
+    batch_clips: int | None = Field(default=None, ge=1)
 
 
 class ConfirmSettings(Settings):
@@ -240,7 +240,7 @@ class TrialConfig(Settings):
     dropout: Dropout = 0.0  # share of the inputs of each lora_A that a training step drops
     text_loss_weight: float = Field(default=1.0, ge=0)
     audio_loss_weight: float = Field(default=1.0, ge=0)
-    batch_clips: int = Field(default=8, ge=1, strict=True)
+    batch_clips: int = Field(default=8, ge=1)
     num_steps: int = Field(ge=1)
     report_every_steps: int = Field(ge=1)
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)

@@ -1,8 +1,16 @@
 """The settings of the search space, and the types that they share with all others."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 TargetPath = Literal[
     "attention", "text_mlp", "audio_mlp", "audio_attention", "text_head", "audio_head"
@@ -21,10 +29,27 @@ CrossAttention = Annotated[
 ALL_LINEAR: tuple[TargetPath, ...] = ("attention", "text_mlp", "audio_mlp")
 
 
+def _takes_numbers(annotation: Any) -> bool:
+    """Whether a field's type is a number, or has one among its items or alternatives."""
+    return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
+
+
 class Settings(BaseModel):
     """Immutable settings that refuse unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python's True is 1, so pydantic would take YAML's `yes` for a number."""
+        assert info.field_name is not None
+        if _takes_numbers(cls.model_fields[info.field_name].annotation):
+            if isinstance(value, bool):
+                raise ValueError("Input should be a number, not a switch")
+            if isinstance(value, list | tuple) and any(isinstance(one, bool) for one in value):
+                raise ValueError("Input should be a list of numbers, not switches")
+        return value
 
 
 class Range(Settings):
@@ -43,8 +68,7 @@ class Range(Settings):
         return self
 
 
-# strict: YAML's `true` is not 1
-PositiveRank = Annotated[int, Field(ge=1, le=1024, strict=True)]
+PositiveRank = Annotated[int, Field(ge=1, le=1024)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -96,6 +120,4 @@ class SpaceSettings(Settings):
     text_loss_weight: WeightRange | NonNegativeFloat = 1.0
     audio_loss_weight: WeightRange | NonNegativeFloat = 1.0
     # clips per step
-    batch_clips: tuple[Annotated[int, Field(ge=1, strict=True)], ...] = Field(
-        default=(8,), min_length=1
-    )
+    batch_clips: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(8,), min_length=1)

@@ -41,8 +41,15 @@ def loaded(tmp_path, text, overrides=()):
         ("target_sets: {all_linear: [audio_attention]}", "trained whenever cross_attention is on"),
         ("data: {tasks: {transcribe: 0, speak: 0}}", "at least one task needs a weight above 0"),
         ("train: {num_steps: 5, report_every_steps: 6}", "must not exceed train.num_steps"),
-        ("space: {rank: [true]}", r"space\.rank\.0: .*valid integer \(found True\)"),
-        ("space: {batch_clips: [true]}", r"space\.batch_clips\.0: .*valid integer"),
+        ("tune: {num_trials: true}", r"tune\.num_trials: .*number, not a switch \(found True\)"),
+        ("tune: {num_trials: yes}", r"tune\.num_trials: .*number, not a switch \(found True\)"),
+        ("tune: {slots_per_worker: on}", r"tune\.slots_per_worker: .*number, not a switch"),
+        ("tune: {time_limit_s: true}", r"tune\.time_limit_s: .*number, not a switch"),
+        ("train: {clip_norm: true}", r"train\.clip_norm: .*number, not a switch"),
+        ("space: {learning_rate: {low: true}}", r"learning_rate\.low: .*number, not a switch"),
+        ("space: {new_module_lr_factor: true}", r"new_module_lr_factor: .*number, not a switch"),
+        ("space: {rank: [4, true]}", r"space\.rank: .*numbers, not switches \(found \[4, True\]\)"),
+        ("space: {alpha: [true]}", r"space\.alpha: .*numbers, not switches"),
         ("space: {text_loss_weight: {low: -1, high: 1}}", r"text_loss_weight.*low: .*equal to 0"),
         ("space: {audio_loss_weight: {low: -1, high: 1}}", r"audio_loss_weight.*low: .*equal to 0"),
         ("space: {new_module_lr_factor: {low: 0, high: 1}}", r"factor.*low: .*greater than 0"),
@@ -95,6 +102,20 @@ def test_a_mistake_is_told_once_in_a_users_words_with_its_override(tmp_path, ove
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, "{}", [override])
     assert str(caught.value) == f"{tmp_path / 'sweep.yaml'} with --set:\n  {message}"
+
+
+def test_numbers_may_be_written_in_every_way_and_switches_are_switches(tmp_path):
+    text = (
+        "space: {learning_rate: {low: 1e-4, high: '3e-3', log: yes}, rank: [8], alpha: [16],"
+        " cross_attention: [off, on], dropout: [0, 1e-1]}\n"
+        "train: {num_steps: 100.0, clip_norm: 1}\nbase: {compile: on}\n"
+    )
+    config = loaded(tmp_path, text)
+    assert (config.space.learning_rate.low, config.space.learning_rate.high) == (1e-4, 3e-3)
+    assert config.space.learning_rate.log is config.base.compile is True
+    assert config.space.cross_attention == ("off", "audio_self")
+    assert (config.space.dropout, config.space.alpha) == ((0.0, 0.1), (16.0,))
+    assert (config.train.num_steps, config.train.clip_norm) == (100, 1.0)
 
 
 def test_all_problems_are_listed_at_once(tmp_path):
