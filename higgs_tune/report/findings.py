@@ -92,23 +92,33 @@ def _audio(results: Results, base: dict[str, float], choice: Choice) -> Answer:
 
 def _listening(base: dict[str, float], choice: Choice) -> Answer:
     question = "Does text use audio now?"
-    gain = choice.stat(m.VAL_AUDIO_GAIN)
-    if gain is None:
+    stat = choice.stat(m.VAL_AUDIO_GAIN)
+    if stat is None:
         return Answer("listening", question, "unknown", "No audio gain was reported.", "plain")
     start = base.get(m.VAL_AUDIO_GAIN)
-    figure = (f"{nats(start)} → " if start is not None else "") + nats(gain.mean)
-    worse = "higher" if gain.mean >= 0 else "lower"
-    means = (
-        f"after another clip's audio, text loss is {nats(abs(gain.mean))} nats per token {worse}"
-    )
-    if gain.mean >= GAIN_CLEAR:
+    figure = (f"{nats(start)} → " if start is not None else "") + nats(stat.mean)
+    # As they are printed, so that no word contradicts its figure.
+    mean = round(stat.mean, 2)
+    known = [gain for run in choice.runs if (gain := run.last(m.VAL_AUDIO_GAIN)) is not None]
+    gains = sorted(round(gain, 2) for gain in known)
+    means = f"after another clip's audio, text loss is {_rise(mean, gains)}"
+    if mean >= GAIN_CLEAR and gains[0] >= GAIN_NONE:
         return Answer("listening", question, figure, f"Yes: {means}.", "good")
-    if gain.mean >= GAIN_NONE:
+    if mean >= GAIN_NONE:
         return Answer("listening", question, figure, f"A little: {means}.", "fair")
     sentence = f"No: {means}."
     if final_mean(choice, m.VAL_TEXT_NLL) < base[m.VAL_TEXT_NLL]:
         sentence += " The text loss fell by learning to write the language, not by listening."
     return Answer("listening", question, figure, sentence, "poor")
+
+
+def _rise(mean: float, gains: list[float]) -> str:
+    """By how much text loss rises without its own audio, over sorted gains; a fall counts downwards."""
+    text = f"{nats(abs(mean))} nats per token {'higher' if mean >= 0 else 'lower'}"
+    if len(gains) == 1:
+        return text
+    low, high = (gains[0], gains[-1]) if mean >= 0 else (-gains[-1], -gains[0])
+    return f"{text} ({nats(low)} to {nats(high)} over {len(gains)} seeds)"
 
 
 def _mattered(results: Results, importance: ImportanceInfo | None) -> Answer:

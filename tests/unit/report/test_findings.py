@@ -24,19 +24,24 @@ def pairs(
     directory: Path,
     baseline: list[float],
     best: list[float],
-    gain: float = 0.4,
+    gain: float | tuple[float, ...] = 0.4,
     baseline_audio: float = 3.9,
 ) -> Findings:
-    """A sweep of two trials with these text losses over the seeds of its confirm stage."""
+    """A sweep of two trials with these text losses over the seeds of its confirm stage.
+
+    Args:
+        gain: the audio gain of all runs, or of each seed.
+    """
+    gains = gain if isinstance(gain, tuple) else (gain,) * len(best)
     builder = Builder(directory).start()
     for trial_id, text in (("t000", baseline), ("t001", best)):
         origin = "baseline" if trial_id == "t000" else "search"
         audio = baseline_audio if trial_id == "t000" else 3.9
-        rows = curve(CONFIG, min(text) - 0.1, gain, audio, 150)
+        rows = curve(CONFIG, min(text) - 0.1, gains[0], audio, 150)
         builder.trial(trial_id, CONFIG, rows, origin=origin)
         for seed, value in enumerate(text):
             config = trial_config(seed=100 + seed)
-            rows = curve(config, value, gain, audio, 150)
+            rows = curve(config, value, gains[seed], audio, 150)
             run_id = f"c{10 * int(trial_id[1:]) + seed:03d}"
             builder.trial(run_id, config, rows, origin="confirm", confirms=trial_id)
     return findings(directory)
@@ -125,6 +130,34 @@ def test_low_text_loss_without_gain_is_not_called_listening(
     answer = next(answer for answer in found.answers if answer.key == "listening")
     assert answer.sentence.startswith(word)
     assert answer.tone == tone
+
+
+@pytest.mark.parametrize(
+    "gains, said",
+    [
+        ((0.23, 0.45), "Yes: ... 0.34 nats per token higher (0.23 to 0.45 over 2 seeds)."),
+        ((0.9, 0.04), "A little: ... 0.47 nats per token higher (0.04 to 0.90 over 2 seeds)."),
+        ((-0.1, 0.3), "A little: ... 0.10 nats per token higher (−0.10 to 0.30 over 2 seeds)."),
+        ((0.1, -0.04), "No: ... 0.03 nats per token higher (−0.04 to 0.10 over 2 seeds)."),
+        ((-0.2, -0.1), "No: ... 0.15 nats per token lower (0.10 to 0.20 over 2 seeds)."),
+        ((0.297, 0.297), "Yes: ... 0.30 nats per token higher (0.30 to 0.30 over 2 seeds)."),
+        ((0.047, 0.9), "Yes: ... 0.47 nats per token higher (0.05 to 0.90 over 2 seeds)."),
+        ((0.047, 0.047), "A little: ... 0.05 nats per token higher (0.05 to 0.05 over 2 seeds)."),
+        ((0.2949, 0.2949), "A little: ... 0.29 nats per token higher (0.29 to 0.29 over 2 seeds)."),
+    ],
+)
+def test_listening_is_judged_by_the_figures_that_are_said(
+    tmp_path: Path, gains: tuple[float, ...], said: str
+) -> None:
+    found = sentence(pairs(tmp_path, [3.0, 3.1], [2.0, 2.1], gains), "listening")
+    word, figures = said.split(" ... ")
+    assert found.startswith(f"{word} after another clip's audio, text loss is {figures}")
+
+
+def test_the_gain_of_a_single_run_has_no_range(tmp_path: Path) -> None:
+    builder = Builder(tmp_path, sweep_config(confirm={"num_configs": 0})).start()
+    builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.4, 3.9, 150), origin="baseline")
+    assert sentence(findings(tmp_path), "listening").endswith("0.40 nats per token higher.")
 
 
 def test_audio_beyond_the_limit_says_what_to_change(tmp_path: Path) -> None:
