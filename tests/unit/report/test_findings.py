@@ -26,19 +26,21 @@ def pairs(
     best: list[float],
     gain: float | tuple[float, ...] = 0.4,
     baseline_audio: float = 3.9,
+    origin: str = "search",
 ) -> Findings:
     """A sweep of two trials with these text losses over the seeds of its confirm stage.
 
     Args:
         gain: the audio gain of all runs, or of each seed.
+        origin: of trial 1.
     """
     gains = gain if isinstance(gain, tuple) else (gain,) * len(best)
     builder = Builder(directory).start()
     for trial_id, text in (("t000", baseline), ("t001", best)):
-        origin = "baseline" if trial_id == "t000" else "search"
+        came_from = "baseline" if trial_id == "t000" else origin
         audio = baseline_audio if trial_id == "t000" else 3.9
         rows = curve(CONFIG, min(text) - 0.1, gains[0], audio, 150)
-        builder.trial(trial_id, CONFIG, rows, origin=origin)
+        builder.trial(trial_id, CONFIG, rows, origin=came_from)
         for seed, value in enumerate(text):
             config = trial_config(seed=100 + seed)
             rows = curve(config, value, gains[seed], audio, 150)
@@ -51,6 +53,22 @@ def test_clear_difference_is_called_better(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
     assert found.outcome == "better"
     assert "1.00 nats per token lower than trial 0's" in sentence(found, "found")
+
+
+@pytest.mark.parametrize(
+    "origin, best, verdict",
+    [
+        ("search", [2.0, 2.1], "Better than by hand"),
+        ("search", [2.9, 3.1], "No better than by hand"),
+        ("baseline_fixed", [2.0, 2.1], "Better than trial 0"),
+        ("baseline_fixed", [2.9, 3.1], "No better than trial 0"),
+    ],
+)
+def test_trial_1_is_by_hand_itself(
+    tmp_path: Path, origin: str, best: list[float], verdict: str
+) -> None:
+    found = pairs(tmp_path, [3.0, 3.1 if best[0] < 2.5 else 3.3], best, origin=origin)
+    assert found.answers[0].figure == verdict
 
 
 def test_difference_inside_the_noise_is_called_that(tmp_path: Path) -> None:
