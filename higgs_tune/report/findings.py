@@ -179,14 +179,21 @@ def _notes(results: Results, choice: Choice | None) -> list[str]:
             f"Confirm runs without an end: {open_ends}. A configuration without all its runs counts "
             "as not confirmed; --resume goes on with them."
         )
-    baseline = results.baseline
-    if baseline is not None and baseline.history and not baseline.full_budget:
-        last = baseline.last(m.VAL_TEXT_NLL)
-        at = f" with a text loss of {nats(last)}" if last is not None else ""
-        notes.append(f"Trial 0 ended {baseline.status} at step {baseline.step}{at}.")
+    if results.baseline is not None:
+        notes += _broken_off(results.baseline)
     if choice is not None and not (choice.adapter_run.directory / "adapter").is_dir():
         notes.append(f"{choice.adapter_run.id} left no adapter; train it again to get one.")
     return notes
+
+
+def _broken_off(baseline: Trial) -> list[str]:
+    """A note on a trial 0 that ended before its full budget; none while it runs."""
+    if not baseline.history or baseline.full_budget or baseline.status == UNFINISHED:
+        return []
+    last = baseline.last(m.VAL_TEXT_NLL)
+    at = f" with a text loss of {nats(last)}" if last is not None else ""
+    ended = "was cancelled" if baseline.status == "cancelled" else f"ended {baseline.status}"
+    return [f"Trial 0 {ended} at step {baseline.step}{at}."]
 
 
 def _open_ends(trials: Iterable[Trial]) -> str:

@@ -7,7 +7,14 @@ import pytest
 from higgs_tune.report.findings import Findings, find, trial_counts
 from higgs_tune.report.results import read_results
 from higgs_tune.report.summary import WIDTH, summary_text
-from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
+from tests.unit.report.builder import (
+    Builder,
+    curve,
+    realistic,
+    report_row,
+    sweep_config,
+    trial_config,
+)
 
 CONFIG = trial_config()
 
@@ -192,6 +199,22 @@ def test_no_full_run_is_said(tmp_path: Path) -> None:
     found = findings(tmp_path)
     assert "No trial ran the full budget" in sentence(found, "found")
     assert any("Trial 0 ended pruned at step 100" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "status, said",
+    [
+        ("cancelled", ["Trial 0 was cancelled at step 50 with a text loss of 4.50."]),
+        ("diverged", ["Trial 0 ended diverged at step 50 with a text loss of 4.50."]),
+        (None, []),  # it runs
+    ],
+)
+def test_trial_0_is_said_to_have_ended_once_it_has(
+    tmp_path: Path, status: str | None, said: list[str]
+) -> None:
+    rows = [report_row(50, 4.5, 0.1, 3.9)]
+    Builder(tmp_path).start().trial("t000", CONFIG, rows, status=status, origin="baseline")
+    assert [note for note in findings(tmp_path).notes if note.startswith("Trial 0")] == said
 
 
 def test_nothing_reported_is_said(tmp_path: Path) -> None:
