@@ -6,11 +6,10 @@ import pytest
 
 from higgs_tune.report.findings import Findings, find, trial_counts
 from higgs_tune.report.results import read_results
-from higgs_tune.report.summary import WIDTH, summary_text
+from higgs_tune.report.summary import summary_text
 from tests.unit.report.builder import (
     Builder,
     curve,
-    realistic,
     report_row,
     sweep_config,
     trial_config,
@@ -273,31 +272,3 @@ def test_a_search_that_ended_before_its_last_trial_is_said(tmp_path: Path) -> No
     assert not [n for n in findings(tmp_path / "whole").notes if n.startswith("The search ended")]
     Builder(tmp_path / "short").trial("t002", CONFIG, [], status=None)
     assert not [n for n in findings(tmp_path / "short").notes if n.startswith("The search ended")]
-
-
-def test_summary_is_one_screen(tmp_path: Path) -> None:
-    realistic(tmp_path)
-    results = read_results(tmp_path)
-    lines = summary_text(results, find(results)).splitlines()
-    assert len(lines) <= 32
-    paths = ("  Report", "  Train")
-    assert max(len(line) for line in lines if not line.startswith(paths)) <= WIDTH
-
-
-def test_summary_names_the_program_of_this_python(tmp_path: Path, monkeypatch) -> None:
-    realistic(tmp_path / "results" / "quick")
-    program = tmp_path / ".venv" / "bin" / "higgs-tune"
-    program.parent.mkdir(parents=True)
-    program.touch()
-    monkeypatch.setattr("sys.executable", str(program.with_name("python")))
-    results = read_results(tmp_path / "results" / "quick")
-
-    def shown() -> str:
-        return summary_text(results, find(results)).splitlines()[-1]
-
-    assert f"{program} train --config" in shown()
-    monkeypatch.chdir(tmp_path)
-    command = ".venv/bin/higgs-tune train --config results/quick/best_config.yaml"
-    assert shown().endswith(" " + command)
-    program.unlink()
-    assert shown().endswith(" higgs-tune train --config results/quick/best_config.yaml")
