@@ -12,6 +12,7 @@ from higgs_tune.errors import ConfigError
 from higgs_tune.local_path import local_path
 from tests.models import trial
 
+AT_LEAST = "Input should be greater than or equal to"
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 
 
@@ -50,9 +51,9 @@ def loaded(tmp_path, text, overrides=()):
         ("space: {new_module_lr_factor: true}", r"new_module_lr_factor: .*number, not a switch"),
         ("space: {rank: [4, true]}", r"space\.rank: .*numbers, not switches \(found \[4, True\]\)"),
         ("space: {alpha: [true]}", r"space\.alpha: .*numbers, not switches"),
-        ("space: {text_loss_weight: {low: -1, high: 1}}", r"text_loss_weight.*low: .*equal to 0"),
-        ("space: {audio_loss_weight: {low: -1, high: 1}}", r"audio_loss_weight.*low: .*equal to 0"),
-        ("space: {new_module_lr_factor: {low: 0, high: 1}}", r"factor.*low: .*greater than 0"),
+        ("space: {text_loss_weight: {low: -1, high: 1}}", r"text_loss_weight\.low: .*equal to 0"),
+        ("space: {audio_loss_weight: {low: -1, high: 1}}", r"audio_loss_weight\.low: .*equal to 0"),
+        ("space: {new_module_lr_factor: {low: 0, high: 1}}", r"factor\.low: .*greater than 0"),
         ("name: ../up", "name: String should match pattern"),
         ("train: {clip_norm: .nan}", "train.clip_norm"),
         (
@@ -96,6 +97,39 @@ def test_each_mistake_is_one_error_that_names_its_setting(tmp_path, text, messag
             "space.target_set: unknown target set 'wide'; "
             "target_sets defines ['all_linear', 'attention']",
         ),
+        (
+            "target_sets.mine=[attention]",
+            "space.target_set: unknown target set 'all_linear'; target_sets defines ['mine']. A "
+            "target_sets section replaces the shipped sets: list all_linear in it, too, or name "
+            "another set",
+        ),
+        (
+            "base.revision=1234567",
+            "base.revision: Input should be a valid string: put it in quotes, with --set "
+            "'base.revision=\"…\"' (found 1234567)",
+        ),
+        ("tune.slots_per_worker=0", f"tune.slots_per_worker: {AT_LEAST} 1 (found 0)"),
+        ("tune.slots_per_worker=x", "tune.slots_per_worker: Input should be 'auto' (found 'x')"),
+        ("space.text_loss_weight=-1", f"space.text_loss_weight: {AT_LEAST} 0 (found -1)"),
+        (
+            "space.text_loss_weight={low: -1, high: 1}",
+            f"space.text_loss_weight.low: {AT_LEAST} 0 (found -1)",
+        ),
+        (
+            "space.text_loss_weight=[1, 2]",
+            "space.text_loss_weight: Input should be a number or a section with low, high, log "
+            "(found [1, 2])",
+        ),
+        (
+            "space.new_module_lr_factor={low: 1, high: 0.5}",
+            "space.new_module_lr_factor: low (1.0) must be below high (0.5)",
+        ),
+        (
+            "space.new_module_lr_factor={low: 0.1, high: 1, logs: true}",
+            "space.new_module_lr_factor.logs: unknown setting, did you mean 'log'?",
+        ),
+        ("space.dropout=[0, 1]", "space.dropout.1: Input should be less than 1 (found 1)"),
+        ("space.dropout=1", "space.dropout: Input should be less than 1 (found 1)"),
     ],
 )
 def test_a_mistake_is_told_once_in_a_users_words_with_its_override(tmp_path, override, message):
