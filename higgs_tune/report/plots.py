@@ -23,7 +23,6 @@ CURVES = (
 class Line:
     """One trial's curve, from the base at step 0."""
 
-    trial_id: str
     role: Role
     status: str
     points: tuple[tuple[int, float], ...]
@@ -49,7 +48,6 @@ class Point:
     cross_attention: str
     text: float
     audio: float
-    feasible: bool
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def curves_info(results: Results, choice: Choice | None) -> tuple[CurvesInfo, ..
         for trial in results.search:
             points = trial.curve(metric)
             if points:
-                lines.append(Line(trial.id, role(trial, choice), trial.status, (*origin, *points)))
+                lines.append(Line(role(trial, choice), trial.status, (*origin, *points)))
         limit = results.audio_limit if metric == m.VAL_AUDIO_NLL else None
         panels.append(CurvesInfo(title, unit, tuple(lines), limit))
     return tuple(panels)
@@ -135,7 +133,6 @@ def scatter_info(results: Results, choice: Choice | None) -> ScatterInfo:
                 cross_attention=trial.config.cross_attention,
                 text=text,
                 audio=audio,
-                feasible=bool(results.feasible(trial)),
             )
         )
     base = results.base
