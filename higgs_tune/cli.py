@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--base", default="embedded", help="embedded, a folder or a Hub id")
     check.add_argument("--revision", help="commit of a Hub id")
     check.add_argument("--text-head", default="checkpoint", help="as base.text_head of a sweep")
+    check.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+    check.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     check.add_argument("--data", default="embedded:arabic", help="dataset folder or embedded:NAME")
     check.set_defaults(run=run_check)
 
@@ -197,7 +199,13 @@ def run_check(args: argparse.Namespace) -> int:
     from higgs_tune.train.engine import PackLimits
     from higgs_tune.train.loop import PackLoop
 
-    named = {"path": args.base, "revision": args.revision, "text_head": args.text_head}
+    named = {
+        "path": args.base,
+        "revision": args.revision,
+        "text_head": args.text_head,
+        "dtype": args.dtype,
+        "device": args.device,
+    }
     base = validate(BaseSettings, named, "check")
     limits = PackLimits(num_slots=1, max_rank=1, paths=frozenset({"attention"}))
     loop = PackLoop.load(base, DataSettings(path=args.data), limits)

@@ -5,13 +5,14 @@ search space with everything that a training run needs to be repeated; `SweepCon
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from higgs_tune.config_scheduler import SchedulerSettings
 from higgs_tune.config_space import (
     ALL_LINEAR,
+    CountOrAuto,
     CrossAttention,
     Dropout,
     PositiveFloat,
@@ -96,7 +97,7 @@ class TuneSettings(Settings):
     scheduler: SchedulerSettings = SchedulerSettings()
     num_workers: int = Field(default=1, ge=1)  # processes with a base each; one per GPU
     # trials that train together around one base; "auto": as many as the worker's device holds
-    slots_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
+    slots_per_worker: CountOrAuto = 4
     # share of report_every_steps, at least one step unless 0, that a trial trains on while its report
     # is decided on
     ahead_fraction: float = Field(default=0.05, ge=0, le=1)
@@ -129,7 +130,7 @@ class BaselineSettings(Settings):
     )
     target_set: str = "all_linear"
     # clips per optimizer step; default: the first of space.batch_clips
-    batch_clips: int | None = Field(default=None, ge=1, strict=True)
+    batch_clips: int | None = Field(default=None, ge=1)
 
 
 class ConfirmSettings(Settings):
@@ -168,9 +169,14 @@ class SweepConfig(Settings):
         for where, name in [*named, ("baseline.target_set", self.baseline.target_set)]:
             if name not in self.target_sets:
                 near = did_you_mean(name, self.target_sets)
+                shipped = name in SweepConfig.model_fields["target_sets"].default
+                replaced = (
+                    ". A target_sets section replaces the shipped sets: list "
+                    f"{name} in it, too, or name another set"
+                )
                 raise ValueError(
-                    f"{where}: unknown target set {name!r}{near}; "
-                    f"target_sets defines {sorted(self.target_sets)}"
+                    f"{where}: unknown target set {name!r}{near}; target_sets defines "
+                    f"{sorted(self.target_sets)}{replaced if shipped else ''}"
                 )
         for name, paths in self.target_sets.items():
             if not paths:
@@ -240,7 +246,7 @@ class TrialConfig(Settings):
     dropout: Dropout = 0.0  # share of the inputs of each lora_A that a training step drops
     text_loss_weight: float = Field(default=1.0, ge=0)
     audio_loss_weight: float = Field(default=1.0, ge=0)
-    batch_clips: int = Field(default=8, ge=1, strict=True)
+    batch_clips: int = Field(default=8, ge=1)
     num_steps: int = Field(ge=1)
     report_every_steps: int = Field(ge=1)
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -10,19 +10,26 @@ from pydantic_core import ErrorDetails
 
 import higgs_tune
 from higgs_tune.config import SweepConfig
+from higgs_tune.config_space import TAGS
 from higgs_tune.errors import ConfigError, did_you_mean
 
 
-def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+def _known_keys(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
     """Field names of the settings at `location`, as far as they can be followed."""
     for part in location:
         field = model.model_fields.get(str(part))
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
+        section = None if field is None else _section(field.annotation)
+        if section is None:
             return []
-        model = field.annotation
+        model = section
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The settings that a field holds, perhaps as one of several ways to write it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for one in get_args(annotation) if (found := _section(one))), None)
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -56,26 +63,67 @@ def _distinct(problems: list[ErrorDetails]) -> list[ErrorDetails]:
 
 def _line(model: type[BaseModel], problem: ErrorDetails) -> str:
     """One problem: the setting's full name, what was needed, what was found."""
-    location = ".".join(str(part) for part in problem["loc"])
+    place = [part for part in problem["loc"] if part not in TAGS]
+    location = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(model, problem["loc"][:-1])
-        near = did_you_mean(str(problem["loc"][-1]), known)
+        known = _known_keys(model, place[:-1])
+        near = did_you_mean(str(place[-1]), known)
         return f"{location}: unknown setting{near or f'; known here: {sorted(known)}'}"
     needed = problem["msg"].removeprefix("Value error, ")
     found = problem["input"]
     if problem["type"] == "tuple_type":
         needed = "Input should be a list" + ("" if isinstance(found, Mapping) else f": [{found}]")
     elif problem["type"] in ("model_type", "dict_type"):
-        known = _known_keys(model, problem["loc"])
+        known = _known_keys(model, place)
         needed = "Input should be a section" + (f" with {', '.join(known)}" if known else "")
+    elif problem["type"] == "string_type" and isinstance(found, int | float):
+        needed += f": put it in quotes, with --set '{location}=\"…\"'"
     shown = "" if isinstance(found, Mapping | BaseModel) else f" (found {found!r})"
     return f"{location}: {needed}{shown}" if location else f"{needed}{shown}"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; ConfigError names the file and, where known, the line."""
+_MERGE = "tag:yaml.org,2002:merge"  # several `<<` add up
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which would drop the first of two equal keys without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The mapping as it is written, before merge keys (`<<`) add what its own may replace."""
+        node = super().compose_mapping_node(anchor)
+        assert node is not None
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(
+                    f"{self.name}, line {line}: {key.value!r} is there twice, first in line "
+                    f"{lines[name]}, and only the last would count. Keep one of them."
+                )
+            lines[name] = line
+        return node
+
+
+def _parse(text: str, where: str) -> Any:
+    """What a YAML text says; ConfigError, with `where` and the line, for a key that is there twice."""
+    loader = _Loader(text)
+    loader.name = where
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping in which no key is there twice.
+
+    Raises:
+        ConfigError: it is none; names the file and, where known, the line.
+    """
+    try:
+        raw = _parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file. Give an existing YAML file with --config."
@@ -103,14 +151,14 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, 
             if not isinstance(node, dict):
                 raise ConfigError(f"--set {text}: {parent} is a value, not a section.")
         try:
-            node[leaf] = _yaml_value(value)
+            node[leaf] = _yaml_value(value, f"--set {text}")
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text}: the value is not YAML: {error}") from None
     return result
 
 
-def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
+def _yaml_value(text: str, where: str) -> Any:
+    value = _parse(text, where)
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:
             return float(value)

@@ -1,8 +1,19 @@
 """The settings of the search space, and the types that they share with all others."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 TargetPath = Literal[
     "attention", "text_mlp", "audio_mlp", "audio_attention", "text_head", "audio_head"
@@ -21,10 +32,27 @@ CrossAttention = Annotated[
 ALL_LINEAR: tuple[TargetPath, ...] = ("attention", "text_mlp", "audio_mlp")
 
 
+def _takes_numbers(annotation: Any) -> bool:
+    """Whether a field's type is a number, or has one among its items or alternatives."""
+    return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
+
+
 class Settings(BaseModel):
     """Immutable settings that refuse unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python's True is 1, so pydantic would take YAML's `yes` for a number."""
+        assert info.field_name is not None
+        if _takes_numbers(cls.model_fields[info.field_name].annotation):
+            if isinstance(value, bool):
+                raise ValueError("Input should be a number, not a switch")
+            if isinstance(value, list | tuple) and any(isinstance(one, bool) for one in value):
+                raise ValueError("Input should be a list of numbers, not switches")
+        return value
 
 
 class Range(Settings):
@@ -43,8 +71,7 @@ class Range(Settings):
         return self
 
 
-# strict: YAML's `true` is not 1
-PositiveRank = Annotated[int, Field(ge=1, le=1024, strict=True)]
+PositiveRank = Annotated[int, Field(ge=1, le=1024)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -79,6 +106,40 @@ class DropoutRange(Range):
     high: Dropout
 
 
+# Of a setting that may be written in several ways its looks say which one is meant, so that a mistake is
+# told of that one alone. pydantic adds these tags to a problem's place; no setting has such a name.
+_RANGE, _LIST, _NUMBER, _WORD = TAGS = ("<range>", "<list>", "<number>", "<word>")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping | BaseModel):
+        return _RANGE
+    return _LIST if isinstance(value, list | tuple) else _NUMBER
+
+
+_BY_KIND = Discriminator(
+    _kind,
+    custom_error_type="number_or_range",
+    custom_error_message="Input should be a number or a section with low, high, log",
+)
+Factors = Annotated[
+    Annotated[PositiveRange, Tag(_RANGE)] | Annotated[PositiveFloat, Tag(_NUMBER)], _BY_KIND
+]
+Weights = Annotated[
+    Annotated[WeightRange, Tag(_RANGE)] | Annotated[NonNegativeFloat, Tag(_NUMBER)], _BY_KIND
+]
+Dropouts = Annotated[
+    Annotated[DropoutRange, Tag(_RANGE)]
+    | Annotated[tuple[Dropout, ...], Field(min_length=1), Tag(_LIST)]
+    | Annotated[Dropout, Tag(_NUMBER)],
+    _BY_KIND,
+]
+CountOrAuto = Annotated[
+    Annotated[int, Field(ge=1), Tag(_NUMBER)] | Annotated[Literal["auto"], Tag(_WORD)],
+    Discriminator(lambda value: _WORD if str(value)[:1].isalpha() else _NUMBER),
+]
+
+
 class SpaceSettings(Settings):
     """The search space. A list of one value, or a plain number, fixes a parameter."""
 
@@ -90,12 +151,10 @@ class SpaceSettings(Settings):
     cross_attention: tuple[CrossAttention, ...] = Field(default=("off",), min_length=1)
     # fixed by default: independent of rank
     alpha: tuple[PositiveFloat, ...] = Field(default=(32.0,), min_length=1)
-    new_module_lr_factor: PositiveRange | PositiveFloat = 0.1  # only acts with cross_attention on
+    new_module_lr_factor: Factors = 0.1  # only acts with cross_attention on
     # share of each lora_A's inputs that a training step drops
-    dropout: DropoutRange | Annotated[tuple[Dropout, ...], Field(min_length=1)] | Dropout = 0.0
-    text_loss_weight: WeightRange | NonNegativeFloat = 1.0
-    audio_loss_weight: WeightRange | NonNegativeFloat = 1.0
+    dropout: Dropouts = 0.0
+    text_loss_weight: Weights = 1.0
+    audio_loss_weight: Weights = 1.0
     # clips per step
-    batch_clips: tuple[Annotated[int, Field(ge=1, strict=True)], ...] = Field(
-        default=(8,), min_length=1
-    )
+    batch_clips: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(8,), min_length=1)

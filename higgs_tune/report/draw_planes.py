@@ -136,7 +136,7 @@ def draw_space(info: SpaceInfo) -> Picture:
         figure = Figure(figsize=(6.3, 4.2), layout="constrained")
         axes = figure.subplots()
         losses = [point.text for point in info.points]
-        norm = Normalize(min(losses), max(losses))
+        norm = Normalize(min(losses), info.top)
         colors = LinearSegmentedColormap.from_list("loss", ["#0b6e8f", "#a9b4bd", "#d9722b"])
         used = [n for n in CROSS_MARKERS if any(p.cross_attention == n for p in info.points)]
         for point in info.points:
@@ -163,7 +163,8 @@ def draw_space(info: SpaceInfo) -> Picture:
             xlabel="learning rate",
             ylabel="rank",
         )
-        bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, pad=0.02)
+        extend = "max" if max(losses) > info.top else "neither"
+        bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, pad=0.02, extend=extend)
         bar.set_label("val/text/nll  (nats per token)")
         bar.outline.set_visible(False)
         handles = [marker(CROSS_MARKERS[name], INK, f"cross_attention {name}") for name in used]

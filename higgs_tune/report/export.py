@@ -8,9 +8,7 @@ from typing import Any
 import yaml
 
 from higgs_tune import metrics as m
-from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
-from higgs_tune.config_file import read_yaml, validate
-from higgs_tune.errors import ConfigError, SweepError
+from higgs_tune.errors import SweepError
 from higgs_tune.files import RESUME_FILES, write_text
 from higgs_tune.report.choose import Choice
 from higgs_tune.report.files import copy_folder
@@ -38,7 +36,6 @@ def export_best(results: Results, findings: Findings) -> Path | None:
         path.unlink(missing_ok=True)
         return None
     content = best_config(results, choice, findings.headline)
-    check_best_config(content, str(path))
     header = (
         f"# {findings.headline}.\n# The best configuration of the sweep {results.sweep.name}.\n"
     )
@@ -62,6 +59,8 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
         "data": results.sweep.data.model_dump(mode="json")
         | {"content_hash": results.base_file.get("content_hash")},
         "trial": choice.adapter_run.config.model_dump(mode="json"),
+        # best_adapter/ of that training keeps audio as the sweep's best had to
+        "run": {"audio_tolerance": results.sweep.objective.audio_tolerance},
         "lora_config": _lora_config(choice.adapter_run),
         "results": {
             "note": note,
@@ -74,30 +73,6 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
         },
         "command": f"higgs-tune train --config {BEST_CONFIG}",
     }
-
-
-def check_best_config(content: dict[str, Any], where: str) -> TrialConfig:
-    """Read a best_config.yaml's content back as `higgs-tune train` will.
-
-    Raises:
-        ConfigError: a section is missing or does not hold.
-    """
-    for section in ("base", "data", "trial"):
-        if not isinstance(content.get(section), dict):
-            raise ConfigError(f"{where}: found no section {section!r}, needed one.")
-    data = {key: value for key, value in content["data"].items() if key != "content_hash"}
-    validate(BaseSettings, content["base"], f"{where}, base")
-    validate(DataSettings, data, f"{where}, data")
-    return validate(TrialConfig, content["trial"], f"{where}, trial")
-
-
-def read_best_config(path: Path) -> TrialConfig:
-    """The trial of a best_config.yaml.
-
-    Raises:
-        ConfigError: the file is missing, no YAML, or does not hold.
-    """
-    return check_best_config(read_yaml(path), str(path))
 
 
 def _val_names(choice: Choice) -> list[str]:

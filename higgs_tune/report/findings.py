@@ -5,6 +5,7 @@ that, and a text loss that fell without an audio gain is not called listening.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from higgs_tune import metrics as m
@@ -91,23 +92,33 @@ def _audio(results: Results, base: dict[str, float], choice: Choice) -> Answer:
 
 def _listening(base: dict[str, float], choice: Choice) -> Answer:
     question = "Does text use audio now?"
-    gain = choice.stat(m.VAL_AUDIO_GAIN)
-    if gain is None:
+    stat = choice.stat(m.VAL_AUDIO_GAIN)
+    if stat is None:
         return Answer("listening", question, "unknown", "No audio gain was reported.", "plain")
     start = base.get(m.VAL_AUDIO_GAIN)
-    figure = (f"{nats(start)} → " if start is not None else "") + nats(gain.mean)
-    worse = "higher" if gain.mean >= 0 else "lower"
-    means = (
-        f"after another clip's audio, text loss is {nats(abs(gain.mean))} nats per token {worse}"
-    )
-    if gain.mean >= GAIN_CLEAR:
+    figure = (f"{nats(start)} → " if start is not None else "") + nats(stat.mean)
+    # As they are printed, so that no word contradicts its figure.
+    mean = round(stat.mean, 2)
+    known = [gain for run in choice.runs if (gain := run.last(m.VAL_AUDIO_GAIN)) is not None]
+    gains = sorted(round(gain, 2) for gain in known)
+    means = f"after another clip's audio, text loss is {_rise(mean, gains)}"
+    if mean >= GAIN_CLEAR and gains[0] >= GAIN_NONE:
         return Answer("listening", question, figure, f"Yes: {means}.", "good")
-    if gain.mean >= GAIN_NONE:
+    if mean >= GAIN_NONE:
         return Answer("listening", question, figure, f"A little: {means}.", "fair")
     sentence = f"No: {means}."
     if final_mean(choice, m.VAL_TEXT_NLL) < base[m.VAL_TEXT_NLL]:
         sentence += " The text loss fell by learning to write the language, not by listening."
     return Answer("listening", question, figure, sentence, "poor")
+
+
+def _rise(mean: float, gains: list[float]) -> str:
+    """By how much text loss rises without its own audio, over sorted gains; a fall counts downwards."""
+    text = f"{nats(abs(mean))} nats per token {'higher' if mean >= 0 else 'lower'}"
+    if len(gains) == 1:
+        return text
+    low, high = (gains[0], gains[-1]) if mean >= 0 else (-gains[-1], -gains[0])
+    return f"{text} ({nats(low)} to {nats(high)} over {len(gains)} seeds)"
 
 
 def _mattered(results: Results, importance: ImportanceInfo | None) -> Answer:
@@ -154,25 +165,42 @@ def _medians(results: Results, setting: str) -> str:
 
 def _notes(results: Results, choice: Choice | None) -> list[str]:
     notes = []
-    open_ends = {
-        "running or lost": results.count(UNFINISHED),
-        "cancelled": results.count("cancelled"),
-    }
-    if any(open_ends.values()):
-        counts = ", ".join(f"{count} {word}" for word, count in open_ends.items() if count)
-        notes.append(f"The sweep is not finished. Its trials: {counts}.")
+    num_trials = results.sweep.tune.num_trials
+    if open_ends := _open_ends(results.search):
+        notes.append(f"The sweep is not finished. Its trials: {open_ends}.")
+    elif 0 < len(results.search) < num_trials:
+        notes.append(f"The search ended after {len(results.search)} of {num_trials} trials.")
     if choice is not None and choice.confirm == "skipped":
         notes.append("The confirm stage was switched off (confirm.num_configs is 0).")
     if choice is not None and choice.confirm == "unfinished":
         notes.append("The confirm stage has not finished; the choice rests on the search alone.")
-    baseline = results.baseline
-    if baseline is not None and baseline.history and not baseline.full_budget:
-        last = baseline.last(m.VAL_TEXT_NLL)
-        at = f" with a text loss of {nats(last)}" if last is not None else ""
-        notes.append(f"Trial 0 ended {baseline.status} at step {baseline.step}{at}.")
+    if open_ends := _open_ends(results.confirm):
+        notes.append(
+            f"Confirm runs without an end: {open_ends}. A configuration without all its runs counts "
+            "as not confirmed; --resume goes on with them."
+        )
+    if results.baseline is not None:
+        notes += _broken_off(results.baseline)
     if choice is not None and not (choice.adapter_run.directory / "adapter").is_dir():
         notes.append(f"{choice.adapter_run.id} left no adapter; train it again to get one.")
     return notes
+
+
+def _broken_off(baseline: Trial) -> list[str]:
+    """A note on a trial 0 that ended before its full budget; none while it runs."""
+    if not baseline.history or baseline.full_budget or baseline.status == UNFINISHED:
+        return []
+    last = baseline.last(m.VAL_TEXT_NLL)
+    at = f" with a text loss of {nats(last)}" if last is not None else ""
+    ended = "was cancelled" if baseline.status == "cancelled" else f"ended {baseline.status}"
+    return [f"Trial 0 {ended} at step {baseline.step}{at}."]
+
+
+def _open_ends(trials: Iterable[Trial]) -> str:
+    """How many of the trials --resume would go on with, in words; empty if there are none."""
+    counts = Counter(trial.status for trial in trials)
+    words = {UNFINISHED: "running or lost", "cancelled": "cancelled"}
+    return ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])
 
 
 def trial_counts(results: Results) -> str:

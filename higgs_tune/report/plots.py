@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from higgs_tune import metrics as m
 from higgs_tune.report.choose import Choice
 from higgs_tune.report.importance import common_step
@@ -21,7 +23,6 @@ CURVES = (
 class Line:
     """One trial's curve, from the base at step 0."""
 
-    trial_id: str
     role: Role
     status: str
     points: tuple[tuple[int, float], ...]
@@ -47,7 +48,6 @@ class Point:
     cross_attention: str
     text: float
     audio: float
-    feasible: bool
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,6 @@ class GainBar:
 class SpacePoint:
     """A trial in the plane of learning rate and rank."""
 
-    trial_id: str
     role: Role
     learning_rate: float
     rank: int
@@ -93,6 +92,7 @@ class SpaceInfo:
     points: tuple[SpacePoint, ...]
     ranks: tuple[int, ...]
     step: int
+    top: float  # where the scale of text loss ends; outliers lie above
 
 
 def role(trial: Trial, choice: Choice | None) -> Role:
@@ -112,7 +112,7 @@ def curves_info(results: Results, choice: Choice | None) -> tuple[CurvesInfo, ..
         for trial in results.search:
             points = trial.curve(metric)
             if points:
-                lines.append(Line(trial.id, role(trial, choice), trial.status, (*origin, *points)))
+                lines.append(Line(role(trial, choice), trial.status, (*origin, *points)))
         limit = results.audio_limit if metric == m.VAL_AUDIO_NLL else None
         panels.append(CurvesInfo(title, unit, tuple(lines), limit))
     return tuple(panels)
@@ -133,7 +133,6 @@ def scatter_info(results: Results, choice: Choice | None) -> ScatterInfo:
                 cross_attention=trial.config.cross_attention,
                 text=text,
                 audio=audio,
-                feasible=bool(results.feasible(trial)),
             )
         )
     base = results.base
@@ -162,23 +161,38 @@ def gain_info(results: Results, choice: Choice | None, most: int = 8) -> tuple[G
 
 
 def space_info(results: Results, choice: Choice | None) -> SpaceInfo | None:
-    """Trials that reached the common step; None if fewer than two did."""
+    """Trials that reached the common step with their own settings; None if fewer than two did."""
     step = common_step(results)
-    points = []
+    points, sampled = [], []
     for trial in results.search:
         text = trial.at(step, m.VAL_TEXT_NLL)
-        if text is not None:
-            config = trial.config
-            points.append(
-                SpacePoint(
-                    trial_id=trial.id,
-                    role=role(trial, choice),
-                    learning_rate=config.learning_rate,
-                    rank=config.rank,
-                    cross_attention=config.cross_attention,
-                    text=text,
-                )
+        config = trial.config
+        if text is None or config.schedule:  # a copy's first rate is the one of another trial
+            continue
+        if trial.origin == "search":
+            sampled.append(text)
+        points.append(
+            SpacePoint(
+                role=role(trial, choice),
+                learning_rate=config.learning_rate,
+                rank=config.rank,
+                cross_attention=config.cross_attention,
+                text=text,
             )
+        )
     if len(points) < 2:
         return None
-    return SpaceInfo(tuple(points), tuple(sorted({point.rank for point in points})), step)
+    ranks = tuple(sorted({point.rank for point in points}))
+    return SpaceInfo(tuple(points), ranks, step, _top([point.text for point in points], sampled))
+
+
+def _top(losses: list[float], sampled: list[float]) -> float:
+    """The highest loss, or the sampled ones' fence if that is lower.
+
+    Beyond it, one bad trial or those set by hand would make the others look alike.
+    Source: Tukey, Exploratory Data Analysis, 1977 (third quartile + 1.5 interquartile ranges).
+    """
+    first, third = np.quantile(sampled, [0.25, 0.75])
+    if first == third:
+        return max(losses)
+    return min(max(losses), float(third + 1.5 * (third - first)))

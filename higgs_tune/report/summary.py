@@ -1,6 +1,7 @@
 """The sweep's findings on one terminal screen, and the same as summary.json."""
 
 import json
+import shlex
 import shutil
 import sys
 import textwrap
@@ -136,8 +137,8 @@ def _next_steps(results: Results, findings: Findings) -> list[str]:
         shown = shown.relative_to(here)
     steps = [f"  Report         {shown / 'report.html'}"]
     if findings.choice is not None:
-        command = f"{_program(here)} train --config {shown / 'best_config.yaml'}"
-        steps.append(f"  Train it again {command}")
+        command = [_program(here), "train", "--config", str(shown / "best_config.yaml")]
+        steps.append(f"  Train it again {shlex.join(command)}")
     return steps
 
 

@@ -64,7 +64,10 @@ def found(results: Results, choice: Choice | None, outcome: Outcome) -> Answer:
     if choice is None:
         why = _why_nothing(results, outcome)
         return Answer("found", question, _VERDICTS[outcome], why, tone)
-    return Answer("found", question, _VERDICTS[outcome], _certainty(results, choice, outcome), tone)
+    figure = _VERDICTS[outcome]
+    if choice.trial.origin == "baseline_fixed":  # trial 1 was set by hand, too
+        figure = figure.replace("by hand", "trial 0")
+    return Answer("found", question, figure, _certainty(results, choice, outcome), tone)
 
 
 def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:

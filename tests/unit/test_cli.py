@@ -187,3 +187,21 @@ def test_a_hub_id_without_a_revision_is_refused_before_anything_starts(
     assert cli.main(["sweep", *place]) == cli.BAD_INPUT
     assert "base.revision: not set for Hub id someone/model" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype", "device"),
+    [
+        ([], "float32", "auto"),
+        (["--dtype", "bfloat16", "--device", "cpu"], "bfloat16", "cpu"),
+    ],
+)
+def test_check_loads_the_base_as_it_is_told_to(monkeypatch, capsys, arguments, dtype, device):
+    def load(base, *_):
+        assert (base.dtype, base.device) == (dtype, device)
+        return SimpleNamespace(preflight={}, base_metrics={})
+
+    monkeypatch.setattr("higgs_tune.train.loop.PackLoop.load", load)
+    assert cli.main(["check", *arguments]) == 0
+    assert cli.main(["check", "--dtype", "float8"]) == cli.BAD_INPUT
+    assert "dtype: Input should be 'float32' or 'bfloat16'" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from higgs_tune.errors import ConfigError
 from higgs_tune.local_path import local_path
 from tests.models import trial
 
+AT_LEAST = "Input should be greater than or equal to"
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 
 
@@ -41,11 +42,18 @@ def loaded(tmp_path, text, overrides=()):
         ("target_sets: {all_linear: [audio_attention]}", "trained whenever cross_attention is on"),
         ("data: {tasks: {transcribe: 0, speak: 0}}", "at least one task needs a weight above 0"),
         ("train: {num_steps: 5, report_every_steps: 6}", "must not exceed train.num_steps"),
-        ("space: {rank: [true]}", r"space\.rank\.0: .*valid integer \(found True\)"),
-        ("space: {batch_clips: [true]}", r"space\.batch_clips\.0: .*valid integer"),
-        ("space: {text_loss_weight: {low: -1, high: 1}}", r"text_loss_weight.*low: .*equal to 0"),
-        ("space: {audio_loss_weight: {low: -1, high: 1}}", r"audio_loss_weight.*low: .*equal to 0"),
-        ("space: {new_module_lr_factor: {low: 0, high: 1}}", r"factor.*low: .*greater than 0"),
+        ("tune: {num_trials: true}", r"tune\.num_trials: .*number, not a switch \(found True\)"),
+        ("tune: {num_trials: yes}", r"tune\.num_trials: .*number, not a switch \(found True\)"),
+        ("tune: {slots_per_worker: on}", r"tune\.slots_per_worker: .*number, not a switch"),
+        ("tune: {time_limit_s: true}", r"tune\.time_limit_s: .*number, not a switch"),
+        ("train: {clip_norm: true}", r"train\.clip_norm: .*number, not a switch"),
+        ("space: {learning_rate: {low: true}}", r"learning_rate\.low: .*number, not a switch"),
+        ("space: {new_module_lr_factor: true}", r"new_module_lr_factor: .*number, not a switch"),
+        ("space: {rank: [4, true]}", r"space\.rank: .*numbers, not switches \(found \[4, True\]\)"),
+        ("space: {alpha: [true]}", r"space\.alpha: .*numbers, not switches"),
+        ("space: {text_loss_weight: {low: -1, high: 1}}", r"text_loss_weight\.low: .*equal to 0"),
+        ("space: {audio_loss_weight: {low: -1, high: 1}}", r"audio_loss_weight\.low: .*equal to 0"),
+        ("space: {new_module_lr_factor: {low: 0, high: 1}}", r"factor\.low: .*greater than 0"),
         ("name: ../up", "name: String should match pattern"),
         ("train: {clip_norm: .nan}", "train.clip_norm"),
         (
@@ -89,12 +97,59 @@ def test_each_mistake_is_one_error_that_names_its_setting(tmp_path, text, messag
             "space.target_set: unknown target set 'wide'; "
             "target_sets defines ['all_linear', 'attention']",
         ),
+        (
+            "target_sets.mine=[attention]",
+            "space.target_set: unknown target set 'all_linear'; target_sets defines ['mine']. A "
+            "target_sets section replaces the shipped sets: list all_linear in it, too, or name "
+            "another set",
+        ),
+        (
+            "base.revision=1234567",
+            "base.revision: Input should be a valid string: put it in quotes, with --set "
+            "'base.revision=\"…\"' (found 1234567)",
+        ),
+        ("tune.slots_per_worker=0", f"tune.slots_per_worker: {AT_LEAST} 1 (found 0)"),
+        ("tune.slots_per_worker=x", "tune.slots_per_worker: Input should be 'auto' (found 'x')"),
+        ("space.text_loss_weight=-1", f"space.text_loss_weight: {AT_LEAST} 0 (found -1)"),
+        (
+            "space.text_loss_weight={low: -1, high: 1}",
+            f"space.text_loss_weight.low: {AT_LEAST} 0 (found -1)",
+        ),
+        (
+            "space.text_loss_weight=[1, 2]",
+            "space.text_loss_weight: Input should be a number or a section with low, high, log "
+            "(found [1, 2])",
+        ),
+        (
+            "space.new_module_lr_factor={low: 1, high: 0.5}",
+            "space.new_module_lr_factor: low (1.0) must be below high (0.5)",
+        ),
+        (
+            "space.new_module_lr_factor={low: 0.1, high: 1, logs: true}",
+            "space.new_module_lr_factor.logs: unknown setting, did you mean 'log'?",
+        ),
+        ("space.dropout=[0, 1]", "space.dropout.1: Input should be less than 1 (found 1)"),
+        ("space.dropout=1", "space.dropout: Input should be less than 1 (found 1)"),
     ],
 )
 def test_a_mistake_is_told_once_in_a_users_words_with_its_override(tmp_path, override, message):
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, "{}", [override])
     assert str(caught.value) == f"{tmp_path / 'sweep.yaml'} with --set:\n  {message}"
+
+
+def test_numbers_may_be_written_in_every_way_and_switches_are_switches(tmp_path):
+    text = (
+        "space: {learning_rate: {low: 1e-4, high: '3e-3', log: yes}, rank: [8], alpha: [16],"
+        " cross_attention: [off, on], dropout: [0, 1e-1]}\n"
+        "train: {num_steps: 100.0, clip_norm: 1}\nbase: {compile: on}\n"
+    )
+    config = loaded(tmp_path, text)
+    assert (config.space.learning_rate.low, config.space.learning_rate.high) == (1e-4, 3e-3)
+    assert config.space.learning_rate.log is config.base.compile is True
+    assert config.space.cross_attention == ("off", "audio_self")
+    assert (config.space.dropout, config.space.alpha) == ((0.0, 0.1), (16.0,))
+    assert (config.train.num_steps, config.train.clip_norm) == (100, 1.0)
 
 
 def test_all_problems_are_listed_at_once(tmp_path):
@@ -108,6 +163,35 @@ def test_a_missing_file_and_wrong_encoding_are_clear(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
         read_yaml(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line", "first"),
+    [
+        ("train: {clip_norm: 0.5}\ntune: {num_trials: 4}\ntrain: {num_steps: 50}\n", "train", 3, 1),
+        ("tune:\n  seed: 1\n  num_trials: 4\n  'seed': 2\n", "seed", 4, 2),
+    ],
+)
+def test_a_key_that_is_there_twice_is_an_error_with_its_line(tmp_path, text, key, line, first):
+    message = rf"sweep\.yaml, line {line}: '{key}' is there twice, first in line {first}"
+    with pytest.raises(ConfigError, match=message):
+        loaded(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"--set space={seed: 1, seed: 2}, line 1: 'seed' is"):
+        loaded(tmp_path, "{}", ["space={seed: 1, seed: 2}"])
+
+
+def test_merge_keys_may_be_overridden(tmp_path):
+    text = (
+        "target_sets: {a: &a [attention], all_linear: *a}\n"
+        "tune: &tune {seed: 1, scheduler: &asha {name: asha, grace_fraction: 0.5}}\n"
+        "tune_copy: {<<: *tune, seed: 2, scheduler: {<<: *asha, name: median}}\n"
+        "again: {<<: [*tune, *asha], seed: 3}\n"
+    )
+    path = tmp_path / "merged.yaml"
+    path.write_text(text)
+    raw = read_yaml(path)
+    assert raw["tune_copy"] == {"seed": 2, "scheduler": {"name": "median", "grace_fraction": 0.5}}
+    assert raw["again"] == raw["tune"] | {"name": "asha", "grace_fraction": 0.5, "seed": 3}
 
 
 def test_overrides_use_the_yamls_names_and_yaml_values(tmp_path):

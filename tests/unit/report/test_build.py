@@ -1,5 +1,6 @@
 """The report's files: complete, readable back, free of the network, and not torch's business."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -9,10 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from higgs_tune.errors import ConfigError
 from higgs_tune.report import Summary, build_report
-from higgs_tune.report.export import read_best_config
 from higgs_tune.report.results import read_results
+from higgs_tune.train.train_cli import read_settings
 from tests.unit.report.builder import Builder, curve, realistic, trial_config
 
 
@@ -44,11 +44,12 @@ def test_best_config_holds_what_is_needed_to_train_it_again(finished: tuple[Path
     folder, summary = finished
     content = yaml.safe_load((folder / "best_config.yaml").read_text())
     assert set(content) == {
-        "higgs_tune", "base", "data", "trial", "lora_config", "results", "command",
+        "higgs_tune", "base", "data", "trial", "run", "lora_config", "results", "command",
     }  # fmt: skip
     results = read_results(folder)
     best = next(trial for trial in results.trials if trial.id == summary.best_id)
-    read = read_best_config(folder / "best_config.yaml")
+    arguments = argparse.Namespace(config=folder / "best_config.yaml", set=[], data=None, seed=None)
+    read = read_settings(arguments)[0]["trial"]
     assert read.model_copy(update={"seed": 0}) == best.config
     assert read.seed in content["results"]["seeds"]
     assert content["higgs_tune"]["version"] == "0.1.0"
@@ -128,13 +129,6 @@ def test_page_escapes_what_a_name_holds(tmp_path: Path) -> None:
     page = build_report(tmp_path).report_path.read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
-
-
-def test_best_config_of_another_kind_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "best_config.yaml"
-    path.write_text("name: quick\n")
-    with pytest.raises(ConfigError, match="found no section 'base'"):
-        read_best_config(path)
 
 
 def test_report_starts_without_torch() -> None:

@@ -6,8 +6,14 @@ import pytest
 
 from higgs_tune.report.findings import Findings, find, trial_counts
 from higgs_tune.report.results import read_results
-from higgs_tune.report.summary import WIDTH, summary_text
-from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
+from higgs_tune.report.summary import summary_text
+from tests.unit.report.builder import (
+    Builder,
+    curve,
+    report_row,
+    sweep_config,
+    trial_config,
+)
 
 CONFIG = trial_config()
 
@@ -24,19 +30,26 @@ def pairs(
     directory: Path,
     baseline: list[float],
     best: list[float],
-    gain: float = 0.4,
+    gain: float | tuple[float, ...] = 0.4,
     baseline_audio: float = 3.9,
+    origin: str = "search",
 ) -> Findings:
-    """A sweep of two trials with these text losses over the seeds of its confirm stage."""
+    """A sweep of two trials with these text losses over the seeds of its confirm stage.
+
+    Args:
+        gain: the audio gain of all runs, or of each seed.
+        origin: of trial 1.
+    """
+    gains = gain if isinstance(gain, tuple) else (gain,) * len(best)
     builder = Builder(directory).start()
     for trial_id, text in (("t000", baseline), ("t001", best)):
-        origin = "baseline" if trial_id == "t000" else "search"
+        came_from = "baseline" if trial_id == "t000" else origin
         audio = baseline_audio if trial_id == "t000" else 3.9
-        rows = curve(CONFIG, min(text) - 0.1, gain, audio, 150)
-        builder.trial(trial_id, CONFIG, rows, origin=origin)
+        rows = curve(CONFIG, min(text) - 0.1, gains[0], audio, 150)
+        builder.trial(trial_id, CONFIG, rows, origin=came_from)
         for seed, value in enumerate(text):
             config = trial_config(seed=100 + seed)
-            rows = curve(config, value, gain, audio, 150)
+            rows = curve(config, value, gains[seed], audio, 150)
             run_id = f"c{10 * int(trial_id[1:]) + seed:03d}"
             builder.trial(run_id, config, rows, origin="confirm", confirms=trial_id)
     return findings(directory)
@@ -46,6 +59,22 @@ def test_clear_difference_is_called_better(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
     assert found.outcome == "better"
     assert "1.00 nats per token lower than trial 0's" in sentence(found, "found")
+
+
+@pytest.mark.parametrize(
+    "origin, best, verdict",
+    [
+        ("search", [2.0, 2.1], "Better than by hand"),
+        ("search", [2.9, 3.1], "No better than by hand"),
+        ("baseline_fixed", [2.0, 2.1], "Better than trial 0"),
+        ("baseline_fixed", [2.9, 3.1], "No better than trial 0"),
+    ],
+)
+def test_trial_1_is_by_hand_itself(
+    tmp_path: Path, origin: str, best: list[float], verdict: str
+) -> None:
+    found = pairs(tmp_path, [3.0, 3.1 if best[0] < 2.5 else 3.3], best, origin=origin)
+    assert found.answers[0].figure == verdict
 
 
 def test_difference_inside_the_noise_is_called_that(tmp_path: Path) -> None:
@@ -127,6 +156,34 @@ def test_low_text_loss_without_gain_is_not_called_listening(
     assert answer.tone == tone
 
 
+@pytest.mark.parametrize(
+    "gains, said",
+    [
+        ((0.23, 0.45), "Yes: ... 0.34 nats per token higher (0.23 to 0.45 over 2 seeds)."),
+        ((0.9, 0.04), "A little: ... 0.47 nats per token higher (0.04 to 0.90 over 2 seeds)."),
+        ((-0.1, 0.3), "A little: ... 0.10 nats per token higher (−0.10 to 0.30 over 2 seeds)."),
+        ((0.1, -0.04), "No: ... 0.03 nats per token higher (−0.04 to 0.10 over 2 seeds)."),
+        ((-0.2, -0.1), "No: ... 0.15 nats per token lower (0.10 to 0.20 over 2 seeds)."),
+        ((0.297, 0.297), "Yes: ... 0.30 nats per token higher (0.30 to 0.30 over 2 seeds)."),
+        ((0.047, 0.9), "Yes: ... 0.47 nats per token higher (0.05 to 0.90 over 2 seeds)."),
+        ((0.047, 0.047), "A little: ... 0.05 nats per token higher (0.05 to 0.05 over 2 seeds)."),
+        ((0.2949, 0.2949), "A little: ... 0.29 nats per token higher (0.29 to 0.29 over 2 seeds)."),
+    ],
+)
+def test_listening_is_judged_by_the_figures_that_are_said(
+    tmp_path: Path, gains: tuple[float, ...], said: str
+) -> None:
+    found = sentence(pairs(tmp_path, [3.0, 3.1], [2.0, 2.1], gains), "listening")
+    word, figures = said.split(" ... ")
+    assert found.startswith(f"{word} after another clip's audio, text loss is {figures}")
+
+
+def test_the_gain_of_a_single_run_has_no_range(tmp_path: Path) -> None:
+    builder = Builder(tmp_path, sweep_config(confirm={"num_configs": 0})).start()
+    builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.4, 3.9, 150), origin="baseline")
+    assert sentence(findings(tmp_path), "listening").endswith("0.40 nats per token higher.")
+
+
 def test_audio_beyond_the_limit_says_what_to_change(tmp_path: Path) -> None:
     Builder(tmp_path).start().trial("t000", CONFIG, curve(CONFIG, 2.0, 0.4, 5.0, 150))
     found = findings(tmp_path)
@@ -141,6 +198,22 @@ def test_no_full_run_is_said(tmp_path: Path) -> None:
     found = findings(tmp_path)
     assert "No trial ran the full budget" in sentence(found, "found")
     assert any("Trial 0 ended pruned at step 100" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "status, said",
+    [
+        ("cancelled", ["Trial 0 was cancelled at step 50 with a text loss of 4.50."]),
+        ("diverged", ["Trial 0 ended diverged at step 50 with a text loss of 4.50."]),
+        (None, []),  # it runs
+    ],
+)
+def test_trial_0_is_said_to_have_ended_once_it_has(
+    tmp_path: Path, status: str | None, said: list[str]
+) -> None:
+    rows = [report_row(50, 4.5, 0.1, 3.9)]
+    Builder(tmp_path).start().trial("t000", CONFIG, rows, status=status, origin="baseline")
+    assert [note for note in findings(tmp_path).notes if note.startswith("Trial 0")] == said
 
 
 def test_nothing_reported_is_said(tmp_path: Path) -> None:
@@ -160,29 +233,42 @@ def test_interrupted_sweep_is_said(tmp_path: Path) -> None:
     assert trial_counts(read_results(tmp_path)).startswith("3 in the search: 1 ran to the end")
 
 
-def test_summary_is_one_screen(tmp_path: Path) -> None:
-    realistic(tmp_path)
-    results = read_results(tmp_path)
-    lines = summary_text(results, find(results)).splitlines()
-    assert len(lines) <= 32
-    paths = ("  Report", "  Train")
-    assert max(len(line) for line in lines if not line.startswith(paths)) <= WIDTH
+@pytest.mark.parametrize(
+    "status, said", [("cancelled", "1 cancelled"), (None, "1 running or lost")]
+)
+def test_a_confirm_run_without_an_end_is_said(
+    tmp_path: Path, status: str | None, said: str
+) -> None:
+    pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
+    builder = Builder(tmp_path)
+    builder.trial("t002", CONFIG, curve(CONFIG, 2.5, 0.4, 3.9, 150))
+    for seed in range(2):
+        config, ends = trial_config(seed=100 + seed), "completed" if seed == 0 else status
+        rows = curve(config, 1.0, 0.4, 3.9, 150)[: None if seed == 0 else 3]
+        run_id = f"c{20 + seed:03d}"
+        builder.trial(run_id, config, rows, origin="confirm", confirms="t002", status=ends)
+    found = findings(tmp_path)
+    assert found.choice is not None
+    assert (found.choice.trial.id, found.choice.confirm) == ("t001", "done")
+    note = next(note for note in found.notes if note.startswith("Confirm runs"))
+    assert said in note
+    assert "counts as not confirmed" in note
+    assert "--resume" in note
 
 
-def test_summary_names_the_program_of_this_python(tmp_path: Path, monkeypatch) -> None:
-    realistic(tmp_path / "results" / "quick")
-    program = tmp_path / ".venv" / "bin" / "higgs-tune"
-    program.parent.mkdir(parents=True)
-    program.touch()
-    monkeypatch.setattr("sys.executable", str(program.with_name("python")))
-    results = read_results(tmp_path / "results" / "quick")
+def test_a_finished_confirm_stage_needs_no_note(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
+    assert not [note for note in found.notes if "onfirm" in note]
 
-    def shown() -> str:
-        return summary_text(results, find(results)).splitlines()[-1]
 
-    assert f"{program} train --config" in shown()
-    monkeypatch.chdir(tmp_path)
-    command = ".venv/bin/higgs-tune train --config results/quick/best_config.yaml"
-    assert shown().endswith(" " + command)
-    program.unlink()
-    assert shown().endswith(" higgs-tune train --config results/quick/best_config.yaml")
+def test_a_search_that_ended_before_its_last_trial_is_said(tmp_path: Path) -> None:
+    for name, num_trials in (("short", 5), ("whole", 2)):
+        sweep = sweep_config(tune={"num_trials": num_trials}, confirm={"num_configs": 0})
+        builder = Builder(tmp_path / name, sweep).start()
+        for trial_id in ("t000", "t001"):
+            builder.trial(trial_id, CONFIG, curve(CONFIG, 3.0, 0.4, 3.9, 150))
+    said = "The search ended after 2 of 5 trials."
+    assert said in findings(tmp_path / "short").notes
+    assert not [n for n in findings(tmp_path / "whole").notes if n.startswith("The search ended")]
+    Builder(tmp_path / "short").trial("t002", CONFIG, [], status=None)
+    assert not [n for n in findings(tmp_path / "short").notes if n.startswith("The search ended")]

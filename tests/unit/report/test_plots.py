@@ -6,9 +6,15 @@ import pytest
 
 from higgs_tune import metrics as m
 from higgs_tune.report.build import draw
-from higgs_tune.report.draw_planes import draw_scatter
+from higgs_tune.report.draw_planes import draw_scatter, draw_space
 from higgs_tune.report.findings import find
-from higgs_tune.report.plots import curves_info, gain_info, scatter_info, space_info
+from higgs_tune.report.plots import (
+    SpaceInfo,
+    curves_info,
+    gain_info,
+    scatter_info,
+    space_info,
+)
 from higgs_tune.report.results import Results, read_results
 from tests.unit.report.builder import BASE, Builder, curve, realistic, trial_config
 
@@ -54,6 +60,49 @@ def test_space_of_one_trial_is_nothing(tmp_path: Path) -> None:
     config = trial_config()
     Builder(tmp_path).start().trial("t000", config, curve(config, 3.0, 0.1, 3.9, 150))
     assert space_info(read_results(tmp_path), None) is None
+
+
+def space(directory: Path, sampled: list[float], by_hand: list[float]) -> SpaceInfo:
+    """Of trials with these text losses at the end; all at a full budget."""
+    builder = Builder(directory).start()
+    for number, text in enumerate([*by_hand, *sampled]):
+        origin = ("baseline", "baseline_fixed")[number] if number < len(by_hand) else "search"
+        config = trial_config(learning_rate=1e-3 * (1 + number))
+        rows = curve(config, text, 0.1, 3.9, 150)
+        builder.trial(f"t{number:03d}", config, rows, origin=origin)
+    info = space_info(read_results(directory), None)
+    assert info is not None
+    return info
+
+
+@pytest.mark.parametrize(
+    "sampled, by_hand, top",
+    [
+        ([1.0, 2.0, 3.0, 4.0, 9.0], [5.0, 5.5], 7.0),  # quartiles 2 and 4: 4 + 1.5 * 2
+        ([1.0, 2.0, 3.0, 4.0, 5.0], [5.5, 8.5], 7.0),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], [5.5, 5.6], 5.6),  # all within
+        ([2.0, 2.0], [5.0, 5.5], 5.5),  # no spread to tell an outlier by
+    ],
+)
+def test_outliers_do_not_stretch_the_scale_of_space(
+    tmp_path: Path, sampled: list[float], by_hand: list[float], top: float
+) -> None:
+    info = space(tmp_path, sampled, by_hand)
+    assert info.top == pytest.approx(top)
+    assert draw_space(info).png.startswith(b"\x89PNG")
+
+
+def test_space_leaves_out_trials_that_copied(tmp_path: Path) -> None:
+    space(tmp_path, [2.0, 3.0], [5.0])
+    change = {
+        "step": 50, "learning_rate": 2e-3, "new_module_lr_factor": 0.1, "text_loss_weight": 1.0,
+        "audio_loss_weight": 1.0, "copied_from": "t001",
+    }  # fmt: skip
+    config = trial_config(rank=4, schedule=(change,))
+    Builder(tmp_path).trial("t009", config, curve(config, 1.0, 0.1, 3.9, 150))
+    info = space_info(read_results(tmp_path), None)
+    assert info is not None
+    assert (len(info.points), info.ranks) == (3, (16,))
 
 
 def test_every_figure_is_drawn(results: Results) -> None:

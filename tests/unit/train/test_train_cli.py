@@ -8,7 +8,7 @@ import yaml
 from higgs_tune.errors import ConfigError
 from higgs_tune.report.build import build_report
 from higgs_tune.train import train_cli
-from tests.unit.report.builder import realistic
+from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
 
 BEST = {
     "higgs_tune": {"version": "0"},
@@ -101,5 +101,17 @@ def test_all_that_a_sweep_writes_is_known(read, tmp_path):
     realistic(tmp_path / "quick")
     build_report(tmp_path / "quick")
     content = yaml.safe_load((tmp_path / "quick" / "best_config.yaml").read_text())
-    assert set(content) - set(train_cli.SECTIONS) == set(train_cli.RECORDS)
+    assert set(content) == {*train_cli.SECTIONS, *train_cli.RECORDS}
     assert read(content=content)[1] == "c0ffee"
+
+
+def test_the_audio_tolerance_of_the_sweep_holds_unless_another_is_set(read, tmp_path):
+    config = trial_config()
+    sweep = sweep_config(objective={"audio_tolerance": 0.2}, confirm={"num_configs": 0})
+    rows = curve(config, 3.0, 0.4, 3.93 * 1.1, 150)
+    Builder(tmp_path / "quick", sweep).start().trial("t000", config, rows, origin="baseline")
+    build_report(tmp_path / "quick")
+    content = yaml.safe_load((tmp_path / "quick" / "best_config.yaml").read_text())
+    assert read(content=content)[0]["run"].audio_tolerance == 0.2
+    settings, _ = read("--set", "run.audio_tolerance=0.01", content=content)
+    assert settings["run"].audio_tolerance == 0.01

@@ -1,0 +1,52 @@
+"""The summary's screen of text."""
+
+import shlex
+from pathlib import Path
+
+from higgs_tune.report.findings import find
+from higgs_tune.report.results import read_results
+from higgs_tune.report.summary import WIDTH, summary_text
+from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
+
+
+def test_summary_is_one_screen(tmp_path: Path) -> None:
+    realistic(tmp_path)
+    results = read_results(tmp_path)
+    lines = summary_text(results, find(results)).splitlines()
+    assert len(lines) <= 32
+    paths = ("  Report", "  Train")
+    assert max(len(line) for line in lines if not line.startswith(paths)) <= WIDTH
+
+
+def test_summary_names_the_program_of_this_python(tmp_path: Path, monkeypatch) -> None:
+    realistic(tmp_path / "results" / "quick")
+    program = tmp_path / ".venv" / "bin" / "higgs-tune"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    monkeypatch.setattr("sys.executable", str(program.with_name("python")))
+    results = read_results(tmp_path / "results" / "quick")
+
+    def shown() -> str:
+        return summary_text(results, find(results)).splitlines()[-1]
+
+    assert f"{program} train --config" in shown()
+    monkeypatch.chdir(tmp_path)
+    command = ".venv/bin/higgs-tune train --config results/quick/best_config.yaml"
+    assert shown().endswith(" " + command)
+    program.unlink()
+    assert shown().endswith(" higgs-tune train --config results/quick/best_config.yaml")
+
+
+def test_the_command_that_trains_it_again_can_be_pasted(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "my results" / "quick"
+    program = tmp_path / "my tools" / "bin" / "higgs-tune"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    monkeypatch.setattr("sys.executable", str(program.with_name("python")))
+    config = trial_config()
+    builder = Builder(folder, sweep_config(confirm={"num_configs": 0})).start()
+    builder.trial("t000", config, curve(config, 3.0, 0.4, 3.9, 150), origin="baseline")
+    results = read_results(folder)
+    command = summary_text(results, find(results)).splitlines()[-1].split("again ")[1]
+    best_config = str(folder / "best_config.yaml")
+    assert shlex.split(command) == [str(program), "train", "--config", best_config]
