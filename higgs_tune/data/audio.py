@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ _MAX_KERNEL = 50_000_000
 # What libsndfile notes about a chunk of samples that ends before its header says.
 _CUT_CHUNK = re.compile(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
 _STREAM_BYTES = 0x7FFF0000  # sizes from here on are written before a recording's length is known
+_UNKNOWN_FRAMES = 2**62  # of a FLAC that was written to a pipe
 _MAX_MISSING_S = 0.1  # less is no word; some encoders count a frame too many
 _MAX_MP3_MISSING_S = 0.3  # the decoder's delay and the encoder's padding are frames, too
 _UNOPENED = "audio cannot be opened"
@@ -37,7 +39,7 @@ def locate(root: Path, name: str) -> Path:
     """
     shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}…"
     try:
-        path = (root / name).resolve()
+        path = _as_stored(root, name).resolve()
         if not path.is_relative_to(root):
             raise DataError(
                 f"audio {shown} is outside the data root {root}: move it inside or set --data-root"
@@ -49,6 +51,15 @@ def locate(root: Path, name: str) -> Path:
         detail = getattr(error, "strerror", None) or error
         raise DataError(f"audio {shown!r} is not a usable path ({detail})") from None
     return path
+
+
+def _as_stored(root: Path, name: str) -> Path:
+    """The path, in another Unicode form if only that is there: macOS takes letters with marks apart."""
+    path = root / name
+    if name.isascii() or path.exists():
+        return path
+    forms = (root / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    return next((form for form in forms if form.exists()), path)
 
 
 def is_passing(reason: str) -> bool:
@@ -84,6 +95,8 @@ def read_clip(
         with soundfile.SoundFile(path) as file:
             rate_hz = file.samplerate
             stated_s = _stated_frames(file) / rate_hz
+            if file.frames >= _UNKNOWN_FRAMES:
+                raise DataError(f"audio's header states no length: {_USE_OTHER}")
             _check_length(file.frames / rate_hz, min_seconds, max_seconds)
             wave = file.read(dtype="float32", always_2d=True).mean(axis=1)
             is_mp3 = file.format == "MP3"

@@ -54,6 +54,7 @@ class Recogniser:
 
     Raises:
         ModelError: it cannot be loaded.
+        ConfigError: it does not know the language, or knows but one.
     """
 
     def __init__(self, path: str, device: torch.device, revision: str | None, language: str | None):
@@ -70,6 +71,13 @@ class Recogniser:
             ) from error
         self._rate_hz: int = self._pipeline.feature_extractor.sampling_rate
         self._arguments = {"generate_kwargs": {"language": language}} if language else {}
+        if language:
+            try:  # what it knows, each kind of recogniser says at its first clip only
+                self.text_of(np.zeros(self._rate_hz, np.float32), self._rate_hz)
+            except ValueError as error:
+                raise ConfigError(
+                    f"--asr-language {language}: {path} does not take it: {error}"
+                ) from error
 
     def text_of(self, wave: np.ndarray, rate_hz: int) -> str:
         """What is said; nothing in a clip without samples."""

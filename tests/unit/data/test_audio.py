@@ -1,5 +1,6 @@
 """Recordings of any usual kind are read as mono; what cannot be used says why."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +161,21 @@ def test_paths_lead_into_the_data_root_only(tmp_path: Path):
     for name in ("loop.wav", "a\0.wav", "x" * 5000):
         with pytest.raises(DataError, match=r"not a usable path|does not exist"):
             locate(root, name)
+
+
+@pytest.mark.parametrize("written, stored", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_path_is_found_in_the_unicode_form_of_the_disk(tmp_path: Path, written: str, stored: str):
+    path = store(tmp_path / unicodedata.normalize(stored, "أحمد.wav"), tone(0.5))
+    assert locate(tmp_path.resolve(), unicodedata.normalize(written, "أحمد.wav")) == path.resolve()
+    with pytest.raises(DataError, match="does not exist"):
+        locate(tmp_path.resolve(), "آمنة.wav")
+
+
+def test_a_flac_that_states_no_length_says_what_to_do(tmp_path: Path):
+    path = store(tmp_path / "a.flac", tone(0.5), subtype="PCM_16")
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0  # STREAMINFO's count of samples, 36 bits, as an encoder leaves it in a pipe
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="states no length: convert it to WAV or FLAC"):
+        read(path)

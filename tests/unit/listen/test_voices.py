@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.listen import voices
 from higgs_tune.listen.voices import Recogniser, VoiceJudge
 
 CPU = torch.device("cpu")
@@ -92,6 +93,26 @@ def test_any_recogniser_of_transformers_is_asked_at_its_own_rate(recogniser_path
     assert recogniser.error_rate(heard, "ab") == 0.5
     assert recogniser.error_rate(heard, "…") is None
     assert recogniser.text_of(wave[:0], 24_000) == ""
+
+
+class FakeWhisper:
+    """Refuses languages as Whisper does: when it hears."""
+
+    feature_extractor = SimpleNamespace(sampling_rate=16_000)
+
+    def __call__(self, clip, generate_kwargs):
+        if generate_kwargs["language"] != "arabic":
+            raise ValueError(f"Unsupported language: {generate_kwargs['language']}")
+        return {"text": "نعم"}
+
+
+def test_a_language_that_a_recogniser_does_not_know_is_told_before_anything_is_heard(monkeypatch):
+    monkeypatch.setattr(voices, "pipeline", lambda *_, **__: FakeWhisper())
+    assert Recogniser("whisper", CPU, None, "arabic").text_of(np.ones(9, np.float32), 16_000)
+    with pytest.raises(
+        ConfigError, match=r"^--asr-language arabicc: whisper does not take it: Uns"
+    ):
+        Recogniser("whisper", CPU, None, "arabicc")
 
 
 def test_a_folder_that_is_no_recogniser_is_one_clear_error(tmp_path):
