@@ -5,6 +5,8 @@ import re
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from higgs_tune.data.options import PrepareOptions
 from higgs_tune.errors import ModelError
 from tests.codecs import save_tiny_higgs_codec
 from tests.integration.conftest import Start
-from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 RATE_HZ = 24_000
@@ -144,6 +145,13 @@ def start(manifest: Path, codec_folder: Path, tmp_path: Path, start_process: Sta
         str(ROWS_PER_SHARD),
     ]
     return lambda: start_process(sys.executable, "-m", "higgs_tune.cli", *words)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.005)
 
 
 def is_alive(process: psutil.Process) -> bool:

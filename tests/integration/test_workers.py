@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from functools import partial
 
 import pytest
@@ -13,7 +14,6 @@ from higgs_tune.sweep import slots, workers
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles, read_json
 from tests.integration.test_sweep import run, trials_of
-from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 2, "cpus_per_worker": 1}
@@ -77,18 +77,18 @@ def test_trials_of_a_worker_that_finds_no_memory_any_more_go_to_the_other(tmp_pa
     def kill_a_worker(self, trial_id, result):
         record(self, trial_id, result)
         heard.add(trial_id)
-        if killed:  # the sweep must not end before that worker has tried to come back
-            wait_until(lambda: len(processes.read_text().split()) > 2)
+        if killed and len(processes.read_text().split()) == 2:
+            time.sleep(1)  # the sweep must not end before that worker has tried to come back
         if not killed and {"t000", "t001"} <= heard:
             killed.append(int(processes.read_text().split()[0]))
             os.kill(killed[0], signal.SIGKILL)
 
     monkeypatch.setattr(TrialFiles, "result", kill_a_worker)
-    tune = {**TWO, "num_trials": 4, "slots_per_worker": 1, "scheduler": {"name": "none"}}
+    tune = {**TWO, "num_trials": 8, "slots_per_worker": 1, "scheduler": {"name": "none"}}
     outcome = run(tmp_path, base={"path": f"scarce:{processes}"}, tune=tune)
     assert killed and len(processes.read_text().split()) > 2
     ended = {name: trial["status"] for name, trial in trials_of(outcome.results).items()}
-    assert [status and status["status"] for status in ended.values()] == ["completed"] * 4
+    assert [status and status["status"] for status in ended.values()] == ["completed"] * 8
 
 
 def test_a_worker_that_is_killed_each_time_it_loads_ends_the_sweep(tmp_path):
