@@ -22,9 +22,7 @@ FIGURES_S = 10.0  # how often the workers are asked where their time went
 PAUSE_S = 30.0  # until a worker that cannot load its base any more tries again
 LOADING_S = 900.0  # after which a person is told that a worker still loads
 GIVE_UP_S = 600.0  # how long it may try while nobody else trains
-MAX_DEATHS = (
-    3  # one after the other, of a worker that loads, before that is taken for its machine's fault
-)
+MAX_DEATHS = 3  # in a row, while a worker loads: then its machine is to blame
 
 
 class Workers:

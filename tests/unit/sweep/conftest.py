@@ -1,11 +1,15 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.config_file import validate
+from higgs_tune.sweep import member, nodes
 from higgs_tune.sweep import study as studies
+from higgs_tune.sweep import workers as module
+from tests.crew import Actor
 
 
 @pytest.fixture
@@ -33,3 +37,52 @@ def study(tmp_path: Path):
 @pytest.fixture
 def fast_rounds(monkeypatch):
     monkeypatch.setenv("FAKE_ROUND_S", "0.001")
+
+
+@pytest.fixture
+def crew(make_config, monkeypatch):
+    """Two workers and their actors, a clock, and what `hear` was told."""
+    actors, now, killed = [], [0.0], []
+
+    def create(*_, **__):
+        actors.append(Actor())
+        return actors[-1]
+
+    def get(reference):
+        value = reference[0].answers[reference[1]]
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def wait(references, num_returns=1, timeout=None):
+        ready = [r for r in references if r[1] in r[0].answers]
+        return ready, [r for r in references if r not in ready]
+
+    options = SimpleNamespace(remote=create)
+    fake = SimpleNamespace(
+        remote=lambda _: SimpleNamespace(options=lambda **_: options),
+        get=get,
+        wait=wait,
+        kill=lambda actor, no_restart: killed.append((actors.index(actor), no_restart)),
+    )
+    for part in (module, member):
+        monkeypatch.setattr(part, "ray", fake)
+    up = [{"Alive": True, "Resources": {"CPU": 2.0}}]
+    monkeypatch.setattr(nodes, "ray", SimpleNamespace(nodes=lambda: up))
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    config = make_config(tune={"num_workers": 2, "slots_per_worker": 2, "gpus_per_worker": 1})
+    workers = module.Workers(config, loop_path="unused")
+    heard = SimpleNamespace(accepted=[], warned=[], waits=[], begun=[], refuse=None)
+
+    def accept(name, description):
+        if heard.refuse is not None:
+            raise heard.refuse
+        heard.accepted.append((name, description))
+
+    def hear():
+        waits, begun = heard.waits.append, heard.begun.append
+        workers.hear(accept, lambda *what: heard.warned.append(what), waits, begun)
+
+    return SimpleNamespace(
+        workers=workers, actors=actors, now=now, killed=killed, heard=heard, hear=hear
+    )

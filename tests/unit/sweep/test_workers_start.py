@@ -1,0 +1,116 @@
+"""Workers that are missing, load for long, or die while they load: who is told, and what ends."""
+
+import pytest
+
+from higgs_tune.errors import SweepError
+from higgs_tune.sweep.workers import LOADING_S, MAX_DEATHS, PATIENCE_S, PAUSE_S
+from tests.crew import DEAD
+
+
+def test_a_person_is_told_once_which_process_is_missing_and_what_it_needs(crew):
+    crew.actors[0].answer("figures", {})  # it is there, and loads
+    crew.now[0] = PATIENCE_S - 0.1
+    crew.hear()
+    assert crew.heard.waits == []
+    crew.now[0] = PATIENCE_S
+    crew.hear()
+    crew.hear()
+    assert crew.heard.waits == [
+        "waiting for worker-1 (of 2): it needs 1 CPU, 1 GPU; the cluster has 2 CPU, 0 GPU in all, "
+        "its largest node 2 CPU, 0 GPU"
+    ]
+
+
+def test_a_person_is_told_once_that_a_worker_loads_for_very_long(crew):
+    for actor in crew.actors:
+        actor.answer("figures", {})
+    crew.actors[1].answer("describe", {})
+    for now in (LOADING_S - 1, LOADING_S, 2 * LOADING_S):
+        crew.now[0] = now
+        crew.hear()
+    assert crew.heard.waits == ["worker-0 (of 2) has been loading base and data for 15 minutes"]
+
+
+def test_a_worker_that_came_late_and_loads_for_very_long_is_told_both(crew):
+    crew.actors[0].answer("figures", {})
+    crew.actors[0].answer("describe", {})
+    actor = crew.actors[1]
+    crew.now[0] = PATIENCE_S
+    crew.hear()
+    crew.now[0] = come = 400.0
+    actor.answer("figures", {})
+    for now in (come, come + LOADING_S - 1, come + LOADING_S, come + 2 * LOADING_S):
+        crew.now[0] = now
+        crew.hear()
+    missing, loading = crew.heard.waits
+    assert missing.startswith("waiting for worker-1 (of 2): it needs")
+    assert loading == "worker-1 (of 2) has been loading base and data for 15 minutes"
+
+
+def kill_loading(crew, actor):
+    """Its process comes, begins to load, and is killed."""
+    crew.now[0] += 40.0
+    actor.answer("figures", {})
+    crew.hear()
+    actor.answer("describe", DEAD)
+    crew.hear()
+
+
+def test_a_worker_that_dies_each_time_it_loads_ends_the_sweep(crew):
+    for _ in range(MAX_DEATHS - 1):
+        kill_loading(crew, crew.actors[0])
+    with pytest.raises(SweepError, match=r"^worker-0 ends each time it loads base and data, .*"):
+        kill_loading(crew, crew.actors[0])
+    assert not any("worker-0" in text for text in crew.heard.waits)  # it was there each time
+
+
+def test_a_worker_that_dies_each_time_it_loads_lets_the_others_train(crew):
+    crew.actors[1].answer("describe", {})
+    actor = crew.actors[0]
+    for _ in range(MAX_DEATHS):
+        kill_loading(crew, actor)
+    assert crew.workers.rooms() == [0, 2]
+    for _ in range(3):
+        crew.now[0] += PAUSE_S
+        kill_loading(crew, actor)
+        assert crew.workers.rooms() == [0, 2]
+    assert [text[:31] for text in crew.heard.waits] == ["worker-0 ends each time it load"]
+    crew.now[0] += PAUSE_S
+    crew.hear()
+    actor.answer("describe", {})
+    crew.hear()
+    assert crew.workers.rooms() == [2, 2]
+
+
+def test_deaths_before_a_worker_served_are_forgotten(crew):
+    actor = crew.actors[0]
+    for _ in range(3):
+        for _ in range(MAX_DEATHS - 1):
+            kill_loading(crew, actor)
+        actor.answer("describe", {})
+        crew.hear()
+        actor.answer("serve", DEAD)
+        crew.hear()
+    assert crew.workers.rooms() == [2, 2]
+
+
+def test_a_machine_that_is_away_is_no_death(crew):
+    for _ in range(2 * MAX_DEATHS):
+        for method in ("figures", "describe"):
+            crew.actors[0].answer(method, DEAD)
+        crew.hear()
+    assert crew.workers.rooms() == [2, 2]
+
+
+def test_a_worker_that_was_taken_away_is_waited_for_and_said_to_be(crew):
+    actor = crew.actors[0]
+    actor.answer("describe", {})
+    crew.actors[1].answer("figures", {})
+    crew.now[0] = 100.0
+    crew.hear()
+    for second in range(40):  # nobody answers while its node is away
+        crew.now[0] = 200.0 + second
+        actor.answer("describe" if second else "serve", DEAD)
+        actor.answer("figures", DEAD)
+        crew.hear()
+    assert [text[:29] for text in crew.heard.waits] == ["waiting for worker-0 (of 2): "]
