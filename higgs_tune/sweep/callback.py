@@ -12,6 +12,7 @@ from ray.tune.experiment import Trial
 
 from higgs_tune.errors import HiggsTuneError, SweepError
 from higgs_tune.metrics import STEP, VAL_AUDIO_NLL
+from higgs_tune.sweep.boards import Boards
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import disk_error
 from higgs_tune.sweep.given_up import cause_of, reason_of
@@ -34,6 +35,7 @@ class SweepCallback(Callback):
         *,
         results: Path,
         files: TrialFiles,
+        boards: Boards,
         later: Later,
         source: TrialSource,
         control: Control,
@@ -44,7 +46,7 @@ class SweepCallback(Callback):
         close_workers: Callable[[], None],
     ) -> None:
         self._results = results
-        self._files, self._later = files, later
+        self._files, self._boards, self._later = files, boards, later
         self._source = source
         self._control = control
         self._display = display
@@ -71,6 +73,7 @@ class SweepCallback(Callback):
         """Check the workers, see who was paused, send the heartbeat, draw."""
         self._guard(self._check_workers)
         self._guard(self._later.check)
+        self._guard(self._boards.check)
         self._source.watch(trials)
         paused = {_record(trial).trial_id for trial in self._source.paused().values()}
         self._display.board.pause(paused)
@@ -121,12 +124,14 @@ class SweepCallback(Callback):
         **info: Any,
     ) -> None:
         """Append the result to the trial's metrics."""
-        trial_id = _record(trial).trial_id
+        record = _record(trial)
+        trial_id = record.trial_id
         if trial_id not in self._last:
             return
         self._num_reported += 1
         self._last[trial_id] = result
         self._guard(self._files.result, trial_id, result)
+        self._boards.update(record)
         self._display.board.result(trial_id, result)
         self._display.event("result", trial=trial_id, **result_event(result))
 
@@ -190,6 +195,7 @@ class SweepCallback(Callback):
         audio = last.get(VAL_AUDIO_NLL)
         is_feasible = None if audio is None else bool(audio <= self._audio_limit())
         self._guard(self._files.end, trial_id, status, reason, is_feasible)
+        self._boards.end(trial_id)
         if status != "cancelled" and self._num_checkpoints == 1:  # else another may have to read it
             for path in self._kept.pop(trial_id, []):
                 shutil.rmtree(path, ignore_errors=True)

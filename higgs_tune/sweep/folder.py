@@ -23,7 +23,7 @@ LOCK = ".lock"  # held by the process that runs the sweep; the system frees it w
 # What a sweep that ended before its first result leaves; a new one of that name starts without.
 FILES = (
     "trials", "ray", "study.journal", "base.json", "env.json", "workers.json", "tune.log",
-    "workers.log", "sweep.yaml",
+    "workers.log", "sweep.yaml", "tensorboard",
 )  # fmt: skip
 _SECRET = re.compile(r"(://)\S*@")  # user and password of tune.storage
 PROBE_BYTES = 4 * 1024 * 1024

@@ -19,8 +19,13 @@ class Later:
         Waits for what was given for this trial before: of each, one thing at most is outstanding.
         """
         self.wait(trial_id)
-        self._newest[trial_id] = future = self._thread.submit(work)
+        self._newest[trial_id] = self.queue(work)
+
+    def queue(self, work: Callable[[], Any]) -> Future[Any]:
+        """Do something after all that was given before."""
+        future = self._thread.submit(work)
         self._unchecked.append(future)
+        return future
 
     def wait(self, trial_id: str) -> None:
         """Wait until all that was given for a trial is done; an error waits for `check`."""

@@ -20,6 +20,7 @@ from higgs_tune.errors import ConfigError, HiggsTuneError, SweepError
 from higgs_tune.files import write_json
 from higgs_tune.metrics import VAL_AUDIO_NLL
 from higgs_tune.sweep.basis import difference
+from higgs_tune.sweep.boards import Boards
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.control import Control, ControlStopper
 from higgs_tune.sweep.folder import disk_error, disk_fault
@@ -30,6 +31,7 @@ from higgs_tune.sweep.scheduler import num_checkpoints
 from higgs_tune.sweep.seats import num_seats
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.source import TrialSource
+from higgs_tune.sweep.space import distributions
 from higgs_tune.sweep.storage import storage_error
 from higgs_tune.sweep.study import TrialRecord
 from higgs_tune.sweep.trainable import PackTrial
@@ -53,6 +55,7 @@ class Sweep:
         self.config = config
         self.results = results
         self.files, self._later = TrialFiles(results), Later()
+        self._boards = Boards(results, distributions(config))
         self._workers = workers
         self._control = control
         self._display = display
@@ -141,6 +144,7 @@ class Sweep:
         callback = SweepCallback(
             results=self.results,
             files=self.files,
+            boards=self._boards,
             later=self._later,
             source=source,
             control=self._control,
@@ -195,6 +199,7 @@ class Sweep:
             callback.cancel()
         try:
             self._later.finish()
+            self._boards.finish()
         except OSError as error:
             self._control.fail(disk_error(self.results, error))
 

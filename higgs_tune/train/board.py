@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
 
 from higgs_tune import metrics
 from higgs_tune.train.samples import Sample
+
+FLUSH_S = 2  # what is written can be seen after so long
 
 
 class Board:
@@ -17,15 +20,25 @@ class Board:
     def __init__(self, directory: Path, next_step: int) -> None:
         # the name holds the second only: a start right behind another must not overwrite its file
         self._writer = SummaryWriter(
-            str(directory), purge_step=next_step, filename_suffix=f".{next_step}"
+            str(directory),
+            purge_step=next_step,
+            filename_suffix=f".{next_step}",
+            flush_secs=FLUSH_S,
         )
+
+    def add_settings(self, settings: Mapping[str, Any], figures: Sequence[str]) -> None:
+        """Let the HParams page show this run: its settings, and which of its figures are results."""
+        experiment, session, _ = hparams(dict(settings), dict.fromkeys(figures))
+        file_writer = self._writer.file_writer
+        assert file_writer is not None
+        for summary in (experiment, session):
+            file_writer.add_summary(summary)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Write the finite figures of a line of metrics."""
         for name, value in line.items():
             if name != metrics.STEP and isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(name, value, line[metrics.STEP])
-        self._writer.flush()
 
     def add_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Write a table of what was heard."""
@@ -35,7 +48,6 @@ class Board:
             *(f"| {s.target} | {s.predicted.replace('|', ' ')} |" for s in samples),
         ]
         self._writer.add_text("samples", "\n".join(rows), step)
-        self._writer.flush()
 
     def close(self) -> None:
         """Write out what is left."""

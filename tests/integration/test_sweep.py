@@ -25,6 +25,7 @@ from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.driver import SweepOutcome, run_sweep
 from higgs_tune.sweep.records import TrialFiles, read_json, read_metrics
 from higgs_tune.sweep.worker.meter import KINDS
+from tests.boards import events
 from tests.sweep_fakes import curve
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
@@ -104,7 +105,8 @@ def test_a_sweep_leaves_every_file_of_its_contract(first):
     assert first.exit_code == 0
     names = {path.name for path in first.results.iterdir()} - {".lock"}
     assert names == {
-        "base.json", "env.json", "study.journal", "sweep.yaml", "trials", "tune.log", "workers.json"
+        "base.json", "env.json", "study.journal", "sweep.yaml", "tensorboard", "trials", "tune.log",
+        "workers.json",
     }  # fmt: skip
     (worker,) = (read_json(first.results / "workers.json") or {}).values()
     assert sum(worker[kind] for kind in KINDS) == pytest.approx(worker["wall_s"], abs=0.01)
@@ -130,6 +132,15 @@ def test_the_curves_are_those_of_the_trials_own_configurations(first):
         for line in trial["metrics"]:
             expected = curve(config, line["step"])
             assert line["val/text/nll"] == expected["val/text/nll"]
+
+
+def test_tensorboard_has_every_trials_curve(first):
+    for name, trial in trials_of(first.results).items():
+        shown = events(first.results / "tensorboard" / name)["val/text/nll"]
+        assert list(shown) == [line["step"] for line in trial["metrics"]], name
+        assert list(shown.values()) == pytest.approx(
+            [line["val/text/nll"] for line in trial["metrics"]]
+        )
 
 
 def test_study_and_files_agree_on_how_each_trial_ended(first):

@@ -27,6 +27,7 @@ def saved(tmp_path):
         callback = SweepCallback(
             results=tmp_path,
             files=nothing,
+            boards=nothing,
             later=Later(),
             source=nothing,
             control=nothing,
@@ -83,6 +84,7 @@ def test_tune_waits_for_the_disk_only_at_a_trials_end(tmp_path):
     callback = SweepCallback(
         results=tmp_path,
         files=files,
+        boards=SimpleNamespace(update=lambda _: None, end=lambda _: None),
         later=Later(),
         source=SimpleNamespace(),
         control=Control(),
@@ -117,6 +119,7 @@ def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
     callback = SweepCallback(
         results=tmp_path,
         files=SimpleNamespace(end=lambda *ending: ended.append(ending)),
+        boards=SimpleNamespace(end=lambda _: None),
         later=Later(),
         source=SimpleNamespace(),
         control=control,

@@ -5,13 +5,11 @@ import json
 import os
 import shutil
 import signal
-import struct
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboardX.proto.event_pb2 import Event
 
 from higgs_tune import metrics
 from higgs_tune.config import RunSettings
@@ -19,6 +17,7 @@ from higgs_tune.errors import DataError
 from higgs_tune.train import checkpoint, recorder
 from higgs_tune.train.recorder import early_stop_reason
 from higgs_tune.train.run_folder import BEST, KEPT, best_step, mend_best
+from tests.boards import events
 from tests.models import trial
 from tests.runs import assert_same_run, read_lines
 
@@ -134,20 +133,6 @@ def test_the_newest_checkpoints_are_kept_and_lead_back(run_single, uninterrupted
     (out / "checkpoints" / "step-000015").rename(out / "adapter")
     assert run(resume=True)["status"] == "completed"
     assert_same_run(out, uninterrupted)
-
-
-def events(directory: Path) -> dict[str, dict[int, float]]:
-    """Tag → step → value of the event files, as TensorBoard reads them."""
-    found: dict[str, dict[int, float]] = {}
-    for path in sorted(directory.iterdir()):
-        content = path.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            event = Event.FromString(content[12 : 12 + length])
-            content = content[16 + length :]
-            for value in event.summary.value:
-                found.setdefault(value.tag, {})[event.step] = value.simple_value
-    return found
 
 
 def test_tensorboard_has_every_figure_of_every_line(run_single):

@@ -1,0 +1,32 @@
+"""Reads what was written for TensorBoard."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from tensorboardX.proto.event_pb2 import Event
+
+
+def _read(directory: Path) -> Iterator[Event]:
+    for path in sorted(directory.iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            yield Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+
+
+def events(directory: Path) -> dict[str, dict[int, float]]:
+    """Tag → step → value of the event files, as TensorBoard reads them."""
+    found: dict[str, dict[int, float]] = {}
+    for event in _read(directory):
+        for value in event.summary.value:
+            found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
+
+
+def plugin_data(directory: Path, plugin: str) -> dict[str, bytes]:
+    """Tag → what was written for a plugin."""
+    values = [value for event in _read(directory) for value in event.summary.value]
+    plugins = [(value.tag, value.metadata.plugin_data) for value in values]
+    return {tag: data.content for tag, data in plugins if data.plugin_name == plugin}
