@@ -1,5 +1,6 @@
 """Draw curves and bars: losses by step, audio gain, importance of the settings."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,14 +47,20 @@ def draw_curves(panels: Sequence[CurvesInfo]) -> Picture:
             handles.append(marker("X", POOR, "diverged after this"))
         if "pruned" in ends:
             handles.append(marker("o", OTHER, "stopped early", size=4))
+        if any(_ends_outside(line, panel.scale) for panel in panels for line in panel.lines):
+            handles.append(marker("^", OTHER, "leaves the scale", size=6))
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         return render(figure)
 
 
 def _draw_panel(axes: Axes, panel: CurvesInfo) -> None:
+    low, high = panel.scale
+    if "loss" in panel.title and low > 0 and high > 2.5 * low:
+        _log_axis(axes, panel, low, high)
+    _end_axis(axes, panel)
     order = ("other", "baseline_fixed", "baseline", "best")  # the last is drawn on top
     for line in sorted(panel.lines, key=lambda line: order.index(line.role)):
-        _draw_line(axes, line)
+        _draw_line(axes, line, panel.scale)
     if panel.limit is not None:
         axes.axhline(panel.limit, color=POOR, lw=1.1, ls=(0, (4, 3)))
         axes.annotate(
@@ -66,27 +73,41 @@ def _draw_panel(axes: Axes, panel: CurvesInfo) -> None:
             color=POOR,
             fontsize=8.5,
         )
-    axes.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
+    unit = f"{panel.unit} (log scale)" if axes.get_yscale() == "log" else panel.unit
+    axes.set(title=panel.title, xlabel="optimizer step", ylabel=unit)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    values = [value for line in panel.lines for _, value in line.points]
-    if values and min(values) > 0 and max(values) > 2.5 * min(values):
-        _log_axis(axes, panel, min(values), max(values))
+
+
+def _ends_outside(line: Line, scale: tuple[float, float]) -> bool:
+    return not scale[0] <= line.points[-1][1] <= scale[1]
+
+
+def _end_axis(axes: Axes, panel: CurvesInfo) -> None:
+    """Limits just beyond the scale; left alone, matplotlib makes room for every curve."""
+    low, high = panel.scale
+    if panel.limit is not None:
+        high = max(high, panel.limit)
+    if axes.get_yscale() == "log":
+        pad = (high / low) ** 0.05
+        axes.set_ylim(low / pad, high * pad)
+    else:
+        pad = 0.05 * (high - low) or 0.1
+        axes.set_ylim(low - pad, high + pad)
 
 
 def _log_axis(axes: Axes, panel: CurvesInfo, low: float, high: float) -> None:
     """A base far above the trials would press their ends together on a linear axis."""
-    if "loss" not in panel.title:
-        return
     axes.set_yscale("log")
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 20) if low <= t <= high]
+    steps = (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 7)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [t for d in decades for s in steps if low <= (t := s * 10.0**d) <= high]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_ylabel(f"{panel.unit} (log scale)")
 
 
-def _draw_line(axes: Axes, line: Line) -> None:
+def _draw_line(axes: Axes, line: Line, scale: tuple[float, float]) -> None:
     steps, values = zip(*line.points, strict=True)
     plain = line.role == "other"
     color = ROLE_COLORS[line.role]
@@ -98,10 +119,29 @@ def _draw_line(axes: Axes, line: Line) -> None:
         alpha=0.65 if plain else 1,
         ls={"baseline": (0, (5, 2)), "baseline_fixed": (0, (1.5, 1.5))}.get(line.role, "-"),
     )
-    if line.status == "diverged":
+    if _ends_outside(line, scale):
+        _mark_exit(axes, line, scale)
+    elif line.status == "diverged":
         axes.plot(steps[-1], values[-1], marker="X", color=POOR, ms=7, mec="none")
     elif line.status == "pruned":
         axes.plot(steps[-1], values[-1], marker="o", color=color, ms=3.5, mec="none")
+
+
+def _mark_exit(axes: Axes, line: Line, scale: tuple[float, float]) -> None:
+    """An arrow head where the curve leaves the picture for good."""
+    edges = axes.get_ylim()
+    is_above = line.points[-1][1] > scale[1]
+    edge = edges[1] if is_above else edges[0]
+    inside = [n for n, (_, v) in enumerate(line.points) if edges[0] <= v <= edges[1]]
+    step = line.points[0][0]
+    if inside:
+        (step, value), (next_step, next_value) = line.points[inside[-1] :][:2]
+        flat = math.log if axes.get_yscale() == "log" else float
+        share = (flat(edge) - flat(value)) / (flat(next_value) - flat(value))
+        step += share * (next_step - step)
+    shape = "^" if is_above else "v"
+    color = POOR if line.status == "diverged" else ROLE_COLORS[line.role]
+    axes.plot(step, edge, marker=shape, color=color, ms=7, mec="none", clip_on=False)
 
 
 def draw_gain(bars: Sequence[GainBar]) -> Picture:
@@ -109,10 +149,13 @@ def draw_gain(bars: Sequence[GainBar]) -> Picture:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.3, 1.5 + 0.36 * len(bars)), layout="constrained")
         axes = figure.subplots()
-        gains = [bar.gain for bar in bars]
-        low, high = min(0.0, *gains), max(GAIN_CLEAR, *gains)
+        gains = [bar.gain for bar in bars if not bar.wild]
+        low, high = min([0.0, *gains]), max([GAIN_CLEAR, *gains])
         for row, bar in enumerate(bars):
-            axes.barh(row, bar.gain, color=ROLE_COLORS.get(bar.role, INK), height=0.6)
+            color, end = ROLE_COLORS.get(bar.role, INK), min(max(bar.gain, low), high)
+            axes.barh(row, end, color=color, height=0.6)
+            if end != bar.gain:
+                axes.plot(end, row, marker=">" if end > 0 else "<", color=color, ms=11, mec="none")
             axes.annotate(
                 f"{signed(bar.gain)}  ({bar.right:.2f} → {bar.swapped:.2f})",
                 (1, row),

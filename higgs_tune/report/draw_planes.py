@@ -17,7 +17,9 @@ from higgs_tune.report.ink import (
     marker,
     render,
 )
-from higgs_tune.report.plots import ScatterInfo, SpaceInfo
+from higgs_tune.report.plots import Point, ScatterInfo, SpaceInfo
+
+_MAX_NAMED = 3  # trials beyond the scale whose losses the legend says
 
 
 def draw_scatter(info: ScatterInfo) -> Picture:
@@ -25,12 +27,14 @@ def draw_scatter(info: ScatterInfo) -> Picture:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.3, 4.7), layout="constrained")
         axes = figure.subplots()
+        _frame_scatter(axes, info)
         for point in info.points:
             color = CROSS_COLORS[point.cross_attention]
             hollow = point.status != "completed"
+            audio, text = _place(axes, info, point)
             axes.plot(
-                point.audio,
-                point.text,
+                audio,
+                text,
                 marker=CROSS_MARKERS[point.cross_attention],
                 ls="none",
                 ms=11 if point.role == "best" else 7.5,
@@ -39,8 +43,8 @@ def draw_scatter(info: ScatterInfo) -> Picture:
                 mew=1.4 if hollow else 0,
                 alpha=1 if point.role != "other" else 0.85,
                 zorder=4 if point.role == "best" else 3,
+                clip_on=False,
             )
-        _frame_scatter(axes, info)
         _name_points(axes, info)
         axes.set(
             title="Text against audio at each trial's last report",
@@ -57,14 +61,32 @@ def draw_scatter(info: ScatterInfo) -> Picture:
             handles.append(
                 Line2D([], [], color=BEST, lw=8, alpha=0.15, label="audio within its limit")
             )
+        handles += _on_the_edge(info)
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
         return render(figure)
 
 
+def _place(axes: Axes, info: ScatterInfo, point: Point) -> tuple[float, float]:
+    """Where the trial stands, (audio, text): on the edge if it lies beyond the scale."""
+    audio = axes.get_xlim()[1] if point.audio > info.top_audio else point.audio
+    text = axes.get_ylim()[1] if point.text > info.top_text else point.text
+    return audio, text
+
+
+def _on_the_edge(info: ScatterInfo) -> list[Line2D]:
+    """Legend entries with the losses of the trials beyond the scale, the worst ones."""
+    wild = [point for point in info.points if info.is_off_scale(point)]
+    wild.sort(key=lambda point: (-point.text, -point.audio))
+    lines = [f"{p.trial_id}: text {p.text:.3g}, audio {p.audio:.3g}" for p in wild[:_MAX_NAMED]]
+    if len(wild) > _MAX_NAMED:
+        lines.append(f"{len(wild) - _MAX_NAMED} more")
+    return [Line2D([], [], ls="none", label=f"on the edge, {line}") for line in lines]
+
+
 def _frame_scatter(axes: Axes, info: ScatterInfo) -> None:
     """Limits around the trials; a base far outside is an arrow on the edge that says where it is."""
-    audios = [point.audio for point in info.points]
-    texts = [point.text for point in info.points]
+    audios = [point.audio for point in info.points if point.audio <= info.top_audio]
+    texts = [point.text for point in info.points if point.text <= info.top_text]
     edges = [] if info.audio_limit is None else [info.audio_limit]
     if info.base is not None:
         edges.append(info.base[1])
@@ -108,14 +130,14 @@ def _name_points(axes: Axes, info: ScatterInfo) -> None:
     for point in info.points:
         if point.role == "other":
             continue
-        name = names[point.role]
+        name, (audio, text) = names[point.role], _place(axes, info, point)
         for index, (x, y, others) in enumerate(labels):
-            near_x = abs(point.audio - x) < 0.12 * (high_x - low_x)
-            if near_x and abs(point.text - y) < 0.05 * (high_y - low_y):
-                labels[index] = (max(x, point.audio), (y + point.text) / 2, f"{others}, {name}")
+            near_x = abs(audio - x) < 0.12 * (high_x - low_x)
+            if near_x and abs(text - y) < 0.05 * (high_y - low_y):
+                labels[index] = (max(x, audio), (y + text) / 2, f"{others}, {name}")
                 break
         else:
-            labels.append((point.audio, point.text, name))
+            labels.append((audio, text, name))
     for x, y, name in labels:
         on_right = x < low_x + 0.8 * (high_x - low_x)
         axes.annotate(

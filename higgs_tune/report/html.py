@@ -20,9 +20,11 @@ from higgs_tune.report.workers import workers_sentence
 
 CAPTIONS = {
     "curves": "Held-out losses by step; every trial starts at the untouched base. Audio gain is text loss "
-    "after another clip's audio minus after its own: at 0, text does not listen.",
+    "after another clip's audio minus after its own: at 0, text does not listen. A curve that ends in an "
+    "arrow head leaves the scale, which is cut where wild trials would press all others together.",
     "scatter": "Down is better text, left is better audio. Only full runs inside the shaded area can be "
-    "chosen.",
+    "chosen. A trial far worse than the rest stands on the edge of the scale."
+    " Its losses are in the legend and in the table.",
     "gain": "Text loss can fall by learning to write the language without listening. These bars tell the "
     "two apart.",
     "importance": "How much of the sampled trials' ranking by text loss goes with each setting. Only a bar "

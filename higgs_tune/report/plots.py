@@ -1,5 +1,6 @@
 """What the report's figures show, as plain data; `draw.py` turns it into pictures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,7 @@ class CurvesInfo:
     unit: str
     lines: tuple[Line, ...]
     limit: float | None  # the audio limit, on the audio panel
+    scale: tuple[float, float]  # lowest and highest value shown; wild trials lie beyond
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class ScatterInfo:
     points: tuple[Point, ...]
     base: tuple[float, float] | None  # (text, audio)
     audio_limit: float | None
+    top_text: float  # where the scales end; wild trials lie beyond
+    top_audio: float
+
+    def is_off_scale(self, point: Point) -> bool:
+        """Whether it is a wild one."""
+        return point.text > self.top_text or point.audio > self.top_audio
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class GainBar:
     role: Role | Literal["base"]
     right: float
     swapped: float
+    wild: bool  # a trial whose text loss lies beyond the scale of the others
 
     @property
     def gain(self) -> float:
@@ -114,8 +123,58 @@ def curves_info(results: Results, choice: Choice | None) -> tuple[CurvesInfo, ..
             if points:
                 lines.append(Line(role(trial, choice), trial.status, (*origin, *points)))
         limit = results.audio_limit if metric == m.VAL_AUDIO_NLL else None
-        panels.append(CurvesInfo(title, unit, tuple(lines), limit))
+        scale = _scale(results, metric, lines)
+        panels.append(CurvesInfo(title, unit, tuple(lines), limit, scale))
     return tuple(panels)
+
+
+def _scale(results: Results, metric: str, lines: Sequence[Line]) -> tuple[float, float]:
+    """What a panel shows: losses up to their top, gain where text loss is on its scale."""
+    if metric != m.VAL_AUDIO_GAIN:
+        values = [value for line in lines for _, value in line.points]
+        return min(values, default=0.0), _axis_end(values, _reference(results, metric))
+    top = _text_top(results)
+    base = [] if results.base is None else [results.base.get(metric)]
+    gains = [
+        gain
+        for trial in results.search
+        for step, gain in trial.curve(metric)
+        if (text := trial.at(step, m.VAL_TEXT_NLL)) is not None and text <= top
+    ]
+    shown = [*gains, *(value for value in base if value is not None)]
+    return min(shown, default=0.0), max(shown, default=0.0)
+
+
+def _text_top(results: Results) -> float:
+    """Where the scale of text loss ends."""
+    curves = [trial.curve(m.VAL_TEXT_NLL) for trial in results.search]
+    values = [value for curve in curves for _, value in curve]
+    if results.base is not None:
+        values.append(results.base[m.VAL_TEXT_NLL])
+    return _axis_end(values, _reference(results, m.VAL_TEXT_NLL))
+
+
+def _reference(results: Results, metric: str) -> float | None:
+    """The loss that a reader measures the trials by: audio's limit, or that of the untouched base."""
+    if metric == m.VAL_AUDIO_NLL:
+        return results.audio_limit
+    return None if results.base is None else results.base[metric]
+
+
+def _axis_end(values: Sequence[float], reference: float | None) -> float:
+    """Where a scale of losses ends, so that a wild trial does not press all others together.
+
+    The highest loss that is not more than twice as far above the lowest as the reference is, or as what
+    still counts as one of the many: three deviations above the median.
+    Source of the latter: Leys et al., Journal of Experimental Social Psychology 49, 2013 (MAD).
+    """
+    if not values:
+        return 0.0
+    low, median = min(values), float(np.median(values))
+    deviation = 1.4826 * float(np.median(np.abs(np.asarray(values) - median)))
+    usual = median + 3 * deviation
+    end = low + 2 * (max(usual, low if reference is None else reference) - low)
+    return max(value for value in values if value <= end)
 
 
 def scatter_info(results: Results, choice: Choice | None) -> ScatterInfo:
@@ -137,25 +196,32 @@ def scatter_info(results: Results, choice: Choice | None) -> ScatterInfo:
         )
     base = results.base
     corner = None if base is None else (base[m.VAL_TEXT_NLL], base[m.VAL_AUDIO_NLL])
-    return ScatterInfo(tuple(points), corner, results.audio_limit)
+    return ScatterInfo(
+        points=tuple(points),
+        base=corner,
+        audio_limit=results.audio_limit,
+        top_text=_axis_end([p.text for p in points], _reference(results, m.VAL_TEXT_NLL)),
+        top_audio=_axis_end([p.audio for p in points], _reference(results, m.VAL_AUDIO_NLL)),
+    )
 
 
 def gain_info(results: Results, choice: Choice | None, most: int = 8) -> tuple[GainBar, ...]:
     """The base, the fixed configurations and the best full-budget trials, by text loss."""
-    bars = []
+    bars, top = [], _text_top(results)
     for trial in results.search:
         right, swapped = trial.last(m.VAL_TEXT_NLL), trial.last(m.VAL_TEXT_NLL_SWAPPED)
         if right is None or swapped is None or not trial.full_budget:
             continue
         label = f"{trial.id} {trial.config.cross_attention}"
-        bars.append(GainBar(label, role(trial, choice), right, swapped))
+        bars.append(GainBar(label, role(trial, choice), right, swapped, right > top))
     bars.sort(key=lambda bar: bar.right)
     named = [bar for bar in bars if bar.role != "other"]
     others = [bar for bar in bars if bar.role == "other"][: max(0, most - len(named))]
     shown = sorted([*named, *others], key=lambda bar: bar.right)
     base = results.base
     if base is not None and m.VAL_TEXT_NLL_SWAPPED in base:
-        start = GainBar("base", "base", base[m.VAL_TEXT_NLL], base[m.VAL_TEXT_NLL_SWAPPED])
+        right, swapped = base[m.VAL_TEXT_NLL], base[m.VAL_TEXT_NLL_SWAPPED]
+        start = GainBar("base", "base", right, swapped, wild=False)
         return (start, *shown)
     return tuple(shown)
 

@@ -21,7 +21,7 @@ OUTCOME_TONE: dict[Outcome, Tone] = {
 }
 _VERDICTS: dict[Outcome, str] = {
     "better": "Better than by hand",
-    "within_noise": "No better than by hand",
+    "within_noise": "Not surely better than by hand",
     "worse": "Keeps audio, text less well",
     "unconfirmed": "Not confirmed",
     "baseline_best": "Trial 0 stays best",
@@ -105,9 +105,15 @@ def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:
             f"Its text loss is {size} higher than trial 0's ({interval}). Trial 0 could not be "
             f"chosen: it {why}."
         )
-    return (
+    sentence = (
         f"Its text loss does not differ from trial 0's beyond the noise of the seeds ({interval})."
     )
+    if difference.n == 2:
+        sentence += (
+            " Two seeds mostly miss a difference of five times that noise: "
+            "--resume with more confirm.num_seeds."
+        )
+    return sentence
 
 
 def _why_nothing(results: Results, outcome: Outcome) -> str:

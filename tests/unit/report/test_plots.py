@@ -6,6 +6,7 @@ import pytest
 
 from higgs_tune import metrics as m
 from higgs_tune.report.build import draw
+from higgs_tune.report.draw import draw_curves
 from higgs_tune.report.draw_planes import draw_scatter, draw_space
 from higgs_tune.report.findings import find
 from higgs_tune.report.plots import (
@@ -134,3 +135,50 @@ def test_trials_without_base_are_drawn(tmp_path: Path) -> None:
     )
     results = read_results(tmp_path)
     assert set(draw(results, find(results))) == {"curves", "scatter"}
+
+
+def with_wild(directory: Path) -> Results:
+    """A usual sweep and three trials far beyond it: in both losses, in text, in audio."""
+    builder = realistic(directory)
+    for number, (text, gain, audio) in enumerate([(402, -31, 19), (36, 6, 4), (3.1, 0.2, 7.1)]):
+        config = trial_config(learning_rate=2e-2)
+        builder.trial(f"t{90 + number:03d}", config, curve(config, text, gain, audio, 150))
+    return read_results(directory)
+
+
+def test_wild_trials_do_not_stretch_the_scales(results: Results, tmp_path: Path) -> None:
+    wild = with_wild(tmp_path / "wild")
+    usual, info = scatter_info(results, None), scatter_info(wild, None)
+    assert (info.top_text, info.top_audio) == (usual.top_text, usual.top_audio)
+    assert (usual.top_text, usual.top_audio) == (
+        max(point.text for point in usual.points),
+        max(point.audio for point in usual.points),
+    )
+    beyond = [point.trial_id for point in info.points if info.is_off_scale(point)]
+    assert beyond == ["t090", "t091", "t092"]
+    assert "t090: text 402, audio 19" in draw_scatter(info).svg
+    for before, after in zip(curves_info(results, None), curves_info(wild, None), strict=True):
+        values = [value for line in before.lines for _, value in line.points]
+        assert before.scale == (min(values), max(values))
+        assert after.scale[0] == pytest.approx(before.scale[0], abs=0.1)
+        assert after.scale[1] == pytest.approx(before.scale[1], abs=0.1)
+    assert "leaves the scale" in draw_curves(curves_info(wild, None)).svg
+    assert "leaves the scale" not in draw_curves(curves_info(results, None)).svg
+
+
+def test_wild_gain_does_not_stretch_the_bars(tmp_path: Path) -> None:
+    wild = with_wild(tmp_path)
+    bars = gain_info(wild, None, most=30)
+    assert [bar.label for bar in bars if bar.wild] == ["t091 off", "t090 off"]
+
+
+def test_losses_that_are_all_high_have_ticks(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    for number, text in enumerate([30.0, 60.0, 120.0, 240.0]):
+        config = trial_config()
+        builder.trial(f"t{number:03d}", config, curve(config, text, 0.1, 3.9, 150))
+    results = read_results(tmp_path)
+    panels = curves_info(results, None)
+    assert panels[0].scale == (BASE[m.VAL_TEXT_NLL], 240.0)
+    drawn = draw_curves(panels).svg
+    assert all(f">{tick}</text>" in drawn for tick in (10, 20, 50, 100, 200))
