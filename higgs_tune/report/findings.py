@@ -131,15 +131,18 @@ def _mattered(results: Results, importance: ImportanceInfo | None) -> Answer:
     first = next(iter(importance.shares))
     share, chance = 100 * importance.shares[first], 100 * importance.by_chance[first]
     trials, step = f"{importance.num_trials} trials", f"step {importance.step}"
+    num_steps = results.sweep.train.num_steps
+    later = f" What acts only later, up to step {num_steps}, does not show there."
+    later = later if importance.step < num_steps else ""
     if not importance.mattered:
         sentence = (
             f"{trials} cannot tell: by text loss at {step}, no setting stands out beyond chance. "
-            f"Closest is {setting_name(first)}, {share:.0f}% where chance reaches {chance:.0f}%."
+            f"Closest is {setting_name(first)}, {share:.0f}% where chance reaches {chance:.0f}%.{later}"
         )
         return Answer("mattered", question, "not clear", sentence, "plain")
     sentence = (
         f"So much of the ranking of {trials} by text loss at {step} goes with it; chance rarely "
-        f"gives more than {chance:.0f}%. {_others(importance)}"
+        f"gives more than {chance:.0f}%. {_others(importance)}{later}"
     )
     for name in (name for name in NAMES if name in importance.mattered):
         sentence += f" {_medians(results, name)}"
@@ -179,11 +182,26 @@ def _notes(results: Results, choice: Choice | None) -> list[str]:
             f"Confirm runs without an end: {open_ends}. A configuration without all its runs counts "
             "as not confirmed; --resume goes on with them."
         )
+    notes += _crowded_out(results)
     if results.baseline is not None:
         notes += _broken_off(results.baseline)
     if choice is not None and not (choice.adapter_run.directory / "adapter").is_dir():
         notes.append(f"{choice.adapter_run.id} left no adapter; train it again to get one.")
     return notes
+
+
+def _crowded_out(results: Results) -> list[str]:
+    """A note where early stopping, which knows text loss only, left no sampled trial to choose."""
+    sampled = [trial for trial in results.search if trial.origin == "search"]
+    ended = [results.feasible(trial) for trial in sampled if trial.full_budget]
+    stopped = [t for t in sampled if t.status == "pruned" and results.feasible(t)]
+    if not stopped or not ended or any(within is not False for within in ended):
+        return []
+    return [
+        f"Every sampled trial that ran to its end ({len(ended)}) let audio loss rise beyond its limit; "
+        f"{len(stopped)} within it had been stopped early, which goes by text loss alone. "
+        "tune.scheduler.name: none lets all run; space.learning_rate.high may be too high."
+    ]
 
 
 def _broken_off(baseline: Trial) -> list[str]:

@@ -276,3 +276,18 @@ def test_a_search_that_ended_before_its_last_trial_is_said(tmp_path: Path) -> No
     assert not [n for n in findings(tmp_path / "whole").notes if n.startswith("The search ended")]
     Builder(tmp_path / "short").trial("t002", CONFIG, [], status=None)
     assert not [n for n in findings(tmp_path / "short").notes if n.startswith("The search ended")]
+
+
+@pytest.mark.parametrize("stopped_audio, last_audio, said", [
+    (3.9, 5.0, True), (5.0, 5.0, False), (3.9, 3.9, False),
+])  # fmt: skip
+def test_trials_within_the_audio_limit_that_were_all_stopped_are_noted(
+    tmp_path: Path, stopped_audio: float, last_audio: float, said: bool
+) -> None:
+    builder = Builder(tmp_path).start()
+    builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.1, 3.9, 150), origin="baseline")
+    builder.trial("t002", CONFIG, curve(CONFIG, 2.0, 0.1, last_audio, 150))
+    rows = [report_row(50, 2.5, 0.1, stopped_audio)]
+    builder.trial("t003", CONFIG, rows, status="pruned")
+    notes = " ".join(findings(tmp_path).notes)
+    assert ("1 within it had been stopped early" in notes) == said

@@ -120,6 +120,9 @@ def test_stopped_trials_and_those_left_compare_at_the_first_rung(tmp_path: Path)
     sweep(tmp_path, 12, target_set, stops=True)
     info = info_of(tmp_path)
     assert (info.step, info.num_trials) == (50, 12)
+    assert "up to step 150, does not show" in find(read_results(tmp_path)).answers[-1].sentence
+    full = sweep(tmp_path / "full", 12, target_set)
+    assert "does not show" not in find(read_results(full)).answers[-1].sentence
 
 
 def test_trials_set_by_hand_do_not_count(tmp_path: Path) -> None:
