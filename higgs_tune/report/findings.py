@@ -94,7 +94,10 @@ def _listening(base: dict[str, float], choice: Choice) -> Answer:
     question = "Does text use audio now?"
     stat = choice.stat(m.VAL_AUDIO_GAIN)
     if stat is None:
-        return Answer("listening", question, "unknown", "No audio gain was reported.", "plain")
+        known = [run for run in choice.runs if run.last(m.VAL_AUDIO_GAIN) is not None]
+        why = f"Only {len(known)} of {len(choice.runs)} runs ended with a finite audio gain."
+        why = why if known else "No audio gain was reported."
+        return Answer("listening", question, "unknown", why, "plain")
     start = base.get(m.VAL_AUDIO_GAIN)
     figure = (f"{nats(start)} → " if start is not None else "") + nats(stat.mean)
     # As they are printed, so that no word contradicts its figure.

@@ -1,5 +1,6 @@
 """The words of the summary claim what the runs show, and no more."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -291,3 +292,8 @@ def test_trials_within_the_audio_limit_that_were_all_stopped_are_noted(
     builder.trial("t003", CONFIG, rows, status="pruned")
     notes = " ".join(findings(tmp_path).notes)
     assert ("1 within it had been stopped early" in notes) == said
+
+
+def test_a_gain_that_is_not_finite_in_one_run_is_said_to_be_that(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1], gain=(0.4, math.nan))
+    assert sentence(found, "listening") == "Only 1 of 2 runs ended with a finite audio gain."
