@@ -7,14 +7,14 @@ import numpy as np
 from higgs_tune.data import tasks
 from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset
-from higgs_tune.data.swap import derange, spread
+from higgs_tune.data.swap import alike, spread, swaps, without_majority
 from higgs_tune.errors import DataError
 
 
 @dataclass(frozen=True)
 class ValidationSets:
     """Fixed validation conversations. `transcribe_swapped[i]` has the text of `transcribe[i]`
-    after the audio of a clip with another text."""
+    after the audio of a clip with another text, which is another recording."""
 
     transcribe: tuple[Conversation, ...]
     transcribe_swapped: tuple[Conversation, ...]
@@ -42,16 +42,20 @@ def validation_sets(
         clips = _fitting_in_pairs(dataset, clips, max_rows, text_length)
     texts, speakers = dataset.index["text"][clips], dataset.index["speaker"][clips]
     places = spread(texts, speakers, num_val_clips, seed)
-    chosen = sorted(clips[places].tolist())
-    if len(chosen) < 2:
+    drawn = sorted(clips[places].tolist())
+    rows = [dataset.row(index) for index in drawn]
+    groups = alike([row.text for row in rows], [row.codes[0].tobytes() for row in rows])
+    kept = without_majority(groups)
+    if len(kept) < 2:
         raise DataError(
             f"{dataset.directory}: the validation split has {len(clips)} usable clips with "
-            f"{len(np.unique(texts))} different texts, needed at least 2 "
-            "of each (chat rows do not validate). Prepare the dataset with a larger --val-fraction "
+            f"{len(np.unique(texts))} different texts, needed at least 2 of two recordings "
+            "(chat rows do not validate). Prepare the dataset with a larger --val-fraction "
             "or --clips-from-chat, or raise data.max_frames, data.max_text_tokens or data.max_rows."
         )
-    rows = [dataset.row(index) for index in chosen]
-    others = derange([row.text for row in rows], [row.num_frames[0] for row in rows])
+    rows, groups = [rows[place] for place in kept], [groups[place] for place in kept]
+    lengths, languages = [row.num_frames[0] for row in rows], [row.language for row in rows]
+    others = swaps(groups, lengths, languages)
     return ValidationSets(
         transcribe=tuple(tasks.transcribe(row) for row in rows),
         transcribe_swapped=tuple(

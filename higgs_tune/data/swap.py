@@ -1,6 +1,7 @@
 """Which clips validation uses, and whose audio each one is swapped with."""
 
 from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -28,41 +29,82 @@ def spread(texts: np.ndarray, speakers: np.ndarray, count: int, seed: int) -> li
         text_uses[text[best]] += 1
         speaker_uses[speaker[best]] += 1
         chosen.append(best)
-    while chosen:
-        most, uses = Counter(int(text[place]) for place in chosen).most_common(1)[0]
-        if 2 * uses <= len(chosen):
-            break
-        chosen.remove(next(place for place in reversed(chosen) if text[place] == most))
-    return [int(order[place]) for place in chosen]
+    kept = without_majority([int(text[place]) for place in chosen])
+    return [int(order[chosen[place]]) for place in kept]
 
 
-def derange(texts: list[str], lengths: list[int]) -> list[int]:
-    """A permutation without texts that sound the same at i and result[i], close in length.
+def alike(texts: list[str], recordings: list[bytes]) -> list[str]:
+    """For each clip the text that stands for all clips that share a text or a recording with it.
 
-    Sorted by text, a shift by the largest number of equal texts never meets an equal one; exchanges
-    that bring the lengths nearer follow until none is left.
+    Directly or through others: what is heard in any of them may be the clip's own text. Texts that sound
+    the same are one.
     """
-    spelling: dict[str, str] = {}  # the first one stands for all
-    texts = [spelling.setdefault(plain_text(text), text) for text in texts]
+    label = list(range(len(texts)))  # of a clip: the first one of its group
+    for names in ([plain_text(text) for text in texts], recordings):
+        first: dict[str | bytes, int] = {}
+        for place, name in enumerate(names):
+            ours, theirs = label[place], label[first.setdefault(name, place)]
+            label = [min(ours, theirs) if one in (ours, theirs) else one for one in label]
+    return [texts[one] for one in label]
+
+
+def without_majority(groups: Sequence[Hashable]) -> list[int]:
+    """Places of the clips that stay where a group may have half at most; the last of it go."""
+    kept = list(range(len(groups)))
+    while kept:
+        most, uses = Counter(groups[place] for place in kept).most_common(1)[0]
+        if 2 * uses <= len(kept):
+            break
+        kept.remove(next(place for place in reversed(kept) if groups[place] == most))
+    return kept
+
+
+def swaps(groups: list[str], lengths: list[int], languages: Sequence[str | None]) -> list[int]:
+    """A derangement within each language, because another one can be heard without hearing a word.
+
+    Clips whose language has too few groups go with the next larger language, or with all.
+    """
+    result = [0] * len(groups)
+    parts: dict[str | None, list[int]] = {}
+    for place, language in enumerate(languages):
+        parts.setdefault(language, []).append(place)
+    waiting: list[int] = []
+    for part in sorted(parts.values(), key=len):
+        waiting = sorted([*waiting, *part])
+        own = [groups[place] for place in waiting]
+        if len(without_majority(own)) == len(own):
+            others = derange(own, [lengths[place] for place in waiting])
+            for place, other in zip(waiting, others, strict=True):
+                result[place] = waiting[other]
+            waiting = []
+    return derange(groups, lengths) if waiting else result
+
+
+def derange(groups: list[str], lengths: list[int]) -> list[int]:
+    """A permutation without the same group at i and result[i], close in length.
+
+    Sorted by group, a shift by the largest group's size never meets the same one; exchanges that bring
+    the lengths nearer follow until none is left.
+    """
     mean_length = {
-        text: np.mean([n for n, other in zip(lengths, texts, strict=True) if other == text])
-        for text in texts
+        group: np.mean([n for n, other in zip(lengths, groups, strict=True) if other == group])
+        for group in groups
     }
     order = sorted(
-        range(len(texts)), key=lambda i: (mean_length[texts[i]], texts[i], lengths[i], i)
+        range(len(groups)), key=lambda i: (mean_length[groups[i]], groups[i], lengths[i], i)
     )
-    shift = max(Counter(texts).values())
-    result = [0] * len(texts)
+    shift = max(Counter(groups).values())
+    result = [0] * len(groups)
     for place, index in enumerate(order):
         result[index] = order[(place + shift) % len(order)]
 
     def distance(i: int, j: int) -> float:
-        return float("inf") if texts[i] == texts[j] else abs(lengths[i] - lengths[j])
+        return float("inf") if groups[i] == groups[j] else abs(lengths[i] - lengths[j])
 
     improved = True
     while improved:
         improved = False
-        for i in range(len(texts)):
+        for i in range(len(groups)):
             for j in range(i):
                 now = distance(i, result[i]) + distance(j, result[j])
                 if distance(i, result[j]) + distance(j, result[i]) < now:

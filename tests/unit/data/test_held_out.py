@@ -10,7 +10,7 @@ import pytest
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.held_out import validation_sets
 from higgs_tune.data.plain_text import plain_text
-from higgs_tune.data.swap import derange, spread
+from higgs_tune.data.swap import alike, spread, swaps
 from higgs_tune.errors import DataError
 from tests.unit.data.rows import audio, chat, clip, encoded_rows, make, row_of, text
 
@@ -65,6 +65,53 @@ def test_one_sentence_in_two_spellings_is_no_other_text_to_swap_with(tmp_path: P
     assert all(int(own[1:]) // 2 != int(other[1:]) // 2 for own, other in pairs)
 
 
+def test_a_recording_with_two_texts_is_no_other_audio_to_swap_with(tmp_path: Path):
+    """Its own audio would be the nearest in length, and the gain of a model that listens would be 0."""
+    rows = []
+    for n in range(16):
+        first = clip(n, "validation", text=f"row {n} in digits", num_frames=20 + 9 * n)
+        rows += [first, replace(first, id=f"r{n}b", text=f"the {n}th in words")]
+    sets = validation_sets(make(tmp_path, [*rows, clip(99)]), 48)
+    assert len(sets.transcribe) == 32
+    for own, swapped in zip(sets.transcribe, sets.transcribe_swapped, strict=True):
+        assert text(own, 1) == text(swapped, 1)
+        assert not np.array_equal(audio(own, 0), audio(swapped, 0))
+
+
+def test_clips_that_all_share_a_recording_cannot_validate(tmp_path: Path):
+    first = clip(0, "validation")
+    rows = [first, replace(first, id="r1", text="the same in words"), clip(99)]
+    with pytest.raises(DataError, match="2 different texts, needed at least 2 of two recordings"):
+        validation_sets(make(tmp_path, rows), 48)
+
+
+def test_a_text_or_a_recording_in_common_makes_clips_alike_through_others_too():
+    texts = ["one", "two", "Two!", "three", "four"]
+    assert alike(texts, [b"a", b"b", b"c", b"c", b"d"]) == ["one", "two", "two", "two", "four"]
+
+
+def test_audio_is_swapped_within_a_language(tmp_path: Path):
+    """Another language can be heard without hearing a word."""
+    rows = [
+        replace(clip(n, "validation", num_frames=20 + n), language=("de", "fi")[n % 2])
+        for n in range(40)
+    ]
+    sets = validation_sets(make(tmp_path, [*rows, clip(99)]), 40)
+    pairs = [c.key.removeprefix("r").split(":transcribe:audio=r") for c in sets.transcribe_swapped]
+    assert len(pairs) == 40
+    assert all(int(own) % 2 == int(other) % 2 for own, other in pairs)
+
+
+def test_clips_that_are_too_few_in_their_language_are_swapped_with_the_next_larger():
+    languages = ["de"] * 4 + ["fi"] * 6 + ["tr"]
+    groups, lengths = [f"t{n}" for n in range(11)], list(range(30, 41))
+    result = swaps(groups, lengths, languages)
+    assert sorted(result) == list(range(11))
+    assert all(groups[i] != groups[j] for i, j in enumerate(result))
+    assert {result[i] for i in range(4, 10)} == set(range(4, 10))
+    assert swaps(["a", "b"], [3, 4], ["de", "fi"]) == [1, 0]
+
+
 def test_validation_is_spread_over_texts_and_speakers(tmp_path: Path):
     rows = [
         clip(n, "validation", speaker=f"s{n // 40}", text=f"sentence {n % 40}") for n in range(160)
@@ -96,7 +143,8 @@ def test_derangement_holds_for_any_texts_without_a_majority():
         texts = [f"t{n}" for n in rng.integers(0, 6, size)]
         if 2 * max(Counter(texts).values()) > size:
             continue
-        result = derange(texts, rng.integers(1, 50, size).tolist())
+        languages = rng.choice(["de", "en", None], size).tolist()
+        result = swaps(texts, rng.integers(1, 50, size).tolist(), languages)
         assert sorted(result) == list(range(size))
         assert all(texts[i] != texts[j] for i, j in enumerate(result))
 

@@ -81,9 +81,10 @@ def test_an_own_reference_that_leaves_no_room_for_the_speech_is_not_taken(datase
 
 def test_a_recording_that_is_there_twice_is_not_its_own_reference(tmp_path) -> None:
     rows = [replace(row(0, "validation", "anna", text), id=text) for text in ("one", "two")]
+    rows += [row(n, "validation", f"speaker {n}", f"text {n}") for n in (1, 2)]
     write_dataset(tmp_path, rows, CODEC, rows_per_shard=8)
     clips = chosen(Dataset.open(str(tmp_path)))
-    assert clips.keys() == {"one", "two"}
+    assert {"one", "two"} < clips.keys()
     assert all(clip.reference is None for clip in clips.values())
 
 
