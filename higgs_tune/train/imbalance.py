@@ -2,11 +2,11 @@
 
 "Audio loss 0.001, text loss 7.7" is what labels that are not shifted look like: audio learns to echo
 its input. The probes ask the running code, not the source: does the loss of a label change when the
-label's own input does?
+label's own input does, and when the one before it does?
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -37,29 +37,90 @@ class Preflight:
         return asdict(self)
 
 
-def _only(example: Encoded, row: int, codebook: int | None) -> Encoded:
-    """The example with a single label left: text at a row, or a codebook at an audio row."""
+@dataclass(frozen=True)
+class _Label:
+    """One label of an example, and where its own input stands."""
+
+    example: Encoded
+    row: int  # of the sequence for text, of the audio rows for audio
+    codebook: int | None  # None is text
+    position: int  # of its own input in the sequence
+
+    @property
+    def what(self) -> str:
+        """For messages."""
+        return "text" if self.codebook is None else f"codebook {self.codebook}"
+
+
+def _labels(example: Encoded, offset: int) -> tuple[list[_Label], list[_Label]]:
+    """Text and audio labels of an example, each checked to be the input `offset` rows on."""
+    text = [
+        _Label(example, int(row), None, int(row) + offset)
+        for row in np.flatnonzero(example.text_labels_L != IGNORE)
+    ]
+    audio = [
+        _Label(example, int(row), int(codebook), int(example.audio_rows_A[row]) + offset)
+        for row, codebook in np.argwhere(example.audio_labels_AC != IGNORE)
+    ]
+    for label in [*text, *audio]:
+        if label.codebook is None:
+            wanted, inputs = example.text_labels_L[label.row], example.ids_L
+        else:
+            wanted = example.audio_labels_AC[label.row, label.codebook]
+            inputs = example.codes_AC[:, label.codebook]
+        found = inputs[label.row + offset] if label.row + offset < len(inputs) else "missing"
+        if found != wanted:
+            raise LeakError(
+                f"{example.key}: the {label.what} label at row {label.row} is {wanted}, and the input of "
+                f"row {label.row + offset}, which it should be, is {found}. Labels are not shifted as "
+                f"label_offset {offset} says, are shifted twice, or have another delay pattern than "
+                "the inputs. No loss of this run means anything."
+            )
+    return text, audio
+
+
+def _only(example: Encoded, label: _Label | None) -> Encoded:
+    """The example with a single label left, or none."""
     text = np.full_like(example.text_labels_L, IGNORE)
     audio = np.full_like(example.audio_labels_AC, IGNORE)
-    if codebook is None:
-        text[row] = example.text_labels_L[row]
-    else:
-        audio[row, codebook] = example.audio_labels_AC[row, codebook]
+    if label is not None and label.codebook is None:
+        text[label.row] = example.text_labels_L[label.row]
+    elif label is not None:
+        audio[label.row, label.codebook] = example.audio_labels_AC[label.row, label.codebook]
     return replace(example, text_labels_L=text, audio_labels_AC=audio)
 
 
-def _disturb(example: Encoded, position: int, *, before: bool, num_codes: int) -> Encoded:
-    """Change every input from `position` on (or every one before it), placeholders excepted."""
+def _disturb(example: Encoded, chosen_L: np.ndarray, num_codes: int) -> Encoded:
+    """Change every input at the chosen rows, placeholders excepted."""
     ids, codes = example.ids_L.copy(), example.codes_AC.copy()
-    rows = np.arange(example.num_rows)
-    chosen = rows < position if before else rows >= position
     is_text = np.ones(example.num_rows, dtype=bool)
     is_text[example.audio_rows_A] = False
     known = np.unique(ids[is_text])
-    text = chosen & is_text
+    text, audio = chosen_L & is_text, chosen_L[example.audio_rows_A]
     ids[text] = known[(np.searchsorted(known, ids[text]) + 1) % len(known)]
-    codes[chosen[example.audio_rows_A]] = (codes[chosen[example.audio_rows_A]] + 7) % num_codes
+    codes[audio] = (codes[audio] + 7) % num_codes
     return replace(example, ids_L=ids, codes_AC=codes)
+
+
+def _choose(
+    examples: Sequence[Encoded], offset: int, num_labels: int, seed: int
+) -> Iterator[_Label]:
+    """Some labels of each example and modality, at random; codebooks take turns."""
+    rng = np.random.default_rng(seed)
+    turn = 0  # the codebook that is next
+    for example in examples:
+        text, audio = _labels(example, offset)
+        yield from (text[n] for n in rng.permutation(len(text))[:num_labels])
+        num_codebooks = example.codes_AC.shape[1]
+        seen = [0] * num_codebooks
+        ranked: list[tuple[int, int, _Label]] = []
+        for label in (audio[n] for n in rng.permutation(len(audio))):
+            assert label.codebook is not None
+            ranked.append((seen[label.codebook], (label.codebook - turn) % num_codebooks, label))
+            seen[label.codebook] += 1
+        chosen = sorted(ranked, key=lambda ranks: ranks[:2])[:num_labels]
+        turn += len(chosen)
+        yield from (label for *_, label in chosen)
 
 
 def causality_probe(
@@ -72,18 +133,19 @@ def causality_probe(
     seed: int = 0,
     each: Each = map,
 ) -> tuple[int, float, float]:
-    """Disturb inputs at and behind a label's own position; its loss must not move.
+    """Disturb inputs around a label's own position; its loss must move exactly where it may.
 
-    Works on any model behind `nll`, the user's own code included.
+    Not from inputs at and behind its own, and from the one right before it. Works on any model behind
+    `nll`, the user's own code included.
 
     Args:
-        nll: the code under test.
+        nll: the code under test; it scores exactly the labels of the example that it is given.
         examples: what it is tested on.
         num_codes: codes of one codebook without BOS and EOS.
         label_offset: rows from a label to its own input. 1 for labels that stand where their logits
             do, as `encode_conversation` makes them; 0 for labels that stand at their own input, as
             transformers wants them, which `nll` has to shift itself.
-        num_labels: probed per example.
+        num_labels: probed per example, of text and of audio each.
         seed: of the choice of labels.
         each: runs `nll` on many examples; a pool's map uses every core.
 
@@ -92,50 +154,63 @@ def causality_probe(
         inputs before it). The last guards against a probe that could not fail.
 
     Raises:
-        LeakError: a label's loss depends on an input it must not see, or no loss depends on what
-            stands before its label, so that the probe could not fail.
+        LeakError: a label is not the input that it should be, its loss depends on an input it must not
+            see, no loss depends on the input right before its label, as when labels are shifted twice,
+            or none on anything before it, so that the probe could not fail.
     """
-    rng = np.random.default_rng(seed)
-    probes: list[tuple[Encoded, int, int | None]] = []
+    labels = list(_choose(examples, label_offset, num_labels, seed))
     variants: list[Encoded] = []
-    for example in examples:
-        labels: list[tuple[int, int | None, int]] = [
-            (int(row), None, int(row) + label_offset)
-            for row in np.flatnonzero(example.text_labels_L != IGNORE)
-        ]
-        labels += [
-            (int(row), int(codebook), int(example.audio_rows_A[row]) + label_offset)
-            for row, codebook in np.argwhere(example.audio_labels_AC != IGNORE)
-        ]
-        for index in rng.choice(len(labels), min(num_labels, len(labels)), replace=False):
-            row, codebook, position = labels[index]
-            single = _only(example, row, codebook)
-            probes.append((example, row, codebook))
-            variants.append(single)
-            variants += [
-                _disturb(single, position, before=before, num_codes=num_codes)
-                for before in (False, True)
-            ]
+    for label in labels:
+        single = _only(label.example, label)
+        rows_L = np.arange(single.num_rows)
+        disturbed = (
+            rows_L >= label.position,
+            rows_L < label.position,
+            rows_L == label.position - 1,
+        )
+        variants += [single, *(_disturb(single, chosen_L, num_codes) for chosen_L in disturbed)]
     nats = [sum(both) for both in each(nll, variants)]
     worst, past = 0.0, 0.0
-    triples = zip(nats[::3], nats[1::3], nats[2::3], strict=True)
-    for (example, row, codebook), (reference, ahead, behind) in zip(probes, triples, strict=True):
-        worst = max(worst, abs(ahead - reference))
-        past = max(past, abs(behind - reference))
-        if not math.isfinite(reference) or abs(ahead - reference) > _TOLERANCE:
-            what = "text" if codebook is None else f"codebook {codebook}"
+    last: dict[str, float] = {}  # modality → largest change from the input right before a label
+    quads = zip(nats[::4], nats[1::4], nats[2::4], nats[3::4], strict=True)
+    for label, (reference, ahead, behind, before) in zip(labels, quads, strict=True):
+        place = f"{label.example.key}: the {label.what} label at row {label.row}"
+        if not math.isfinite(reference):
             raise LeakError(
-                f"{example.key}: the {what} label at row {row} has {reference:.4f} nats, and "
+                f"{place} has {reference:.4f} nats on its own. It needs a finite sum, which is 0 for a "
+                "modality without a label."
+            )
+        if not abs(ahead - reference) <= _TOLERANCE:
+            rest = sum(nll(_only(label.example, None)))
+            if not abs(rest) <= _TOLERANCE:
+                raise LeakError(
+                    f"{place} cannot be probed: with no label at all the loss is {rest:.4f} nats, "
+                    "needed is 0. The function under test must score the labels of the example that "
+                    "it is given, and no others."
+                )
+            raise LeakError(
+                f"{place} has {reference:.4f} nats, and "
                 f"{ahead:.4f} once the inputs from that row on change. It must not change: labels "
                 "are not shifted, or attention is not causal. No loss of this run means anything."
             )
+        worst, past = max(worst, abs(ahead - reference)), max(past, abs(behind - reference))
+        modality = "text" if label.codebook is None else "audio"
+        last[modality] = max(last.get(modality, 0.0), abs(before - reference))
     if past < _TOLERANCE:
         raise LeakError(
-            f"the probe sees nothing: of {len(probes)} labels, none has another loss once the inputs "
+            f"the probe sees nothing: of {len(labels)} labels, none has another loss once the inputs "
             f"before it change (largest change {past:.1e} nats). The forward under test does not "
             "read its inputs, or there is no label."
         )
-    return len(probes), worst, past
+    for modality, change in last.items():
+        if change < _TOLERANCE:
+            raise LeakError(
+                f"no {modality} label that was probed has another loss once the input right before it "
+                f"changes (largest change {change:.1e} nats): it is not scored by the logits of that row. "
+                "Labels are shifted twice, once in the data and once in the model. No loss of this run "
+                "means anything."
+            )
+    return len(labels), worst, past
 
 
 def preflight(
@@ -150,8 +225,8 @@ def preflight(
         each: runs `nll` on many examples.
 
     Raises:
-        LeakError: a label sees its own input, or a pretrained base scores audio worse than chance,
-            which labels off by one look like.
+        LeakError: see `causality_probe`, or the base scores audio far worse than chance, as codes of
+            another codec are.
     """
     probed, worst, past = causality_probe(nll, examples, num_classes - 2, each=each)
     audio = [audio for _, audio in each(nll, examples)]

@@ -6,13 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from higgs_tune.data.collate import collate
-from higgs_tune.data.tokens import IGNORE
+from higgs_tune.data.conversation import AudioPart, Conversation, TextPart, Turn
+from higgs_tune.data.tokens import IGNORE, encode_conversation
 from higgs_tune.errors import LeakError
+from higgs_tune.model import packed_forward
 from higgs_tune.model.packed_forward import packed_nll
+from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.imbalance import causality_probe, preflight
-from tests.models import NUM_CODES, example, tiny_base
+from tests.models import NUM_CODES, example, random_codes, tiny_base, trial, vocabulary
 
 EXAMPLES = [example("transcribe", 1, 9, 5), example("speak", 2, 6, 11), example("clone", 3, 5, 3)]
 
@@ -69,13 +73,149 @@ def test_a_loss_that_shifts_labels_itself_passes():
     assert past > 1e-2
 
 
+def later(one, *, text=0, audio=0):
+    """The same labels, each scored by the logits so many rows before its place."""
+
+    def moved(labels, rows):
+        return np.pad(
+            labels[rows:], [(0, rows)] + [(0, 0)] * (labels.ndim - 1), constant_values=-100
+        )
+
+    return replace(
+        one,
+        text_labels_L=moved(one.text_labels_L, text),
+        audio_labels_AC=moved(one.audio_labels_AC, audio),
+    )
+
+
+@pytest.mark.parametrize("modality", ["text", "audio"])
+def test_a_loss_that_shifts_shifted_labels_again_is_caught(modality):
+    inner = nll_of(tiny_base())
+    with pytest.raises(LeakError, match=f"no {modality} label .* Labels are shifted twice"):
+        causality_probe(lambda one: inner(later(one, **{modality: 1})), EXAMPLES, NUM_CODES)
+
+
+def undelayed(one):
+    """Labels of clips as they are for inputs that are delayed."""
+    columns = [np.roll(column, -c) for c, column in enumerate(one.audio_labels_AC.T)]
+    return replace(one, audio_labels_AC=np.stack(columns, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("broken", "one", "message"),
+    [
+        (lambda one: later(one, text=1), EXAMPLES[0], "the text label at row .* shifted twice"),
+        (lambda one: later(one, audio=1), EXAMPLES[1], "codebook . label at row .* shifted twice"),
+        (at_own_input, EXAMPLES[0], "the text label .* not shifted as label_offset 1 says"),
+        (at_own_input, EXAMPLES[1], "codebook . label .* not shifted as label_offset 1 says"),
+        (undelayed, EXAMPLES[1], "codebook [1-9] label .* another delay pattern"),
+    ],
+)
+def test_a_label_that_is_not_the_next_input_is_caught(broken, one, message):
+    with pytest.raises(LeakError, match=message):
+        causality_probe(nll_of(tiny_base()), [broken(one)], NUM_CODES)
+
+
+def test_a_leak_in_one_codebook_of_one_clip_is_caught():
+    inner = nll_of(tiny_base())
+
+    def echoing(one):
+        text, audio = inner(one)
+        learnt = one.audio_labels_AC[:-1, 2] != IGNORE
+        return text, audio + 0.01 * float(one.codes_AC[1:, 2][learnt].sum())
+
+    with pytest.raises(LeakError, match="the codebook 2 label"):
+        causality_probe(echoing, EXAMPLES[1:2], NUM_CODES, num_labels=4)
+
+
+def test_text_beside_much_audio_is_probed_too():
+    inner = nll_of(tiny_base())
+    audio = AudioPart(random_codes(np.random.default_rng(0), 60))
+    parts = (TextPart("ab"), audio)
+    turns = (Turn("user", (TextPart("say"),)), Turn("assistant", parts, target=True))
+    one = encode_conversation(Conversation("talk", "chat", turns), vocabulary())
+
+    def echoing(one):
+        text, audio = inner(one)
+        learnt = one.text_labels_L[:-1] != IGNORE
+        return text + 0.01 * float(one.ids_L[1:][learnt].sum()), audio
+
+    with pytest.raises(LeakError, match="the text label"):
+        causality_probe(echoing, [one], NUM_CODES)
+
+
+def test_a_function_that_makes_labels_of_its_own_is_told_so():
+    inner = nll_of(tiny_base())
+
+    def own_labels(one):
+        audio = np.full_like(one.audio_labels_AC, IGNORE)
+        audio[:-1] = one.codes_AC[1:]
+        return inner(replace(one, audio_labels_AC=audio))
+
+    with pytest.raises(LeakError, match="must score the labels of the example that it is given"):
+        causality_probe(own_labels, EXAMPLES[1:2], NUM_CODES)
+
+
+def leaky(monkeypatch, batch, mode):
+    """The batch with cross-attention that sees all audio rows, later ones included."""
+    if mode == "text_to_audio":
+        cross = batch.cross[mode]
+        sees = torch.ones_like(cross.sees_audio_ST1A)
+        return replace(batch, cross={mode: replace(cross, sees_audio_ST1A=sees)})
+    attend = packed_forward._attend
+    length = batch.cross[mode].audio_position_SA.shape[1]
+
+    def attend_all(q, k, v, **mask):
+        return attend(q, k, v, **(mask if q.shape[1] != length else {"is_causal": False}))
+
+    monkeypatch.setattr(packed_forward, "_attend", attend_all)
+    return batch
+
+
+@pytest.mark.parametrize("mode", ["audio_self", "text_to_audio"])
+@pytest.mark.parametrize(("trained", "leaks"), [(True, False), (True, True), (False, True)])
+def test_cross_attention_that_sees_later_audio_is_caught_once_it_is_trained(
+    monkeypatch, mode, trained, leaks
+):
+    """New modules start at o_proj = 0: until a step has changed that, no leak of theirs shows."""
+    config = trial(targets=("attention", "audio_attention"), cross_attention=mode)
+    engine = Engine(tiny_base(), PackLimits.of([config], 1))
+    engine.add("t", config)
+    if trained:
+        generator = torch.Generator().manual_seed(0)
+        for view in engine.bank.views(0, "master").values():
+            view.copy_(torch.randn(view.shape, generator=generator))
+        engine.bank.refresh_compute()
+    turns = (
+        Turn("user", (TextPart("say"),)),
+        Turn(
+            "assistant",
+            (TextPart("abcdef"), AudioPart(random_codes(np.random.default_rng(0), 9))),
+            target=True,
+        ),
+    )
+    one = encode_conversation(Conversation("talk", "chat", turns), vocabulary())
+
+    def nll(one):
+        batch = engine.batch({0: [one]})
+        with monkeypatch.context() as patch:
+            text_K, audio_KC = engine.evaluate(leaky(patch, batch, mode) if leaks else batch)
+        return float(text_K[0]), float(audio_KC.sum())
+
+    if trained and leaks:
+        with pytest.raises(LeakError, match="attention is not causal"):
+            causality_probe(nll, [one], NUM_CODES)
+    else:
+        assert causality_probe(nll, [one], NUM_CODES)[1] < 1e-4
+
+
 def test_attention_that_sees_the_future_is_caught():
     base = tiny_base()
     inner = nll_of(base)
 
     def peeking(one):
         text, audio = inner(one)
-        return text + float(one.ids_L[-2:].sum()), audio
+        return text and text + float(one.ids_L[-2:].sum()), audio
 
     with pytest.raises(LeakError, match="attention is not causal"):
         causality_probe(peeking, EXAMPLES[:1], NUM_CODES)
