@@ -1,6 +1,7 @@
 """A saved adapter loads with plain PEFT, and refuses a base that lacks its modules."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -68,6 +69,14 @@ def test_plain_peft_on_the_stock_model_gives_the_packs_losses(tmp_path):
     model = PeftModel.from_pretrained(copy.deepcopy(engine.base.model), str(tmp_path)).eval()
     assert sums_of(model) == pytest.approx(our_sums(engine), rel=1e-5)
     assert sums_of(engine.base.model) != pytest.approx(our_sums(engine), rel=1e-2)
+
+
+def test_an_adapter_names_no_task(tmp_path):
+    """PEFT's model for CAUSAL_LM would hand `labels` on to a forward that shifts them anew."""
+    trained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["task_type"] is None
+    assert (saved["r"], saved["lora_alpha"], saved["use_rslora"]) == (3, 8.0, False)
 
 
 @pytest.mark.parametrize("mode", ["audio_self", "text_to_audio"])

@@ -256,6 +256,17 @@ def test_a_token_that_the_config_gives_another_id_is_a_model_error(tmp_path):
         load_base(settings(folder))
 
 
+def test_a_codebook_that_cannot_hold_the_end_of_stream_is_a_model_error(tmp_path):
+    """The default of transformers' config is 1024, too small for the released checkpoint's 1025."""
+    folder = write_native(tmp_path / "base", tiny_base().model)
+    eos = json.loads((folder / "config.json").read_text())["audio_stream_eos_id"]
+    edit(folder / "config.json", codebook_size=eos)
+    with pytest.raises(
+        ModelError, match=f"codebook_size {eos} cannot hold EOS .* set it to {eos + 1}"
+    ):
+        load_base(settings(folder))
+
+
 def test_a_template_that_writes_other_sequences_is_a_model_error(folder):
     other = tokenizer().chat_template.replace("<|eot_id|>", "<|eot_id|>\n\n")
     tokenizer(template=other).save_pretrained(folder)

@@ -11,6 +11,20 @@ def test_rank_is_searched_as_a_category(make_config):
     assert searched["rank"] == CategoricalDistribution([4, 8, 16, 32])
 
 
+def test_alpha_does_not_follow_rank(make_config):
+    config = make_config()
+    values = space.baseline_values(config, fixed_flag=False)
+    for rank in config.space.rank:
+        assert space.resolve(values | {"rank": rank}, config, 0).alpha == 32
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    config = make_config(space={"alpha": [16, 64]})
+    pairs = set()
+    for _ in range(60):
+        resolved = space.resolve(space.suggest(study.ask(), config), config, 0)
+        pairs.add((resolved.rank, resolved.alpha))
+    assert len(pairs) == 8, "every alpha with every rank"
+
+
 def test_a_parameter_with_one_value_is_fixed_and_not_searched(make_config):
     config = make_config(space={"rank": [8], "batch_clips": [2, 4]})
     assert set(space.distributions(config)) == {"learning_rate", "batch_clips"}
