@@ -43,3 +43,6 @@ def test_a_third_of_the_trials_at_most_is_drawn_without_a_model(
         searcher.suggest(name)
     assert made[-1]["n_startup_trials"] == num_random
     assert made[-1]["constant_liar"], "trials that run at once must not be alike"
+    assert made[-1]["multivariate"] and made[-1]["group"], (
+        "conditional parameters stay in the model"
+    )

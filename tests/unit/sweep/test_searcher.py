@@ -95,6 +95,18 @@ def test_the_best_trial_keeps_the_audio_constraint(study, make_config):
     assert [record.trial_id for record in studies.best_records(study, 5)] == ["t002", "t000"]
 
 
+def test_a_trial_that_was_stopped_is_never_the_best(study, make_config):
+    """Optuna gives it its last report as a value, which is of fewer steps."""
+    searcher, _, _ = make_searcher(study, make_config())
+    for name in "ab":
+        searcher.suggest(name)
+    finish(searcher, "a", 3.0)
+    searcher.on_trial_complete("b", report(1.0, 75))
+    assert study.trials[1].state == TrialState.PRUNED
+    assert study.trials[1].value == 1.0
+    assert [record.trial_id for record in studies.best_records(study, 5)] == ["t000"]
+
+
 def test_a_step_that_is_reported_twice_counts_once(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")

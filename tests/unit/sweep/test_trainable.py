@@ -1,5 +1,6 @@
 """How a trial finds its worker."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -76,13 +77,27 @@ def test_a_free_slot_elsewhere_is_taken(make_config, monkeypatch):
     assert (worker.name, place) == ("w0", 0)
 
 
-def test_a_result_says_where_the_trial_sits_and_no_metrics_file_does(make_config, monkeypatch):
+def reporting(make_config, monkeypatch, result) -> trainable.PackTrial:
+    """A trial whose worker reports a result."""
     made, _ = trial(make_config, monkeypatch, lambda name, now: None)
-    result = {"status": "running", "val/text/nll": 2.5}
     call = SimpleNamespace(remote=lambda trial_id: ("w0", "next_result"))
     made._worker = SimpleNamespace(next_result=SimpleNamespace(options=lambda name: call))
     made._sits_at, made._reset_error = 0, None
-    monkeypatch.setattr(trainable.ray, "get", lambda call: result)
+    monkeypatch.setattr(trainable.ray, "get", lambda call: dict(result))
+    return made
+
+
+@pytest.mark.parametrize("status", ["diverged", "out_of_memory", "failed"])
+def test_a_trial_that_ended_badly_has_no_metric_for_a_scheduler(make_config, monkeypatch, status):
+    """NaN is below no cutoff, and above none."""
+    result = {"status": status, "val/text/nll": math.nan, "reason": "NaN"}
+    made = reporting(make_config, monkeypatch, result)
+    assert made.step() == {"status": status, "reason": "NaN", SITS_AT: 0, "done": True}
+
+
+def test_a_result_says_where_the_trial_sits_and_no_metrics_file_does(make_config, monkeypatch):
+    result = {"status": "running", "val/text/nll": 2.5}
+    made = reporting(make_config, monkeypatch, result)
     assert made.step() == {**result, SITS_AT: 0, "done": False}
     assert metrics_of(made.step()) == {"val/text/nll": 2.5}
 
