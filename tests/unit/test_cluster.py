@@ -1,4 +1,36 @@
+"""How Ray is joined or started; nothing starts here."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
 from higgs_tune import cluster
+
+ROOT = str(Path(cluster.__file__).parents[1])
+
+
+@pytest.fixture
+def join(tmp_path, monkeypatch):
+    """Join a cluster with an environment; gives the cluster, ray.init's arguments and the environment."""
+
+    def with_environment(**variables):
+        environment = {"RAY_TMPDIR": str(tmp_path), **variables}
+        monkeypatch.setattr(os, "environ", environment)
+        given = {}
+
+        def init(**arguments):
+            given.update(arguments)
+            return SimpleNamespace(dashboard_url="127.0.0.1:8265")
+
+        monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(cluster.ray, "init", init)
+        monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+        with cluster.join_cluster() as joined:
+            return joined, given, environment
+
+    return with_environment
 
 
 def test_only_a_cluster_that_was_started_for_sharing_is_joined(tmp_path, monkeypatch):
@@ -7,3 +39,27 @@ def test_only_a_cluster_that_was_started_for_sharing_is_joined(tmp_path, monkeyp
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")
     assert cluster.head_address() == "10.0.0.1:6379"
+
+
+def test_a_ray_of_our_own_shows_its_dashboard_on_loopback_only(join):
+    joined, given, _ = join()
+    assert joined.is_own
+    assert (given["address"], given["dashboard_host"]) == ("local", "127.0.0.1")
+
+
+def test_a_cluster_is_joined_as_it_is(join):
+    joined, given, _ = join(RAY_ADDRESS="10.0.0.1:6379")
+    assert not joined.is_own
+    assert given["address"] == "10.0.0.1:6379"
+    assert "dashboard_host" not in given
+
+
+def test_the_mode_of_tokens_is_explicit_and_the_users_own_goes_first(join):
+    """Ray's default writes a token that `ray start` needs and an address in ray.init does not send."""
+    assert join()[2]["RAY_AUTH_MODE"] == "disabled"
+    assert join(RAY_AUTH_MODE="token")[2]["RAY_AUTH_MODE"] == "token"
+
+
+def test_rays_processes_can_import_a_package_that_is_not_installed(join):
+    assert join()[2]["PYTHONPATH"] == ROOT
+    assert join(PYTHONPATH="/mine")[2]["PYTHONPATH"] == f"{ROOT}{os.pathsep}/mine"

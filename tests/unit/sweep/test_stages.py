@@ -24,14 +24,16 @@ class Nothing:
 def run(study, make_config, tmp_path, monkeypatch):
     """Run a stage in which a trial starts, and Tune then fails with an error; gives what ended it."""
 
-    def run_until(error):
+    def run_until(error, given=None, **tune):
         def fit(tuner):
             (callback,) = tuner.callbacks
             config = searcher.suggest("a")
             callback.on_trial_start(0, [], SimpleNamespace(trial_id="a", config=config))
             raise error
 
-        def create(_, *, run_config, **__):
+        def create(_, *, tune_config, run_config):
+            if given is not None:
+                given.update(tune=tune_config, run=run_config)
             tuner = SimpleNamespace(callbacks=run_config.callbacks)
             tuner.fit = lambda: fit(tuner)
             return tuner
@@ -39,7 +41,7 @@ def run(study, make_config, tmp_path, monkeypatch):
         monkeypatch.setattr(stages, "Tuner", create)
         control = Control()
         display = SimpleNamespace(board=Nothing(), event=lambda *_, **__: None)
-        config = make_config()
+        config = make_config(tune=tune)
         searcher, _, _ = make_searcher(study, config)
         workers = SimpleNamespace(begin_stage=lambda: None, close=lambda: None)
         Sweep(config, tmp_path, workers, control, display).run("search", searcher, None)
@@ -65,6 +67,17 @@ def test_a_trials_process_that_ray_ends_for_memory_ends_the_sweep_and_loses_noth
     assert str(error).endswith("Ray says: Task was killed due to the node running low on memory.")
     status = read_json(tmp_path / "trials" / "t000" / "status.json")
     assert status["status"] == "cancelled"
+
+
+@pytest.mark.parametrize(("num_workers", "trials"), [(1, 6), (2, 10)])
+def test_tune_keeps_trials_waiting_and_their_processes(run, num_workers, trials):
+    """Two of four slots' trials wait at an only worker, one at each of several."""
+    given = {}
+    settings = {"num_workers": num_workers, "slots_per_worker": 4, "max_failures": 3}
+    run(unexpected(OutOfMemoryError("?")), given, **settings)
+    assert given["tune"].max_concurrent_trials == trials
+    assert given["tune"].reuse_actors
+    assert given["run"].failure_config.max_failures == 3
 
 
 def test_another_unexpected_error_is_raised(run):
