@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,20 @@ def test_derangement_holds_for_any_texts_without_a_majority():
         result = swaps(texts, rng.integers(1, 50, size).tolist(), languages)
         assert sorted(result) == list(range(size))
         assert all(texts[i] != texts[j] for i, j in enumerate(result))
+
+
+def test_no_exchange_of_two_clips_audio_would_bring_lengths_nearer():
+    rng = np.random.default_rng(0)
+    texts = [f"t{n % 6}" for n in range(24)]
+    lengths = rng.integers(10, 90, 24).tolist()
+    result = swaps(texts, lengths, [None] * 24)
+
+    def apart(i: int, j: int) -> float:
+        return np.inf if texts[i] == texts[j] else abs(lengths[i] - lengths[j])
+
+    for i, j in combinations(range(24), 2):
+        now = apart(i, result[i]) + apart(j, result[j])
+        assert now <= apart(i, result[j]) + apart(j, result[i])
 
 
 @pytest.mark.parametrize("seed", range(5))
