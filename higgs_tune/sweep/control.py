@@ -1,34 +1,30 @@
 """What ends a sweep early: signals, errors of the host's disk, a base that cannot be loaded."""
 
-import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 from ray.tune import Stopper
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+from higgs_tune.train.signals import StopRequest
 
 
 class Control:
     """Whether to stop, and why. The first reason wins."""
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.request = StopRequest()
         self.error: Exception | None = None
 
     @property
     def stopping(self) -> bool:
         """Whether the sweep is to end now."""
-        return self.signal is not None or self.error is not None
+        return self.request.number is not None or self.error is not None
 
     @property
     def reason(self) -> str:
         """For the records of the trials that are cancelled."""
-        if self.signal is not None:
-            return f"interrupted by {self.signal.name}"
+        if self.request.number is not None:
+            return f"interrupted by {signal.Signals(self.request.number).name}"
         return f"the sweep ended with an error: {self.error}"
 
     def fail(self, error: Exception) -> None:
@@ -54,21 +50,3 @@ class ControlStopper(Stopper):
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its settings for Tuner.restore, which this package never uses."""
         return {}
-
-
-@contextmanager
-def signals(control: Control) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a clean end; a Ctrl-C after that ends the process at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if control.signal is None:
-            control.signal = signal.Signals(number)
-        elif number == signal.SIGINT:
-            os._exit(EXIT_CODES[signal.SIGINT])
-
-    former = {number: signal.signal(number, handle) for number in EXIT_CODES}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

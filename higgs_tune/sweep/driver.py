@@ -15,7 +15,7 @@ from higgs_tune.cluster import join_cluster
 from higgs_tune.config import SweepConfig
 from higgs_tune.sweep import runtime, space, study
 from higgs_tune.sweep.confirm import ConfirmSource, confirm_records
-from higgs_tune.sweep.control import EXIT_CODES, Control, signals
+from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.nodes import idle_gpus, refuse_more_than_here
@@ -28,6 +28,7 @@ from higgs_tune.sweep.stages import Sweep
 from higgs_tune.sweep.storage import storage_faults
 from higgs_tune.sweep.study import TrialRecord
 from higgs_tune.sweep.workers import Workers
+from higgs_tune.train.signals import stop_signals
 
 EXIT_NOTHING_FEASIBLE = 3
 
@@ -83,8 +84,8 @@ def _run(
         # Ray prints that a process has died on standard output, where our table or JSON lines are.
         aside = redirect_stdout(sys.stderr)
         # Ray replaces the handler of SIGTERM when it starts, so they are set once more after that.
-        started_ray = join_cluster(runtime.ENVIRONMENT)
-        with aside, signals(control), log, started_ray as cluster, signals(control):
+        before, after = stop_signals(control.request), stop_signals(control.request)
+        with aside, before, log, join_cluster(runtime.ENVIRONMENT) as cluster, after:
             if control.stopping:
                 return _outcome(results, found, control, started)
             display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")
@@ -112,7 +113,7 @@ def _run(
         raise disk_fault(results) or error from None
     finally:
         display.close()
-    if control.error is not None and control.signal is None:
+    if control.error is not None and control.request.number is None:
         raise control.error
     outcome = _outcome(results, found, control, started)
     shutil.rmtree(results / "ray", ignore_errors=True)
@@ -185,8 +186,8 @@ def _is_finished(found: optuna.Study, config: SweepConfig, files: TrialFiles) ->
 def _outcome(results: Path, found: optuna.Study, control: Control, started: float) -> SweepOutcome:
     best = study.best_records(found, 1)
     exit_code = 0 if best else EXIT_NOTHING_FEASIBLE
-    if control.signal is not None:
-        exit_code = EXIT_CODES[control.signal]
+    if control.request.number is not None:
+        exit_code = 128 + control.request.number
     return SweepOutcome(
         results=results,
         exit_code=exit_code,

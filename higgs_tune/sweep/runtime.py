@@ -11,7 +11,7 @@ ENVIRONMENT = cluster.ENVIRONMENT | {
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer console of Tune prints even at verbose=0
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # control.signals handles it
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # train.signals handles it
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a diverged trial has no metric to rank
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own experiment state is never used
 }

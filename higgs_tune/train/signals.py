@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the step that it is in."""
+"""SIGTERM and Ctrl-C end a run after the step that it is in, and a sweep with what it has."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -19,27 +19,26 @@ class StopRequest:
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
+def stop_signals(request: StopRequest) -> Iterator[None]:
     """Note the first SIGTERM or SIGINT; a Ctrl-C after it ends the process at once.
 
     A second SIGTERM does not: launchers pass on to all processes what their manager has sent to all.
 
     Outside of the main thread, which alone can handle signals, nothing is ever asked for.
     """
-    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request.number is None:
             request.number = number
         elif number == signal.SIGINT:
-            os._exit(EXIT_CODES[signal.SIGINT])
+            os._exit(128 + number)
 
-    former = {number: signal.signal(number, handle) for number in EXIT_CODES}
+    former = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        yield request
+        yield
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -72,7 +72,8 @@ def train_single(
         folder.check_new(out)
         return []
 
-    with stop_signals() as request:
+    request = StopRequest()
+    with stop_signals(request):
         lines = world.on_main(open_folder)
         if world.on_main(lambda: is_finished(out, lines, trial, run)):
             world.on_main(lambda: folder.keep_again(out, lines, run))

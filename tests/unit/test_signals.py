@@ -1,4 +1,4 @@
-"""What a signal does to a run and to a sweep: real signals to processes of their own."""
+"""What a signal does to a run and to a sweep: real signals to a process of its own."""
 
 import signal
 import subprocess
@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
-TRAIN = """
+SCRIPT = """
 import signal
-from higgs_tune.train.signals import stop_signals
-with stop_signals() as request:
+from higgs_tune.train.signals import StopRequest, stop_signals
+request = StopRequest()
+with stop_signals(request):
     print("ready", flush=True)
     while request.number is None:
         signal.pause()
@@ -17,26 +18,13 @@ with stop_signals() as request:
     input()
     print("saved", flush=True)
 """
-SWEEP = """
-import signal
-from higgs_tune.sweep.control import Control, signals
-control = Control()
-with signals(control):
-    print("ready", flush=True)
-    while not control.stopping:
-        signal.pause()
-    print("stops", flush=True)
-    input()
-    print("saved", flush=True)
-"""
 
 
-@pytest.mark.parametrize("script", [TRAIN, SWEEP], ids=["train", "sweep"])
 @pytest.mark.parametrize(
     ("second", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
-def test_only_a_ctrl_c_ends_at_once_what_is_already_ending(script, second, exit_code):
-    command = [sys.executable, "-c", script]
+def test_only_a_ctrl_c_ends_at_once_what_is_already_ending(second, exit_code):
+    command = [sys.executable, "-c", SCRIPT]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
         assert process.stdout is not None

@@ -130,7 +130,7 @@ def test_ctrl_c_ends_the_wait_for_the_count_within_a_second(make_config, fake_ra
     control, config = Control(), make_config(tune=AUTO)
 
     def interrupt():
-        control.signal = signal.SIGINT
+        control.request.number = signal.SIGINT
 
     fake_ray.starts_at, fake_ray.answers_at = starts_at, 1e9
     fake_ray.happens[7.0] = interrupt
