@@ -57,3 +57,12 @@ def _lines(title: str, total: int) -> Advance:
         print(f"{title}: {done}/{total}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
     return advance
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from higgs_tune.data.progress import duration
 from higgs_tune.files import json_line
 from higgs_tune.metrics import STEP, VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.sweep.records import metrics_of
@@ -176,15 +177,6 @@ def render(board: Board) -> Group:
 
 def _search_first(item: tuple[str, Row]) -> tuple[bool, str]:
     return item[0].startswith("c"), item[0]
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _number(value: float | None) -> str:

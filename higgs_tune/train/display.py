@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from higgs_tune.data.progress import duration
 from higgs_tune.files import json_line
 from higgs_tune.metrics import STEP, VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.train.samples import Sample
@@ -90,12 +91,3 @@ class Display:
             cut = "" if sample.ended else " …"
             table.add_row(Text(f"  {sample.target}"), Text(sample.predicted + cut))
         self._progress.console.print(table)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from higgs_tune.sweep import space
-from higgs_tune.sweep.live import Board, Display, duration, render
+from higgs_tune.sweep.live import Board, Display, render
 from higgs_tune.sweep.study import TrialRecord
 
 
@@ -74,10 +74,3 @@ def test_outside_a_terminal_each_event_is_one_json_line():
     line = json.loads(stream.getvalue(), parse_constant=pytest.fail)
     assert line.pop("time") > 0
     assert line == {"event": "result", "trial": "t000", "step": 25, "best": {"val/text/nll": None}}
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "5 s"), (61, "1 min 01 s"), (7260, "2 h 01 min")]
-)
-def test_durations_are_for_people(seconds, text):
-    assert duration(seconds) == text

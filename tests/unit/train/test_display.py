@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from higgs_tune.train.display import Display, Pace, duration
+from higgs_tune.train.display import Display, Pace
 from higgs_tune.train.samples import Sample
 
 LINE = {"step": 5, "val/text/nll": 2.5, "val/audio/nll_per_code": 4.0, "status": "running"}
@@ -61,7 +61,3 @@ def test_pace_counts_the_steps_of_this_start():
     pace = Pace(1000, clock=lambda: next(now))
     assert pace.after(500) == ""
     assert pace.after(540) == "4.00 steps/s · 1 min 55 s left"
-
-
-def test_duration_is_for_people():
-    assert [duration(s) for s in (4.4, 65, 3 * 3600 + 120)] == ["4 s", "1 min 05 s", "3 h 02 min"]
