@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from output import COLORS, machine, new_figure, num_cpus, ratio, save, settings_of
 
 from higgs_tune.config_file import load_sweep, to_yaml
-from higgs_tune.files import write_json, write_text
+from higgs_tune.files import read_json_lines, write_json, write_text
 from higgs_tune.metrics import STEP, VAL_TEXT_NLL
 
 HERE = Path(__file__).resolve().parent
@@ -110,12 +110,12 @@ def timed(way: str, *options: object) -> float:
 
 def our_trials(folder: Path) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
     """What our sweep ran: its trials with the step at which each ended, and their results."""
-    from higgs_tune.sweep.records import TrialFiles, read_metrics
+    from higgs_tune.sweep.records import TrialFiles
 
     files = TrialFiles(folder)
     trials, results = [], {}
     for record in files.records("t"):
-        lines = read_metrics(files.folder(record.trial_id) / "metrics.jsonl")
+        lines = read_json_lines(files.folder(record.trial_id) / "metrics.jsonl")
         if not lines:
             raise SystemExit(f"{record.trial_id} of our sweep has no result")
         results[record.trial_id] = lines

@@ -86,6 +86,31 @@ def _with_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
+    """Append what `json_line` makes of it."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json_line(content) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file, none where there is no file; a last one that was cut off is none.
+
+    Raises:
+        DataError: a line is not JSON.
+    """
+    if not path.exists():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {number}: not JSON: {error}. Mend the line, or delete it."
+            ) from None
+    return lines
+
+
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill an empty neighbour of `folder`, then swap the two. One writer at a time.
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from higgs_tune.files import read_json_lines
 from higgs_tune.metrics import VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.sweep.later import Later
-from higgs_tune.sweep.records import read_metrics
 from higgs_tune.sweep.study import TrialRecord
 
 if TYPE_CHECKING:

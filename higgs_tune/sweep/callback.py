@@ -17,7 +17,7 @@ from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import disk_error
 from higgs_tune.sweep.given_up import cause_of, reason_of
 from higgs_tune.sweep.later import Later
-from higgs_tune.sweep.live import Display, result_event
+from higgs_tune.sweep.live import SHOWN, Display
 from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.seats import CHECKPOINT_INFO
 from higgs_tune.sweep.source import TrialSource
@@ -133,7 +133,8 @@ class SweepCallback(Callback):
         self._guard(self._files.result, trial_id, result)
         self._boards.update(record)
         self._display.board.result(trial_id, result)
-        self._display.event("result", trial=trial_id, **result_event(result))
+        shown = {name: result.get(name) for name in (STEP, *SHOWN)}
+        self._display.event("result", trial=trial_id, **shown)
 
     def on_checkpoint(
         self,

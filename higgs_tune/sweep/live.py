@@ -14,11 +14,11 @@ from rich.text import Text
 from higgs_tune.data.progress import duration
 from higgs_tune.files import json_line
 from higgs_tune.metrics import STEP, VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
-from higgs_tune.sweep.records import metrics_of
 from higgs_tune.sweep.study import TrialRecord
 
 REFRESH_S = 0.5
 LIVE = ("running", "paused")
+SHOWN = (VAL_TEXT_NLL, VAL_AUDIO_NLL, VAL_AUDIO_GAIN)
 STYLES = {
     "running": "cyan",
     "paused": "blue",
@@ -134,12 +134,6 @@ class Display:
             self._live = None
 
 
-def result_event(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a result that a line of output carries."""
-    names = (STEP, VAL_TEXT_NLL, VAL_AUDIO_NLL, VAL_AUDIO_GAIN)
-    return {name: metrics_of(metrics).get(name) for name in names}
-
-
 def render(board: Board) -> Group:
     """The table and the line below it."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -161,10 +155,7 @@ def render(board: Board) -> Group:
             trial.cross_attention,
             trial.target_set,
             f"{row.step}/{trial.num_steps}",
-            *(
-                _number(row.last.get(name))
-                for name in (VAL_TEXT_NLL, VAL_AUDIO_NLL, VAL_AUDIO_GAIN)
-            ),
+            *(_number(row.last.get(name)) for name in SHOWN),
         )
     left = board.time_left_s()
     ended = sum(row.state not in LIVE for row in board.rows.values())

@@ -1,7 +1,6 @@
 """The files of a sweep's trials: config.json, metrics.jsonl, status.json and the adapter."""
 
 import json
-import math
 import os
 import shutil
 import time
@@ -9,20 +8,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.files import former, replace_folder, write_json, write_text
+from higgs_tune.files import (
+    append_json_line,
+    former,
+    read_json_lines,
+    replace_folder,
+    write_json,
+    write_json_lines,
+)
 from higgs_tune.metrics import STATUSES, STEP
 from higgs_tune.sweep.seats import CHECKPOINT_INFO
 from higgs_tune.sweep.study import TrialRecord
 
 ADAPTER = "adapter"
 MOMENTS = "training_state.safetensors"  # of the optimizer: two thirds of a checkpoint
-# What Tune and the worker add to a result beside the metrics.
-NOT_METRICS = frozenset(
-    {
-        "done", "status", "reason", "account", "config", "trial_id", "pid", "hostname", "node_ip",
-        "date", "sits_at", "timestamp", "training_iteration", "time_this_iter_s", "time_total_s",
-        "time_since_restore", "iterations_since_restore", "should_checkpoint", "experiment_tag",
-    }
+# Numbers that Tune and the worker add to a result beside the metrics.
+NOT_METRICS = (
+    "done", "pid", "sits_at", "timestamp", "training_iteration", "time_this_iter_s", "time_total_s",
+    "time_since_restore", "iterations_since_restore", "should_checkpoint",
 )  # fmt: skip
 
 
@@ -34,18 +37,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl; a last line that a crash tore is left out."""
-    if not path.exists():
-        return []
-    complete, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in complete.splitlines() if line]
-
-
 def metrics_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics in a Tune result; one that is not finite becomes null, never another number."""
+    """The metrics in a Tune result."""
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        name: value
         for name, value in result.items()
         if name not in NOT_METRICS and isinstance(value, int | float)
     }
@@ -85,9 +80,9 @@ class TrialFiles:
         write_json(folder / "config.json", {**record.to_dict(), "account": known["account"]})
         checkpoint = self.checkpoint_of(record.trial_id)
         steps = 0 if checkpoint is None else checkpoint[1]
-        kept = [line for line in read_metrics(folder / "metrics.jsonl") if line[STEP] <= steps]
+        kept = [line for line in read_json_lines(folder / "metrics.jsonl") if line[STEP] <= steps]
         self._num_steps[record.trial_id] = max((line[STEP] for line in kept), default=-1)
-        write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        write_json_lines(folder / "metrics.jsonl", kept)
         (folder / "status.json").unlink(missing_ok=True)
 
     def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
@@ -100,8 +95,7 @@ class TrialFiles:
         metrics = metrics_of(result)
         # One that was killed between its last checkpoint and its end reports the last step again.
         if metrics.get(STEP, -1) > self._num_steps.get(trial_id, -1):
-            with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics, allow_nan=False) + "\n")
+            append_json_line(folder / "metrics.jsonl", metrics)
             self._num_steps[trial_id] = metrics[STEP]
 
     def checkpoint(self, trial_id: str, source: Path) -> None:
@@ -120,8 +114,8 @@ class TrialFiles:
         known = read_json(donor / "config.json")
         assert known is not None
         write_json(folder / "config.json", {**record.to_dict(), "account": known["account"]})
-        lines = read_metrics(donor / "metrics.jsonl")
-        write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        lines = read_json_lines(donor / "metrics.jsonl")
+        write_json_lines(folder / "metrics.jsonl", lines)
         self._num_steps[record.trial_id] = max((line[STEP] for line in lines), default=-1)
         self.checkpoint(
             record.trial_id, donor / ADAPTER
@@ -153,7 +147,7 @@ class TrialFiles:
     def end(self, trial_id: str, status: str, reason: str | None, is_feasible: bool | None) -> None:
         """Record how a trial ended. Moments are of use only to one with which a resumed sweep goes on."""
         assert status in STATUSES, status
-        lines = read_metrics(self.folder(trial_id) / "metrics.jsonl")
+        lines = read_json_lines(self.folder(trial_id) / "metrics.jsonl")
         spent_s = time.monotonic() - self._started.pop(trial_id, time.monotonic())
         content = {
             "status": status,

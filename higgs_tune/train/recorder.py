@@ -8,6 +8,7 @@ from pathlib import Path
 from higgs_tune import metrics
 from higgs_tune.config import RunSettings, TrialConfig
 from higgs_tune.errors import is_out_of_memory, release_frames
+from higgs_tune.files import append_json_line
 from higgs_tune.train import run_folder as folder
 from higgs_tune.train.board import Board
 from higgs_tune.train.loop import PackLoop
@@ -103,7 +104,7 @@ class Recorder:
     def _write(self, line: Line, *, report: bool = True) -> None:
         def write() -> None:
             with folder.writing(self._out):
-                folder.append(self._out / folder.METRICS, line)
+                append_json_line(self._out / folder.METRICS, line)
                 if self._board is not None:
                     self._board.add(line)
 

@@ -11,7 +11,6 @@ tensorboard/     the figures for TensorBoard
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,11 +21,11 @@ from typing import Any
 from higgs_tune import files, metrics
 from higgs_tune.config import BaseSettings, DataSettings, RunSettings, TrialConfig
 from higgs_tune.config_file import validate
-from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.errors import ConfigError
 from higgs_tune.files import (
     RESUME_FILES,
     former,
-    json_line,
+    read_json_lines,
     replace_folder,
     write_json,
     write_json_lines,
@@ -102,8 +101,9 @@ def rewind(out: Path, started: Started) -> list[Line]:
     with writing(out):
         for path in (out / SAMPLES, out / METRICS):
             if path.exists():
-                write_json_lines(path, _lines(path, last))
-    return _lines(out / METRICS)
+                lines = read_json_lines(path)
+                write_json_lines(path, [line for line in lines if line[metrics.STEP] <= last])
+    return read_json_lines(out / METRICS)
 
 
 def _check_same(path: Path, started: Started) -> None:
@@ -242,12 +242,6 @@ def best_step(lines: Sequence[Line], audio_tolerance: float) -> int | None:
     return None if best is None else best[metrics.STEP]
 
 
-def append(path: Path, line: Line) -> None:
-    """Append a line of JSON, which has no NaN: a figure without a value is null."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json_line(line) + "\n")
-
-
 def write_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write config.json."""
     out.mkdir(parents=True, exist_ok=True)
@@ -256,31 +250,15 @@ def write_settings(out: Path, settings: dict[str, Any]) -> None:
 
 def write_samples(out: Path, step: int, samples: Sequence[Sample]) -> None:
     """Write what was heard at a step behind what was heard before it."""
+    before = [line for line in read_json_lines(out / SAMPLES) if line[metrics.STEP] < step]
     lines = [{metrics.STEP: step, **asdict(sample)} for sample in samples]
-    write_json_lines(out / SAMPLES, [*_lines(out / SAMPLES, step - 1), *lines])
+    write_json_lines(out / SAMPLES, [*before, *lines])
 
 
 def last_sampled_step(out: Path) -> int | None:
     """The step of the newest samples."""
-    steps = [line[metrics.STEP] for line in _lines(out / SAMPLES)]
+    steps = [line[metrics.STEP] for line in read_json_lines(out / SAMPLES)]
     return max(steps, default=None)
-
-
-def _lines(path: Path, last_step: float = math.inf) -> list[Line]:
-    """The whole lines up to a step; a last one that was cut off is none."""
-    if not path.exists():
-        return []
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON: {error}. Mend the line, or delete it."
-            ) from None
-        if line[metrics.STEP] <= last_step:
-            lines.append(line)
-    return lines
 
 
 def _copy(source: Path, target: Path, ignore: Callable[..., Any] | None = None) -> None:

@@ -19,11 +19,12 @@ from ray.tune.execution.tune_controller import TuneController
 from higgs_tune.config import SweepConfig, TrialConfig
 from higgs_tune.config_file import validate
 from higgs_tune.errors import ModelError, SweepError
+from higgs_tune.files import read_json_lines
 from higgs_tune.metrics import STATUSES
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.driver import SweepOutcome, run_sweep
-from higgs_tune.sweep.records import TrialFiles, read_json, read_metrics
+from higgs_tune.sweep.records import TrialFiles, read_json
 from higgs_tune.sweep.worker.meter import KINDS
 from tests.boards import events
 from tests.sweep_fakes import curve
@@ -58,7 +59,7 @@ def trials_of(results: Path) -> dict[str, dict[str, Any]]:
         folder.name: {
             "record": read_json(folder / "config.json"),
             "status": read_json(folder / "status.json"),
-            "metrics": read_metrics(folder / "metrics.jsonl"),
+            "metrics": read_json_lines(folder / "metrics.jsonl"),
         }
         for folder in sorted((results / "trials").iterdir())
     }

@@ -13,8 +13,9 @@ from optuna.trial import TrialState
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.config_file import to_yaml, validate
+from higgs_tune.files import read_json_lines
 from higgs_tune.sweep import study as studies
-from higgs_tune.sweep.records import read_json, read_metrics
+from higgs_tune.sweep.records import read_json
 from tests.integration.conftest import Start
 
 pytestmark = pytest.mark.integration
@@ -46,7 +47,7 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str]) -> 
 
 def steps_of(results: Path) -> dict[str, list[int]]:
     return {
-        folder.name: [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
+        folder.name: [line["step"] for line in read_json_lines(folder / "metrics.jsonl")]
         for folder in sorted((results / "trials").glob("*"))
     }
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from higgs_tune.files import former
+from higgs_tune.errors import DataError
+from higgs_tune.files import former, read_json_lines
 from higgs_tune.sweep import records, space
-from higgs_tune.sweep.records import TrialFiles, metrics_of, read_metrics
+from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.seats import CHECKPOINT_INFO
 from higgs_tune.sweep.study import TrialRecord
 
@@ -24,6 +25,10 @@ def checkpoint(folder, step):
     (folder / "adapter_model.safetensors").write_text(f"weights {step}")
     (folder / CHECKPOINT_INFO).write_text(json.dumps({"trial_id": "t000", "step": step}))
     return folder
+
+
+def steps(results):
+    return [line["step"] for line in read_json_lines(results / "trials/t000/metrics.jsonl")]
 
 
 def test_a_trial_leaves_config_metrics_status_and_adapter(tmp_path, record):
@@ -45,7 +50,7 @@ def test_a_trial_leaves_config_metrics_status_and_adapter(tmp_path, record):
     assert config["account"] == {"parameters": 7}
     assert config["config"] == record.config.model_dump(mode="json")
     assert config["name"] == "t000 r16 lr1.0e-04 off all_linear"
-    assert read_metrics(folder / "metrics.jsonl") == [
+    assert read_json_lines(folder / "metrics.jsonl") == [
         {"step": 25, "val/text/nll": 2.0},
         {"step": 50, "val/text/nll": 1.5},
     ]
@@ -67,7 +72,7 @@ def test_a_resumed_trial_drops_what_lies_beyond_its_checkpoint(tmp_path, record)
     again = TrialFiles(tmp_path)
     assert again.checkpoint_of("t000") == (tmp_path / "trials/t000/adapter", 25)
     again.start(record)
-    assert [line["step"] for line in read_metrics(tmp_path / "trials/t000/metrics.jsonl")] == [25]
+    assert steps(tmp_path) == [25]
 
 
 def test_a_trial_that_was_killed_before_its_end_was_told_has_its_last_step_once(tmp_path, record):
@@ -78,7 +83,7 @@ def test_a_trial_that_was_killed_before_its_end_was_told_has_its_last_step_once(
     again = TrialFiles(tmp_path)
     again.start(record)
     again.result("t000", {"step": 150, "val/text/nll": 2.0, "status": "completed"})
-    assert [line["step"] for line in read_metrics(tmp_path / "trials/t000/metrics.jsonl")] == [150]
+    assert steps(tmp_path) == [150]
 
 
 def test_the_former_checkpoint_is_found_if_the_process_died_between_two(tmp_path, record):
@@ -119,12 +124,19 @@ def test_a_trial_that_was_stopped_for_good_keeps_no_moments(tmp_path, record, st
     assert (adapter / "adapter_model.safetensors").exists()
 
 
-def test_a_number_that_is_not_finite_becomes_null_and_no_other_number():
-    assert metrics_of({"step": 1, "val/text/nll": math.nan, "x": math.inf, "status": "no"}) == {
-        "step": 1,
-        "val/text/nll": None,
-        "x": None,
-    }
+def test_a_number_that_is_not_finite_becomes_null_and_no_other_number(tmp_path, record):
+    files = TrialFiles(tmp_path)
+    files.start(record)
+    files.result("t000", {"step": 1, "val/text/nll": math.nan, "x": math.inf, "status": "no"})
+    (line,) = (tmp_path / "trials/t000/metrics.jsonl").read_text().splitlines()
+    assert line == '{"step": 1, "val/text/nll": null, "x": null}'
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path, record):
+    TrialFiles(tmp_path).start(record)
+    (tmp_path / "trials/t000/metrics.jsonl").write_text('{"step": 25}\n{"step" 50}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: not JSON"):
+        TrialFiles(tmp_path).start(record)
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_former_one(tmp_path, monkeypatch):
@@ -151,5 +163,5 @@ def test_a_copy_goes_on_from_its_donors_step_even_if_it_had_come_further(tmp_pat
     files.checkpoint("t001", checkpoint(tmp_path / "c1", 50))
     files.copied(record, "t001")
     files.result("t000", {"step": 75, "val/text/nll": 1.0})
-    lines = read_metrics(tmp_path / "trials" / "t000" / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "trials" / "t000" / "metrics.jsonl")
     assert [(line["step"], line["val/text/nll"]) for line in lines] == [(25, 25), (50, 50), (75, 1)]

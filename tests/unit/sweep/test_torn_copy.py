@@ -5,9 +5,10 @@ import json
 import optuna
 import pytest
 
+from higgs_tune.files import read_json_lines
 from higgs_tune.sweep import records
 from higgs_tune.sweep import study as studies
-from higgs_tune.sweep.records import TrialFiles, read_metrics
+from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.seats import CHECKPOINT_INFO
 from tests.sweep_fakes import make_searcher, report
 
@@ -66,7 +67,7 @@ def test_a_resumed_sweep_finishes_a_copy_that_the_study_has(
     files.mend_copy(record)
     assert weights.read_text() == "t002 at 50"
     folder = tmp_path / "trials/t003"
-    assert [line["val/text/nll"] for line in read_metrics(folder / "metrics.jsonl")] == [3.0]
+    assert [line["val/text/nll"] for line in read_json_lines(folder / "metrics.jsonl")] == [3.0]
     assert records.read_json(folder / "config.json") == {
         **record.to_dict(),
         "account": {"of": "t002"},
