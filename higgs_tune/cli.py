@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from higgs_tune.report.summary import Summary
 
 BAD_INPUT = 2
-NOTHING_FEASIBLE = 3
 # After an error of the system, such as a full disk, that no command has put into words.
 _KEPT = "What a sweep found is kept in its results folder; `higgs-tune report DIR` writes the report again."
 _AGAIN = "Mend that and run the command again."
@@ -131,7 +130,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
 def run_sweep_command(args: argparse.Namespace) -> int:
     """Search, then report."""
     config = _sweep_config(args)
-    from higgs_tune.sweep.driver import run_sweep
+    from higgs_tune.sweep.driver import EXIT_NOTHING_FEASIBLE, run_sweep
 
     outcome = run_sweep(config, resume=args.resume, command=sys.argv)
     from higgs_tune.report.build import build_report
@@ -139,7 +138,7 @@ def run_sweep_command(args: argparse.Namespace) -> int:
     summary = build_report(outcome.results)
     _show_summary(summary)
     if outcome.exit_code == 0 and summary.best_id is None:
-        return NOTHING_FEASIBLE
+        return EXIT_NOTHING_FEASIBLE
     return outcome.exit_code
 
 

@@ -41,7 +41,6 @@ class SweepOutcome:
     exit_code: int  # 0; 3 without a feasible full-budget trial; 130 and 143 when interrupted
     best_trial: str | None  # the best of the search, not yet of the confirm stage
     num_trials: int  # of the search, by what the study holds
-    wall_s: float
 
 
 def run_sweep(
@@ -59,7 +58,6 @@ def run_sweep(
         SweepError: the results folder or the study cannot be written, or nothing trains.
         HiggsTuneError: the base or the data cannot be used.
     """
-    started = time.monotonic()
     check_pinned(config.base)
     space.check(config)
     storage = config.tune.storage
@@ -67,16 +65,14 @@ def run_sweep(
         if storage is not None and not resume:
             study.refuse_taken(config.name, storage)
         with open_folder(config, resume=resume, command=command) as results:
-            return _run(config, results, started, resume=resume, loop_path=loop_path)
+            return _run(config, results, resume=resume, loop_path=loop_path)
 
 
-def _run(
-    config: SweepConfig, results: Path, started: float, *, resume: bool, loop_path: str
-) -> SweepOutcome:
+def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) -> SweepOutcome:
     found = study.open_study(config.name, results, config.tune.storage)
     study.fail_stale(found)
     if resume and _is_finished(found, config, TrialFiles(results)):
-        return _outcome(results, found, Control(), started)
+        return _outcome(results, found, Control())
     control = Control()
     display = Display()
     try:
@@ -87,7 +83,7 @@ def _run(
         before, after = stop_signals(control.request), stop_signals(control.request)
         with aside, before, log, join_cluster(runtime.ENVIRONMENT) as cluster, after:
             if control.stopping:
-                return _outcome(results, found, control, started)
+                return _outcome(results, found, control)
             display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")
             display.event("sweep_started", results=str(results), dashboard=cluster.dashboard)
             if cluster.is_own:
@@ -97,7 +93,7 @@ def _run(
             if config.tune.slots_per_worker == "auto":
                 config = resolve_slots(config, control, display.warn)
                 if control.stopping:
-                    return _outcome(results, found, control, started)
+                    return _outcome(results, found, control)
                 record_slots(results, config)
                 display.note(f"{slots_of(config)} trials train together in each worker")
             workers = Workers(config, loop_path=loop_path)
@@ -115,7 +111,7 @@ def _run(
         display.close()
     if control.error is not None and control.request.number is None:
         raise control.error
-    outcome = _outcome(results, found, control, started)
+    outcome = _outcome(results, found, control)
     shutil.rmtree(results / "ray", ignore_errors=True)
     return outcome
 
@@ -183,7 +179,7 @@ def _is_finished(found: optuna.Study, config: SweepConfig, files: TrialFiles) ->
     return search_over and not _unconfirmed(found, config, files)
 
 
-def _outcome(results: Path, found: optuna.Study, control: Control, started: float) -> SweepOutcome:
+def _outcome(results: Path, found: optuna.Study, control: Control) -> SweepOutcome:
     best = study.best_records(found, 1)
     exit_code = 0 if best else EXIT_NOTHING_FEASIBLE
     if control.request.number is not None:
@@ -193,5 +189,4 @@ def _outcome(results: Path, found: optuna.Study, control: Control, started: floa
         exit_code=exit_code,
         best_trial=best[0].trial_id if best else None,
         num_trials=len(study.latest(found.get_trials(deepcopy=False))),
-        wall_s=time.monotonic() - started,
     )
