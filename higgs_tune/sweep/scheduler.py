@@ -60,13 +60,6 @@ class Median(SparesBaselines, MedianStoppingRule):
             super().on_trial_complete(tune_controller, trial, result)
 
 
-def report_multiple(step: float, train: TrainSettings) -> int:
-    """The step nearest to `step` at which trials report, beyond warm-up, at most num_steps."""
-    interval = train.report_every_steps
-    wanted = max(1, round(step / interval))
-    return min(max(wanted, past_warmup(train) // interval) * interval, train.num_steps)
-
-
 def past_warmup(train: TrainSettings) -> int:
     """The first step beyond warm-up at which trials report."""
     interval = train.report_every_steps
@@ -75,7 +68,9 @@ def past_warmup(train: TrainSettings) -> int:
 
 def grace_steps(scheduler: SchedulerSettings, train: TrainSettings) -> int:
     """The first step at which a trial is judged: it reports there, beyond warm-up."""
-    return report_multiple(scheduler.grace_fraction * train.num_steps, train)
+    interval = train.report_every_steps
+    wanted = round(scheduler.grace_fraction * train.num_steps / interval) * interval
+    return min(max(wanted, past_warmup(train)), train.num_steps)
 
 
 def perturb_steps(scheduler: SchedulerSettings, train: TrainSettings) -> int:
