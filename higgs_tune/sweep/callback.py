@@ -65,10 +65,6 @@ class SweepCallback(Callback):
         """Tune pickles its settings for Tuner.restore, which this package never uses."""
         return {}
 
-    def get_state(self) -> dict[str, Any] | None:
-        """Nothing to keep."""
-        return None
-
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Check the workers, see who was paused, send the heartbeat, draw."""
         self._guard(self._check_workers)

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from rich.console import Console, Group
@@ -33,8 +33,8 @@ class Row:
     """One trial of the table."""
 
     record: TrialRecord
-    state: str = "starting"
-    last: dict[str, Any] = field(default_factory=dict)
+    state: str
+    last: dict[str, Any]
 
     @property
     def step(self) -> int:
