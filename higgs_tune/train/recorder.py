@@ -8,7 +8,7 @@ from pathlib import Path
 from higgs_tune import metrics
 from higgs_tune.config import RunSettings, TrialConfig
 from higgs_tune.errors import is_out_of_memory, release_frames
-from higgs_tune.files import append_json_line
+from higgs_tune.files import append_json_line, replace_folder
 from higgs_tune.train import run_folder as folder
 from higgs_tune.train.board import Board
 from higgs_tune.train.loop import PackLoop
@@ -89,9 +89,7 @@ class Recorder:
 
         def write() -> None:
             with folder.writing(self._out):
-                folder.save_checkpoint(
-                    self._out, lambda fresh: self._loop.snapshot(self._id)(fresh)
-                )
+                replace_folder(self._out / folder.ADAPTER, self._loop.snapshot(self._id))
 
         self._world.on_main(write)
         self._saved = position

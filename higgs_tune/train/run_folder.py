@@ -167,14 +167,6 @@ def check_base(out: Path, lines: Sequence[Line], base_metrics: Mapping[str, floa
         )
 
 
-def save_checkpoint(out: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the old checkpoint, then swap, so that one of the two is always whole.
-
-    A run that stops between the two renames leaves the old one aside; `rewind` puts it back.
-    """
-    replace_folder(out / ADAPTER, write)
-
-
 def keep(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
     """Copy the checkpoint that was just validated to where the best, or the newest few, are."""
     step = lines[-1][metrics.STEP]
