@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
@@ -132,7 +131,7 @@ def read_step(directory: Path) -> int:
 def load_weights(directory: Path, config: TrialConfig) -> AdapterState:
     """An adapter as it ended, also one that was exported without its training state.
 
-    Its moments are zero: it can be evaluated, not trained on.
+    It has no moments: it can be evaluated, not trained on.
 
     Raises:
         ModelError: the file is missing or damaged.
@@ -142,8 +141,7 @@ def load_weights(directory: Path, config: TrialConfig) -> AdapterState:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{directory}: not a readable adapter: {error}") from error
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-    return AdapterState(config.num_steps, weights, zeros, zeros)
+    return AdapterState(config.num_steps, weights, {}, {})
 
 
 def read_trial(directory: Path) -> TrialConfig:
