@@ -35,6 +35,7 @@ def val_codebook_nll(codebook: int) -> str:
 
 
 STATUSES = ("completed", "pruned", "diverged", "out_of_memory", "failed", "cancelled")
+HEALTHY = ("running", "completed")  # the results that are compared and whose checkpoints are kept
 # Another kind of GPU rounds otherwise in bfloat16; another base or other clips differ by far more.
 _BASE_TOLERANCE = 0.01  # relative, and in nats
 

@@ -11,7 +11,7 @@ from ray.tune import PlacementGroupFactory, Trainable
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.errors import SweepError
-from higgs_tune.metrics import VAL_TEXT_NLL
+from higgs_tune.metrics import HEALTHY, VAL_TEXT_NLL
 from higgs_tune.sweep.seats import SITS_AT, Files, read_files, write_files
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,6 @@ REMIND_S = 60.0
 START_S = 10.0  # what the worker that the driver chose gets: it may be about to be ready
 ANSWER_S = 2.0  # what the others need to say that they are
 AGAIN_S = 0.1  # after which those who were full, or are starting anew, are asked again
-RANKED = ("completed", "running")
 
 
 class PackTrial(Trainable):
@@ -53,7 +52,7 @@ class PackTrial(Trainable):
         call = self._worker.next_result.options(name=f"{self._name} · next result")
         result: dict[str, Any] = self._answer(call.remote(self._trial_id))
         self._status = result["status"]
-        if self._status not in RANKED:
+        if self._status not in HEALTHY:
             # Without its metric no scheduler can rank it: NaN passes every cutoff.
             result.pop(VAL_TEXT_NLL, None)
         return {**result, SITS_AT: self._sits_at, "done": self._status != "running"}
@@ -64,7 +63,7 @@ class PackTrial(Trainable):
         A trial that ended badly has nothing to keep: its folder stays empty.
         """
         self._raise_reset_error()
-        if self._status not in RANKED:
+        if self._status not in HEALTHY:
             return
         (reference,) = self._answer(self._worker.save.remote(self._trial_id))
         files: Files = self._answer(reference)

@@ -69,12 +69,13 @@ class Recorder:
         reason = early_stop_reason([*self.lines, line], self._run)
         if reason is not None and line["status"] == "running":
             line |= {"status": "completed", "reason": reason}
+        is_healthy = line["status"] in metrics.HEALTHY
         self._write(line, report=False)
-        if line["status"] in ("running", "completed"):
+        if is_healthy:
             self.save()
         if self._world.is_main:
             self._watcher.report(line)
-        if line["status"] in ("running", "completed"):
+        if is_healthy:
             self._world.on_main(self._keep)
         return line
 

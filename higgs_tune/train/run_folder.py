@@ -228,7 +228,7 @@ def best_step(lines: Sequence[Line], audio_tolerance: float) -> int | None:
     feasible = [
         line
         for line in lines[1:]
-        if line["status"] in ("running", "completed") and line[metrics.VAL_AUDIO_NLL] <= limit
+        if line["status"] in metrics.HEALTHY and line[metrics.VAL_AUDIO_NLL] <= limit
     ]
     best = min(feasible, key=lambda line: line[metrics.VAL_TEXT_NLL], default=None)
     return None if best is None else best[metrics.STEP]

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from higgs_tune.errors import HiggsTuneError, NoMemoryError, SweepError, is_out_of_memory
+from higgs_tune.metrics import HEALTHY
 from higgs_tune.sweep.seats import Loop, Result, Seat, Snapshot, write_files
 
 logger = logging.getLogger(__name__)
 
-KEPT = ("running", "completed")  # the statuses of which a checkpoint is worth keeping
 NO_MEMORY = (
     "%s finds no memory for its slot and waits until a neighbour leaves. "
     "To avoid it, lower tune.slots_per_worker. (%s)"
@@ -65,7 +65,7 @@ def advance(
     trained_s, prepared_s, validated_s = loop.train_s, loop.prepare_s, loop.validate_s
     results = loop.advance(stop)
     started = time.monotonic()
-    kept = [trial_id for trial_id, result in results.items() if result["status"] in KEPT]
+    kept = [trial_id for trial_id, result in results.items() if result["status"] in HEALTHY]
     snapshots = {trial_id: loop.snapshot(trial_id) for trial_id in kept}
     for trial_id, result in results.items():
         if result["status"] != "running":
