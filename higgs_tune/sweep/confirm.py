@@ -1,7 +1,6 @@
 """The confirm stage: the best few and the baseline again, at full budget, with fresh seeds."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
@@ -51,16 +50,9 @@ def confirm_records(
 class ConfirmSource(TrialSource):
     """Hands out a fixed list; nothing is told to the study."""
 
-    def __init__(
-        self,
-        records: Sequence[TrialRecord],
-        *,
-        checkpoint_of: Callable[[str], tuple[Path, int] | None],
-        **source: Any,
-    ) -> None:
+    def __init__(self, records: Sequence[TrialRecord], **source: Any) -> None:
         super().__init__(**source)
         self._records = list(records)
-        self._checkpoint_of = checkpoint_of
 
     def num_to_come(self) -> int:
         """What is left of the list."""
@@ -73,5 +65,4 @@ class ConfirmSource(TrialSource):
         if self.is_full():
             return None
         record = self._records.pop(0)
-        checkpoint = self._checkpoint_of(record.trial_id)
-        return self._seat(trial_id, record, None, str(checkpoint[0]) if checkpoint else "")
+        return self._seat(trial_id, record, None, self._checkpoint_of(record.trial_id))

@@ -143,7 +143,6 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
         audio_limit=sweep.audio_limit,
         on_resume=lambda tune_id, trial: replay(scheduler, tune_id, trial, ended=False),
         on_copy=sweep.copied,
-        checkpoint_of=sweep.files.checkpoint_of,
         on_study_error=sweep.fail_study,
         deadline=None if time_limit_s is None else time.monotonic() + time_limit_s,
         **sweep.source_settings(),
@@ -155,9 +154,7 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
 def _confirm(sweep: Sweep, found: optuna.Study) -> None:
     """Run the confirm trials that have not ended yet."""
     records = _unconfirmed(found, sweep.config, sweep.files)
-    source = ConfirmSource(
-        records, checkpoint_of=sweep.files.checkpoint_of, **sweep.source_settings()
-    )
+    source = ConfirmSource(records, **sweep.source_settings())
     if records:
         sweep.run("confirm", source, FIFOScheduler())
 

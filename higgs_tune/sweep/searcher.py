@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -42,7 +41,6 @@ class StudySearcher(TrialSource):
         audio_limit: Callable[[], float],
         on_resume: Callable[[str, FrozenTrial], None],
         on_copy: Callable[[TrialRecord, str], None],
-        checkpoint_of: Callable[[str], tuple[Path, int] | None],
         on_study_error: Callable[[Exception], None],
         **source: Any,
     ) -> None:
@@ -54,7 +52,6 @@ class StudySearcher(TrialSource):
         self._audio_limit = audio_limit
         self._on_resume = on_resume
         self._on_copy = on_copy
-        self._checkpoint_of = checkpoint_of
         self._queue = studies.unfinished(study)
         newest = studies.latest(study.get_trials(deepcopy=False))
         self._next_index = max(newest, default=-1) + 1
@@ -96,7 +93,7 @@ class StudySearcher(TrialSource):
         name = f"t{index:03d}"
         record = TrialRecord(name, index, space.short_name(name, config), origin, None, config)
         self._store(trial, record)
-        return self._seat(trial_id, record, trial, "")
+        return self._seat(trial_id, record, trial, None)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Report an intermediate value."""
@@ -253,7 +250,7 @@ class StudySearcher(TrialSource):
         for step, value in known.items():
             trial.report(value, step)
         self._on_resume(tune_id, self._study.trials[trial.number])
-        config = self._seat(tune_id, record, trial, str(checkpoint[0]) if checkpoint else "")
+        config = self._seat(tune_id, record, trial, checkpoint)
         self.live[tune_id].reported.update(known)
         return config
 

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import optuna
@@ -42,12 +43,14 @@ class TrialSource(Searcher):
         publish: Callable[[Roster, bool], None],
         serving: Callable[[], Sequence[int]],
         rooms: Callable[[], Sequence[int]],
+        checkpoint_of: Callable[[str], tuple[Path, int] | None],
         deadline: float | None = None,
     ) -> None:
         super().__init__(metric=VAL_TEXT_NLL, mode="min")
         self._workers = list(workers)
         self._publish = publish
         self._serving, self._rooms = serving, rooms
+        self._checkpoint_of = checkpoint_of
         self._deadline = deadline
         self._version = 0
         self._attempt = 0  # counts Tune's loop: of two starts of a trial, the later has the higher
@@ -179,7 +182,11 @@ class TrialSource(Searcher):
         return tuple(live.record.trial_id for key, live in self.live.items() if key not in paused)
 
     def _seat(
-        self, tune_id: str, record: TrialRecord, trial: optuna.Trial | None, restore_from: str
+        self,
+        tune_id: str,
+        record: TrialRecord,
+        trial: optuna.Trial | None,
+        checkpoint: tuple[Path, int] | None,
     ) -> dict[str, Any]:
         loads = [0] * len(self._workers)
         paused = self.paused()
@@ -189,7 +196,7 @@ class TrialSource(Searcher):
         worker = self._next_worker(loads)
         self.live[tune_id] = LiveTrial(record, worker, trial)
         self.publish()
-        return self._tune_config(self.live[tune_id], restore_from)
+        return self._tune_config(self.live[tune_id], str(checkpoint[0]) if checkpoint else "")
 
     def _next_worker(self, loads: Sequence[int]) -> int:
         """The one with the fewest trials, of those that train if one of these has room."""

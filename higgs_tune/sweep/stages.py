@@ -133,6 +133,7 @@ class Sweep:
             "publish": self._workers.publish,
             "serving": self._workers.serving,
             "rooms": self._workers.rooms,
+            "checkpoint_of": self.files.checkpoint_of,
         }
 
     def run(self, stage: str, source: TrialSource, scheduler: TrialScheduler) -> None:
