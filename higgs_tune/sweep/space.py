@@ -32,7 +32,7 @@ def fixed_values(config: SweepConfig) -> Values:
     fixed: Values = {}
     for name, setting in config.space:
         if isinstance(setting, tuple):
-            if len(dict.fromkeys(setting)) == 1:
+            if len(setting) == 1:
                 fixed[name] = setting[0]
         elif not isinstance(setting, Range):
             fixed[name] = setting
@@ -49,7 +49,7 @@ def distributions(config: SweepConfig) -> dict[str, BaseDistribution]:
         if isinstance(setting, Range):
             searched[name] = FloatDistribution(setting.low, setting.high, log=setting.log)
         else:
-            searched[name] = CategoricalDistribution(list(dict.fromkeys(setting)))
+            searched[name] = CategoricalDistribution(setting)
     return searched
 
 
@@ -63,13 +63,11 @@ def suggest(trial: optuna.Trial, config: SweepConfig) -> Values:
     """Ask `trial` for each searched parameter that acts, in the order of the settings."""
     values = fixed_values(config)
     searched = distributions(config)
+    conditional = searched.pop(CROSS_ATTENTION_ONLY, None)
     for name, distribution in searched.items():
-        if name == CROSS_ATTENTION_ONLY:
-            continue
         values[name] = _ask(trial, name, distribution)
-    if CROSS_ATTENTION_ONLY in searched and values["cross_attention"] != "off":
-        distribution = searched[CROSS_ATTENTION_ONLY]
-        values[CROSS_ATTENTION_ONLY] = _ask(trial, CROSS_ATTENTION_ONLY, distribution)
+    if conditional is not None and values["cross_attention"] != "off":
+        values[CROSS_ATTENTION_ONLY] = _ask(trial, CROSS_ATTENTION_ONLY, conditional)
     return values
 
 
