@@ -49,12 +49,10 @@ class StepShape:
         return self.num_clips * (self.text_rows + self.audio_rows)
 
     @classmethod
-    def of(
-        cls, clips: int, clip_rows: int, token_budget: int, *, text_share: float = 0.2
-    ) -> "StepShape":
-        """Clips of equal length under a token budget; half of a clip's text rows are targets."""
+    def of(cls, clips: int, clip_rows: int, token_budget: int) -> "StepShape":
+        """Clips of equal length under a token budget; a fifth of a clip is text, half of that targets."""
         per_forward = max(1, min(clips, token_budget // clip_rows))
-        text_rows = max(2, round(text_share * clip_rows))
+        text_rows = max(2, round(0.2 * clip_rows))
         return cls(
             num_clips=per_forward,
             text_rows=text_rows,
