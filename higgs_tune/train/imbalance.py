@@ -7,7 +7,7 @@ label's own input does, and when the one before it does?
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,10 +31,6 @@ class Preflight:
     largest_past_change: float  # nats; above 0 where labels do see what stands before them
     audio_nll_per_code: float
     audio_nll_uniform: float  # ln(classes)
-
-    def record(self) -> dict[str, float | int]:
-        """Plain data."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

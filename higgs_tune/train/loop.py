@@ -7,6 +7,7 @@ one. Shape letters: K adapters, C codebooks.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,13 @@ class PackLoop:
         )
         self.transcribe = sets.transcribe
         probes = [*sets.transcribe[:2], *sets.speak[:2]]
-        self.preflight: dict[str, float | int] = preflight(
+        seen = preflight(
             self._single_nll,
             [self._examples.encode(c) for c in probes],
             base.model.config.codebook_size,
             each=lambda nll, many: self.engine.lanes.run([partial(nll, one) for one in many]),
-        ).record()
+        )
+        self.preflight: dict[str, Any] = asdict(seen)
         self.base_metrics: dict[str, float] = self._validator.bare()
 
     @classmethod
