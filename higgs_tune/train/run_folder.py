@@ -114,7 +114,8 @@ def _check_same(path: Path, started: Started) -> None:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         raw = [saved[section] for section in ("base", "data", "trial")]
-        clips_then = saved.get("clips_per_step", raw[2]["batch_clips"])
+        clips_then, processes_then = saved["clips_per_step"], saved["num_processes"]
+        hash_then = saved["content_hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: the settings of the run to go on with cannot be read: {error!r}. "
@@ -141,14 +142,12 @@ def _check_same(path: Path, started: Started) -> None:
             f"{path.parent}: --resume with other settings: {'; '.join(differing)}. Give the "
             "settings of the first start, or another --out to start anew."
         )
-    hash_then = saved.get("content_hash", started.content_hash)
     if hash_then != started.content_hash:
         raise ConfigError(
             f"{path.parent}: --resume with other data: {started.data.path} has the content hash "
             f"{started.content_hash[:12]}, the run began with {hash_then[:12]}. Put that data back, "
             "or give another --out to start anew."
         )
-    processes_then = saved.get("num_processes", started.num_processes)
     if started.trial.dropout and processes_then != started.num_processes:
         raise ConfigError(
             f"{path.parent}: --resume in {started.num_processes} process(es), the run began in "
@@ -185,8 +184,6 @@ def mend_best(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
     Where no copy of the best step is kept there is none, until a later step is better.
     """
     note = out / BEST / BEST_NOTE
-    if not note.exists() and (out / BEST).exists():
-        return  # of a run that began before its step was noted
     step = best_step(lines, run.audio_tolerance) if lines else None
     held = json.loads(note.read_text(encoding="utf-8"))[metrics.STEP] if note.exists() else None
     if step == held:
