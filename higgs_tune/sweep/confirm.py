@@ -23,7 +23,7 @@ def confirm_records(
     best = study.best_records(found, config.confirm.num_configs)
     if not best:
         return []
-    newest = study.latest(found.get_trials(deepcopy=False))
+    newest = study.latest(found)
     baseline = study.record_of(newest[0])
     assert baseline is not None
     repeated = [baseline, *(record for record in best if record.number != 0)]

@@ -124,7 +124,7 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
         sweep.files.mend_copy(record)
     checkpoints = [sweep.files.checkpoint_of(record.trial_id) for record in records]
     scheduler = make_scheduler(sweep.config, [known[1] for known in checkpoints if known])
-    newest = study.latest(found.get_trials(deepcopy=False))
+    newest = study.latest(found)
     waiting = {trial.number for trial in unfinished}
     for index, trial in newest.items():
         if trial.number in waiting:
@@ -171,7 +171,7 @@ def _unconfirmed(found: optuna.Study, config: SweepConfig, files: TrialFiles) ->
 
 def _is_finished(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> bool:
     """Whether a resumed sweep has nothing left to run."""
-    num_known = len(study.latest(found.get_trials(deepcopy=False)))
+    num_known = len(study.latest(found))
     search_over = num_known >= config.tune.num_trials and not study.unfinished(found)
     return search_over and not _unconfirmed(found, config, files)
 
@@ -185,5 +185,5 @@ def _outcome(results: Path, found: optuna.Study, control: Control) -> SweepOutco
         results=results,
         exit_code=exit_code,
         best_trial=best[0].trial_id if best else None,
-        num_trials=len(study.latest(found.get_trials(deepcopy=False))),
+        num_trials=len(study.latest(found)),
     )

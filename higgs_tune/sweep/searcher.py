@@ -53,7 +53,7 @@ class StudySearcher(TrialSource):
         self._on_resume = on_resume
         self._on_copy = on_copy
         self._queue = studies.unfinished(study)
-        newest = studies.latest(study.get_trials(deepcopy=False))
+        newest = studies.latest(study)
         self._next_index = max(newest, default=-1) + 1
 
     def num_to_come(self) -> int:
@@ -208,7 +208,7 @@ class StudySearcher(TrialSource):
         seed = space.trial_seed(self._config.tune.seed, "trial", index)
         known = [
             record
-            for frozen in studies.latest(self._study.get_trials(deepcopy=False)).values()
+            for frozen in studies.latest(self._study).values()
             if (record := studies.record_of(frozen)) is not None
         ]
         attempts = 0

@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,10 @@ def record_of(trial: FrozenTrial) -> TrialRecord | None:
     return None if raw is None else TrialRecord.from_dict(json.loads(raw))
 
 
-def latest(trials: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
+def latest(study: optuna.Study) -> dict[int, FrozenTrial]:
     """The newest study entry of each trial of the sweep, by its index; duplicates are left out."""
     newest: dict[int, FrozenTrial] = {}
-    for trial in trials:
+    for trial in study.get_trials(deepcopy=False):
         index = trial.user_attrs.get(INDEX)
         if index is not None:
             newest[index] = trial
@@ -122,8 +122,8 @@ def fail_stale(study: optuna.Study) -> None:
 
 def unfinished(study: optuna.Study) -> list[FrozenTrial]:
     """The cancelled trials of the sweep: they go on when it is resumed."""
-    newest = latest(study.get_trials(deepcopy=False))
-    return [trial for trial in newest.values() if trial.user_attrs.get(STATUS) == "cancelled"]
+    newest = latest(study).values()
+    return [trial for trial in newest if trial.user_attrs.get(STATUS) == "cancelled"]
 
 
 def feasible(trial: FrozenTrial) -> bool:
@@ -138,7 +138,7 @@ def best_records(study: optuna.Study, num_records: int) -> list[TrialRecord]:
     """
     done = [
         trial
-        for trial in latest(study.get_trials(deepcopy=False)).values()
+        for trial in latest(study).values()
         if trial.state == TrialState.COMPLETE and feasible(trial)
     ]
     best: list[TrialRecord] = []

@@ -33,7 +33,7 @@ def test_hyperband_halves_full_brackets_whatever_the_number_of_slots(tmp_path, n
         assert trial["status"]["step"] == (150 if survives else 50)
         expected = uninterrupted(config_of(trial), trial["status"]["step"])
         assert trained(outcome.results, name) == expected
-        told = studies.latest(study_of(outcome).trials)[int(name[1:])]
+        told = studies.latest(study_of(outcome))[int(name[1:])]
         assert told.state == (TrialState.COMPLETE if survives else TrialState.PRUNED)
         assert told.intermediate_values == {
             line["step"]: line["val/text/nll"] for line in trial["metrics"]

@@ -57,7 +57,7 @@ def test_the_baselines_stay_as_they_are(population):
 
 def test_a_copied_trial_is_told_as_no_single_configuration(population):
     study = study_of(population)
-    newest = studies.latest(study.trials)
+    newest = studies.latest(study)
     assert sorted(newest) == list(range(8))
     given_up = [trial for trial in study.trials if trial.state == TrialState.PRUNED]
     num_copies = sum("became a copy of" in trial.user_attrs["reason"] for trial in given_up)

@@ -146,7 +146,7 @@ def test_tensorboard_has_every_trials_curve(first):
 
 def test_study_and_files_agree_on_how_each_trial_ended(first):
     states = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
-    newest = studies.latest(study_of(first).trials)
+    newest = studies.latest(study_of(first))
     trials = trials_of(first.results)
     seen = set()
     for index, trial in newest.items():
@@ -213,7 +213,7 @@ def test_trials_that_diverge_or_fail_or_break_the_constraint_or_cannot_join_end_
     for name, status in ended.items():
         by_status.setdefault(status["status"], []).append(name)
     assert {"diverged", "failed", "out_of_memory"} <= set(by_status)
-    newest = studies.latest(study_of(outcome).trials)
+    newest = studies.latest(study_of(outcome))
     for name in by_status["diverged"] + by_status["failed"] + by_status["out_of_memory"]:
         trial = newest[int(name[1:])]
         assert trial.state == TrialState.FAIL

@@ -95,7 +95,7 @@ def test_an_interrupted_then_killed_sweep_is_resumed_without_losing_a_trial(swee
     assert sum(name[0] == "c" for name in statuses) == 2
     for name, steps in steps_of(results).items():
         assert steps == list(range(25, 25 * len(steps) + 1, 25)), name
-    newest = studies.latest(studies.open_study("s", results, None).trials)
+    newest = studies.latest(studies.open_study("s", results, None))
     assert {trial.state for trial in newest.values()} <= {TrialState.COMPLETE, TrialState.PRUNED}
 
 

@@ -73,7 +73,7 @@ def test_an_extended_sweep_confirms_its_new_best_under_new_ids(tmp_path, make_co
 def test_no_seed_of_the_search_is_used_again(tmp_path, make_config):
     values = [(5.0, 3.0), (4.0, 3.0), (3.0, 3.0), (2.0, 3.0)]
     records = confirmed(tmp_path, make_config, values, num_configs=2, num_seeds=3)
-    trials = studies.latest(studies.open_study("s", tmp_path, None).trials).values()
+    trials = studies.latest(studies.open_study("s", tmp_path, None)).values()
     searched = {record.config.seed for trial in trials if (record := studies.record_of(trial))}
     seeds = {record.config.seed for record in records}
     assert (len(searched), len(seeds)) == (4, 3)

@@ -217,7 +217,7 @@ def test_stale_running_trials_are_failed_and_go_on_under_their_own_name(study, m
     # What lies beyond the checkpoint is trained and reported again.
     assert resumed == [("b2", {}), ("c2", {25: 5.0})]
     searcher.on_trial_result("c2", report(4.5, 50))
-    newest = studies.latest(study.trials)[2]
+    newest = studies.latest(study)[2]
     assert newest.intermediate_values == {25: 5.0, 50: 4.5}
     assert searcher.suggest("d")["id"] == "t003"
 

@@ -127,7 +127,7 @@ def test_a_copy_gets_an_entry_of_its_own_without_parameters(study, make_config):
     assert given_up.user_attrs["reason"] == "became a copy of t002 at step 50"
     assert (entry.state, entry.value, entry.params) == (TrialState.COMPLETE, 2.0, {})
     assert entry.intermediate_values == {50: 3.0, 150: 2.0}
-    assert studies.record_of(studies.latest(study.trials)[3]).config.schedule[0].step == 50
+    assert studies.record_of(studies.latest(study)[3]).config.schedule[0].step == 50
 
 
 def test_an_interrupted_copy_is_resumed_with_its_schedule(study, make_config):
@@ -159,7 +159,7 @@ def test_a_copy_of_a_copy_keeps_the_whole_schedule_and_counts_its_donors_last_re
     changes = [(change["step"], change["copied_from"]) for change in config["trial"]["schedule"]]
     assert changes == [(50, "t002"), (100, "t003")]
     searcher.on_trial_complete("d", None)  # stopped before it has reported by itself
-    entry = studies.latest(study.trials)[3]
+    entry = studies.latest(study)[3]
     assert entry.constraints["val/audio/nll_per_code"] == pytest.approx(2.5 - AUDIO_LIMIT)
 
 
