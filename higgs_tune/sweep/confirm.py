@@ -23,9 +23,7 @@ def confirm_records(
     best = study.best_records(found, config.confirm.num_configs)
     if not best:
         return []
-    newest = study.latest(found)
-    baseline = study.record_of(newest[0])
-    assert baseline is not None
+    baseline = study.record_of(study.latest(found)[0])
     repeated = [baseline, *(record for record in best if record.number != 0)]
     seeds = [
         space.trial_seed(config.tune.seed, "confirm", index)

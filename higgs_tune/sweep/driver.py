@@ -119,19 +119,17 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
 def _search(sweep: Sweep, found: optuna.Study) -> None:
     """Reconcile the study with an earlier run, then run what is missing of the search."""
     unfinished = study.unfinished(found)
-    records = [record for trial in unfinished if (record := study.record_of(trial)) is not None]
+    records = [study.record_of(trial) for trial in unfinished]
     for record in records:
         sweep.files.mend_copy(record)
     checkpoints = [sweep.files.checkpoint_of(record.trial_id) for record in records]
     scheduler = make_scheduler(sweep.config, [known[1] for known in checkpoints if known])
-    newest = study.latest(found)
     waiting = {trial.number for trial in unfinished}
-    for index, trial in newest.items():
+    for index, trial in study.latest(found).items():
         if trial.number in waiting:
             continue
         replay(scheduler, f"earlier-{index}", trial, ended=True)
         record = study.record_of(trial)
-        assert record is not None
         if sweep.files.status(record.trial_id) is None:  # killed between the study and the file
             status, reason = (trial.user_attrs[key] for key in (study.STATUS, study.REASON))
             is_feasible = study.feasible(trial) if trial.constraints else None

@@ -144,8 +144,7 @@ def replay(scheduler: TrialScheduler, tune_id: str, trial: FrozenTrial, *, ended
     Args:
         ended: the trial has ended, else it goes on as Tune's trial `tune_id`.
     """
-    record = study.record_of(trial)
-    if record is not None and record.origin != "search":
+    if study.record_of(trial).origin != "search":
         return
     if isinstance(scheduler, Median) and not ended:
         scheduler.earlier[tune_id] = trial.intermediate_values

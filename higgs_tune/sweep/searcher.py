@@ -53,8 +53,7 @@ class StudySearcher(TrialSource):
         self._on_resume = on_resume
         self._on_copy = on_copy
         self._queue = studies.unfinished(study)
-        newest = studies.latest(study)
-        self._next_index = max(newest, default=-1) + 1
+        self._next_index = max(studies.latest(study), default=-1) + 1
 
     def num_to_come(self) -> int:
         """Unfinished ones of an earlier run, and what is missing to num_trials."""
@@ -206,11 +205,7 @@ class StudySearcher(TrialSource):
 
     def _sample(self, index: int) -> tuple[optuna.Trial, TrialConfig]:
         seed = space.trial_seed(self._config.tune.seed, "trial", index)
-        known = [
-            record
-            for frozen in studies.latest(self._study).values()
-            if (record := studies.record_of(frozen)) is not None
-        ]
+        known = [studies.record_of(old) for old in studies.latest(self._study).values()]
         attempts = 0
         while True:
             trial = self._ask()
@@ -241,7 +236,6 @@ class StudySearcher(TrialSource):
 
     def _resume(self, tune_id: str, old: FrozenTrial) -> dict[str, Any]:
         record = studies.record_of(old)
-        assert record is not None
         trial = self._ask_fixed(old.params or None)
         self._store(trial, record)
         checkpoint = self._checkpoint_of(record.trial_id)
@@ -256,7 +250,7 @@ class StudySearcher(TrialSource):
 
     def _store(self, trial: optuna.Trial, record: TrialRecord) -> None:
         trial.set_user_attr(studies.RECORD, json.dumps(record.to_dict()))
-        trial.set_user_attr(studies.INDEX, record.number)
+        trial.set_user_attr(studies.INDEX, record.number)  # at last: `latest` looks for it
 
     def _ask(self) -> optuna.Trial:
         # A sampler that is seeded once would repeat itself after a resume.

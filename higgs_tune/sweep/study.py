@@ -93,10 +93,9 @@ def drop_torn_line(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
-def record_of(trial: FrozenTrial) -> TrialRecord | None:
-    """The record that the searcher stored, or None for a trial that never got one."""
-    raw = trial.user_attrs.get(RECORD)
-    return None if raw is None else TrialRecord.from_dict(json.loads(raw))
+def record_of(trial: FrozenTrial) -> TrialRecord:
+    """The record that the searcher stored of a trial that `latest` gives."""
+    return TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD]))
 
 
 def latest(study: optuna.Study) -> dict[int, FrozenTrial]:
@@ -144,7 +143,7 @@ def best_records(study: optuna.Study, num_records: int) -> list[TrialRecord]:
     best: list[TrialRecord] = []
     for trial in sorted(done, key=lambda trial: trial.values[0]):
         record = record_of(trial)
-        if record is not None and not any(same_but_seed(record.config, b.config) for b in best):
+        if not any(same_but_seed(record.config, b.config) for b in best):
             best.append(record)
     return best[:num_records]
 

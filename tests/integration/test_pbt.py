@@ -65,7 +65,6 @@ def test_a_copied_trial_is_told_as_no_single_configuration(population):
     assert len(study.trials) == 8 + 4
     for index, trial in newest.items():
         record = studies.record_of(trial)
-        assert record is not None
         assert trial.state == TrialState.COMPLETE
         assert bool(record.config.schedule) == (index > 1 and not trial.params)
         assert sorted(trial.intermediate_values) == [25, 50, 75, 100, 125, 150]

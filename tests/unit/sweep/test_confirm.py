@@ -74,7 +74,7 @@ def test_no_seed_of_the_search_is_used_again(tmp_path, make_config):
     values = [(5.0, 3.0), (4.0, 3.0), (3.0, 3.0), (2.0, 3.0)]
     records = confirmed(tmp_path, make_config, values, num_configs=2, num_seeds=3)
     trials = studies.latest(studies.open_study("s", tmp_path, None)).values()
-    searched = {record.config.seed for trial in trials if (record := studies.record_of(trial))}
+    searched = {studies.record_of(trial).config.seed for trial in trials}
     seeds = {record.config.seed for record in records}
     assert (len(searched), len(seeds)) == (4, 3)
     assert not searched & seeds

@@ -29,10 +29,12 @@ def scheduler_of(name="asha", **settings):
     )
 
 
-def finished(values, record=None):
-    attributes = {} if record is None else {RECORD: json.dumps(record.to_dict())}
+def finished(values, origin="search"):
+    record = TrialRecord("t000", 0, "t000", origin, None, trial_config())
     return optuna.trial.create_trial(
-        state=optuna.trial.TrialState.PRUNED, intermediate_values=values, user_attrs=attributes
+        state=optuna.trial.TrialState.PRUNED,
+        intermediate_values=values,
+        user_attrs={RECORD: json.dumps(record.to_dict())},
     )
 
 
@@ -91,9 +93,7 @@ def test_baselines_are_neither_judged_nor_compared_with(name):
 def test_an_earlier_baseline_leaves_the_rungs_alone():
     scheduler = scheduler_of()
     before = scheduler.debug_string()
-    record = TrialRecord("t000", 0, "t000-by-hand", "baseline", None, trial_config())
-    trial = finished({50: 2.0}, record)
-    replay(scheduler, "earlier-0", trial, ended=True)
+    replay(scheduler, "earlier-0", finished({50: 2.0}, "baseline"), ended=True)
     assert scheduler.debug_string() == before
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from higgs_tune.sweep.confirm import ConfirmSource
 from higgs_tune.sweep.seats import SITS_AT
-from higgs_tune.sweep.study import record_of
+from higgs_tune.sweep.study import latest, record_of
 from tests.sweep_fakes import make_searcher, report
 
 TWO = ["w0", "w1"]
@@ -30,7 +30,7 @@ def test_a_trial_counts_where_it_sits_not_where_it_was_sent(study, make_config, 
     if stage == "confirm":
         for name in "abcde":
             searcher.suggest(name)
-        records = [record for trial in study.trials if (record := record_of(trial))]
+        records = [record_of(trial) for trial in latest(study).values()]
         source = ConfirmSource(
             records,
             checkpoint_of=lambda trial_id: None,
