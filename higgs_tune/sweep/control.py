@@ -8,8 +8,8 @@ from ray.tune import Stopper
 from higgs_tune.train.signals import StopRequest
 
 
-class Control:
-    """Whether to stop, and why. The first reason wins."""
+class Control(Stopper):
+    """Whether to stop, and why; Tune asks it too. The first reason wins."""
 
     def __init__(self) -> None:
         self.request = StopRequest()
@@ -32,20 +32,13 @@ class Control:
         if not self.stopping:
             self.error = error
 
-
-class ControlStopper(Stopper):
-    """Passes a Control's wish on to Tune."""
-
-    def __init__(self, control: Control) -> None:
-        self._control = control
-
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Never stops a single trial."""
         return False
 
     def stop_all(self) -> bool:
         """Whether the whole sweep is to stop."""
-        return self._control.stopping
+        return self.stopping
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its settings for Tuner.restore, which this package never uses."""

@@ -22,7 +22,7 @@ from higgs_tune.metrics import VAL_AUDIO_NLL
 from higgs_tune.sweep.basis import difference
 from higgs_tune.sweep.boards import Boards
 from higgs_tune.sweep.callback import SweepCallback
-from higgs_tune.sweep.control import Control, ControlStopper
+from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import disk_error, disk_fault
 from higgs_tune.sweep.later import Later
 from higgs_tune.sweep.live import Display
@@ -170,7 +170,7 @@ class Sweep:
             run_config=RunConfig(
                 name=stage,
                 storage_path=str(self.results / "ray"),
-                stop=ControlStopper(self._control),
+                stop=self._control,
                 callbacks=[callback],
                 failure_config=FailureConfig(max_failures=tune.max_failures),
                 # the callback removes old ones: with num_to_keep Tune writes the state of all trials
