@@ -9,10 +9,9 @@ the audio constraint. It also keeps the roster, by which the workers know whom t
 import json
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -26,6 +25,8 @@ from higgs_tune.sweep.storage import database_errors, retried
 from higgs_tune.sweep.study import TrialRecord, ending
 
 logger = logging.getLogger(__name__)
+Arguments = ParamSpec("Arguments")
+T = TypeVar("T")
 
 MAX_DUPLICATES = 20  # after so many in a row the space is taken as exhausted; a replicate is run
 
@@ -71,13 +72,11 @@ class StudySearcher(TrialSource):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial's config for Tune; None while there is none, or FINISHED."""
-        if self.over() or self._broken:
+        if self.over():
             return self.nothing()
         if self.is_full():
             return None
-        with self._recording():
-            return self._next(trial_id)
-        return self.nothing()
+        return self._write(self._next, trial_id) or self.nothing()
 
     def _next(self, trial_id: str) -> dict[str, Any]:
         if self._queue:
@@ -98,10 +97,9 @@ class StudySearcher(TrialSource):
         """Report an intermediate value."""
         super().on_trial_result(trial_id, result)
         live = self.live.get(trial_id)
-        if live is not None and not self._broken:
+        if live is not None:
             live.status = result.get("status")
-            with self._recording():
-                self._report(live, result)
+            self._write(self._report, live, result)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -113,18 +111,14 @@ class StudySearcher(TrialSource):
         status, reason = ending(result or {"status": live.status, **live.last})
         if error:
             status, reason = "cancelled", self.given_up(trial_id)
-        if not self._broken:
-            with self._recording():
-                self._report(live, result or {})
-                self._tell(live, status, reason)
+        self._write(self._report, live, result or {})
+        self._write(self._tell, live, status, reason)
         self._unseat(trial_id)
 
     def cancel_live(self, reason: str) -> None:
         """Record every running trial as cancelled: a resumed sweep goes on with it."""
         for tune_id in list(self.live):
-            if not self._broken:
-                with self._recording():
-                    self._tell(self.live[tune_id], "cancelled", reason)
+            self._write(self._tell, self.live[tune_id], "cancelled", reason)
             self._unseat(tune_id)
 
     def copied(
@@ -151,33 +145,38 @@ class StudySearcher(TrialSource):
         )
         name = space.short_name(live.record.trial_id, config)
         live.record = replace(live.record, config=config, name=name)
-        if not self._broken:
-            with self._recording():
-                former, trial = replace(live), self._ask_fixed(None)
-                live.trial = trial
-                assert donor.trial is not None
-                known = self._study.trials[donor.trial.number].intermediate_values
-                for known_step, value in sorted(known.items()):
-                    trial.report(value, known_step)
-                # From here on a resumed sweep takes this entry, and finishes what is missing of it.
-                self._store(trial, live.record)
-                self._tell(former, "pruned", f"became a copy of {donor_id} at step {step}")
-                live.reported, live.last = set(known), dict(donor.last)
-                self._on_copy(live.record, donor_id)
+        self._write(self._copy, live, donor, f"became a copy of {donor_id} at step {step}")
         return self._tune_config(live, "")
 
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """End the sweep when the study cannot be written; what it holds stays readable.
+    def _copy(self, live: LiveTrial, donor: LiveTrial, reason: str) -> None:
+        former, trial = replace(live), self._ask_fixed(None)
+        live.trial = trial
+        assert donor.trial is not None
+        known = self._study.trials[donor.trial.number].intermediate_values
+        for step, value in sorted(known.items()):
+            trial.report(value, step)
+        # From here on a resumed sweep takes this entry, and finishes what is missing of it.
+        self._store(trial, live.record)
+        self._tell(former, "pruned", reason)
+        live.reported, live.last = set(known), dict(donor.last)
+        self._on_copy(live.record, donor.record.trial_id)
+
+    def _write(
+        self, write: Callable[Arguments, T], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> T | None:
+        """Write to the study; a failure ends the sweep, and what the study holds stays readable.
 
         A proposal is not tried again: it may have left half a trial in the study, which a resumed sweep
         fails as it does a killed one's.
         """
+        if self._broken:
+            return None
         try:
-            yield
+            return write(*args, **kwargs)
         except (OSError, *database_errors()) as error:
             self._broken = True
             self._on_study_error(error)
+            return None
 
     def _report(self, live: LiveTrial, result: dict[str, Any]) -> None:
         value, step = result.get(VAL_TEXT_NLL), result.get(STEP)
