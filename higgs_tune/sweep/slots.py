@@ -23,9 +23,9 @@ def slots_of(config: SweepConfig) -> int:
 def resolve_slots(
     config: SweepConfig, control: Control, warn: Callable[[str], None]
 ) -> SweepConfig:
-    """The configuration with a number for `tune.slots_per_worker`.
+    """The configuration with a number for a `tune.slots_per_worker` that is `auto`.
 
-    With `auto` an actor with a worker's resources, so on a machine like its, counts what fits there.
+    An actor with a worker's resources, so on a machine like its, counts what fits there.
     More than the sweep has trials would stand idle.
 
     Args:
@@ -37,8 +37,6 @@ def resolve_slots(
         ModelError: the base's configuration cannot be read.
     """
     tune = config.tune
-    if tune.slots_per_worker != "auto":
-        return config
     fitting = _ask_a_machine(config, control, warn)
     if fitting is None:
         return config

@@ -73,13 +73,6 @@ def resolve(config, control=None, warn=pytest.fail):
     return slots.resolve_slots(config, control or Control(), warn)
 
 
-def test_a_number_stays_and_starts_nothing(make_config, fake_ray):
-    config = make_config(tune={"slots_per_worker": 3})
-    assert resolve(config) is config
-    assert slots.slots_of(config) == 3
-    assert fake_ray.asked == {}
-
-
 def test_auto_asks_a_machine_like_the_workers_and_lets_it_go(make_config, fake_ray, monkeypatch):
     counts(monkeypatch, 5)
     resolved = resolve(make_config(tune=AUTO))
