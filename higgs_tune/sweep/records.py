@@ -77,12 +77,10 @@ class TrialFiles:
             ended = read_json(folder / "status.json") or {"wall_s": 0.0}
             self._earlier_s[record.trial_id] = ended["wall_s"]
             self._started[record.trial_id] = time.monotonic()
-        write_json(folder / "config.json", {**record.to_dict(), "account": known["account"]})
         checkpoint = self.checkpoint_of(record.trial_id)
         steps = 0 if checkpoint is None else checkpoint[1]
         kept = [line for line in read_json_lines(folder / "metrics.jsonl") if line[STEP] <= steps]
-        self._num_steps[record.trial_id] = max((line[STEP] for line in kept), default=-1)
-        write_json_lines(folder / "metrics.jsonl", kept)
+        self._write(record, known["account"], kept)
         (folder / "status.json").unlink(missing_ok=True)
 
     def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
@@ -110,16 +108,18 @@ class TrialFiles:
 
     def copied(self, record: TrialRecord, donor_id: str) -> None:
         """A trial took over another's newest checkpoint, and with it the history of those weights."""
-        donor, folder = self.folder(donor_id), self.folder(record.trial_id)
+        donor = self.folder(donor_id)
         known = read_json(donor / "config.json")
         assert known is not None
-        write_json(folder / "config.json", {**record.to_dict(), "account": known["account"]})
-        lines = read_json_lines(donor / "metrics.jsonl")
+        self._write(record, known["account"], read_json_lines(donor / "metrics.jsonl"))
+        # at last: by it `mend_copy` knows that the copy is whole
+        self.checkpoint(record.trial_id, donor / ADAPTER)
+
+    def _write(self, record: TrialRecord, account: Any, lines: list[dict[str, Any]]) -> None:
+        folder = self.folder(record.trial_id)
+        write_json(folder / "config.json", {**record.to_dict(), "account": account})
         write_json_lines(folder / "metrics.jsonl", lines)
         self._num_steps[record.trial_id] = max((line[STEP] for line in lines), default=-1)
-        self.checkpoint(
-            record.trial_id, donor / ADAPTER
-        )  # last: by it `mend_copy` knows it is whole
 
     def mend_copy(self, record: TrialRecord) -> None:
         """Do what a crash left undone of `copied` after the study had recorded it.
