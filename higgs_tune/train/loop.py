@@ -74,15 +74,13 @@ class PackLoop:
         self.base_metrics: dict[str, float] = self._validator.bare()
 
     @classmethod
-    def load(
-        cls, base: BaseSettings, data: DataSettings, limits: PackLimits, world: World = ALONE
-    ) -> "PackLoop":
+    def load(cls, base: BaseSettings, data: DataSettings, limits: PackLimits) -> "PackLoop":
         """Load base and dataset by their settings.
 
         Raises:
             ConfigError, DataError, ModelError, LeakError: see `load_base`, `Dataset.open`, `preflight`.
         """
-        return cls(load_base(base), Dataset.open(data.path), data, limits, world)
+        return cls(load_base(base), Dataset.open(data.path), data, limits)
 
     def join(
         self,

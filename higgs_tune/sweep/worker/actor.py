@@ -17,7 +17,6 @@ import ray
 from higgs_tune.config import SweepConfig, TrialConfig
 from higgs_tune.errors import SweepError, release_frames
 from higgs_tune.sweep.seats import (
-    DEFAULT_LOOP,
     Files,
     Lease,
     Loop,
@@ -52,7 +51,7 @@ class Worker:
         num_slots: int,
         strict: bool,
         device: str,
-        loop_path: str = DEFAULT_LOOP,
+        loop_path: str,
         grace_beats: int = 120,
         exit_process: Callable[[int], Any] = os._exit,
         put: Callable[[Files], Any] = ray.put,
