@@ -82,12 +82,6 @@ class TrialSource(Searcher):
         if live is not None:
             live.worker = result.get(SITS_AT, live.worker)
 
-    def set_search_properties(
-        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
-    ) -> bool:
-        """Metric and mode are fixed."""
-        return True
-
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Keep to the workers' limits ourselves: Tune's own counts paused trials."""
         return True
