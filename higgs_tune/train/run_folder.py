@@ -231,12 +231,6 @@ def best_step(lines: Sequence[Line], audio_tolerance: float) -> int | None:
     return None if best is None else best[metrics.STEP]
 
 
-def write_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Write config.json."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / SETTINGS, settings)
-
-
 def write_samples(out: Path, step: int, samples: Sequence[Sample]) -> None:
     """Write what was heard at a step behind what was heard before it."""
     before = [line for line in read_json_lines(out / SAMPLES) if line[metrics.STEP] < step]

@@ -12,6 +12,7 @@ from pathlib import Path
 from higgs_tune import metrics
 from higgs_tune.config import BaseSettings, DataSettings, RunSettings, TrialConfig
 from higgs_tune.data.dataset import Dataset
+from higgs_tune.files import write_json
 from higgs_tune.model.load import load_base
 from higgs_tune.train import run_folder as folder
 from higgs_tune.train.engine import PackLimits
@@ -99,7 +100,7 @@ def train_single(
 
         def write_settings() -> None:
             with folder.writing(out):
-                folder.write_settings(out, settings)
+                write_json(out / folder.SETTINGS, settings)
 
         world.on_main(write_settings)
         recorder = Recorder(loop, _ID, out, run, world, watcher, lines)
