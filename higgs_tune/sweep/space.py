@@ -82,14 +82,11 @@ def baseline_values(config: SweepConfig, *, fixed_flag: bool) -> Values:
     """The user's own configuration, before (`fixed_flag` false) and after the usual fix."""
     values: Values = config.baseline.model_dump()
     values["cross_attention"] = "audio_self" if fixed_flag else "off"
-    for name in ("text_loss_weight", "audio_loss_weight"):
-        setting = getattr(config.space, name)
-        values[name] = 1.0 if isinstance(setting, Range) else setting
-    # PEFT's default, where it is searched
-    values["dropout"] = fixed_values(config).get("dropout", 0.0)
-    factor = config.space.new_module_lr_factor
+    # what a person who sets nothing has, for what is searched
+    usual = {"text_loss_weight": 1.0, "audio_loss_weight": 1.0, "dropout": 0.0}
     if fixed_flag:
-        values[CROSS_ATTENTION_ONLY] = 0.1 if isinstance(factor, Range) else factor
+        usual[CROSS_ATTENTION_ONLY] = 0.1
+    values |= usual | {n: v for n, v in fixed_values(config).items() if n in usual}
     values["batch_clips"] = config.baseline.batch_clips or config.space.batch_clips[0]
     return values
 
