@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from higgs_tune.files import write_bytes, write_text
-from higgs_tune.report.choose import Choice
 from higgs_tune.report.draw import draw_curves, draw_gain, draw_importance
 from higgs_tune.report.draw_planes import draw_scatter, draw_space
 from higgs_tune.report.export import export_best
@@ -28,30 +27,27 @@ def build_report(results_dir: Path) -> Summary:
     """
     results = read_results(results_dir)
     findings = find(results)
-    best_config_path = export_best(results, findings)
+    best_config = export_best(results, findings)
     write_table(results, results_dir / "trials.parquet")
     pictures = draw(results, findings)
     for name, picture in pictures.items():
         write_bytes(results_dir / "plots" / f"{name}.png", picture.png)
-    best_config = None if best_config_path is None else best_config_path.read_text("utf-8")
     report_path = results_dir / "report.html"
     listening = read_listening(results_dir)
     write_text(report_path, render_html(results, findings, pictures, best_config, listening))
     facts, text = summary_facts(results, findings), summary_text(results, findings)
     write_summary(results, facts, text)
     return Summary(
-        outcome=findings.outcome,
         best_id=findings.choice.trial.id if findings.choice else None,
         text=text,
         facts=facts,
         report_path=report_path,
-        best_config_path=best_config_path,
     )
 
 
 def draw(results: Results, findings: Findings) -> Mapping[str, Picture]:
     """Every figure that the results have something to show for."""
-    choice: Choice | None = findings.choice
+    choice = findings.choice
     pictures: dict[str, Picture] = {}
     curves = curves_info(results, choice)
     if any(panel.lines for panel in curves):

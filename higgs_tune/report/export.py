@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,10 +18,13 @@ BEST_CONFIG = "best_config.yaml"
 BEST_ADAPTER = "best_adapter"
 
 
-def export_best(results: Results, findings: Findings) -> Path | None:
+def export_best(results: Results, findings: Findings) -> str | None:
     """Write best_config.yaml and best_adapter/; without a best configuration, remove older ones.
 
     The configuration is the one of the run whose adapter is exported, so that its seed repeats it.
+
+    Returns:
+        What best_config.yaml holds.
     """
     path = results.directory / BEST_CONFIG
     target = results.directory / BEST_ADAPTER
@@ -39,9 +41,9 @@ def export_best(results: Results, findings: Findings) -> Path | None:
     header = (
         f"# {findings.headline}.\n# The best configuration of the sweep {results.sweep.name}.\n"
     )
-    body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=96)
-    write_text(path, header + body)
-    return path
+    text = header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=96)
+    write_text(path, text)
+    return text
 
 
 def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from higgs_tune.files import write_text
 from higgs_tune.report.choose import Stat
 from higgs_tune.report.findings import Findings, comparison, trial_counts
 from higgs_tune.report.results import Results
-from higgs_tune.report.verdict import Outcome
 from higgs_tune.report.wording import describe, nats
 from higgs_tune.report.workers import workers_sentence
 
@@ -32,12 +31,10 @@ _LABELS = {
 class Summary:
     """What `build_report` found and wrote."""
 
-    outcome: Outcome
     best_id: str | None  # the search's trial whose configuration won; None without a feasible one
     text: str  # one screen
     facts: dict[str, Any]  # summary.json
     report_path: Path
-    best_config_path: Path | None
 
 
 def summary_facts(results: Results, findings: Findings) -> dict[str, Any]:

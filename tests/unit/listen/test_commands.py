@@ -13,7 +13,7 @@ import torch
 from higgs_tune import cli
 from higgs_tune.config import DataSettings
 from higgs_tune.data.dataset import Dataset
-from higgs_tune.report import build_report
+from higgs_tune.report.build import build_report
 from higgs_tune.train.checkpoint import adapted, save_adapter
 from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.loop import PackLoop

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from higgs_tune.report import Summary, build_report
+from higgs_tune.report.build import build_report
 from higgs_tune.report.results import read_results
+from higgs_tune.report.summary import Summary
 from higgs_tune.train.train_cli import read_settings
 from tests.unit.report.builder import Builder, curve, realistic, trial_config
 
@@ -89,8 +90,8 @@ def test_stale_best_goes_when_nothing_can_be_chosen(tmp_path: Path) -> None:
     base["metrics"]["val/audio/nll_per_code"] = 1.0  # every trial is now beyond the limit
     (tmp_path / "base.json").write_text(json.dumps(base))
     summary = build_report(tmp_path)
-    assert summary.outcome == "no_feasible"
-    assert summary.best_config_path is None
+    assert summary.facts["outcome"] == "no_feasible"
+    assert summary.best_id is None
     assert not (tmp_path / "best_config.yaml").exists()
     assert not (tmp_path / "best_adapter").exists()
 
@@ -100,16 +101,15 @@ def test_missing_adapter_is_noted_and_the_config_written(tmp_path: Path) -> None
     builder = Builder(tmp_path).start()
     builder.trial("t000", config, curve(config, 2.0, 0.4, 3.9, 150), adapter=False)
     summary = build_report(tmp_path)
-    assert summary.best_config_path is not None
     assert "t000 left no adapter" in summary.text
-    assert yaml.safe_load(summary.best_config_path.read_text())["lora_config"] is None
+    assert yaml.safe_load((tmp_path / "best_config.yaml").read_text())["lora_config"] is None
 
 
 @pytest.mark.parametrize("base", [None, {"val/text/nll": 7.7, "val/audio/nll_per_code": 3.9}])
 def test_empty_sweep_gives_a_report(tmp_path: Path, base: dict[str, float] | None) -> None:
     Builder(tmp_path, base=base).start()
     summary = build_report(tmp_path)
-    assert summary.outcome == "no_trials"
+    assert summary.facts["outcome"] == "no_trials"
     assert "No trial has reported a result yet" in summary.report_path.read_text()
 
 

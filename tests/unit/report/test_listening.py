@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from higgs_tune.errors import SweepError
-from higgs_tune.report import build_report
+from higgs_tune.report.build import build_report
 from tests.unit.report.builder import realistic
 
 STALE = "Another configuration has become the best"
