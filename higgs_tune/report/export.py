@@ -1,18 +1,16 @@
 """Hand the best configuration over: best_config.yaml and its adapter."""
 
-import json
 import shutil
 from typing import Any
 
 import yaml
 
 from higgs_tune import metrics as m
-from higgs_tune.errors import SweepError
 from higgs_tune.files import RESUME_FILES, write_text
 from higgs_tune.report.choose import Choice
 from higgs_tune.report.files import copy_folder
 from higgs_tune.report.findings import Findings
-from higgs_tune.report.results import Results, Trial
+from higgs_tune.report.results import Results, read_if_there
 
 BEST_CONFIG = "best_config.yaml"
 BEST_ADAPTER = "best_adapter"
@@ -63,7 +61,11 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
         "trial": choice.adapter_run.config.model_dump(mode="json"),
         # best_adapter/ of that training keeps audio as the sweep's best had to
         "run": {"audio_tolerance": results.sweep.objective.audio_tolerance},
-        "lora_config": _lora_config(choice.adapter_run),
+        # the resolved peft.LoraConfig, as the run's adapter holds it
+        "lora_config": read_if_there(
+            choice.adapter_run.directory / "adapter" / "adapter_config.json"
+        )
+        or None,
         "results": {
             "note": note,
             "val": val,
@@ -81,14 +83,3 @@ def _val_names(choice: Choice) -> list[str]:
     """The validation metrics, the objective first."""
     reported = [name for name in choice.adapter_run.history[-1] if name.startswith("val/")]
     return sorted(reported, key=lambda name: (name != m.VAL_TEXT_NLL, name))
-
-
-def _lora_config(run: Trial) -> dict[str, Any] | None:
-    """The resolved peft.LoraConfig as the run's adapter holds it; None without an adapter."""
-    path = run.directory / "adapter" / "adapter_config.json"
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SweepError(f"{path}: cannot be read: {error}") from None

@@ -117,10 +117,6 @@ class Results:
             return None
         return audio <= self.audio_limit
 
-    def count(self, status: str) -> int:
-        """How many trials of the search have this status."""
-        return sum(trial.status == status for trial in self.search)
-
 
 def read_results(directory: Path) -> Results:
     """Read a sweep's folder, finished or not.
@@ -128,32 +124,29 @@ def read_results(directory: Path) -> Results:
     Raises:
         SweepError: the folder is no sweep's, or one of its files is damaged.
     """
-    if not (directory / "sweep.yaml").is_file():
+    sweep_file = directory / "sweep.yaml"
+    if not sweep_file.is_file():
         raise SweepError(
             f"{directory}: found no sweep.yaml, needed the results folder of a sweep. "
             "Give a folder such as results/quick."
         )
-    sweep_file = directory / "sweep.yaml"
-    base_file = _read_if_there(directory / "base.json")
+    base_file = read_if_there(directory / "base.json")
     folders = sorted((directory / "trials").glob("*/config.json"))
     trials = [_read_trial(path.parent) for path in folders]
     return Results(
         directory=directory,
         sweep=validate(SweepConfig, read_yaml(sweep_file), str(sweep_file)),
-        env=_read_if_there(directory / "env.json"),
+        env=read_if_there(directory / "env.json"),
         base=base_file.get("metrics"),
         base_file=base_file,
         trials=tuple(sorted(trials, key=lambda t: (t.origin == "confirm", t.number, t.id))),
-        workers=_read_if_there(directory / "workers.json"),
+        workers=read_if_there(directory / "workers.json"),
     )
 
 
 def _read_trial(folder: Path) -> Trial:
-    config = _read_json(folder / "config.json")
-    status_path = folder / "status.json"
-    status: dict[str, Any] = {"status": UNFINISHED}
-    if status_path.exists():
-        status = _read_json(status_path)
+    config = read_if_there(folder / "config.json")
+    status = read_if_there(folder / "status.json", {"status": UNFINISHED})
     try:
         return Trial(
             id=config["trial_id"],
@@ -192,11 +185,14 @@ def _read_history(path: Path) -> tuple[Metrics, ...]:
     return tuple(rows[step] for step in sorted(rows))
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.exists() else {}
+def read_if_there(path: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in a file; `absent` without one.
 
-
-def _read_json(path: Path) -> dict[str, Any]:
+    Raises:
+        SweepError: the file is damaged.
+    """
+    if not path.exists():
+        return absent or {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

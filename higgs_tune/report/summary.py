@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,6 @@ def summary_facts(results: Results, findings: Findings) -> dict[str, Any]:
             "confirm": choice.confirm,
         }
     importance = findings.importance
-    statuses = sorted({trial.status for trial in results.search})
     return {
         "name": results.sweep.name,
         "outcome": findings.outcome,
@@ -78,7 +78,7 @@ def summary_facts(results: Results, findings: Findings) -> dict[str, Any]:
             "step": importance.step,
             "num_trials": importance.num_trials,
         },
-        "num_trials": {status: results.count(status) for status in statuses},
+        "num_trials": dict(sorted(Counter(trial.status for trial in results.search).items())),
         "num_confirm_runs": len(results.confirm),
         "workers": results.workers,
     }
