@@ -1,6 +1,8 @@
 """Hand the best configuration over: best_config.yaml and its adapter."""
 
+import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -8,7 +10,6 @@ import yaml
 from higgs_tune import metrics as m
 from higgs_tune.files import RESUME_FILES, write_text
 from higgs_tune.report.choose import Choice
-from higgs_tune.report.files import copy_folder
 from higgs_tune.report.findings import Findings
 from higgs_tune.report.results import Results, read_if_there
 
@@ -29,7 +30,7 @@ def export_best(results: Results, findings: Findings) -> str | None:
     choice = findings.choice
     source = None if choice is None else choice.adapter_run.directory / "adapter"
     if source is not None and source.is_dir():
-        copy_folder(source, target, leave_out=RESUME_FILES)
+        _copy_adapter(source, target)
     elif target.exists():
         shutil.rmtree(target)  # another configuration's
     if choice is None:
@@ -77,6 +78,21 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
         },
         "command": f"higgs-tune train --config {BEST_CONFIG}",
     }
+
+
+def _copy_adapter(source: Path, target: Path) -> None:
+    """An older `target` goes only after the copy is whole; a sweep and `report` may do it at once."""
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(*RESUME_FILES))
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    finally:
+        for leftover in (fresh, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
 
 
 def _val_names(choice: Choice) -> list[str]:
