@@ -94,7 +94,7 @@ def choose(results: Results) -> Choice | None:
     if not candidates:
         return None
     first = min(candidates, key=_text_nll)
-    state = confirm_state(results, first)
+    state = _confirm_state(results, first)
     if state != "done":
         baseline = results.baseline
         baseline_runs = (baseline,) if baseline is not None and baseline.full_budget else ()
@@ -105,13 +105,13 @@ def choose(results: Results) -> Choice | None:
     held = {key: runs for key, runs in groups.items() if _holds(results, runs)}
     if not held:
         return None
-    winner = min(held, key=lambda key: _mean(held[key], m.VAL_TEXT_NLL))
+    winner = min(held, key=lambda key: mean_of(held[key], m.VAL_TEXT_NLL))
     baseline_id = results.baseline.id if results.baseline else ""
     baseline_runs = tuple(run for run in groups.get(baseline_id, ()) if run.full_budget)
     return _choice(results, by_id[winner], held[winner], baseline_runs, "done")
 
 
-def confirm_state(results: Results, first: Trial | None = None) -> ConfirmState:
+def _confirm_state(results: Results, first: Trial) -> ConfirmState:
     """Whether the confirm stage has run to its end for trial 0 and the search's best, `first`."""
     if results.sweep.confirm.num_configs == 0:
         return "skipped"
@@ -139,7 +139,7 @@ def _holds(results: Results, runs: tuple[Trial, ...]) -> bool:
     all_there = len(runs) >= results.sweep.confirm.num_seeds
     if limit is None or not all_there or not all(run.full_budget for run in runs):
         return False
-    return _mean(runs, m.VAL_AUDIO_NLL) <= limit
+    return mean_of(runs, m.VAL_AUDIO_NLL) <= limit
 
 
 def _choice(
@@ -167,7 +167,8 @@ def _text_nll(trial: Trial) -> float:
     return value
 
 
-def _mean(runs: Iterable[Trial], metric: str) -> float:
+def mean_of(runs: Iterable[Trial], metric: str) -> float:
+    """A loss of full-budget runs at their end, which each of them has."""
     stat = _stat(runs, metric)
     assert stat is not None, f"{metric} is missing in a full-budget run"
     return stat.mean

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from higgs_tune import metrics as m
-from higgs_tune.report.choose import Choice, Stat, choose
+from higgs_tune.report.choose import Choice, Stat, choose, mean_of
 from higgs_tune.report.importance import (
     MIN_TRIALS,
     NAMES,
@@ -22,7 +22,6 @@ from higgs_tune.report.verdict import Outcome, found, headline, outcome_of
 from higgs_tune.report.wording import (
     Answer,
     Tone,
-    final_mean,
     nats,
     rise_percent,
     setting_name,
@@ -71,7 +70,7 @@ def find(results: Results) -> Findings:
 
 
 def _text(base: dict[str, float], choice: Choice) -> Answer:
-    start, end = base[m.VAL_TEXT_NLL], final_mean(choice, m.VAL_TEXT_NLL)
+    start, end = base[m.VAL_TEXT_NLL], mean_of(choice.runs, m.VAL_TEXT_NLL)
     sentence = f"{signed(end - start)} nats per token against the untouched base"
     baseline = choice.baseline_stat(m.VAL_TEXT_NLL)
     if baseline is not None and choice.trial.origin != "baseline":
@@ -82,7 +81,7 @@ def _text(base: dict[str, float], choice: Choice) -> Answer:
 
 
 def _audio(results: Results, base: dict[str, float], choice: Choice) -> Answer:
-    start, end = base[m.VAL_AUDIO_NLL], final_mean(choice, m.VAL_AUDIO_NLL)
+    start, end = base[m.VAL_AUDIO_NLL], mean_of(choice.runs, m.VAL_AUDIO_NLL)
     tolerance = 100 * results.sweep.objective.audio_tolerance
     rise = rise_percent(base, end)
     sentence = f"{signed(rise, 1)}%; a rise of {tolerance:.1f}% is allowed."
@@ -110,7 +109,7 @@ def _listening(base: dict[str, float], choice: Choice) -> Answer:
     if mean >= GAIN_NONE:
         return Answer("listening", question, figure, f"A little: {means}.", "fair")
     sentence = f"No: {means}."
-    if final_mean(choice, m.VAL_TEXT_NLL) < base[m.VAL_TEXT_NLL]:
+    if mean_of(choice.runs, m.VAL_TEXT_NLL) < base[m.VAL_TEXT_NLL]:
         sentence += " The text loss fell by learning to write the language, not by listening."
     return Answer("listening", question, figure, sentence, "poor")
 

@@ -3,30 +3,21 @@
 from typing import Literal
 
 from higgs_tune import metrics as m
-from higgs_tune.report.choose import Choice
+from higgs_tune.report.choose import Choice, mean_of
 from higgs_tune.report.results import Results
-from higgs_tune.report.wording import Answer, Tone, final_mean, nats, rise_percent, signed
+from higgs_tune.report.wording import Answer, Tone, nats, rise_percent, signed
 
 Outcome = Literal[
     "better", "within_noise", "worse", "unconfirmed", "baseline_best", "no_feasible", "no_trials"
 ]
-OUTCOME_TONE: dict[Outcome, Tone] = {
-    "better": "good",
-    "within_noise": "fair",
-    "worse": "fair",
-    "unconfirmed": "fair",
-    "baseline_best": "fair",
-    "no_feasible": "poor",
-    "no_trials": "poor",
-}
-_VERDICTS: dict[Outcome, str] = {
-    "better": "Better than by hand",
-    "within_noise": "Not surely better than by hand",
-    "worse": "Keeps audio, text less well",
-    "unconfirmed": "Not confirmed",
-    "baseline_best": "Trial 0 stays best",
-    "no_feasible": "Nothing to choose",
-    "no_trials": "Nothing yet",
+_VERDICTS: dict[Outcome, tuple[str, Tone]] = {
+    "better": ("Better than by hand", "good"),
+    "within_noise": ("Not surely better than by hand", "fair"),
+    "worse": ("Keeps audio, text less well", "fair"),
+    "unconfirmed": ("Not confirmed", "fair"),
+    "baseline_best": ("Trial 0 stays best", "fair"),
+    "no_feasible": ("Nothing to choose", "poor"),
+    "no_trials": ("Nothing yet", "poor"),
 }
 
 
@@ -52,22 +43,21 @@ def headline(results: Results, choice: Choice | None, outcome: Outcome) -> str:
         if not any(trial.full_budget for trial in results.search):
             return "No trial has run its full budget"
         return "No configuration kept audio within its limit over a full run"
-    start, end = results.base[m.VAL_TEXT_NLL], final_mean(choice, m.VAL_TEXT_NLL)
+    start, end = results.base[m.VAL_TEXT_NLL], mean_of(choice.runs, m.VAL_TEXT_NLL)
     verb = "fell" if end < start else "rose"
     return f"Text loss {verb} from {nats(start)} to {nats(end)} nats per token"
 
 
 def found(results: Results, choice: Choice | None, outcome: Outcome) -> Answer:
     """What was found, and how sure that is."""
-    question = "What was found?"
-    tone = OUTCOME_TONE[outcome]
+    figure, tone = _VERDICTS[outcome]
     if choice is None:
-        why = _why_nothing(results, outcome)
-        return Answer("found", question, _VERDICTS[outcome], why, tone)
-    figure = _VERDICTS[outcome]
-    if choice.trial.origin == "baseline_fixed":  # trial 1 was set by hand, too
-        figure = figure.replace("by hand", "trial 0")
-    return Answer("found", question, figure, _certainty(results, choice, outcome), tone)
+        sentence = _why_nothing(results, outcome)
+    else:
+        sentence = _certainty(results, choice, outcome)
+        if choice.trial.origin == "baseline_fixed":  # trial 1 was set by hand, too
+            figure = figure.replace("by hand", "trial 0")
+    return Answer("found", "What was found?", figure, sentence, tone)
 
 
 def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:

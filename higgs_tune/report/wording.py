@@ -5,7 +5,6 @@ from typing import Literal
 
 from higgs_tune import metrics as m
 from higgs_tune.config import TrialConfig
-from higgs_tune.report.choose import Choice
 
 Tone = Literal["good", "fair", "poor", "plain"]
 
@@ -54,13 +53,6 @@ def signed(value: float, digits: int = 2) -> str:
 def setting_name(setting: str) -> str:
     """A setting's name in a sentence."""
     return SETTING_NAMES.get(setting, setting)
-
-
-def final_mean(choice: Choice, metric: str) -> float:
-    """A metric of the best at its end, which a full-budget run has."""
-    stat = choice.stat(metric)
-    assert stat is not None, f"{metric} is missing in a full-budget run"
-    return stat.mean
 
 
 def rise_percent(base: dict[str, float], audio: float) -> float:
