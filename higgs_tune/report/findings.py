@@ -31,6 +31,7 @@ from higgs_tune.report.wording import (
 # Nats per text token. Below the first, text does not use audio; from the second on it clearly does.
 GAIN_NONE = 0.05
 GAIN_CLEAR = 0.3
+COMPARED = (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
 
 
 @dataclass(frozen=True)
@@ -236,28 +237,25 @@ def trial_counts(results: Results) -> str:
     return text + (f"; {len(results.confirm)} confirm runs" if results.confirm else "")
 
 
-def comparison(results: Results, choice: Choice | None) -> list[tuple[str, dict[str, Stat | None]]]:
-    """Base, the two fixed configurations and the best: (label, metric → statistics)."""
-    names = (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
-    rows: list[tuple[str, dict[str, Stat | None]]] = []
+def comparison(results: Results, choice: Choice | None) -> list[tuple[str, list[Stat | None]]]:
+    """Base, the two fixed configurations and the best: (label, statistics of the `COMPARED`)."""
+    rows: list[tuple[str, list[Stat | None]]] = []
     if results.base is not None:
-        base = {name: results.base.get(name) for name in names}
-        rows.append(("base", {k: None if v is None else Stat.of([v]) for k, v in base.items()}))
+        rows.append(("base", [_single(results.base.get(name)) for name in COMPARED]))
     for trial in results.search:
         if trial.origin in ("baseline", "baseline_fixed") and trial.history:
             at = "" if trial.full_budget else f", {trial.status} at {trial.step}"
             label = f"{trial.id} {trial.config.cross_attention}, by hand{at}"
-            stats = {name: _last(trial, name) for name in names}
+            stats = [_single(trial.last(name)) for name in COMPARED]
             if choice is not None and trial.origin == "baseline" and len(choice.baseline_runs) > 1:
                 label += f", {len(choice.baseline_runs)} seeds"
-                stats = {name: choice.baseline_stat(name) for name in names}
+                stats = [choice.baseline_stat(name) for name in COMPARED]
             rows.append((label, stats))
     if choice is not None:
         over = f", {len(choice.runs)} seeds" if len(choice.runs) > 1 else ""
-        rows.append((f"{choice.trial.id} best{over}", {name: choice.stat(name) for name in names}))
+        rows.append((f"{choice.trial.id} best{over}", [choice.stat(name) for name in COMPARED]))
     return rows
 
 
-def _last(trial: Trial, metric: str) -> Stat | None:
-    value = trial.last(metric)
+def _single(value: float | None) -> Stat | None:
     return None if value is None else Stat.of([value])

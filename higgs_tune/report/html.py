@@ -5,9 +5,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from higgs_tune import metrics as m
 from higgs_tune.report.choose import Stat
-from higgs_tune.report.findings import Findings, comparison, trial_counts
+from higgs_tune.report.findings import COMPARED, Findings, comparison, trial_counts
 from higgs_tune.report.importance import common_step, levels
 from higgs_tune.report.ink import Picture
 from higgs_tune.report.listening import Listening, listening_section
@@ -90,10 +89,7 @@ def _notes(notes: Sequence[str]) -> str:
 def _comparison(results: Results, findings: Findings) -> str:
     rows = []
     for label, stats in comparison(results, findings.choice):
-        cells = "".join(
-            f"<td>{_stat(stats[name])}</td>"
-            for name in (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
-        )
+        cells = "".join(f"<td>{_stat(stat)}</td>" for stat in stats)
         rows.append(f"<tr><th scope='row'>{_e(label)}</th>{cells}</tr>")
     head = (
         "<tr><td></td><th>text loss<br><small>nats per token</small></th>"
@@ -169,9 +165,7 @@ def _trial_row(results: Results, findings: Findings, trial: Trial) -> str:
     }[role(trial, findings.choice)]
     feasible = {True: "yes", False: "no", None: "–"}[results.feasible(trial)]
     reason = f' title="{_e(trial.reason)}"' if trial.reason else ""
-    text, audio, gain = (
-        trial.last(name) for name in (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
-    )
+    text, audio, gain = (trial.last(name) for name in COMPARED)
     parameters = trial.account.get("parameters")
     cells = [
         _cell(f"{_e(trial.id)}{tag}", trial.id),

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from higgs_tune import metrics as m
 from higgs_tune.files import write_text
 from higgs_tune.report.choose import Stat
-from higgs_tune.report.findings import Findings, comparison, trial_counts
+from higgs_tune.report.findings import COMPARED, Findings, comparison, trial_counts
 from higgs_tune.report.results import Results
 from higgs_tune.report.wording import describe, nats
 from higgs_tune.report.workers import workers_sentence
@@ -49,9 +48,7 @@ def summary_facts(results: Results, findings: Findings) -> dict[str, Any]:
             "config": choice.trial.config.model_dump(mode="json"),
             "runs": [run.id for run in choice.runs],
             "val": {
-                name: stat.as_dict()
-                for name in (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
-                if (stat := choice.stat(name)) is not None
+                name: stat.as_dict() for name in COMPARED if (stat := choice.stat(name)) is not None
             },
             "paired_difference_to_baseline": choice.difference and choice.difference.as_dict(),
             "difference_95_percent_interval": choice.difference and choice.difference.interval,
@@ -114,15 +111,12 @@ def _field(label: str, text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=f"  {label:<11}", subsequent_indent=" " * 13)
 
 
-def _comparison_lines(rows: list[tuple[str, dict[str, Stat | None]]]) -> list[str]:
+def _comparison_lines(rows: list[tuple[str, list[Stat | None]]]) -> list[str]:
     width = max(len(label) for label, _ in rows)
     head = f"  {'':<{width}}  {'text nll':>8}  {'audio nll':>9}  {'audio gain':>10}"
     lines = [head]
     for label, stats in rows:
-        text, audio, gain = (
-            "–" if (stat := stats[name]) is None else nats(stat.mean)
-            for name in (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
-        )
+        text, audio, gain = ("–" if stat is None else nats(stat.mean) for stat in stats)
         lines.append(f"  {label:<{width}}  {text:>8}  {audio:>9}  {gain:>10}")
     return lines
 

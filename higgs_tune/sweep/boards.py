@@ -45,7 +45,7 @@ class Boards:
         from higgs_tune.train.board import Board
 
         trial_id, config = record.trial_id, record.config.model_dump()
-        lines = read_metrics(self._results / "trials" / trial_id / "metrics.jsonl")
+        lines = read_json_lines(self._results / "trials" / trial_id / "metrics.jsonl")
         board, known = self._open.get(trial_id, (None, []))
         # What an earlier start or, in a population, another configuration wrote is drawn anew.
         if board is None or lines[: len(known)] != known:
