@@ -6,7 +6,7 @@ from typing import Any
 
 from higgs_tune import metrics as m
 from higgs_tune.listen.systems import RECORDING, REFERENCE
-from higgs_tune.report.listening import speech_table
+from higgs_tune.report.listening import metric_table, speech_table
 from higgs_tune.report.template import escape, fill
 
 _LOSSES = {
@@ -31,18 +31,18 @@ def render_page(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         rows: what clips.jsonl holds.
     """
     names = [system["name"] for system in result["systems"]]
-    num_clips = len({row["clip"] for row in rows})
+    clips = list(dict.fromkeys(row["clip"] for row in rows))
     recorded = {"name": RECORDING, "speech": result["recording"]}
     notes = "".join(f"<li>{escape(note)}</li>" for note in result["notes"])
     return fill(
         "higgs_tune.listen",
         {
-            "headline": escape(f"{num_clips} held-out clips, spoken by {_listed(names)}"),
+            "headline": escape(f"{len(clips)} held-out clips, spoken by {_listed(names)}"),
             "lead": f"<p>{escape(result['data']['path'])}, base {escape(result['base']['path'])}</p>",
             "notes": f'<ul class="notes">{notes}</ul>' if notes else "",
             "losses": _losses(result["systems"]),
             "speech": speech_table([recorded, *result["systems"]]),
-            "clips": "".join(_clip(number, rows) for number in _numbers(rows)),
+            "clips": "".join(_clip(clip, rows) for clip in clips),
             "settings": escape(json.dumps(result["settings"], indent=1, ensure_ascii=False)),
         },
     )
@@ -57,25 +57,13 @@ def _losses(systems: Sequence[Mapping[str, Any]]) -> str:
     codebooks = [name for name in systems[0]["losses"] if "nll_codebook" in name]
     labels = {name: f"codebook {name.rsplit('_', 1)[1]}" for name in codebooks}
     return (
-        f"{_loss_table(systems, _LOSSES)}<details><summary>By codebook</summary>"
-        f"{_loss_table(systems, labels)}</details>"
+        f"{metric_table(systems, _LOSSES, _loss)}<details><summary>By codebook</summary>"
+        f"{metric_table(systems, labels, _loss)}</details>"
     )
 
 
-def _loss_table(systems: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> str:
-    head = "".join(f"<th>{escape(system['name'])}</th>" for system in systems)
-    rows = "".join(
-        f"<tr><th scope='row'>{escape(label)}<br><small>{escape(name)}</small></th>"
-        + "".join(f"<td>{system['losses'][name]:.3f}</td>" for system in systems)
-        + "</tr>"
-        for name, label in labels.items()
-    )
-    return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Clip ids in the order of their first row."""
-    return list(dict.fromkeys(row["clip"] for row in rows))
+def _loss(system: Mapping[str, Any], name: str) -> str:
+    return f"{system['losses'][name]:.3f}"
 
 
 def _clip(clip: str, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,22 @@ def listening_section(listening: Listening) -> str:
 
 def speech_table(systems: Sequence[Mapping[str, Any]]) -> str:
     """Mean of each metric that any system has, a column a system."""
+    known = {n: label for n, label in SHOWN.items() if any(n in s["speech"] for s in systems)}
+    return metric_table(systems, known, lambda system, name: _mean(system["speech"].get(name)))
+
+
+def metric_table(
+    systems: Sequence[Mapping[str, Any]],
+    labels: Mapping[str, str],
+    cell: Callable[[Mapping[str, Any], str], str],
+) -> str:
+    """A row for each metric, a column for each system."""
     head = "".join(f"<th>{escape(system['name'])}</th>" for system in systems)
     rows = "".join(
         f"<tr><th scope='row'>{escape(label)}<br><small>{escape(name)}</small></th>"
-        + "".join(f"<td>{_mean(system['speech'].get(name))}</td>" for system in systems)
+        + "".join(f"<td>{cell(system, name)}</td>" for system in systems)
         + "</tr>"
-        for name, label in SHOWN.items()
-        if any(name in system["speech"] for system in systems)
+        for name, label in labels.items()
     )
     return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
