@@ -16,11 +16,7 @@ from higgs_tune.data import tasks
 from higgs_tune.data.codec import Codec
 from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.listen.clips import Clip
-from higgs_tune.listen.generate import (
-    Spoken,
-    prompt_before_audio,
-    speak,
-)
+from higgs_tune.listen.generate import Spoken, prompt_before_audio, speak
 from higgs_tune.listen.measures import character_error_rate, mel_distance
 from higgs_tune.listen.options import SpeechOptions
 from higgs_tune.listen.picture import draw_spectrogram
@@ -29,6 +25,7 @@ from higgs_tune.listen.takes import frame_limit, seconds_of, wave_of, write_wav
 from higgs_tune.listen.voices import Recogniser, VoiceJudge
 from higgs_tune.model.load import Base
 from higgs_tune.model.writing import Written, prompt_before_text, write_text
+from higgs_tune.report.listening import SHOWN
 from higgs_tune.train.checkpoint import adapted
 
 AUDIO_FOLDER = "audio"
@@ -188,12 +185,8 @@ def _transcription(base: Base, model: HiggsAudioV2ForConditionalGeneration, clip
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
     """Mean of each metric over the clips that have it, and how many those are."""
-    names = [
-        m.EOS_RATE, m.LENGTH_RATIO, m.MEL_DISTANCE, m.SPEAKER_SIMILARITY, m.SPEECH_CER,
-        m.TRANSCRIPTION_CER,
-    ]  # fmt: skip
     result: dict[str, dict[str, float | int]] = {}
-    for name in names:
+    for name in SHOWN:
         values = [v for row in rows if (v := row["metrics"].get(name)) is not None]
         if values:
             result[name] = {"mean": sum(values) / len(values), "num_clips": len(values)}

@@ -1,18 +1,16 @@
 """Spectrogram pictures."""
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from higgs_tune.files import replace_file, writing
+from higgs_tune.files import write_bytes, writing
 from higgs_tune.listen.measures import log_mel
 from higgs_tune.listen.options import AGAIN
-from higgs_tune.report.ink import STYLE
+from higgs_tune.report.ink import STYLE, png_of
 
 _LOUDEST, _SOFTEST = 4.5, -2.5  # log mel magnitudes at the ends of the colour scale
 _TICKS_HZ = (200, 500, 1000, 2000, 4000, 8000)
@@ -52,14 +50,8 @@ def draw_spectrogram(path: Path, wave: np.ndarray, rate_hz: int, least_seconds: 
         axes.set_xlabel("s", fontsize=7, labelpad=1)
         axes.set_ylabel("Hz", fontsize=7, labelpad=1)
         with writing(path, AGAIN):
-            replace_file(path, lambda temporary: _save(figure, temporary))
+            write_bytes(path, png_of(figure))
 
 
 def _hz(value: int) -> str:
     return f"{value // 1000}k" if value >= 1000 else str(value)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    metadata: Any = {"Software": None}  # the same picture gives the same bytes
-    with path.open("wb") as file:
-        FigureCanvasAgg(figure).print_png(file, metadata=metadata)

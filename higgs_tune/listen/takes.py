@@ -18,8 +18,9 @@ from higgs_tune.data.shards import Row
 from higgs_tune.data.tokens import Vocabulary, encode_conversation
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.files import write_bytes, write_json, writing
-from higgs_tune.listen.generate import Prompt, Spoken, most_frames, prompt_before_audio, speak
+from higgs_tune.listen.generate import most_frames, prompt_before_audio, speak
 from higgs_tune.listen.options import AGAIN, SpeechOptions
+from higgs_tune.model.writing import Prompt
 
 _MAX_TEXT_CHARS = 2000  # as `data prepare` takes by default
 
@@ -137,9 +138,7 @@ def make_take(
         facts: what else the JSON shall say, such as text and adapter.
     """
     max_frames = frame_limit(model, [prompt], codec, options.max_seconds)
-    spoken: Spoken = speak(model, vocabulary, [prompt], options, seed=seed, max_frames=max_frames)[
-        0
-    ]
+    (spoken,) = speak(model, vocabulary, [prompt], options, seed=seed, max_frames=max_frames)
     write_wav(path, wave_of(spoken.codes_TC, codec), codec.config.sample_rate)
     record = {
         "wav": path.name,

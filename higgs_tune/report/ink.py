@@ -70,12 +70,18 @@ def marker(shape: str, color: str, label: str, hollow: bool = False, size: float
     return Line2D([], [], ls="none", marker=shape, mfc=face, mec=color, ms=size, label=label)
 
 
+def png_of(figure: Figure) -> bytes:
+    """The same picture gives the same bytes."""
+    png, metadata = io.BytesIO(), {"Software": None}
+    FigureCanvasAgg(figure).print_png(png, metadata=metadata)
+    return png.getvalue()
+
+
 def render(figure: Figure) -> Picture:
     """Both formats of a figure; the same figure gives the same bytes."""
-    png, svg = io.BytesIO(), io.BytesIO()
+    svg = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
     figure.set_facecolor("white")
     figure.set_dpi(160)
-    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     text = svg.getvalue().decode("utf-8")
-    return Picture(png.getvalue(), text[text.index("<svg") :].replace(INK, "currentColor"))
+    return Picture(png_of(figure), text[text.index("<svg") :].replace(INK, "currentColor"))
