@@ -19,7 +19,7 @@ from typing import Any
 from higgs_tune.data.audio import can_be_opened, is_passing, locate
 from higgs_tune.data.clips import ClipRules, Codes, Names, Outcome, code_here
 from higgs_tune.data.codec import Codec, load_codec, weights_digest
-from higgs_tune.data.files import write_json, write_json_lines
+from higgs_tune.data.files import writing
 from higgs_tune.data.manifest import open_manifest
 from higgs_tune.data.options import PrepareOptions
 from higgs_tune.data.progress import Advance, progress
@@ -38,6 +38,7 @@ from higgs_tune.data.shards import (
 from higgs_tune.data.splits import divide
 from higgs_tune.device import resolve_device
 from higgs_tune.errors import DataError
+from higgs_tune.files import write_json, write_json_lines
 
 JOB_NAME = "prepare.json"
 REJECTED_NAME = "rejected.jsonl"
@@ -178,7 +179,9 @@ def _encode_shards(
         for index, part in parts():
             rejected = _write_part(shard_path(out, index), part, outcomes, facts, advance)
             record = [asdict(rejection) for rejection in rejected]
-            write_json(_record_path(out, index), {"fingerprint": to_do[index], "rejected": record})
+            path = _record_path(out, index)
+            with writing(path):
+                write_json(path, {"fingerprint": to_do[index], "rejected": record})
             table.reject(rejected, Stage.AUDIO)
 
 
@@ -269,20 +272,21 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
     if not path.is_file():
         if (out / INFO_NAME).exists() or list_shards(out):
             raise DataError(f"{out}: holds a dataset that this command did not make. {advice}")
-        write_json(path, job)
+        with writing(path):
+            write_json(path, job)
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}). {advice}") from None
     changed = sorted(name for name in job if before.get(name) != job[name])
-    if changed and not list_shards(out):  # nothing is encoded yet, so nothing could be mixed up
-        write_json(path, job)
-        changed = []
-    if changed:
+    if changed and list_shards(out):
         raise DataError(
             f"{out}: was prepared from something else: {', '.join(changed)} changed since. {advice}"
         )
+    if changed:  # nothing is encoded yet, so nothing could be mixed up
+        with writing(path):
+            write_json(path, job)
     for half_written in out.rglob("*.tmp"):  # of a run that was killed
         half_written.unlink()
 
@@ -291,7 +295,8 @@ def _check_rejected(
     manifest: Path, out: Path, table: RowTable, num_total: int, options: PrepareOptions
 ) -> None:
     """List what is rejected; DataError if it is more than `max_rejected`, or everything."""
-    write_json_lines(out / REJECTED_NAME, map(asdict, table.rejected()))
+    with writing(out / REJECTED_NAME):
+        write_json_lines(out / REJECTED_NAME, map(asdict, table.rejected()))
     allowed = options.allowed(num_total)
     num_rejected = table.num_rejected(Stage.AUDIO)
     if num_rejected <= allowed and table.num_rejected() < num_total:

@@ -2,12 +2,10 @@
 
 import errno
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
-from higgs_tune import files
 from higgs_tune.errors import DataError
 
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -20,32 +18,25 @@ _SCRATCH_ERRORS = {
 }
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary neighbour of `path`, then rename it into place.
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say how to go on where a file cannot be written.
 
     Raises:
-        DataError: the disk is full or the folder cannot be written; what stood there is untouched.
+        DataError: the disk is full or the folder cannot be written.
     """
     try:
-        files.replace_file(path, write)
+        yield
     except OSError as error:
-        raise _disk_error(path, error) from error
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON, with the errors of `write_file`."""
-    try:
-        files.write_json(path, content)
-    except OSError as error:
-        raise _disk_error(path, error) from error
-
-
-def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, with the errors of `write_file`."""
-    try:
-        files.write_json_lines(path, lines)
-    except OSError as error:
-        raise _disk_error(path, error) from error
+        if error.errno in _OUT_OF_SPACE:
+            raise DataError(
+                f"{path}: no space left on the disk ({error.strerror}). Files that were finished "
+                "before are kept. Free some space and run the same command again: it goes on from there."
+            ) from error
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}). "
+            "Give a folder that this user may write."
+        ) from error
 
 
 @contextmanager
@@ -70,15 +61,3 @@ def scratch_database() -> Iterator[sqlite3.Connection]:
                 f"temporary files: {error} ({error.sqlite_errorname}). Rows of a manifest wait on "
                 "the disk, about as many bytes as it has. Set SQLITE_TMPDIR to a folder with room."
             ) from error
-
-
-def _disk_error(path: Path, error: OSError) -> DataError:
-    if error.errno in _OUT_OF_SPACE:
-        return DataError(
-            f"{path}: no space left on the disk ({error.strerror}). Files that were finished "
-            "before are kept. Free some space and run the same command again: it goes on from there."
-        )
-    return DataError(
-        f"{path}: cannot be written ({error.strerror or error}). "
-        "Give a folder that this user may write."
-    )

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from higgs_tune.data.files import scratch_database, write_file, write_json
+from higgs_tune.data.files import scratch_database, writing
 from higgs_tune.errors import DataError
+from higgs_tune.files import replace_file, write_json
 
 FORMAT = 1
 INFO_NAME = "dataset.json"
@@ -107,10 +108,11 @@ def write_shard(path: Path, rows: Sequence[Row], codec: CodecFacts) -> None:
     columns |= {name: [getattr(row, name) for row in rows] for name in names}
     table = pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
-    def write(temporary: Path) -> None:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP)
+    def write(draft: Path) -> None:
+        pq.write_table(table, draft, compression="zstd", row_group_size=ROWS_PER_GROUP)
 
-    write_file(path, write)
+    with writing(path):
+        replace_file(path, write)
 
 
 def _assert_storable(row: Row, codec: CodecFacts) -> None:
@@ -234,7 +236,8 @@ def finish_dataset(
         content_hash=fingerprint,
         split_rule=split_rule,
     )
-    write_json(directory / INFO_NAME, {"format": info.format, **asdict(info)})
+    with writing(directory / INFO_NAME):
+        write_json(directory / INFO_NAME, {"format": info.format, **asdict(info)})
     return info
 
 

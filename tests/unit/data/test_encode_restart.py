@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import soundfile
 
-from higgs_tune.data import encode, files
+from higgs_tune.data import encode
+from higgs_tune.data.files import writing
 from higgs_tune.data.shards import list_shards
 from higgs_tune.errors import DataError
+from higgs_tune.files import replace_file
 from tests.unit.data.recordings import RATE_HZ, content, make_root, rejected, speech, spy
 
 
@@ -138,7 +140,8 @@ def test_a_full_disk_is_named_and_finished_shards_stay(tmp_path: Path, run, monk
                 temporary.write_bytes(b"half")
                 raise OSError(code, os.strerror(code))
 
-            files.write_file(path, fill)
+            with writing(path):
+                replace_file(path, fill)
         real(path, *args)
 
     with monkeypatch.context() as patch:
