@@ -23,7 +23,7 @@ def local_folder(settings: BaseSettings) -> Path | None:
             raise ModelError(f"base.path: {folder} holds no config.json; give a checkpoint folder.")
         return folder
     check_pinned(settings)
-    if not _could_be_hub_id(settings.path):
+    if not could_be_hub_id(settings.path):
         raise ModelError(
             f"base.path: {settings.path} does not exist. Give a local checkpoint folder, "
             "a Hub id (owner/name) with base.revision, or embedded."
@@ -45,12 +45,13 @@ def check_pinned(settings: BaseSettings) -> None:
         ConfigError: it is not pinned.
     """
     path, here = settings.path, Path(settings.path).expanduser().exists()
-    if settings.revision is None and _could_be_hub_id(path) and not here:
+    if settings.revision is None and could_be_hub_id(path) and not here:
         raise ConfigError(
             f"base.revision: not set for Hub id {path}. Its files were rewritten in place once; "
             "pin the commit that you want."
         )
 
 
-def _could_be_hub_id(path: str) -> bool:
+def could_be_hub_id(path: str) -> bool:
+    """Whether it looks like owner/name."""
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))

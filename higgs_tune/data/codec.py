@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,14 @@ from safetensors import SafetensorError
 from transformers import HiggsAudioV2TokenizerModel
 from transformers.utils import logging as hf_logging
 
-from higgs_tune.data.mel_codec import MelRvqCodec, MelRvqCodecConfig
+from higgs_tune.base_source import could_be_hub_id
+from higgs_tune.data.mel_codec import MelRvqCodec
 from higgs_tune.errors import DataError, ModelError, NoMemoryError, is_out_of_memory
 
-__all__ = [
-    "Codec",
-    "MelRvqCodec",
-    "MelRvqCodecConfig",
-    "decode_clip",
-    "embedded_codec_path",
-    "encode_clip",
-    "load_codec",
-    "weights_digest",
-]
-
+EMBEDDED_CODEC = Path(__file__).parents[1] / "embedded" / "codec"
 _MAX_CODES = 1 << 16  # codes are stored as uint16
 
 Codec = MelRvqCodec | HiggsAudioV2TokenizerModel
-
-
-def embedded_codec_path() -> Path:
-    """Folder of the codec that ships with the package."""
-    return Path(str(resources.files("higgs_tune").joinpath("embedded", "codec")))
 
 
 def load_codec(path: str, device: str | torch.device = "cpu", revision: str | None = None) -> Codec:
@@ -93,9 +78,9 @@ def _refuse_no_memory(error: Exception, path: str, device: str | torch.device) -
 
 def _find_codec(path: str, revision: str | None) -> tuple[str, type[Codec]]:
     """What `from_pretrained` gets, and the class that reads it."""
-    folder = embedded_codec_path() if path == "embedded" else Path(path).expanduser()
+    folder = EMBEDDED_CODEC if path == "embedded" else Path(path).expanduser()
     if not folder.is_dir():
-        if path == "embedded" or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        if path == "embedded" or not could_be_hub_id(path):
             raise ModelError(
                 f"codec {path}: no such folder ({folder}). Give a folder, a Hub id (owner/name) with "
                 "--codec-revision, or embedded."

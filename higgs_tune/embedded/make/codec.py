@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from higgs_tune.data.codec import MelRvqCodec, MelRvqCodecConfig, encode_clip
+from higgs_tune.data.codec import encode_clip
+from higgs_tune.data.mel_codec import MelRvqCodec, MelRvqCodecConfig
 
 NUM_KMEANS_STEPS = 25
 

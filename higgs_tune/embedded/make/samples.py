@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from higgs_tune.data.codec import MelRvqCodec, decode_clip, encode_clip
+from higgs_tune.data.codec import decode_clip, encode_clip
+from higgs_tune.data.mel_codec import MelRvqCodec
 from higgs_tune.embedded.make.codec import log_mel_distance_db, round_trip_error_db
 from higgs_tune.embedded.make.corpora import Clip
 from higgs_tune.embedded.make.espeak import SAMPLE_RATE_HZ

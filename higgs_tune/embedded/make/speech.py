@@ -11,13 +11,9 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from higgs_tune.data.codec import (
-    MelRvqCodec,
-    embedded_codec_path,
-    encode_clip,
-    load_codec,
-)
+from higgs_tune.data.codec import EMBEDDED_CODEC, encode_clip, load_codec
 from higgs_tune.data.encode import codec_facts
+from higgs_tune.data.mel_codec import MelRvqCodec
 from higgs_tune.data.shards import DatasetInfo, Row, write_dataset
 from higgs_tune.embedded.make import codec as codec_maker
 from higgs_tune.embedded.make import corpora, human, samples
@@ -66,7 +62,7 @@ def make(packages: Path, out: Path, refit_codec: bool) -> None:
             train = [clip for clip in clips if clip.split == "train"]
             chosen += rng.sample(train, CODEC_CLIPS[name])
         waves = (clip.wave for clip in track(chosen, "codec features"))
-        codec_maker.fit_codec(waves, CODEC_FRAMES, seed=0).save_pretrained(embedded_codec_path())
+        codec_maker.fit_codec(waves, CODEC_FRAMES, seed=0).save_pretrained(EMBEDDED_CODEC)
     codec = load_codec("embedded")
     assert isinstance(codec, MelRvqCodec)
     write_corpus(out / "pretrain", pretrain, codec, corpora.SPLIT_RULES["pretrain"])
@@ -86,7 +82,7 @@ def main() -> None:
     parser.add_argument("--refit-codec", action="store_true", help="fit the codec anew")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    out = args.out or embedded_codec_path().parent / "speech"
+    out = args.out or EMBEDDED_CODEC.parent / "speech"
     make(args.packages, out, args.refit_codec)
 
 

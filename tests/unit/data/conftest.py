@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from higgs_tune.data import encode
-from higgs_tune.data.codec import MelRvqCodec, MelRvqCodecConfig
+from higgs_tune.data.mel_codec import MelRvqCodec, MelRvqCodecConfig
 from higgs_tune.data.options import PrepareOptions
 from higgs_tune.data.shards import DatasetInfo
 from tests.unit.data.recordings import write_manifest

@@ -7,7 +7,8 @@ import soundfile
 import torch
 
 import higgs_tune
-from higgs_tune.data.codec import MelRvqCodec, decode_clip, encode_clip, load_codec
+from higgs_tune.data.codec import decode_clip, encode_clip, load_codec
+from higgs_tune.data.mel_codec import MelRvqCodec
 from higgs_tune.errors import DataError, ModelError, NoMemoryError
 
 WAVS = Path(higgs_tune.__file__).parent / "embedded" / "wav"

@@ -8,8 +8,9 @@ import pytest
 import soundfile
 import torch
 
-from higgs_tune.data.codec import MelRvqCodec, MelRvqCodecConfig, load_codec
+from higgs_tune.data.codec import load_codec
 from higgs_tune.data.conversation import AudioPart, Turn
+from higgs_tune.data.mel_codec import MelRvqCodec, MelRvqCodecConfig
 from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.errors import DataError
 from higgs_tune.listen.generate import (
