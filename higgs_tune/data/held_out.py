@@ -16,6 +16,7 @@ class ValidationSets:
     """Fixed validation conversations. `transcribe_swapped[i]` has the text of `transcribe[i]`
     after the audio of a clip with another text, which is another recording."""
 
+    rows: tuple[int, ...]  # indices of the clips
     transcribe: tuple[Conversation, ...]
     transcribe_swapped: tuple[Conversation, ...]
     speak: tuple[Conversation, ...]
@@ -24,7 +25,6 @@ class ValidationSets:
 def validation_sets(
     dataset: Dataset,
     num_val_clips: int,
-    seed: int = 0,
     *,
     max_frames: int | None = None,
     max_text: int | None = None,
@@ -41,7 +41,7 @@ def validation_sets(
     if max_rows is not None:
         clips = _fitting_in_pairs(dataset, clips, max_rows, text_length)
     texts, speakers = dataset.index["text"][clips], dataset.index["speaker"][clips]
-    places = spread(texts, speakers, num_val_clips, seed)
+    places = spread(texts, speakers, num_val_clips, seed=0)
     drawn = sorted(clips[places].tolist())
     rows = [dataset.row(index) for index in drawn]
     groups = alike([row.text for row in rows], [row.codes[0].tobytes() for row in rows])
@@ -57,6 +57,7 @@ def validation_sets(
     lengths, languages = [row.num_frames[0] for row in rows], [row.language for row in rows]
     others = swaps(groups, lengths, languages)
     return ValidationSets(
+        rows=tuple(drawn[place] for place in kept),
         transcribe=tuple(tasks.transcribe(row) for row in rows),
         transcribe_swapped=tuple(
             tasks.transcribe(row, audio_of=rows[other])

@@ -15,8 +15,6 @@ from higgs_tune.data.shards import Row
 from higgs_tune.data.swap import spread
 from higgs_tune.listen.options import EvaluateOptions
 
-_SUFFIX = ":transcribe"
-
 
 @dataclass(frozen=True, eq=False)
 class Clip:
@@ -39,7 +37,6 @@ def choose_clips(
     options: EvaluateOptions,
     max_rows: int,
     text_length: Callable[[str], int],
-    seed: int = 0,
 ) -> list[Clip]:
     """Some of the validation clips of the losses, spread over texts and speakers.
 
@@ -56,15 +53,13 @@ def choose_clips(
     sets = validation_sets(
         dataset, data.num_val_clips, max_frames=data.max_frames, max_rows=longest, **limits
     )
-    names = {talk.key.removesuffix(_SUFFIX): None for talk in sets.transcribe}
-    places = {row_id: index for index, row_id in enumerate(dataset.ids) if row_id in names}
-    held_out = [places[name] for name in names]
+    held_out = list(sets.rows)
     texts, speakers = dataset.index["text"], dataset.index["speaker"]
     numbers = spread(
         texts[held_out],
         speakers[held_out],
         max(2, options.num_generated),  # it needs two texts for less than one half each
-        seed,
+        seed=0,
     )[: options.num_generated]
     chosen = [held_out[number] for number in numbers]
     if options.task == "speak":
@@ -74,7 +69,7 @@ def choose_clips(
     num_rows = dataset.sizes(text_length)["rows"].astype(np.int64)
     references = References(texts, speakers, candidates, num_rows, max_rows=max_rows / 2)
     own_fits = num_rows + dataset.sizes(text_length)["reference_rows"] <= max_rows / 2
-    picks = np.random.default_rng(seed).random(len(chosen))
+    picks = np.random.default_rng(0).random(len(chosen))
     return [
         Clip(
             dataset.row(index), _reference(dataset, index, references, pick, bool(own_fits[index]))
