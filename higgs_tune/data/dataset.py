@@ -16,8 +16,6 @@ from higgs_tune.errors import DataError
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "speech"
 _EMBEDDED_PREFIX = "embedded:"
 _CACHED_GROUPS = 512  # row groups kept decoded: about 128 MiB of 10 s clips
-
-
 _OPEN_SHARDS = 64  # each takes a file handle and 75 kB of metadata
 # What is in memory of each row: 35 bytes. Audio counts in frames; the reference of a clip is left out
 # but for `last_audio`, which it is. Equal speakers have equal numbers, and so have texts that sound the same.
@@ -56,9 +54,12 @@ class Dataset:
         self.directory = directory
         self.info: DatasetInfo = read_info(directory)
         self._paths = list_shards(directory)
-        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        num_codebooks = self.info.codec.num_codebooks
+        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(
+            lambda place: ShardFile(self._paths[place], num_codebooks)
+        )
         names = ("split", "kind", "speaker", "text", "ref_text", "num_frames")
-        parts = list(self._numbers(_INDEX, names, _numbers))
+        parts = list(self._numbers(_INDEX, names, _index_entry))
         self._starts = np.cumsum([0, *map(len, parts)])
         if self._starts[-1] != self.info.num_rows:
             raise DataError(
@@ -67,7 +68,9 @@ class Dataset:
             )
         self.index = np.concatenate([np.zeros(0, _INDEX), *parts])
         self.sizes = lru_cache(maxsize=2)(self._sizes)
-        self._group = lru_cache(maxsize=_CACHED_GROUPS)(self._read_group)
+        self._group = lru_cache(maxsize=_CACHED_GROUPS)(
+            lambda shard, group: self._shard(shard).group(group)
+        )
 
     @staticmethod
     def open(path: str) -> "Dataset":
@@ -84,19 +87,12 @@ class Dataset:
             raise DataError(f"data.path {path!r}: no such embedded dataset; there are {known}.")
         return Dataset(EMBEDDED / name)
 
-    @property
-    def ids(self) -> list[str]:
-        """The ids of all rows, read anew."""
-        places = range(len(self._paths))
-        return [name for place in places for (name,) in self._shard(place).values(["id"])]
-
     def texts(self) -> Iterator[tuple[str, list[str]]]:
         """The id and every text part of each row, read anew."""
         names = ("id", "text", "ref_text", "turns")
         for place in range(len(self._paths)):
             for row_id, text, ref_text, turns in self._shard(place).values(names):
-                reference = [] if ref_text is None else [ref_text]
-                yield row_id, [*tasks.texts_of(text, turns), *reference]
+                yield row_id, tasks.texts_of(text, turns, ref_text)
 
     def rows(self, split: str) -> np.ndarray:
         """Indices of the rows of "train" or "validation"."""
@@ -109,12 +105,6 @@ class Dataset:
         starts = self._shard(shard).group_starts
         group = int(np.searchsorted(starts, inside, side="right")) - 1
         return self._group(shard, group)[inside - starts[group]]
-
-    def _open_shard(self, place: int) -> ShardFile:
-        return ShardFile(self._paths[place], self.info.codec.num_codebooks)
-
-    def _read_group(self, shard: int, group: int) -> list[Row]:
-        return self._shard(shard).group(group)
 
     def usable(
         self,
@@ -166,7 +156,7 @@ def _own_frames(kind: str, frames: list[int]) -> list[int]:
     return frames[:1] if kind == "clip" else frames
 
 
-def _numbers(
+def _index_entry(
     split: str, kind: str, speaker: str, text: str, ref_text: str | None, frames: list[int]
 ) -> tuple[int, ...]:
     """A row's entry in the index."""

@@ -35,6 +35,7 @@ from higgs_tune.data.rows import (
     text_field,
     text_problem,
 )
+from higgs_tune.data.tasks import texts_of
 from higgs_tune.errors import DataError
 
 _SPLIT_NAMES = {
@@ -110,7 +111,7 @@ def _problem(row: ManifestRow, data_root: Path, max_text_chars: int) -> str | No
             "has itself as its reference recording, which teaches to copy: name another recording of "
             "this speaker, or none, and one is drawn"
         )
-    texts = row.texts()
+    texts = texts_of(row.text, row.turns, row.ref_text)
     return next(filter(None, (text_problem(text, max_text_chars) for text in texts)), None)
 
 
@@ -170,7 +171,8 @@ def _text(
     except UnicodeDecodeError as error:
         raise DataError(f"transcript file {name} is not UTF-8 (byte {error.start})") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"transcript file {name} cannot be read ({_short(error)})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"transcript file {name} cannot be read ({reason})") from None
 
 
 def _rejection(number: int, fields: Any, reason: str) -> Rejection:
@@ -180,7 +182,3 @@ def _rejection(number: int, fields: Any, reason: str) -> Rejection:
         return value and value.encode("utf-8", "replace").decode("utf-8")
 
     return Rejection(number, plain(ID), plain(PATH), reason)
-
-
-def _short(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

@@ -51,13 +51,6 @@ class ManifestRow:
     turns: str | None = None
     start_index: int = 0
 
-    def texts(self) -> list[str]:
-        """Every text part."""
-        if self.turns is None:
-            return [self.text, *([] if self.ref_text is None else [self.ref_text])]
-        parts = [part for turn in json.loads(self.turns) for part in turn["parts"]]
-        return [part["text"] for part in parts if part["type"] == "text"]
-
     def canonical(self) -> str:
         """JSON of everything that decides what the row becomes."""
         return json.dumps(asdict(self), sort_keys=True)

@@ -140,7 +140,6 @@ class ShardFile:
     """Random access to the rows of one memory-mapped shard."""
 
     def __init__(self, path: Path, num_codebooks: int):
-        self._path = path
         self._num_codebooks = num_codebooks
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
@@ -157,11 +156,6 @@ class ShardFile:
         meta = self._file.metadata
         sizes = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
         self.group_starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows in this shard."""
-        return int(self.group_starts[-1])
 
     def values(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         """Some columns, row by row."""

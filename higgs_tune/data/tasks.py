@@ -71,10 +71,10 @@ def chat(row: Row) -> Conversation:
     return Conversation(f"{row.id}:chat", "chat", tuple(turns))
 
 
-def texts_of(text: str, turns: str | None) -> list[str]:
-    """The text parts of a row, its reference text left out."""
+def texts_of(text: str, turns: str | None, ref_text: str | None = None) -> list[str]:
+    """The text parts of a row; of a clip with its reference text, if that is given."""
     if turns is None:
-        return [text]
+        return [text] if ref_text is None else [text, ref_text]
     parts = [part for turn in json.loads(turns) for part in turn["parts"]]
     return [part["text"] for part in parts if part["type"] == "text"]
 

@@ -31,7 +31,7 @@ def test_prepared_clips_hold_the_codes_of_their_recordings(tmp_path: Path, codec
     assert (info.codec.num_codebooks, info.codec.codebook_size) == (2, 16)
     dataset = Dataset.open(str(tmp_path / "out"))
     codec = load_codec(str(codec_folder))
-    found = {dataset.ids[n]: dataset.row(n) for n in range(10)}
+    found = {row.id: row for row in map(dataset.row, range(10))}
     np.testing.assert_array_equal(found["c0"].codes[0], encode_clip(codec, low, 8000))
     mono, _ = soundfile.read(tmp_path / "root" / "1.flac", dtype="float32")
     np.testing.assert_array_equal(
@@ -97,7 +97,8 @@ def test_every_bad_row_is_listed_and_the_good_ones_are_kept(tmp_path: Path, run)
     assert found.keys() == reasons.keys()
     assert all(reason in found[name] for name, reason in reasons.items())
     assert (info.num_rows, info.num_rejected) == (6, len(bad))
-    assert sorted(Dataset.open(str(tmp_path / "out")).ids) == sorted(row["id"] for row in rows)
+    found = [row_id for row_id, _ in Dataset.open(str(tmp_path / "out")).texts()]
+    assert sorted(found) == sorted(row["id"] for row in rows)
 
 
 def test_a_bad_recording_behind_a_good_one_is_named(tmp_path: Path, run):

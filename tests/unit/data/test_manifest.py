@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from higgs_tune.data.tasks import texts_of
 from higgs_tune.errors import DataError
 from tests.unit.data.manifests import Manifest, read_manifest
 
@@ -84,7 +85,9 @@ def test_texts_and_speakers_are_composed_and_paths_stay_as_they_are(tmp_path: Pa
     ]
     found = jsonl(tmp_path, *rows).rows
     assert {row.speaker for row in found} == {"إيمان إيمان"}
-    assert {text for row in found for text in row.texts()} == {"آخر"}
+    assert {text for row in found for text in texts_of(row.text, row.turns, row.ref_text)} == {
+        "آخر"
+    }
     assert {row.text for row in found} == {"آخر"}
     assert {name for row in found for name in row.audio} == {path, f"sub/{path}"}
     assert found[0].id == path
