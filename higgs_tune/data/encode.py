@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from higgs_tune.data.audio import can_be_opened, is_passing, locate
-from higgs_tune.data.clips import ClipRules, Codes, Names, Outcome, code_here
+from higgs_tune.data.clips import ClipRules, Names, Outcome, code_here
 from higgs_tune.data.codec import Codec, load_codec, weights_digest
 from higgs_tune.data.files import writing
 from higgs_tune.data.manifest import open_manifest
@@ -124,22 +124,6 @@ def codec_facts(codec: Codec, name: str) -> CodecFacts:
     )
 
 
-def _row(row: ManifestRow, codes: Codes) -> Row:
-    assert row.split in ("train", "validation"), row.split
-    return Row(
-        id=row.id,
-        split=row.split,
-        kind=row.kind,
-        speaker=row.speaker,
-        text=row.text,
-        codes=codes,
-        language=row.language,
-        ref_text=row.ref_text,
-        turns=row.turns,
-        start_index=row.start_index,
-    )
-
-
 def _encode_shards(
     table: RowTable,
     out: Path,
@@ -200,7 +184,9 @@ def _write_part(
         if isinstance(found, str):
             rejected.append(Rejection(row.number, row.id, row.audio[0], found))
         else:
-            encoded.append(_row(row, found))
+            plain = asdict(row)
+            del plain["number"], plain["audio"]
+            encoded.append(Row(codes=found, **plain))
         advance(1)
     write_shard(path, encoded, facts)
     return rejected

@@ -78,17 +78,17 @@ class _Coder:
         try:
             code = self._code = self._code or self._load()
         except (ModelError, NoMemoryError) as error:
-            return pa.Table.from_pylist([{"index": -1, "fatal": str(error)}], schema=_RESULT)
-        columns: dict[str, list[Any]] = {name: [] for name in _RESULT.names}
+            return pa.Table.from_pylist([{"fatal": str(error)}], schema=_RESULT)
+        rows: list[dict[str, Any]] = []
         for row in block.to_pylist():
             found = code(tuple(row["names"]))
-            is_problem = isinstance(found, str)
-            columns["index"].append(row["index"])
-            columns["fatal"].append(None)
-            columns["problem"].append(found if is_problem else None)
-            columns["num_frames"].append([] if is_problem else [len(c) for c in found])
-            columns["codes"].append(b"" if is_problem else b"".join(c.tobytes() for c in found))
-        return pa.table(columns, schema=_RESULT)
+            rows.append({"index": row["index"]})
+            if isinstance(found, str):
+                rows[-1]["problem"] = found
+            else:
+                rows[-1]["num_frames"] = [len(codes_TC) for codes_TC in found]
+                rows[-1]["codes"] = b"".join(codes_TC.tobytes() for codes_TC in found)
+        return pa.Table.from_pylist(rows, schema=_RESULT)
 
 
 def code_on_cluster(
