@@ -43,9 +43,7 @@ class CrossIndex:
     text_from_slot_ST: Tensor
     text_slot_from_seq_JT: Tensor
     text_position_ST: Tensor
-    sees_audio_ST1A: (
-        Tensor  # bool: text row (S, T) may read [nothing, audio row ...] (1 + A columns)
-    )
+    sees_audio_ST1A: Tensor  # bool: text row (S, T) may read [nothing, audio row ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +169,7 @@ def collate(
         modes: bank slot → cross_attention; absent means "off".
         multiple: T, A and M are padded to a multiple of it, so that fewer shapes occur.
     """
-    slots = tuple(sorted(examples))
+    slots, modes = tuple(sorted(examples)), modes or {}
     rows = [_rows(examples[slot]) for slot in slots]
 
     def width(arrays: Iterable[np.ndarray]) -> int:
@@ -229,9 +227,7 @@ def collate(
                 num_audio,
             )
             for mode in sorted({modes.get(s, "off") for s in slots} - {"off"})
-        }
-        if modes
-        else {},
+        },
     )
 
 
@@ -244,7 +240,7 @@ def _compact(
     from_slot = np.zeros((len(parts), longest), dtype=np.int64)
     position = np.zeros((len(parts), longest), dtype=np.int64)
     to_seq = np.zeros((len(adapters), width), dtype=np.int64)
-    at = dict.fromkeys(range(len(adapters)), 0)
+    at = [0] * len(adapters)
     for s, (j, positions) in enumerate(parts):
         count = len(positions)
         if at[j] == 0:
