@@ -9,7 +9,7 @@ import random
 import unicodedata
 
 # Subjects, verbs, objects (in the order of each language) and endings; every combination is a sentence.
-_SUBJECT_VERB_OBJECT: dict[str, tuple[str, str, str, str]] = {
+_PARTS: dict[str, tuple[str, str, str, str]] = {
     "es": (
         "mi hermano|la vecina|el maestro|tu amiga|mi padre|la doctora|el chico|ella|nadie|la abuela|don pedro|el perro",
         "busca|quiere|tiene|compra|lleva|encuentra|mira|deja|olvida|prefiere|trae|necesita",
@@ -45,8 +45,6 @@ _SUBJECT_VERB_OBJECT: dict[str, tuple[str, str, str, str]] = {
         "|two eggs|a letter|some cheese|an umbrella|the guitar|red flowers|the map|orange juice|fresh milk|a horse",
         "|today|now|at home|tomorrow|again",
     ),
-}  # fmt: skip
-_SUBJECT_OBJECT_VERB: dict[str, tuple[str, str, str, str]] = {
     "tr": (
         "kardeşim|komşu|öğretmen|arkadaşın|babam|doktor|çocuk|o|kimse|ninem|köpek|ayşe",
         "anahtarı|kitabı|elmayı|arabayı|soğuk suyu|sıcak ekmeği|kapıyı|hediyeyi|sandalyeyi|ayakkabıyı"
@@ -54,8 +52,6 @@ _SUBJECT_OBJECT_VERB: dict[str, tuple[str, str, str, str]] = {
         "arıyor|istiyor|alıyor|getiriyor|buluyor|görüyor|unutuyor|taşıyor|satıyor|seviyor|saklıyor|bekliyor",
         "|bugün|şimdi|evde|yarın|yine",
     ),
-}  # fmt: skip
-_FINNISH: dict[str, tuple[str, str, str, str]] = {
     "fi": (
         "veljeni|naapuri|opettaja|ystäväsi|isä|lääkäri|lapsi|hän|mummo|koira|pekka|täti",
         "näkee|löytää|ostaa|tuo|unohtaa|ottaa|tarvitsee|myy|vie|pudottaa|antaa|saa",
@@ -64,7 +60,7 @@ _FINNISH: dict[str, tuple[str, str, str, str]] = {
         "|tänään|nyt|kotona|huomenna|taas",
     ),
 }  # fmt: skip
-LANGUAGES = ("es", "it", "de", "id", "en", "tr", "fi")
+LANGUAGES = tuple(_PARTS)
 # Onsets, vowels and codas that each language's spelling writes the way espeak-ng reads it.
 _SYLLABLES: dict[str, tuple[str, str, str]] = {
     "es": ("b c d f g l m n p r s t v ch ll ñ j br tr pl", "a e i o u á é ó", "- - - n s r l"),
@@ -78,11 +74,8 @@ _SYLLABLES: dict[str, tuple[str, str, str]] = {
 
 
 def _sentences(language: str) -> list[str]:
-    for table in (_SUBJECT_VERB_OBJECT, _SUBJECT_OBJECT_VERB, _FINNISH):
-        if language in table:
-            parts = [column.split("|") for column in table[language]]
-            return [" ".join(words).strip() for words in itertools.product(*parts)]
-    raise KeyError(language)
+    parts = [column.split("|") for column in _PARTS[language]]
+    return [" ".join(words).strip() for words in itertools.product(*parts)]
 
 
 def _made_up_phrase(language: str, rng: random.Random) -> str:
