@@ -29,9 +29,8 @@ class BaseSettings(Settings):
     """The frozen base model."""
 
     path: str = "embedded"  # "embedded", a local folder, or a Hub id
-    revision: str | None = (
-        None  # Hub commit; required for a Hub id, because checkpoints are rewritten in place
-    )
+    # Hub commit; required for a Hub id, because checkpoints are rewritten in place
+    revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", …
     # of whole models, as for generation; training computes attention with torch's SDPA
@@ -61,9 +60,8 @@ class TaskMix(Settings):
 class DataSettings(Settings):
     """What is trained and validated on."""
 
-    path: LocalPath = (
-        "embedded:arabic"  # a folder made by `higgs-tune data prepare`, or "embedded:NAME"
-    )
+    # a folder made by `higgs-tune data prepare`, or "embedded:NAME"
+    path: LocalPath = "embedded:arabic"
     tasks: TaskMix = TaskMix()
     max_frames: int = Field(default=750, ge=4)  # longest clip in codec frames (25 per second)
     max_text_tokens: int = Field(default=512, ge=1)  # longest text of one part
@@ -125,9 +123,8 @@ class BaselineSettings(Settings):
 
     rank: PositiveRank = 16
     alpha: PositiveFloat = 32.0
-    learning_rate: PositiveFloat = (
-        1e-4  # the upper end of what community trainers of this model use
-    )
+    # the upper end of what community trainers of this model use
+    learning_rate: PositiveFloat = 1e-4
     target_set: str = "all_linear"
     # clips per optimizer step; default: the first of space.batch_clips
     batch_clips: int | None = Field(default=None, ge=1)
@@ -164,7 +161,7 @@ class SweepConfig(Settings):
         return Path(self.results_dir).expanduser()
 
     @model_validator(mode="after")
-    def _target_sets_known(self) -> "SweepConfig":
+    def _consistent(self) -> "SweepConfig":
         named = [("space.target_set", name) for name in self.space.target_set]
         for where, name in [*named, ("baseline.target_set", self.baseline.target_set)]:
             if name not in self.target_sets:
@@ -240,9 +237,8 @@ class TrialConfig(Settings):
     target_set: str = "custom"  # the name the targets came from, for tables
     cross_attention: CrossAttention = "off"
     learning_rate: PositiveFloat
-    new_module_lr_factor: PositiveFloat = (
-        0.1  # cross-attention modules train at learning_rate times this
-    )
+    # cross-attention modules train at learning_rate times this
+    new_module_lr_factor: PositiveFloat = 0.1
     dropout: Dropout = 0.0  # share of the inputs of each lora_A that a training step drops
     text_loss_weight: float = Field(default=1.0, ge=0)
     audio_loss_weight: float = Field(default=1.0, ge=0)

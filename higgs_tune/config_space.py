@@ -22,11 +22,7 @@ CrossAttention = Annotated[
     Literal["off", "audio_self", "text_to_audio"],
     # YAML 1.1 reads `off` as false; the original code's flag is a boolean, too.
     BeforeValidator(
-        lambda value: (
-            {True: "audio_self", False: "off"}.get(value, value)
-            if isinstance(value, bool)
-            else value
-        )
+        lambda value: ("audio_self" if value else "off") if isinstance(value, bool) else value
     ),
 ]
 ALL_LINEAR: tuple[TargetPath, ...] = ("attention", "text_mlp", "audio_mlp")

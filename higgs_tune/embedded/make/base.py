@@ -35,7 +35,6 @@ from higgs_tune.train.optim import learning_rate_factor
 
 NUM_CODES, NUM_CODEBOOKS = 256, 8
 
-
 TARGETS = ("embedded:arabic", "embedded:russian")
 PRETRAINING = [f"embedded:{n}" for n in ("pretrain", "english", "french", "italian", "spanish")]
 
@@ -87,9 +86,8 @@ def start_from_codec(model: HiggsAudioV2ForConditionalGeneration) -> None:
     From random embeddings the model would first have to learn what each code sounds like.
     """
     codec = load_codec("embedded", device="cpu")
-    sums_CVD = codec.get_parameter(
-        "codebooks"
-    )  # residuals: a frame's features are the sum over its codes
+    # residuals: a frame's features are the sum over its codes
+    sums_CVD = codec.get_parameter("codebooks")
     spread_D = sums_CVD[0].std(dim=0).sqrt().clamp(min=1e-3)
     features_CVD = sums_CVD / spread_D
     project = torch.empty(model.config.hidden_size, sums_CVD.shape[2])
