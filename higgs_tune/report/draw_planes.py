@@ -1,5 +1,7 @@
 """Draw the trials in a plane: text against audio loss, and text loss over learning rate and rank."""
 
+from typing import Any
+
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -20,6 +22,8 @@ from higgs_tune.report.ink import (
 from higgs_tune.report.plots import Point, ScatterInfo, SpaceInfo
 
 _MAX_NAMED = 3  # trials beyond the scale whose losses the legend says
+
+_RING: Any = {"marker": "o", "mfc": "none", "mec": INK, "mew": 1.6}  # around the best
 
 
 def draw_scatter(info: ScatterInfo) -> Picture:
@@ -164,19 +168,11 @@ def draw_space(info: SpaceInfo) -> Picture:
         for point in info.points:
             # Trials of one rank stand beside each other by flag, not on top of each other.
             shift = 0.16 * (used.index(point.cross_attention) - (len(used) - 1) / 2)
-            axes.plot(
-                point.learning_rate,
-                info.ranks.index(point.rank) + shift,
-                marker=CROSS_MARKERS[point.cross_attention],
-                color=colors(norm(point.text)),
-                ms=9.5,
-                mec="none",
-            )
+            place = point.learning_rate, info.ranks.index(point.rank) + shift
+            shape, color = CROSS_MARKERS[point.cross_attention], colors(norm(point.text))
+            axes.plot(*place, marker=shape, color=color, ms=9.5, mec="none")
             if point.role == "best":
-                height = info.ranks.index(point.rank) + shift
-                axes.plot(
-                    point.learning_rate, height, marker="o", mfc="none", mec=INK, ms=17, mew=1.6
-                )
+                axes.plot(*place, **_RING, ms=17)
         axes.set_xscale("log")
         axes.set_yticks(range(len(info.ranks)), [str(rank) for rank in info.ranks])
         axes.set_ylim(-0.6, len(info.ranks) - 0.4)
@@ -191,9 +187,6 @@ def draw_space(info: SpaceInfo) -> Picture:
         bar.outline.set_visible(False)
         handles = [marker(CROSS_MARKERS[name], INK, f"cross_attention {name}") for name in used]
         if any(point.role == "best" for point in info.points):
-            ring = Line2D(
-                [], [], ls="none", marker="o", mfc="none", mec=INK, ms=11, mew=1.6, label="best"
-            )
-            handles.append(ring)
+            handles.append(Line2D([], [], ls="none", **_RING, ms=11, label="best"))
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
         return render(figure)

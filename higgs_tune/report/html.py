@@ -54,7 +54,9 @@ def render_html(
         "levels": _levels(results),
         "trials": _trials_table(results, findings),
         "workers": _workers(results),
-        "best_config": _best_config(best_config),
+        "best_config": "<p>None: no configuration could be chosen.</p>"
+        if best_config is None
+        else f"<pre><code>{_e(best_config)}</code></pre>",
         "environment": _environment(results),
     }
     return fill("higgs_tune.report", parts)
@@ -156,13 +158,13 @@ def _trials_table(results: Results, findings: Findings) -> str:
 
 
 def _trial_row(results: Results, findings: Findings, trial: Trial) -> str:
-    config = trial.config
+    config, kind = trial.config, role(trial, findings.choice)
     tag = {
         "best": " <b>best</b>",
         "baseline": " <small>by hand</small>",
         "baseline_fixed": " <small>by hand</small>",
         "other": f" <small>confirms {_e(trial.confirms)}</small>" if trial.confirms else "",
-    }[role(trial, findings.choice)]
+    }[kind]
     feasible = {True: "yes", False: "no", None: "–"}[results.feasible(trial)]
     reason = f' title="{_e(trial.reason)}"' if trial.reason else ""
     text, audio, gain = (trial.last(name) for name in COMPARED)
@@ -181,7 +183,7 @@ def _trial_row(results: Results, findings: Findings, trial: Trial) -> str:
         _number(gain, "–" if gain is None else signed(gain, 3)),
         _cell(feasible),
     ]
-    return f'<tr class="{role(trial, findings.choice)}">{"".join(cells)}</tr>'
+    return f'<tr class="{kind}">{"".join(cells)}</tr>'
 
 
 def _cell(content: str, key: Any = None) -> str:
@@ -190,12 +192,6 @@ def _cell(content: str, key: Any = None) -> str:
 
 def _number(value: float | None, shown: str) -> str:
     return _cell(shown, math.inf if value is None else value)
-
-
-def _best_config(text: str | None) -> str:
-    if text is None:
-        return "<p>None: no configuration could be chosen.</p>"
-    return f"<pre><code>{_e(text)}</code></pre>"
 
 
 def _environment(results: Results) -> str:
