@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from higgs_tune.data.codec import Codec, weights_digest
@@ -39,14 +40,9 @@ def name_systems(adapters: Sequence[Path]) -> list[System]:
         name = folder.parent.name if folder.name == "adapter" else folder.name
         name = re.sub(r"[^\w.-]+", "-", name) or "adapter"
         taken = {RECORDING, REFERENCE, *(system.name for system in systems)}
-        number = next(n for n in range(1, len(taken) + 2) if numbered(name, n) not in taken)
-        systems.append(System(numbered(name, number), adapter))
+        numbered = (name if n == 1 else f"{name}-{n}" for n in count(1))
+        systems.append(System(next(one for one in numbered if one not in taken), adapter))
     return systems
-
-
-def numbered(name: str, number: int) -> str:
-    """The name, with its number from the second on."""
-    return name if number == 1 else f"{name}-{number}"
 
 
 def check_codec(codec: Codec, name: str, base: Base) -> None:
