@@ -6,6 +6,7 @@ a best configuration: nothing feasible ran the full budget, or none held up in t
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="higgs-tune", description="LoRA sweeps for Higgs Audio V2"
     )
+    parser.add_argument("--version", action="version", version=f"higgs-tune {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     sweep = commands.add_parser("sweep", help="search for the best configuration")
@@ -84,6 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.set_defaults(run=run_check)
 
     return guarded(parser.parse_args(argv))
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("higgs-tune")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a checkout that is not installed"
 
 
 def guarded(args: argparse.Namespace) -> int:

@@ -3,7 +3,9 @@
 import argparse
 import errno
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,3 +207,20 @@ def test_check_loads_the_base_as_it_is_told_to(monkeypatch, capsys, arguments, d
     assert cli.main(["check", *arguments]) == 0
     assert cli.main(["check", "--dtype", "float8"]) == cli.BAD_INPUT
     assert "dtype: Input should be 'float32' or 'bfloat16'" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["python -m higgs_tune", "--version"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module("higgs_tune", run_name="__main__")
+    assert capsys.readouterr().out.startswith("higgs-tune ")
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch, capsys):
+    def version(package):
+        raise cli.importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(cli.importlib.metadata, "version", version)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == "higgs-tune of a checkout that is not installed\n"
