@@ -124,12 +124,15 @@ def random_clips(
     ]
 
 
-def linear_flops(config: HiggsAudioV2Config, rank: int, num_rows: int) -> int:
+def linear_flops(
+    config: HiggsAudioV2Config, rank: int, num_rows: int, num_labelled: int | None = None
+) -> int:
     """Forward and backward of the decoder's linears with LoRA on each, for so many rows.
 
     A frozen linear of P weights costs 2 P a row forward and 2 P for its input's gradient; a LoRA pair
     of r (I + O) weights costs 2 of each, and 2 for its own gradient. The first layer's q, k and v owe
-    no gradient to their input, the embeddings.
+    no gradient to their input, the embeddings. Behind the last attention only labelled rows count: by
+    default all are.
     """
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     assert head is not None
@@ -139,7 +142,9 @@ def linear_flops(config: HiggsAudioV2Config, rank: int, num_rows: int) -> int:
     frozen = sum(i * o for i, o in layer)
     adapted = sum(rank * (i + o) for i, o in layer)
     spared = 2 * sum(i * o + rank * i for i, o in qkv)
-    return num_rows * (config.num_hidden_layers * (4 * frozen + 6 * adapted) - spared)
+    every_row = num_rows * (config.num_hidden_layers * (4 * frozen + 6 * adapted) - spared)
+    behind = sum(4 * i * o + 6 * rank * (i + o) for i, o in layer[len(qkv) :])
+    return every_row - behind * (0 if num_labelled is None else num_rows - num_labelled)
 
 
 def attention_flops(config: HiggsAudioV2Config, lengths: Sequence[int]) -> int:
@@ -157,12 +162,12 @@ def head_flops(config: HiggsAudioV2Config, text_rows: int, audio_rows: int) -> i
 
 
 def step_flops(config: HiggsAudioV2Config, rank: int, examples: Sequence[Encoded]) -> int:
-    """What one optimizer step of one all-linear adapter must compute, heads at labelled rows."""
+    """What one optimizer step of one all-linear adapter must compute for its labelled rows."""
     lengths = [e.num_rows for e in examples]
     text_rows = sum(int((e.text_labels_L != IGNORE).sum()) for e in examples)
     audio_rows = sum(int((e.audio_labels_AC != IGNORE).any(axis=1).sum()) for e in examples)
     return (
-        linear_flops(config, rank, sum(lengths))
+        linear_flops(config, rank, sum(lengths), text_rows + audio_rows)
         + attention_flops(config, lengths)
         + head_flops(config, text_rows, audio_rows)
     )
