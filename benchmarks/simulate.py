@@ -7,11 +7,13 @@ A simulation (sweep_model.py), not a measurement. It takes the times of steps fr
 pack_time.py, gpu_step.py or gpu_pack.py, and the fixed costs from that of fixed_costs.py. Without these
 files it assumes figures of an H100 and clips of 600 tokens, and says so in its output. Three ways:
 packs of --slots adapters, our packs of one, and stock transformers + PEFT, one trial a GPU with its
-process reused.
+process reused. Where --steps has stock processes that shared a GPU, they are a fourth, and "times faster"
+is against the faster of the two.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,18 +22,29 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from options import ascending, at_least, json_file, run
 from output import COLORS, machine, new_figure, ratio, save, settings_of
 from sweep_model import Costs, Failures, Search, simulate
 
 from higgs_tune.config import SchedulerSettings
+from higgs_tune.config_file import validate
+from higgs_tune.errors import DataError
 
 # Assumed until measured: at 600 tokens a step is the launching of its kernels, whatever the pack holds,
 # up to about 8 adapters, and grows with the tokens from there.
 ASSUMED_STEPS = {1: 0.100, 2: 0.100, 4: 0.100, 8: 0.100, 16: 0.170}
 ASSUMED_STOCK_S = 0.100
-ASSUMED_FIXED = {"start_s": 60.0, "ours_between_s": 0.5, "stock_between_s": 0.8}
+ASSUMED_FIXED = {
+    "ours": {"start_s": 60.0, "between_s": 0.5},
+    "stock": {"start_s": 60.0, "between_s": 0.8},
+}
 ASK_TELL_S = 0.043  # Optuna's journal, measured once on a 2-core machine
-NAMES = {"packed": "packs", "alone": "packs of one", "stock": "stock, process reused"}
+NAMES = {
+    "packed": "packs",
+    "alone": "packs of one",
+    "stock": "stock, process reused",
+    "shared": "stock, several a GPU",
+}
 
 
 def step_times(
@@ -54,6 +67,20 @@ def step_times(
     return ours, float(np.median(stock))
 
 
+def shared_steps(measured: Mapping[str, Any], stock_s: float) -> dict[int, float]:
+    """Seconds in which each of 1 or all stock processes that share a GPU does a step; empty without.
+
+    Args:
+        measured: the JSON of gpu_pack.py, or of another benchmark.
+        stock_s: the step of one that has the GPU for itself.
+    """
+    shared = measured.get("shared", {})
+    if shared.get("status") != "ok":
+        return {}
+    processes = shared["processes"]
+    return {1: stock_s, processes: processes * shared["ms_per_adapter"] / 1000}
+
+
 def table_of(steps: Mapping[int, float], num_slots: int) -> tuple[float, ...]:
     """Seconds of a step of 1, 2, … `num_slots` adapters, interpolated between measured ones."""
     known = sorted(steps)
@@ -66,31 +93,54 @@ def table_of(steps: Mapping[int, float], num_slots: int) -> tuple[float, ...]:
 def ways(args: argparse.Namespace) -> tuple[dict[str, Costs], list[str]]:
     """The costs of each way, and which of them are assumed."""
     assumed = ["ask_tell_s", "validation_steps"]
+    together: dict[int, float] = {}
     if args.steps:
-        ours, stock_s = step_times(json.loads(args.steps.read_text())["packs"], args.tokens)
+        measured = read(args.steps, "packs")
+        ours, stock_s = step_times(measured["packs"], args.tokens)
+        together = shared_steps(measured, stock_s)
     else:
         ours, stock_s = ASSUMED_STEPS, ASSUMED_STOCK_S
         assumed.append("step_s")
-    fixed = dict(ASSUMED_FIXED)
+    fixed = ASSUMED_FIXED
     if args.fixed:
-        found = json.loads(args.fixed.read_text())
+        found = read(args.fixed, "ours", "strong")
         fixed = {
-            "start_s": found["ours"]["command_to_first_step_s"],
-            "ours_between_s": found["ours"]["between_s"],
-            "stock_between_s": found["strong"]["between_s"],
+            whose: {
+                "start_s": found[way]["command_to_first_step_s"],
+                "between_s": found[way]["between_s"],
+            }
+            for whose, way in (("ours", "ours"), ("stock", "strong"))
         }
     else:
         assumed += ["start_s", "between_s"]
 
     def costs(step_s: tuple[float, ...], whose: str) -> Costs:
-        between_s = fixed[f"{whose}_between_s"]
-        return Costs(step_s, fixed["start_s"], between_s, args.ask_tell, args.validation_steps)
+        return Costs(
+            step_s, **fixed[whose], ask_tell_s=args.ask_tell, validation_steps=args.validation_steps
+        )
 
-    return {
+    found = {
         "packed": costs(table_of(ours, args.slots), "ours"),
         "alone": costs((ours[1],), "ours"),
         "stock": costs((stock_s,), "stock"),
-    }, sorted(assumed)
+    }
+    if together:
+        found["shared"] = costs(table_of(together, max(together)), "stock")
+    return found, sorted(assumed)
+
+
+def read(path: Path, *needed: str) -> dict[str, Any]:
+    """A benchmark's JSON with what is needed of it."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from None
+    missing = [name for name in needed if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise DataError(
+            f"{path}: holds no {' and no '.join(missing)}; is it the right benchmark's?"
+        )
+    return found
 
 
 def picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
@@ -99,8 +149,10 @@ def picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
     gpus = sorted({run["gpus"] for run in runs})
     figure, panels = new_figure(len(counts))
     for axes, trials in zip(panels, counts, strict=True):
-        for color, style, way in zip(COLORS, ("-", "--", "-"), NAMES, strict=False):
+        for color, style, way in zip(COLORS, ("-", "--", "-", "--"), NAMES, strict=False):
             own = [run for run in runs if run["trials"] == trials and run["way"] == way]
+            if not own:
+                continue
             hours = [run["makespan_h"] for run in own]
             points, look = ([r["gpus"] for r in own], hours), {"color": color, "ls": style}
             # dashes over a line where the two fall together
@@ -116,49 +168,51 @@ def picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def numbers(text: str) -> list[int]:
-    """Ascending numbers from "1,2,4"."""
-    found = sorted({int(part) for part in text.split(",")})
-    if found[0] < 1:
-        raise ValueError(text)
-    return found
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=Path, help="JSON of pack_time, gpu_step or gpu_pack")
-    parser.add_argument("--tokens", type=int, help="which length of --steps")
+    parser.add_argument("--tokens", type=at_least(1), help="which length of --steps")
     parser.add_argument("--fixed", type=Path, help="JSON of fixed_costs")
-    parser.add_argument("--trials", type=numbers, default=[100, 1000])
-    parser.add_argument("--gpus", type=numbers, default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--slots", type=int, default=8, help="of a pack")
-    parser.add_argument("--num-steps", type=int, default=900, help="of a trial's full budget")
-    parser.add_argument("--report-every", type=int, default=100)
+    parser.add_argument("--trials", type=ascending, default=[100, 1000])
+    parser.add_argument("--gpus", type=ascending, default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--slots", type=at_least(1), default=8, help="of a pack")
+    parser.add_argument(
+        "--num-steps", type=at_least(1), default=900, help="of a trial's full budget"
+    )
+    parser.add_argument("--report-every", type=at_least(1), default=100)
     parser.add_argument("--scheduler", choices=("asha", "none"), default="asha")
     parser.add_argument("--grace-fraction", type=float, default=0.334)
-    parser.add_argument("--validation-steps", type=float, default=10)
-    parser.add_argument("--ask-tell", type=float, default=ASK_TELL_S, help="seconds a trial")
-    parser.add_argument("--failures", type=float, default=0.01, help="of a GPU's node, per hour")
-    parser.add_argument("--repair", type=float, default=300.0, help="seconds without a lost node")
+    parser.add_argument("--validation-steps", type=at_least(0, float), default=10)
+    parser.add_argument(
+        "--ask-tell", type=at_least(0, float), default=ASK_TELL_S, help="seconds a trial"
+    )
+    parser.add_argument(
+        "--failures", type=at_least(0, float), default=0.01, help="of a GPU's node, per hour"
+    )
+    parser.add_argument(
+        "--repair", type=at_least(0, float), default=300.0, help="seconds without a lost node"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
-    return parser.parse_args()
+    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
+    args = parser.parse_args()
+    if args.num_steps % args.report_every:
+        parser.error("--num-steps must be a multiple of --report-every")
+    return args
 
 
 def main() -> None:
     """Simulate, print a table, write JSON and a picture."""
     args = arguments()
     costs, assumed = ways(args)
-    scheduler = SchedulerSettings(name=args.scheduler, grace_fraction=args.grace_fraction)
+    settings = {"name": args.scheduler, "grace_fraction": args.grace_fraction}
+    scheduler = validate(SchedulerSettings, settings, "simulate.py")
     failures = Failures(args.failures, args.repair)
     runs: list[dict[str, Any]] = []
     print(f"simulated; assumed, not measured: {', '.join(assumed)}")
-    print(
-        "trials | GPUs | " + " | ".join(f"{name}: h" for name in NAMES.values()) + " | times faster"
-    )
+    print("trials | GPUs | " + " | ".join(f"{NAMES[way]}: h" for way in costs) + " | times faster")
     for trials in args.trials:
         search = Search(trials, args.num_steps, args.report_every, scheduler)
         for gpus in args.gpus:
@@ -168,7 +222,7 @@ def main() -> None:
                 hours[way] = outcome.makespan_s / 3600
                 run = {"way": way, "trials": trials, "gpus": gpus, "makespan_h": hours[way]}
                 runs.append(run | asdict(outcome))
-            faster = ratio(hours["stock"], hours["packed"])
+            faster = ratio(min(hours["stock"], hours.get("shared", math.inf)), hours["packed"])
             cells = [trials, gpus, *(round(h, 2) for h in hours.values()), faster]
             print(" | ".join(map(str, cells)))
     result = {
@@ -183,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,6 +9,7 @@ from sweep_model import Costs, Failures, Search
 from sweep_model import simulate as run
 
 from higgs_tune.config import SchedulerSettings
+from higgs_tune.errors import DataError
 
 FULL = SchedulerSettings(name="none")
 ASHA = SchedulerSettings(name="asha", grace_fraction=0.25, reduction_factor=3)
@@ -94,13 +95,48 @@ def test_the_script_writes_figures_and_a_picture(tmp_path, monkeypatch):
     steps, fixed, out = (tmp_path / name for name in ("steps.json", "fixed.json", "out.json"))
     steps.write_text(json.dumps({"packs": PACKS}))
     ours = {"command_to_first_step_s": 12.0, "between_s": 0.3}
-    fixed.write_text(json.dumps({"ours": ours, "strong": {"between_s": 0.9}}))
+    strong = {"command_to_first_step_s": 11.0, "between_s": 0.9}
+    fixed.write_text(json.dumps({"ours": ours, "strong": strong}))
     options = [f"--steps={steps}", "--tokens=100", f"--fixed={fixed}", "--slots=4", "--gpus=1,2"]
     monkeypatch.setattr(sys, "argv", ["simulate.py", *options, "--trials=10", f"--out={out}"])
     simulate.main()
     result = json.loads(out.read_text())
     assert result["simulated"] is True and result["assumed"] == ["ask_tell_s", "validation_steps"]
     assert result["costs"]["stock"]["between_s"] == 0.9
+    assert [result["costs"][way]["start_s"] for way in ("packed", "stock")] == [12.0, 11.0]
+    assert "shared" not in result["costs"]
     spans = {(run["way"], run["gpus"]): run["makespan_h"] for run in result["runs"]}
     assert spans["packed", 1] < spans["alone", 1] < spans["stock", 1]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stock_processes_that_share_a_gpu_are_the_ones_to_beat(tmp_path, monkeypatch, capsys):
+    steps = tmp_path / "steps.json"
+    packs = [
+        {"adapters": 1, "ours": {"ms": 10.0}, "stock": {"ms": 12.0}},
+        {"adapters": 4, "ours": {"ms": 16.0}, "stock": {"ms": 12.0}},
+    ]
+    shared = {"status": "ok", "processes": 4, "ms_per_adapter": 6.0}
+    assert simulate.shared_steps({"shared": shared}, 0.012) == {1: 0.012, 4: 0.024}
+    assert simulate.shared_steps({"shared": {"status": "out_of_memory"}}, 0.012) == {}
+    steps.write_text(json.dumps({"packs": packs, "shared": shared}))
+    options = [f"--steps={steps}", "--slots=4", "--gpus=1", "--trials=400", "--ask-tell=0"]
+    options += ["--failures=0", "--scheduler=none", f"--out={tmp_path / 'out.json'}"]
+    monkeypatch.setattr(sys, "argv", ["simulate.py", *options])
+    simulate.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    hours = {run["way"]: run["makespan_h"] for run in result["runs"]}
+    assert hours["packed"] < hours["shared"] < hours["stock"]
+    assert float(capsys.readouterr().out.split("|")[-1]) == round(
+        hours["shared"] / hours["packed"], 2
+    )
+
+
+def test_figures_of_another_benchmark_are_refused(tmp_path, monkeypatch):
+    steps = tmp_path / "steps.json"
+    steps.write_text(json.dumps({"ways": {}}))
+    with pytest.raises(DataError, match="holds no packs; is it the right benchmark's"):
+        simulate.read(steps, "packs")
+    steps.write_text("{")
+    with pytest.raises(DataError, match=r"steps\.json: "):
+        simulate.read(steps, "packs")
