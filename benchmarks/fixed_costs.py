@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
+from options import at_least, json_file, run
 from output import COLORS, machine, new_figure, num_cpus, save, settings_of
 from stock_base import REPORTED, STARTED
 from sweep_time import HERE, WAYS, Results, environment, our_trials, settings_file, timed
@@ -123,17 +124,28 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=9)
-    parser.add_argument("--slots", type=int, default=4, help="of our worker")
-    parser.add_argument("--processes", type=int, default=num_cpus(), help="of the other ways")
-    parser.add_argument("--repeats", type=int, default=3, help="after one that is not counted")
-    parser.add_argument("--gpus", type=int, default=0, help="1: on a GPU")
+    parser.add_argument("--trials", type=at_least(1), default=9)
+    parser.add_argument("--slots", type=at_least(1), default=4, help="of our worker")
+    parser.add_argument(
+        "--processes", type=at_least(1), default=num_cpus(), help="of the other ways"
+    )
+    parser.add_argument(
+        "--repeats", type=at_least(0), default=3, help="after one that is not counted; 0: count it"
+    )
+    parser.add_argument("--gpus", type=int, choices=(0, 1), default=0, help="1: on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--ways", nargs="*", choices=("plain", "strong"), default=["plain", "strong"]
     )
-    parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
+    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
     args = parser.parse_args()
+    # trial 1 has audio_self, which the stock model lacks
+    most = max(args.slots, args.processes + 1 if args.ways else 0)
+    if args.trials <= most:
+        parser.error(
+            f"--trials {args.trials}: no trial would follow another; with so many --slots and "
+            f"--processes it takes {most + 1}"
+        )
     small = {"num_steps": 8, "report_every": 4, "clips": 3, "val_clips": 4, "scheduler": "none"}
     return argparse.Namespace(**vars(args), **small)
 
@@ -156,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -179,7 +179,7 @@ def run_stock(
     """
     total = ray.cluster_resources()
     cpus = max(1, int(total["CPU"]) // processes)
-    share = {"cpu": cpus, "gpu": total.get("GPU", 0) / processes}
+    share = {"cpu": cpus, "gpu": sweep.tune.gpus_per_worker / processes}  # of ours, all together
     common = {"sweep": sweep.model_dump(mode="json"), "threads": cpus, "trials": list(trials)}
     trainable: Any = {"plain": plain_trial, "strong": StrongTrial}[way]
     collector = Collector()

@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
+from options import at_least, json_file, run
 from output import COLORS, machine, new_figure, num_cpus, ratio, save, settings_of
 
 from higgs_tune.config_file import load_sweep, to_yaml
@@ -52,6 +53,7 @@ def settings_file(folder: Path, args: argparse.Namespace) -> Path:
         "tune.num_trials": args.trials,
         "tune.slots_per_worker": args.slots,
         "tune.gpus_per_worker": args.gpus,
+        "base.device": "cuda" if args.gpus else "cpu",  # of every way
         "tune.seed": args.seed,
         "tune.scheduler.name": args.scheduler,
         "data.num_val_clips": args.val_clips,
@@ -209,21 +211,23 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--num-steps", type=int, default=80)
-    parser.add_argument("--report-every", type=int, default=20)
-    parser.add_argument("--clips", type=int, default=3, help="of a step")
-    parser.add_argument("--val-clips", type=int, default=16)
-    parser.add_argument("--slots", type=int, default=4, help="of our worker")
-    parser.add_argument("--processes", type=int, default=num_cpus(), help="of the other ways")
-    parser.add_argument("--gpus", type=int, default=0, help="1: on a GPU")
+    parser.add_argument("--trials", type=at_least(1), default=12)
+    parser.add_argument("--num-steps", type=at_least(1), default=80)
+    parser.add_argument("--report-every", type=at_least(1), default=20)
+    parser.add_argument("--clips", type=at_least(1), default=3, help="of a step")
+    parser.add_argument("--val-clips", type=at_least(1), default=16)
+    parser.add_argument("--slots", type=at_least(1), default=4, help="of our worker")
+    parser.add_argument(
+        "--processes", type=at_least(1), default=num_cpus(), help="of the other ways"
+    )
+    parser.add_argument("--gpus", type=int, choices=(0, 1), default=0, help="1: on a GPU")
     parser.add_argument("--scheduler", choices=("asha", "none"), default="asha")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least(1), default=3)
     parser.add_argument(
         "--ways", nargs="*", choices=("plain", "strong"), default=["plain", "strong"]
     )
-    parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
+    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
     inside = parser.add_argument_group("inside the process of one way")
     for name in ("--way", "--sweep", "--given"):
         inside.add_argument(name, help=argparse.SUPPRESS)
@@ -247,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,6 +4,7 @@ import argparse
 
 import fixed_costs
 import pytest
+import stock_tune
 import sweep_time
 from stock_base import REPORTED, STARTED
 
@@ -22,6 +23,27 @@ def test_our_sweep_has_nothing_that_a_stock_model_lacks(tmp_path):
     assert config.space.audio_loss_weight == 8.0  # embedded base: 8 codebooks
     assert config.confirm.num_configs == 0
     assert (config.tune.num_trials, config.train.num_steps, config.tune.seed) == (5, 40, 7)
+
+
+@pytest.mark.parametrize("gpus, device", [(0, "cpu"), (1, "cuda")])
+def test_all_ways_run_on_the_same_device_with_the_same_share_of_it(
+    gpus, device, tmp_path, monkeypatch
+):
+    args = argparse.Namespace(**{**vars(ARGS), "gpus": gpus})
+    config = load_sweep(sweep_time.settings_file(tmp_path, args))
+    assert config.base.device == device
+    shares = []
+
+    def with_resources(trainable, share):
+        shares.append(share)
+        raise StopIteration
+
+    machine = {"CPU": 8.0, "GPU": 4.0}  # ours is one worker with one GPU at most
+    monkeypatch.setattr(stock_tune.ray, "cluster_resources", lambda: machine)
+    monkeypatch.setattr(stock_tune.tune, "with_resources", with_resources)
+    with pytest.raises(StopIteration):
+        stock_tune.run_stock("strong", config, [], 2, tmp_path)
+    assert shares == [{"cpu": 4, "gpu": gpus / 2}]
 
 
 def lines(*values):
