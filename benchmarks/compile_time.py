@@ -17,10 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from options import at_least, json_file, run
 from output import machine, save, settings_of
 from sides import start_of, synchronise, trial_of
 from step_time import picture
@@ -92,10 +92,10 @@ def measure(clips: int, rank: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Measure in two processes and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=3)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--clips", type=at_least(1), default=3)
+    parser.add_argument("--rank", type=at_least(1), default=16)
+    parser.add_argument("--repeats", type=at_least(1), default=30)
+    parser.add_argument("--out", type=json_file)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -109,8 +109,9 @@ def main() -> None:
                 [sys.executable, *sys.argv, "--one"],
                 env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
                 stdout=subprocess.PIPE,
-                check=True,
             )
+            if done.returncode:
+                raise SystemExit(f"the {name} process ended with {done.returncode}, see above")
             found[name] = json.loads(done.stdout.splitlines()[-1])
     times = found["warm"]["every_s"]
     eager, compiled = (statistics.median(times[name]) for name in ("eager", "compiled"))
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,7 +13,6 @@ counts what a long run does; a few clips of more workers are done by then, so us
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import threading
@@ -25,12 +24,13 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import soundfile
-import torch
+from options import at_least, json_file, run
+from output import machine, save, settings_of
 from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
 from higgs_tune.data import encode
 from higgs_tune.data.options import PrepareOptions
-from higgs_tune.files import write_json
+from higgs_tune.device import resolve_device
 
 RATE_HZ = 24_000
 
@@ -137,13 +137,14 @@ def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--codec", default="embedded")
-    parser.add_argument("--clips", type=int, default=120)
-    parser.add_argument("--workers", type=int, nargs=2, default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clips", type=at_least(1), default=120)
+    parser.add_argument("--workers", type=at_least(1), nargs=2, default=[1, 2])
+    parser.add_argument("--repeats", type=at_least(1), default=3)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=json_file)
     args = parser.parse_args()
     os.environ.setdefault("RAY_ADDRESS", "local")
+    facts = machine(resolve_device(args.device, "--device"))
     found: dict[int, list[Timed]] = {n: [] for n in args.workers}
     peaks = dict.fromkeys(args.workers, 0.0)
     with tempfile.TemporaryDirectory(prefix="ht") as name:
@@ -167,28 +168,26 @@ def main() -> None:
                         )
                     )
                 peaks[workers] = max(peaks[workers], rss.mib)
-    hashes = {run.content_hash for runs in found.values() for run in runs}
+    hashes = {each.content_hash for runs in found.values() for each in runs}
     assert len(hashes) == 1, "workers give different datasets"
     one, two = args.workers
     result = {"codec": args.codec, "hours_of_audio": round(hours, 4)}
     for name in ("whole", "steady"):
         rate = {
-            n: hours * 3600 / statistics.median(getattr(run, f"{name}_s") for run in found[n])
+            n: hours * 3600 / statistics.median(getattr(each, f"{name}_s") for each in found[n])
             for n in found
         }
         result |= {f"{name}_hours_per_hour_{n}": round(rate[n], 1) for n in rate}
         result[f"{name}_ratio"] = round(rate[two] / rate[one], 2)
     result |= {f"peak_rss_mib_{n}": round(peak) for n, peak in peaks.items()}
     result |= {
-        "repeats": args.repeats,
-        "cpus": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        "every_s": {n: [[each.whole_s, each.steady_s] for each in found[n]] for n in found},
+        "machine": facts,
+        "settings": settings_of(args),
     }
     print(json.dumps(result, indent=1))
-    if args.out:
-        write_json(args.out, result)
+    save(args.out, result)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,26 +6,29 @@
 
 Random base of the real configuration (random_base.py), rank 16 on all linears, one clip of --tokens rows
 a step and adapter. First packs of each number of --adapters and a stock step alternate in one process
-(gpu_step.py), losses compared; then a pack of the largest number whose ranks are --unlike in turn, as a
-search's are. Then --processes stock processes, each with a base of its own, train side
-by side on the GPU for --seconds, started together. With --fill adapters are added until one step of a pack
-runs out of memory; the memory model's own prediction stands beside it.
+(gpu_step.py), losses compared; then the largest pack that fitted, with ranks that are --unlike in turn, as a
+search's are. Then --processes stock processes, each with a base of its own, train side by side on the GPU
+for --seconds, started together: the driver gives them the GPU in turn, or at once if an MPS daemon runs,
+which the figures tell. With --fill the largest pack of which two steps fit is sought, from the memory
+model's prediction on. Each figure is printed, and all are saved, as soon as it is there.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import NUM_BATCHES, adapter_counts, compare
+from gpu_step import NUM_BATCHES, compare
 from matplotlib.figure import Figure
 from measured import free_memory
+from options import ascending, at_least, json_file, run
 from output import COLORS, machine, new_figure, ratio, save, settings_of
 from random_base import PRESETS, random_base, random_clips
 from sides import our_step, prediction, stock_step, synchronise
@@ -48,18 +51,16 @@ def clips_of(base: Base, args: argparse.Namespace, adapter: int, number: int) ->
     return random_clips(base, args.clips, args.tokens, args.text_share, (adapter, number))
 
 
-def measure_packs(args: argparse.Namespace, ranks: Sequence[int]) -> list[dict[str, Any]]:
+def measure_packs(args: argparse.Namespace, ranks: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Packs against the stock step in this process; its memory is free again afterwards."""
-    packs = []
     for record in compare(base_of(args), args, ranks=ranks):
-        packs.append(record)
         ours, stock = (record[side].get("ms") for side in ("ours", "stock"))
         share, faster = record["share_of_floor_h100"], record["ratio_to_stock"]
         named = f"{record['adapters']} adapters of rank {', '.join(map(str, ranks))}"
         print(f"{named}: ours {ours} ms, stock {stock} ms for one;", end=" ")
         print(f"{faster} × faster per adapter, {share} of an H100's rate", flush=True)
+        yield record
     free_memory()
-    return packs
 
 
 def be_stock_process(args: argparse.Namespace) -> None:
@@ -115,7 +116,14 @@ def measure_shared(args: argparse.Namespace, options: Sequence[str]) -> dict[str
         for process in started:
             process.kill()
             process.communicate()
-    return shared_figures([json.loads(line) for line in heard if line != "ready"], args.processes)
+    found = [json.loads(line) for line in heard if line != "ready"]
+    return shared_figures(found, args.processes) | {"mps": has_mps()}
+
+
+def has_mps() -> bool:
+    """Whether a daemon of NVIDIA's Multi-Process Service lets processes use a GPU at the same moment."""
+    folder = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps")
+    return (folder / "control").exists()
 
 
 def _line(process: subprocess.Popen[str]) -> str:
@@ -138,18 +146,23 @@ def shared_figures(found: Sequence[Mapping[str, Any]], processes: int) -> dict[s
     }
 
 
-def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` that fits, if what fits once fits for all below; 0 for none."""
-    good, bad = 0, 1
-    while bad <= limit and fits(bad):
-        good, bad = bad, 2 * bad
-    bad = min(bad, limit + 1)
+def largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> int:
+    """The largest number up to `limit` that fits, if what fits once fits for all below; 0 for none.
+
+    It steps away from `guess`, each time twice as far, until it has one that fits and one that does not,
+    and halves what lies between.
+    """
+    good, bad, tried, stride = 0, limit + 1, min(max(guess, 1), limit), 1
     while bad - good > 1:
-        middle = (good + bad) // 2
-        if fits(middle):
-            good = middle
+        if fits(tried):
+            good = tried
         else:
-            bad = middle
+            bad = tried
+        if good and bad <= limit:
+            tried = (good + bad) // 2
+        else:
+            tried = min(good + stride, limit) if good else max(bad - stride, 1)
+        stride *= 2
     return good
 
 
@@ -159,7 +172,9 @@ def measure_fill(args: argparse.Namespace, gib: float) -> dict[str, Any]:
     device = next(base.model.parameters()).device
     examples = clips_of(base, args, 0, 0)
 
-    predicted = prediction(base, args.rank, examples)
+    by_model = prediction(base, args.rank, examples)
+    predicted = largest(lambda adapters: by_model(adapters) <= gib * 2**30, args.limit)
+    print(f"{predicted} adapters are predicted to fit", flush=True)
 
     def runs(adapters: int) -> bool:
         fits = True
@@ -177,11 +192,10 @@ def measure_fill(args: argparse.Namespace, gib: float) -> dict[str, Any]:
         print(f"{adapters} adapters {'fit' if fits else 'do not fit'}", flush=True)
         return fits
 
-    measured = largest(runs, args.limit) if args.fill else None
     return {
         "gib": round(gib, 2),
-        "predicted": largest(lambda adapters: predicted(adapters) <= gib * 2**30, args.limit),
-        "measured": measured,
+        "predicted": predicted,
+        "measured": largest(runs, args.limit, predicted) if args.fill else None,
         "limit": args.limit,
     }
 
@@ -225,7 +239,7 @@ def picture(found: Sequence[Mapping[str, Any]], processes: int) -> Figure:
 
 def rank_list(text: str) -> list[int]:
     """Numbers from "16,8", in their order."""
-    return [int(part) for part in text.split(",")]
+    return [at_least(1)(part) for part in text.split(",")]
 
 
 def arguments() -> argparse.Namespace:
@@ -236,20 +250,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--adapters", type=adapter_counts, default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=600, help="rows of an adapter's step")
-    parser.add_argument("--text-share", type=float, default=0.15, help="of a clip's rows")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--unlike", type=rank_list, default=[16, 8, 32, 64], help="ranks in turn")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--processes", type=int, default=4, help="stock ones at once; 0: none")
-    parser.add_argument("--seconds", type=float, default=20.0, help="that they train")
-    parser.add_argument("--fill", action="store_true", help="add adapters until none fits")
-    parser.add_argument("--limit", type=int, default=512, help="most adapters to try")
+    parser.add_argument("--adapters", type=ascending, default=[1, 8])
+    parser.add_argument("--tokens", type=at_least(1), default=600, help="rows of an adapter's step")
     parser.add_argument(
-        "--gib", type=float, help="for the prediction; default: the device's, or 80"
+        "--text-share", type=at_least(0, float), default=0.15, help="of a clip's rows"
     )
-    parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
+    parser.add_argument("--rank", type=at_least(1), default=16)
+    parser.add_argument("--unlike", type=rank_list, default=[16, 8, 32, 64], help="ranks in turn")
+    parser.add_argument("--repeats", type=at_least(1), default=15)
+    parser.add_argument(
+        "--processes", type=at_least(0), default=4, help="stock ones at once; 0: none"
+    )
+    parser.add_argument(
+        "--seconds", type=at_least(0.1, float), default=20.0, help="that they train"
+    )
+    parser.add_argument("--fill", action="store_true", help="add adapters until none fits")
+    parser.add_argument("--limit", type=at_least(1), default=512, help="most adapters to try")
+    parser.add_argument(
+        "--gib",
+        type=at_least(0, float),
+        help="for the prediction; default: what is free on the device, or 80",
+    )
+    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
     parser.add_argument("--as-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -264,34 +286,39 @@ def main() -> None:
         be_stock_process(args)
         return
     device = resolve_device(args.device, "--device")
-    cuda = device.type == "cuda"
-    gib = args.gib or (
-        torch.cuda.get_device_properties(device).total_memory / 2**30 if cuda else 80
-    )
-    result: dict[str, Any] = {"machine": machine(device), "settings": settings_of(args)}
-    packs = result["packs"] = measure_packs(args, [args.rank])
+    gib = args.gib or (torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else 80)
+    packs: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        "machine": machine(device),
+        "settings": settings_of(args),
+        "packs": packs,
+        "shared": {"status": "left_out"},
+    }
     options = [f"--{n}={getattr(args, n)}" for n in ("preset", "device", "dtype", "tokens", "rank")]
     options += [f"--text-share={args.text_share}", f"--seconds={args.seconds}"]
 
-    def keep() -> None:  # what comes next may take the process with it
+    def keep(**parts: Any) -> None:
+        for name, part in parts.items():
+            result[name] = part
+            print(f"{name}: {json.dumps(part)}", flush=True)
         result["ratios"] = ratios(packs, result["shared"])
         if "unlike" in result:
             result["unlike_ratios"] = ratios(result["unlike"], result["shared"])
         save(args.out, result, picture(result["ratios"], args.processes))
 
-    result["shared"] = {"status": "left_out"}
-    keep()
-    largest_pack = argparse.Namespace(**{**vars(args), "adapters": [max(args.adapters)]})
-    result["unlike"] = measure_packs(largest_pack, args.unlike)
-    keep()
-    if args.processes:
-        result["shared"] = measure_shared(args, options)
+    for pack in measure_packs(args, [args.rank]):
+        packs.append(pack)
+        keep()  # what comes next may take the process with it
+    if fitted := [pack["adapters"] for pack in packs if "ms" in pack["ours"]]:
+        largest_pack = argparse.Namespace(**{**vars(args), "adapters": [max(fitted)]})
+        result["unlike"] = list(measure_packs(largest_pack, args.unlike))
         keep()
-    result["fits"] = measure_fill(args, gib)
-    for name in ("shared", "ratios", "unlike_ratios", "fits"):
-        print(f"{name}: {json.dumps(result[name])}")
-    keep()
+    if args.processes:
+        keep(shared=measure_shared(args, options))
+    keep(fits=measure_fill(args, gib))
+    for name in ("ratios", "unlike_ratios"):
+        print(f"{name}: {json.dumps(result.get(name))}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

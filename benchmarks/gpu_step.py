@@ -18,11 +18,11 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from measured import Side, check_losses, free_memory
+from options import ascending, at_least, json_file, run
 from output import machine, settings_of
 from random_base import PRESETS, random_base, random_clips, step_flops
 from sides import our_step, prediction, stock_step, synchronise
@@ -77,7 +77,7 @@ def compare(
     alone: float | None = None
     for adapters in args.adapters:
         own = [ranks[n % len(ranks)] for n in range(adapters)]
-        flops = sum(step_flops(base.model.config, rank, batches[0][0]) for rank in own)
+        flops = [step_flops(base.model.config, rank, batches[0][0]) for rank in own]
         make = partial(our_step, base, own, split=split)
         countable = not base.compile or device.type == "cuda"
         ours = Side.made(make, adapters, batches, device, base_bytes, count_syncs=countable)
@@ -93,9 +93,10 @@ def compare(
             "adapters": adapters,
             "ranks": own,
             "losses_compared": compared,
-            "tflop": round(flops / 1e12, 4),
-            "floor_h100_ms": round(1000 * flops / H100_FLOPS, 4),
-            "floor_here_ms": round(1000 * flops / here, 4),
+            "tflop": round(sum(flops) / 1e12, 4),
+            "floor_h100_ms": round(1000 * sum(flops) / H100_FLOPS, 4),
+            "floor_here_ms": round(1000 * sum(flops) / here, 4),
+            "stock_floor_here_ms": round(1000 * flops[0] / here, 4),
             "matmul_here_tflops": round(here / 1e12, 3),
             "predicted_gib": round(predicted(adapters) / 2**30, 4),
             "ours": ours.figures(tokens),
@@ -120,7 +121,7 @@ def shares(record: dict[str, Any], alone_ms: float | None) -> dict[str, float | 
     return {
         "share_of_floor_h100": ratio(record["floor_h100_ms"], ours),
         "share_of_floor_here": ratio(record["floor_here_ms"], ours),
-        "stock_share_of_floor_here": ratio(record["floor_here_ms"] / adapters, stock),
+        "stock_share_of_floor_here": ratio(record["stock_floor_here_ms"], stock),
         "ratio_to_stock": ratio(stock and adapters * stock, ours),
         "ratio_to_alone": ratio(alone_ms and adapters * alone_ms, ours),
     }
@@ -146,37 +147,30 @@ COLUMNS = (
 )
 
 
-def adapter_counts(text: str) -> list[int]:
-    """Ascending numbers from "1,2,4"."""
-    counts = sorted({int(part) for part in text.split(",")})
-    if counts[0] < 1:
-        raise ValueError(text)
-    return counts
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="full")
-    parser.add_argument("--layers", type=int, help="instead of the preset's number")
+    parser.add_argument("--layers", type=at_least(1), help="instead of the preset's number")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--split", action="store_true", help="each adapter on a core, as sweeps on CPUs"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--adapters", type=adapter_counts, default=[1], help="such as 1,2,4,8")
-    parser.add_argument("--clips", type=int, default=8, help="of each adapter's step")
-    parser.add_argument("--tokens", type=int, default=400, help="rows of a clip, text and audio")
-    parser.add_argument("--text-share", type=float, default=0.15, help="of a clip's rows")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="JSON, written after each number of adapters")
-    args = parser.parse_args()
-    if min(args.clips, args.tokens, args.rank, args.repeats) < 1:
-        parser.error("--clips, --tokens, --rank and --repeats must be at least 1")
-    return args
+    parser.add_argument("--adapters", type=ascending, default=[1], help="such as 1,2,4,8")
+    parser.add_argument("--clips", type=at_least(1), default=8, help="of each adapter's step")
+    parser.add_argument(
+        "--tokens", type=at_least(1), default=400, help="rows of a clip, text and audio"
+    )
+    parser.add_argument(
+        "--text-share", type=at_least(0, float), default=0.15, help="of a clip's rows"
+    )
+    parser.add_argument("--rank", type=at_least(1), default=16)
+    parser.add_argument("--repeats", type=at_least(1), default=15)
+    parser.add_argument("--out", type=json_file, help="JSON, written after each number of adapters")
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -207,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -3,8 +3,9 @@
 import argparse
 import os
 import platform
+import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,31 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def version_of(package: str) -> str | None:
+    """The installed version; None without one, as of ray where only steps are measured."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What ran and on what; `load` is the machine's own work before the benchmark began."""
+    load = [round(each, 2) for each in os.getloadavg()]
+    if load[0] > num_cpus() / 2:
+        print(
+            f"warning: other work loads this machine ({load[0]} on {num_cpus()} CPUs): neither times "
+            "nor their ratios say much",
+            file=sys.stderr,
+        )
     device = torch.device(device)
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "cpus": num_cpus(),
-        "load": [round(load, 2) for load in os.getloadavg()],
+        "load": load,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
     }
 
 

@@ -13,12 +13,12 @@ no kernel and are left out.
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import H100_FLOPS, adapter_counts
+from gpu_step import H100_FLOPS
 from matplotlib.figure import Figure
+from options import ascending, at_least, json_file, run
 from output import COLORS, machine, new_figure, save, settings_of
 from random_base import PRESETS, random_clips, step_flops, vocabulary_of
 from stand_in_gpu import have_it
@@ -130,9 +130,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="full")
-    parser.add_argument("--adapters", type=adapter_counts, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--tokens", type=int, default=600, help="rows of an adapter's step")
-    parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
+    parser.add_argument("--adapters", type=ascending, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--tokens", type=at_least(1), default=600, help="rows of an adapter's step")
+    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
     args = parser.parse_args()
     have_it()
     config = PRESETS[args.preset]
@@ -149,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,11 +13,11 @@ import argparse
 import json
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from options import json_file, run
 from output import machine, save, settings_of
 from random_base import PRESETS, random_base
 
@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--out", type=json_file, help="JSON")
     args = parser.parse_args()
     base = random_base(PRESETS["full"], torch.device("meta"), torch.bfloat16)
     costs = Costs.of(base.model)
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

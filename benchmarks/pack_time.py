@@ -13,13 +13,13 @@ threads in each operation.
 import argparse
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import adapter_counts, compare
+from gpu_step import compare
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from options import ascending, at_least, json_file, run
 from output import COLORS, machine, new_figure, num_cpus, ratio, save, settings_of
 
 from higgs_tune.config import BaseSettings
@@ -85,14 +85,18 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=num_cpus(), help="of torch, on both sides")
-    parser.add_argument("--adapters", type=adapter_counts, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--tokens", type=adapter_counts, default=[100, 400, 1200])
-    parser.add_argument("--text-share", type=float, default=0.15, help="of a clip's rows")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument(
+        "--threads", type=at_least(1), default=num_cpus(), help="of torch, on both sides"
+    )
+    parser.add_argument("--adapters", type=ascending, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--tokens", type=ascending, default=[100, 400, 1200])
+    parser.add_argument(
+        "--text-share", type=at_least(0, float), default=0.15, help="of a clip's rows"
+    )
+    parser.add_argument("--rank", type=at_least(1), default=16)
+    parser.add_argument("--repeats", type=at_least(1), default=9)
     parser.add_argument("--compile", action="store_true", help="base.compile in ours")
-    parser.add_argument("--out", type=Path, help="JSON; the picture beside it")
+    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
     args = parser.parse_args()
     args.clips = 1
     return args
@@ -119,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,13 +1,15 @@
 """The two ways of training that the benchmarks compare, on the same base and the same labels."""
 
 import copy
+import json
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import HiggsAudioV2Config
 
 from higgs_tune.config import ALL_LINEAR, CrossAttention, TrialConfig
 from higgs_tune.data.collate import count_targets, to_device
@@ -16,7 +18,7 @@ from higgs_tune.model.load import Base
 from higgs_tune.model.targets import linear_modules, lora_regex
 from higgs_tune.train.engine import AdapterState, Engine, PackLimits
 from higgs_tune.train.gradients import rows_of
-from higgs_tune.train.memory import StepShape, memory_of_slots, predict
+from higgs_tune.train.memory import Memory, StepShape, memory_of_slots, predict
 
 Step = Callable[[Sequence[Sequence[Encoded]]], Tensor]
 """Trains every adapter for a step on its examples; returns the losses, (K,), unread."""
@@ -52,18 +54,20 @@ def prediction(base: Base, rank: int, examples: Sequence[Encoded]) -> Callable[[
         text_targets=round(text_targets / count),
     )
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
-    modes: list[CrossAttention] = ["off", "off"]
-    one, two = (
-        predict(
-            config,
-            dtype,
-            PackLimits.of([trial_of(rank, config.num_codebooks)], num_slots=number),
-            modes[:number],
-            shape,
-        )
-        for number in (1, 2)
-    )
+    one, two = _predicted(config.to_json_string(), dtype, rank, shape)
     return lambda adapters: memory_of_slots(one, two, adapters).total
+
+
+@cache  # a quarter of a minute at full size, in which a GPU would stand idle
+def _predicted(config: str, dtype: str, rank: int, shape: StepShape) -> list[Memory]:
+    """Memory of one and of two adapters."""
+    known = HiggsAudioV2Config.from_dict(json.loads(config))
+    modes: list[CrossAttention] = ["off", "off"]
+    trial = trial_of(rank, known.num_codebooks)
+    return [
+        predict(known, dtype, PackLimits.of([trial], num_slots=number), modes[:number], shape)
+        for number in (1, 2)
+    ]
 
 
 def start_of(base: Base, rank: int) -> dict[str, Tensor]:

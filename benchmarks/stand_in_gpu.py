@@ -46,5 +46,9 @@ def have_it() -> None:
     if _LIBRARY not in os.environ.get("LD_PRELOAD", ""):
         with TemporaryDirectory() as folder:
             again = [sys.executable, *sys.argv]
-            sys.exit(subprocess.run(again, env=preload(Path(folder))).returncode)
+            try:
+                environment = preload(Path(folder))
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise SystemExit(f"error: needs a C++ compiler (CXX, or g++): {error}") from None
+            sys.exit(subprocess.run(again, env=environment).returncode)
     take_for_real()

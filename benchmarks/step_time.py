@@ -13,12 +13,14 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from itertools import count, islice
 
 import torch
 from matplotlib.figure import Figure
 from measured import TOLERANCE
+from options import at_least, json_file, run
 from output import COLORS, machine, new_figure, save, settings_of
 from sides import our_step, stock_step, synchronise
 
@@ -26,8 +28,18 @@ from higgs_tune.config import BaseSettings, TaskMix
 from higgs_tune.data.collate import count_targets
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.order import TrainOrder
-from higgs_tune.data.tokens import encode_conversation
-from higgs_tune.model.load import load_base
+from higgs_tune.data.tokens import Encoded, encode_conversation
+from higgs_tune.model.load import Base, load_base
+
+
+def batches_of(base: Base, clips: int) -> Iterator[list[Encoded]]:
+    """Endless batches of the embedded clips, those in which both losses have targets."""
+    order = TrainOrder(Dataset.open("embedded:arabic"), TaskMix(), clips, seed=0)
+    for step in count():
+        batch = [encode_conversation(c, base.vocabulary) for c in order.batch(step)]
+        targets = count_targets(batch, base.model.config.num_codebooks)
+        if targets.text and targets.audio_C.all():
+            yield batch
 
 
 def picture(times: dict[str, list[float]]) -> Figure:
@@ -43,25 +55,18 @@ def picture(times: dict[str, list[float]]) -> Figure:
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--clips", type=at_least(2), default=8, help="2: to read and to speak")
+    parser.add_argument("--rank", type=at_least(1), default=16)
+    parser.add_argument("--repeats", type=at_least(1), default=15)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=json_file)
     args = parser.parse_args()
     base = load_base(BaseSettings(dtype=args.dtype, compile=args.compile))
     eager = replace(base, compile=False)
     device = next(base.model.parameters()).device
     facts = machine(device)
-    num_codebooks = base.model.config.num_codebooks
-    order = TrainOrder(Dataset.open("embedded:arabic"), TaskMix(), args.clips, seed=0)
-    batches = [
-        [encode_conversation(c, base.vocabulary) for c in order.batch(step)]
-        for step in range(args.repeats + 2)
-    ]
-    batches = [b for b in batches if count_targets(b, num_codebooks).text]
-    batches = [b for b in batches if count_targets(b, num_codebooks).audio_C.all()]
+    batches = list(islice(batches_of(base, args.clips), 1 + args.repeats))
     steps = {"ours": our_step(eager, [args.rank]), "stock": stock_step(base, args.rank)}
     if args.compile:
         steps["ours compiled"] = our_step(base, [args.rank])
@@ -103,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

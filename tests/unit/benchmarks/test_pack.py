@@ -8,9 +8,12 @@ from pathlib import Path
 import gpu_pack
 import pack_time
 import pytest
+import sides
 import torch
 from random_base import PRESETS, random_base, random_clips
-from sides import our_step
+from sides import our_step, prediction
+
+from higgs_tune.train.memory import Memory
 
 CPU = torch.device("cpu")
 
@@ -50,16 +53,18 @@ def test_times_are_per_adapter_and_ratios_to_one_stock_step():
     assert len(pack_time.picture([found]).axes) == 2
 
 
+@pytest.mark.parametrize("guess", [0, 1, 8, 30, 200])
 @pytest.mark.parametrize("most", [0, 1, 2, 7, 8, 9, 30, 99])
-def test_the_largest_pack_is_found_by_doubling_and_halving(most):
+def test_the_largest_pack_is_found_by_doubling_and_halving(most, guess):
     tried = []
 
     def fits(adapters):
         tried.append(adapters)
         return adapters <= most
 
-    assert gpu_pack.largest(fits, 30) == min(most, 30)
-    assert len(tried) == len(set(tried)) <= 11 and max(tried) <= 30
+    assert gpu_pack.largest(fits, 30, guess) == min(most, 30)
+    assert len(tried) == len(set(tried)) <= 11 and 1 <= min(tried) <= max(tried) <= 30
+    assert len(tried) <= 2 or guess != most
 
 
 def test_processes_that_share_a_device_add_up_their_rates():
@@ -77,6 +82,82 @@ def test_processes_that_share_a_device_add_up_their_rates():
     (ratios,) = gpu_pack.ratios([pack], found)
     assert (ratios["to_one_process"], ratios["to_shared"]) == (5.0, 2.5)
     assert gpu_pack.ratios([pack], failed)[0]["to_shared"] is None
+
+
+def gpu_script(monkeypatch, out, **measured):
+    """Run gpu_pack.py here, with functions of its own replaced; returns what it saved."""
+    measured["base_of"] = lambda args: None
+    for name, function in measured.items():
+        monkeypatch.setattr(gpu_pack, name, function)
+    options = ["--preset=small", "--device=cpu", "--adapters=1,2,4", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", ["gpu_pack.py", *options])
+    gpu_pack.main()
+    return json.loads(out.read_text())
+
+
+def record(adapters, ms):
+    side = {"status": "ok", "ms": ms} if ms else {"status": "out_of_memory"}
+    shares = dict.fromkeys(("share_of_floor_h100", "share_of_floor_here", "ratio_to_stock"))
+    return {"adapters": adapters, "ours": side, "stock": {"status": "ok", "ms": 9.0}, **shares}
+
+
+def test_every_figure_is_saved_before_the_next_is_measured(monkeypatch, tmp_path):
+    out, saved = tmp_path / "pack.json", []
+
+    def compare(base, args, *, ranks):
+        for adapters in args.adapters:
+            yield record(adapters, 5.0 * adapters)
+            saved.append(len(json.loads(out.read_text())["packs"]))
+
+    def end(*_):
+        raise SystemExit("the machine is gone")
+
+    with pytest.raises(SystemExit, match="gone"):
+        gpu_script(monkeypatch, out, compare=compare, measure_shared=end)
+    assert saved[:3] == [1, 2, 3]
+    result = json.loads(out.read_text())
+    assert len(result["unlike"]) == 1 and result["shared"] == {"status": "left_out"}
+
+
+def test_unlike_ranks_are_measured_in_the_largest_pack_that_fitted(monkeypatch, tmp_path):
+    counts = []
+
+    def compare(base, args, *, ranks):
+        counts.append(args.adapters)
+        yield from (record(n, 5.0 * n if n < 4 else None) for n in args.adapters)
+
+    shared = {"status": "failed", "exit_code": 1, "processes": 4}
+    result = gpu_script(
+        monkeypatch, tmp_path / "pack.json",
+        compare=compare, measure_shared=lambda *_: shared, measure_fill=lambda *_: {"measured": 2},
+    )  # fmt: skip
+    assert counts == [[1, 2, 4], [2]]
+    assert [one["ms_per_adapter"] for one in result["ratios"]] == [5.0, 5.0, None]
+    assert result["fits"] == {"measured": 2}
+
+
+def test_a_daemon_that_lets_processes_share_a_gpu_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    assert not gpu_pack.has_mps()
+    (tmp_path / "control").touch()
+    assert gpu_pack.has_mps()
+
+
+def test_the_memory_model_is_asked_once_for_equal_steps(monkeypatch):
+    base = random_base(PRESETS["small"], CPU, torch.float32)
+    clips = random_clips(base, 1, 61, 0.2, [0])
+    slots = []
+
+    def predict(config, dtype, limits, modes, shape):
+        assert (config.to_dict(), dtype) == (PRESETS["small"].to_dict(), "float32")
+        slots.append(limits.num_slots)
+        return Memory(100, 10 * limits.num_slots, 0, 0, 0)
+
+    monkeypatch.setattr(sides, "predict", predict)
+    first, second = (prediction(base, 4, clips) for _ in range(2))
+    assert first(3) == second(3) == 130
+    assert slots == [1, 2]
+    sides._predicted.cache_clear()  # of what was made up
 
 
 @pytest.mark.slow
