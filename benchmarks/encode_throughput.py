@@ -17,7 +17,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,19 +118,25 @@ class Timed(NamedTuple):
 def timed(run: Callable[[], encode.DatasetInfo]) -> Timed:
     """Run and measure."""
     first: list[float] = []
-    make_row = encode._row
+    show = encode.progress
 
-    def stamped(row: encode.ManifestRow, codes: encode.Codes) -> encode.Row:
-        first.append(time.perf_counter())
-        return make_row(row, codes)
+    @contextmanager
+    def stamped(title: str, total: int) -> Iterator[encode.Advance]:
+        with show(title, total) as advance:
 
-    encode._row = stamped
+            def noted(num_rows: int) -> None:
+                first.append(time.perf_counter())
+                advance(num_rows)
+
+            yield noted
+
+    encode.progress = stamped
     try:
         started = time.perf_counter()
         info = run()
         ended = time.perf_counter()
     finally:
-        encode._row = make_row
+        encode.progress = show
     return Timed(ended - started, ended - first[0], info.content_hash)
 
 
