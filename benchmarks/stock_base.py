@@ -78,7 +78,7 @@ class StockBase:
         torch.manual_seed(trial.seed)
         config = LoraConfig(
             r=trial.rank,
-            lora_alpha=trial.alpha,  # type: ignore[arg-type]  # PEFT takes any number
+            lora_alpha=trial.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
             target_modules=lora_regex(trial.targets),
         )
         model = get_peft_model(self.model, config)

@@ -12,6 +12,9 @@ from pydantic import Field, model_validator
 from higgs_tune.config_scheduler import SchedulerSettings
 from higgs_tune.config_space import (
     ALL_LINEAR,
+    ALPHA_POWERS,
+    ALPHA_RANK,
+    AlphaRule,
     CountOrAuto,
     CrossAttention,
     Dropout,
@@ -123,6 +126,7 @@ class BaselineSettings(Settings):
 
     rank: PositiveRank = 16
     alpha: PositiveFloat = 32.0
+    alpha_rule: AlphaRule = "fixed"
     # the upper end of what community trainers of this model use
     learning_rate: PositiveFloat = 1e-4
     target_set: str = "all_linear"
@@ -231,7 +235,8 @@ class TrialConfig(Settings):
     """One point of the search space, complete: with a base and a dataset it can be trained again."""
 
     rank: PositiveRank
-    alpha: PositiveFloat  # the LoRA scale is alpha / rank
+    alpha: PositiveFloat  # at rank 16
+    alpha_rule: AlphaRule = "fixed"  # what it is at other ranks
     # audio_attention present iff cross_attention is on
     targets: tuple[TargetPath, ...] = Field(min_length=1)
     target_set: str = "custom"  # the name the targets came from, for tables
@@ -253,6 +258,15 @@ class TrialConfig(Settings):
     seed: int = Field(default=0, ge=0)  # adapter initialisation and data order
     # of a population's trial, by step: what replaces the rates above
     schedule: tuple[RateChange, ...] = ()
+
+    @property
+    def lora_alpha(self) -> float:
+        """LoRA's alpha: its scale is this / rank.
+
+        Source: Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023, for
+        a scale that falls with the root of rank.
+        """
+        return self.alpha * (self.rank / ALPHA_RANK) ** ALPHA_POWERS[self.alpha_rule]
 
     def rates_at(self, step: int) -> dict[str, float]:
         """The `RATES` of the optimizer step that follows `step` steps."""

@@ -25,6 +25,10 @@ CrossAttention = Annotated[
         lambda value: ("audio_self" if value else "off") if isinstance(value, bool) else value
     ),
 ]
+# How alpha goes with rank, as a power of rank / ALPHA_RANK: all rules agree at that rank.
+ALPHA_RANK = 16
+AlphaRule = Literal["fixed", "rslora", "ratio"]
+ALPHA_POWERS: dict[AlphaRule, float] = {"fixed": 0.0, "rslora": 0.5, "ratio": 1.0}
 ALL_LINEAR: tuple[TargetPath, ...] = ("attention", "text_mlp", "audio_mlp")
 
 
@@ -145,8 +149,10 @@ class SpaceSettings(Settings):
     # names from target_sets
     target_set: tuple[str, ...] = Field(default=("all_linear",), min_length=1)
     cross_attention: tuple[CrossAttention, ...] = Field(default=("off",), min_length=1)
-    # fixed by default: independent of rank
+    # LoRA's alpha at rank 16
     alpha: tuple[PositiveFloat, ...] = Field(default=(32.0,), min_length=1)
+    # at other ranks: the same, times the root of rank / 16 (rsLoRA), or times rank / 16
+    alpha_rule: tuple[AlphaRule, ...] = Field(default=("fixed",), min_length=1)
     new_module_lr_factor: Factors = 0.1  # only acts with cross_attention on
     # share of each lora_A's inputs that a training step drops
     dropout: Dropouts = 0.0

@@ -21,13 +21,14 @@ SETTINGS = (
     "target_set",
     "cross_attention",
     "alpha",
+    "alpha_rule",
     "new_module_lr_factor",
     "dropout",
     "text_loss_weight",
     "audio_loss_weight",
     "batch_clips",
 )
-NAMES = ("target_set", "cross_attention")  # settings whose values have no order
+NAMES = ("target_set", "cross_attention", "alpha_rule")  # settings whose values have no order
 _NUM_SHUFFLES = 1000
 _CONFIDENCE = 0.95  # of all settings together: one sweep in 20 names one by chance
 

@@ -11,6 +11,7 @@ Tone = Literal["good", "fair", "poor", "plain"]
 SETTING_NAMES = {
     "learning_rate": "learning rate",
     "target_set": "target set",
+    "alpha_rule": "alpha rule",
     "new_module_lr_factor": "new-module rate factor",
     "text_loss_weight": "text loss weight",
     "audio_loss_weight": "audio loss weight",
@@ -34,8 +35,13 @@ def describe(config: TrialConfig) -> str:
     rates = f"{config.learning_rate:.1e}" + "".join(
         f", {change.learning_rate:.1e} from step {change.step}" for change in config.schedule
     )
+    alpha = (
+        ""
+        if config.alpha_rule == "fixed"
+        else f"alpha {config.lora_alpha:g} ({config.alpha_rule}), "
+    )
     return (
-        f"rank {config.rank}, learning rate {rates}, "
+        f"rank {config.rank}, {alpha}learning rate {rates}, "
         f"cross_attention {config.cross_attention}, targets {' + '.join(config.targets)}"
     )
 

@@ -38,7 +38,7 @@ def lora_config(config: TrialConfig, base_source: str, revision: str | None = No
     """The `peft.LoraConfig` of a trial; no task_type, which would inject `labels=`."""
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides, so a float is right
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides, so a float is right
         lora_dropout=config.dropout,
         target_modules=lora_regex(config.targets),
         modules_to_save=list(MODULE_NAMES[config.cross_attention]) or None,

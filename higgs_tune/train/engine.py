@@ -147,7 +147,7 @@ class Engine:
         self.bank.seat(
             resident.slot,
             config.rank,
-            config.alpha / config.rank,
+            config.lora_alpha / config.rank,
             config.targets,
             new,
             config.dropout,

@@ -157,7 +157,7 @@ class Builder:
             (folder / "status.json").write_text(json.dumps(ended | {"wall_s": 31.0}))
         if adapter and status == "completed":
             (folder / "adapter").mkdir()
-            lora = {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha}
+            lora = {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.lora_alpha}
             (folder / "adapter" / "adapter_config.json").write_text(json.dumps(lora))
             (folder / "adapter" / "training_state.json").write_text("{}")
             (folder / "adapter" / "adapter_model.safetensors").write_bytes(trial_id.encode())

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,10 @@ def target_set(config: TrialConfig) -> float:
     return {"all_linear": 0.0, "text_path": 0.3, "attention": 0.6}[config.target_set]
 
 
+def alpha_rule(config: TrialConfig) -> float:
+    return {"ratio": 0.0, "fixed": 0.3, "rslora": 0.6}[config.alpha_rule]
+
+
 def middle_rate(config: TrialConfig) -> float:
     """The best rate lies amid the searched ones, so loss neither rises nor falls with it."""
     return 6 * (math.log10(config.learning_rate) + 2.65) ** 2
@@ -43,7 +47,12 @@ def factor(config: TrialConfig) -> float:
 
 
 def sweep(
-    directory: Path, num_sampled: int, world: World, seed: int = 0, stops: bool = False
+    directory: Path,
+    num_sampled: int,
+    world: World,
+    seed: int = 0,
+    stops: bool = False,
+    rules: Sequence[str] = ("fixed",),
 ) -> Path:
     """Trials 0 and 1 far behind at a rate out of range, then sampled ones in this world."""
     noise = random.Random(seed)
@@ -59,6 +68,7 @@ def sweep(
             target_set=noise.choice(["all_linear", "text_path", "attention"]),
             cross_attention=noise.choice(["off", "audio_self", "text_to_audio"]),
             new_module_lr_factor=10 ** noise.uniform(-1.5, 0),
+            alpha_rule=rules[number % len(rules)],
         )
         text = 2.5 + world(config) + noise.gauss(0, 0.05)
         stopped = stops and text > 2.7
@@ -104,6 +114,17 @@ def test_setting_that_decides_is_named_alone(tmp_path: Path, stops: bool) -> Non
     answer = find(read_results(tmp_path)).answers[-1]
     assert answer.figure == f"target set {100 * info.shares['target_set']:.0f}%"
     assert "Median text loss with target_set all_linear" in answer.sentence
+
+
+def test_an_alpha_rule_that_decides_is_named(tmp_path: Path) -> None:
+    sweep(tmp_path, 12, alpha_rule, rules=("fixed", "rslora", "ratio"))
+    assert info_of(tmp_path).mattered == ("alpha_rule",)
+    assert find(read_results(tmp_path)).answers[-1].figure.startswith("alpha rule ")
+    assert [level.value for level in levels(read_results(tmp_path), "alpha_rule")] == [
+        "ratio",
+        "fixed",
+        "rslora",
+    ]
 
 
 def test_rate_that_is_best_in_the_middle_is_named(tmp_path: Path) -> None:

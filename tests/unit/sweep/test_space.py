@@ -25,6 +25,24 @@ def test_alpha_does_not_follow_rank(make_config):
     assert len(pairs) == 8, "every alpha with every rank"
 
 
+def test_every_alpha_rule_is_the_same_at_rank_16_and_has_a_scale_of_its_own(make_config):
+    config = make_config(space={"rank": [4, 16, 64], "alpha_rule": ["fixed", "rslora", "ratio"]})
+    assert space.distributions(config)["alpha_rule"].choices == ("fixed", "rslora", "ratio")
+    values = space.baseline_values(config, fixed_flag=False)
+    scales = {
+        rule: [
+            resolved.lora_alpha / rank
+            for rank in config.space.rank
+            if (resolved := space.resolve(values | {"rank": rank, "alpha_rule": rule}, config, 0))
+        ]
+        for rule in config.space.alpha_rule
+    }
+    # scale: 32 / rank, (32 / 4) / √rank, 32 / 16
+    assert scales["fixed"] == pytest.approx([8.0, 2.0, 0.5])
+    assert scales["rslora"] == pytest.approx([4.0, 2.0, 1.0])
+    assert scales["ratio"] == pytest.approx([2.0, 2.0, 2.0])
+
+
 def test_a_parameter_with_one_value_is_fixed_and_not_searched(make_config):
     config = make_config(space={"rank": [8], "batch_clips": [2, 4]})
     assert set(space.distributions(config)) == {"learning_rate", "batch_clips"}
