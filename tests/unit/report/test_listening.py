@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from higgs_tune.errors import SweepError
 from higgs_tune.report.build import build_report
+from higgs_tune.report.listening import read_listening
 from tests.unit.report.builder import realistic
 
 STALE = "Another configuration has become the best"
@@ -23,12 +25,22 @@ def systems(fingerprint: str) -> dict:
     }
 
 
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sweep with its report; read only."""
+    folder = tmp_path_factory.mktemp("reported") / "quick"
+    folder.mkdir()
+    realistic(folder)
+    build_report(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    realistic(tmp_path)
-    build_report(tmp_path)
-    (tmp_path / "listen").mkdir()
-    return tmp_path
+def folder(reported: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be evaluated."""
+    copy = shutil.copytree(reported, tmp_path / "quick")
+    (copy / "listen").mkdir()
+    return copy
 
 
 def shown(folder: Path, content: object) -> str:
@@ -51,6 +63,8 @@ def test_an_evaluation_of_another_adapter_is_called_that(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{}, {"systems": [{"name": "base"}]}, [1]])
-def test_a_damaged_evaluation_is_one_clear_error(folder: Path, content: object) -> None:
+def test_a_damaged_evaluation_is_one_clear_error(tmp_path: Path, content: object) -> None:
+    (tmp_path / "listen").mkdir()
+    (tmp_path / "listen" / "evaluate.json").write_text(json.dumps(content))
     with pytest.raises(SweepError, match=r"listen/evaluate.json: cannot be read"):
-        shown(folder, content)
+        read_listening(tmp_path)
