@@ -16,7 +16,7 @@ from higgs_tune.train.loop import PackLoop
 from tests.models import DATA, NUM_CODEBOOKS, example, make_dataset, tiny_base, trial
 from tests.threads import torch_threads
 
-STEPS = {"num_steps": 50, "report_every_steps": 25}
+STEPS = {"num_steps": 20, "report_every_steps": 10}
 TRIALS = {  # ranks, alphas, rates, targets, modes, batches, accumulation, dropout: all mixed
     "plain": trial(seed=1, **STEPS),
     "dropout": trial(seed=2, dropout=0.3, batch_clips=5, token_budget=64, **STEPS),
@@ -96,7 +96,7 @@ def alone(dataset):
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_fifty_packed_steps_equal_fifty_alone(dataset, alone, lanes):
+def test_twenty_packed_steps_equal_twenty_alone(dataset, alone, lanes):
     loop = loop_of(dataset, *TRIALS, lanes=lanes)
     rounds = [loop.advance() for _ in range(2)]
     for name, (results, state) in alone.items():
