@@ -11,6 +11,6 @@ if __name__ == "__main__":
         load_sweep(Path(sys.argv[1])),
         resume="--resume" in sys.argv,
         command=sys.argv,
-        loop_path="tests.sweep_fakes:FakeLoop",
+        loop_path="tests.fake_loop:FakeLoop",
     )
     sys.exit(outcome.exit_code)

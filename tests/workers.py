@@ -9,7 +9,7 @@ from higgs_tune.config import TrialConfig
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.worker.actor import Worker
 from higgs_tune.sweep.worker.notices import Notices
-from tests.sweep_fakes import FakeLoop
+from tests.fake_loop import FakeLoop
 
 
 def run(scenario: "Coroutine[Any, Any, None]") -> None:
@@ -47,7 +47,7 @@ def make_worker(make_config, *, slots=2, strict=True, accepted=True, **kwargs) -
         num_slots=slots,
         strict=strict,
         device="cpu",
-        loop_path="tests.sweep_fakes:FakeLoop",
+        loop_path="tests.fake_loop:FakeLoop",
         **kwargs,
     )
     if accepted:

@@ -24,7 +24,7 @@ def local_ray() -> Iterator[None]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("FAKE_ROUND_S", "0.03")  # of tests.sweep_fakes
+        patch.setenv("FAKE_ROUND_S", "0.03")  # of tests.fake_loop
         ray.init(
             address="local",
             num_cpus=2,

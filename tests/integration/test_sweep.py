@@ -27,7 +27,7 @@ from higgs_tune.sweep.driver import SweepOutcome, run_sweep
 from higgs_tune.sweep.records import TrialFiles, read_json
 from higgs_tune.sweep.worker.meter import KINDS
 from tests.boards import events
-from tests.sweep_fakes import curve
+from tests.fake_loop import curve
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
@@ -37,7 +37,7 @@ def run(folder: Path, *, resume: bool = False, **sections: Any) -> SweepOutcome:
         config_of(folder, **sections),
         resume=resume,
         command=["test"],
-        loop_path="tests.sweep_fakes:FakeLoop",
+        loop_path="tests.fake_loop:FakeLoop",
     )
 
 

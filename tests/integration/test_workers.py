@@ -70,7 +70,6 @@ def test_a_worker_that_starts_again_on_a_bad_gpu_gets_another_process(
 
 def test_trials_of_a_worker_that_finds_no_memory_any_more_go_to_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PAUSE_S", 0.5)
-    monkeypatch.setenv("FAKE_ROUND_S", "0.3")  # both workers have trials when one dies
     processes, heard, killed = tmp_path / "processes", set(), []
     record = TrialFiles.result
 

@@ -10,7 +10,7 @@ from higgs_tune.errors import SweepError
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.worker import pack_thread
 from higgs_tune.sweep.worker.pack_thread import PackThread
-from tests.sweep_fakes import FakeLoop
+from tests.fake_loop import FakeLoop
 from tests.workers import asking, beat, make_worker, run, seat
 
 WARN, END = 3, 6

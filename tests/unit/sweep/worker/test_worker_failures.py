@@ -9,7 +9,7 @@ import pytest
 from higgs_tune.errors import DataError, HiggsTuneError, ModelError
 from higgs_tune.sweep.seats import Roster, SlotLostError
 from higgs_tune.sweep.worker import pack
-from tests.sweep_fakes import FakeLoop
+from tests.fake_loop import FakeLoop
 from tests.workers import asking, beat, broken_join, make_worker, never, run, saved, seat, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")

@@ -10,7 +10,7 @@ import pytest
 
 from higgs_tune.errors import ModelError
 from higgs_tune.sweep.seats import Files, Roster, SlotLostError, num_seats
-from tests.sweep_fakes import FakeLoop
+from tests.fake_loop import FakeLoop
 from tests.workers import make_worker, run, saved, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")

@@ -8,7 +8,7 @@ import pytest
 
 from higgs_tune.errors import NoMemoryError
 from higgs_tune.sweep.seats import Roster
-from tests.sweep_fakes import FakeLoop
+from tests.fake_loop import FakeLoop
 from tests.workers import asking, broken_join, make_worker, never, run, seat
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")

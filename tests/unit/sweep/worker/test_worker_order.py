@@ -9,7 +9,7 @@ import pytest
 
 from higgs_tune.errors import ModelError
 from higgs_tune.sweep.seats import Roster, SlotLostError, num_seats
-from tests.sweep_fakes import FakeLoop
+from tests.fake_loop import FakeLoop
 from tests.workers import asking, beat, make_worker, run, saved, seat, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")
