@@ -1,9 +1,8 @@
 """Packs on the embedded base and at full size, exercised at small size on a CPU."""
 
 import json
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import gpu_pack
 import pack_time
@@ -161,13 +160,13 @@ def test_the_memory_model_is_asked_once_for_equal_steps(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_gpu_script_runs_end_to_end_on_a_cpu(tmp_path):
+def test_the_gpu_script_runs_end_to_end_on_a_cpu(tmp_path, monkeypatch):
     out = tmp_path / "pack.json"
-    script = Path(gpu_pack.__file__)
+    script = gpu_pack.__file__
     options = ["--preset=small", "--device=cpu", "--dtype=float32", "--tokens=60", "--adapters=1,2"]
-    options += ["--repeats=2", "--processes=2", "--seconds=0.5", "--fill", "--limit=4"]
-    command = [sys.executable, str(script), *options, f"--out={out}"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    options += ["--repeats=2", "--processes=2", "--seconds=0.5", "--fill", "--limit=2"]
+    monkeypatch.setattr(sys, "argv", [script, *options, f"--out={out}"])
+    runpy.run_path(script, run_name="__main__")  # the stock ones are processes of their own
     result = json.loads(out.read_text())
     assert result["shared"]["status"] == "ok" and min(result["shared"]["steps"]) > 0
     assert [one["adapters"] for one in result["ratios"]] == [1, 2]
@@ -175,5 +174,5 @@ def test_the_gpu_script_runs_end_to_end_on_a_cpu(tmp_path):
     (unlike,) = result["unlike"]
     assert unlike["ranks"] == [16, 8] and unlike["losses_compared"] > 0
     assert result["unlike_ratios"][0]["to_shared"] > 0
-    assert result["fits"]["measured"] == result["fits"]["predicted"] == 4
+    assert result["fits"]["measured"] == result["fits"]["predicted"] == 2
     assert out.with_suffix(".png").exists()
