@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 Start = Callable[..., subprocess.Popen[str]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def local_ray() -> Iterator[None]:
     temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
