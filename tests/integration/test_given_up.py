@@ -26,16 +26,21 @@ def kill_worker_when(folder: Path, pattern: str) -> None:
     threading.Thread(target=kill_once, daemon=True).start()
 
 
-def sections_of(folder: Path, num_seeds: int) -> dict[str, Any]:
+def sections_of(folder: Path) -> dict[str, Any]:
     return {
         "base": {"path": f"pid:{folder / 'pids'}"},
-        "tune": {"num_trials": 4, "max_failures": 0, "scheduler": {"name": "none"}},
-        "confirm": {"num_configs": 1, "num_seeds": num_seeds},
+        "tune": {
+            "num_trials": 3,
+            "max_failures": 0,
+            "slots_per_worker": 1,
+            "scheduler": {"name": "none"},
+        },
+        "confirm": {"num_configs": 1, "num_seeds": 1},
     }
 
 
 def test_a_resumed_search_goes_on_with_what_was_given_up(tmp_path):
-    sections = sections_of(tmp_path, 1) | {"confirm": {"num_configs": 0}}
+    sections = sections_of(tmp_path) | {"confirm": {"num_configs": 0}}
     kill_worker_when(tmp_path, "s/trials/t000/adapter")
     outcome = run(tmp_path, **sections)
     ended = {name: trial["status"] for name, trial in trials_of(outcome.results).items()}
@@ -48,15 +53,15 @@ def test_a_resumed_search_goes_on_with_what_was_given_up(tmp_path):
         assert "its worker died" in ended[name]["reason"]
         assert told[name].user_attrs["reason"] == ended[name]["reason"]
     trials = trials_of(run(tmp_path, resume=True, **sections).results)
-    assert [trial["status"]["status"] for trial in trials.values()] == ["completed"] * 4
+    assert [trial["status"]["status"] for trial in trials.values()] == ["completed"] * 3
 
 
 def test_a_worker_that_dies_while_confirming_disqualifies_nothing(tmp_path):
-    sections = sections_of(tmp_path, 2)
+    sections = sections_of(tmp_path)
     kill_worker_when(tmp_path, "s/trials/c000/adapter")
     outcome = run(tmp_path, **sections)
     assert trials_of(outcome.results)["c000"]["status"]["status"] == "cancelled"
     assert build_report(outcome.results).best_id == outcome.best_trial  # of the search, for now
     trials = trials_of(run(tmp_path, resume=True, **sections).results)
     assert {trial["status"]["status"] for trial in trials.values()} == {"completed"}
-    assert sum(name.startswith("c") for name in trials) == 4
+    assert sum(name.startswith("c") for name in trials) == 2

@@ -18,7 +18,7 @@ from tests.integration.test_sweep import run, study_of, trials_of
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 
-@pytest.mark.parametrize("num_slots", [1, 2, 4])
+@pytest.mark.parametrize("num_slots", [1, 2])
 def test_hyperband_halves_full_brackets_whatever_the_number_of_slots(tmp_path, num_slots):
     outcome = run(tmp_path, tune=tune(EVERY["hyperband"], slots_per_worker=num_slots))
     check_nobody_was_lost(outcome.results)
@@ -42,7 +42,8 @@ def test_hyperband_halves_full_brackets_whatever_the_number_of_slots(tmp_path, n
 
 
 def test_the_median_rule_stops_after_the_grace(tmp_path):
-    outcome = run(tmp_path, tune=tune({"name": "median", "min_samples": 2}, num_trials=10))
+    median = {"name": "median", "min_samples": 2}
+    outcome = run(tmp_path, tune=tune(median, num_trials=10, slots_per_worker=1))
     check_nobody_was_lost(outcome.results, 10)
     trials = trials_of(outcome.results)
     ended = {name: trial["status"] for name, trial in trials.items()}

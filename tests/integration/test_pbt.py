@@ -12,11 +12,11 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 @pytest.fixture(scope="module")
 def population(tmp_path_factory):
-    """Two baselines and six others, compared at steps 50 and 100, in two slots."""
+    """Two baselines and six others, compared at steps 50 and 100."""
     folder = tmp_path_factory.mktemp("population")
     return run(
         folder,
-        tune=tune({"name": "pbt", "quantile_fraction": 0.3}),
+        tune=tune({"name": "pbt", "quantile_fraction": 0.3}, slots_per_worker=1),
         confirm={"num_configs": 1, "num_seeds": 1},
     )
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from higgs_tune.config import TrialConfig
 from higgs_tune.errors import SweepError
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.records import TrialFiles
-from higgs_tune.sweep.searcher import StudySearcher
 from tests.integration.test_sweep import run, trials_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
-EVERY = {name: {"name": name} for name in ("hyperband", "median", "pbt")}
+PAUSING = ("hyperband", "pbt")
+EVERY = {name: {"name": name} for name in PAUSING}
 
 
 def tune(scheduler: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -68,22 +69,18 @@ def check_nobody_was_lost(results: Path, num_trials: int = 8) -> None:
         assert [step for _, step, _ in trained(results, name)] == steps
 
 
-@pytest.mark.parametrize("name", ["hyperband", "pbt"])
-def test_the_same_seed_gives_the_same_trials(tmp_path, name):
-    scheduler = EVERY[name]
-    left, right = (
-        trials_of(run(tmp_path / side, tune=tune(scheduler, num_trials=7)).results)
-        for side in ("left", "right")
-    )
-    assert list(left) == list(right)
-    for trial_id in left:
-        assert left[trial_id]["record"] == right[trial_id]["record"]
-        for part in ("status", "step", "reason"):
-            assert left[trial_id]["status"][part] == right[trial_id]["status"][part]
+@dataclass
+class Usual:
+    """A sweep that nothing disturbed."""
+
+    tune: dict[str, Any]
+    results: Path
+    pids: set[int]  # of its trials' processes
+    num_pauses: int  # seen, some more than once
 
 
-@pytest.mark.parametrize("name", ["hyperband", "pbt"])
-def test_a_pause_ends_no_process(tmp_path, monkeypatch, name):
+@pytest.fixture(scope="module", params=PAUSING)
+def usual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Usual:
     pids, pauses = set(), []
     original = SweepCallback.on_trial_result
 
@@ -92,13 +89,28 @@ def test_a_pause_ends_no_process(tmp_path, monkeypatch, name):
         pauses.extend(other for other in trials if other.status == Trial.PAUSED)
         original(self, iteration, trials, trial, result, **info)
 
-    monkeypatch.setattr(SweepCallback, "on_trial_result", noted)
-    run(tmp_path, tune=tune(EVERY[name], num_trials=7))
-    assert pauses
-    assert len(pids) == 3  # one waits for the next free slot
+    settings = tune(EVERY[request.param], num_trials=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SweepCallback, "on_trial_result", noted)
+        outcome = run(tmp_path_factory.mktemp("usual"), tune=settings)
+    return Usual(settings, outcome.results, pids, len(pauses))
 
 
-@pytest.mark.parametrize("name", ["hyperband", "pbt"])
+def test_the_same_seed_gives_the_same_trials(usual, tmp_path):
+    left, right = trials_of(usual.results), trials_of(run(tmp_path, tune=usual.tune).results)
+    assert list(left) == list(right)
+    for trial_id in left:
+        assert left[trial_id]["record"] == right[trial_id]["record"]
+        for part in ("status", "step", "reason"):
+            assert left[trial_id]["status"][part] == right[trial_id]["status"][part]
+
+
+def test_a_pause_ends_no_process(usual):
+    assert usual.num_pauses
+    assert len(usual.pids) == 3  # one waits for the next free slot
+
+
+@pytest.mark.parametrize("name", PAUSING)
 def test_a_trial_that_should_go_on_in_a_process_that_died_is_not_lost(tmp_path, monkeypatch, name):
     pid_of: dict[str, int] = {}
     killed: list[int] = []
@@ -123,56 +135,59 @@ def test_a_trial_that_should_go_on_in_a_process_that_died_is_not_lost(tmp_path, 
     check_nobody_was_lost(run(tmp_path, resume=True, **sections).results)
 
 
-@pytest.mark.parametrize("name", ["hyperband", "pbt"])
+@pytest.mark.parametrize("name", PAUSING)
 def test_a_time_limit_lets_paused_trials_come_to_their_end(tmp_path, monkeypatch, name):
-    heard = StudySearcher.on_trial_result
-    steps = []
+    heard = SweepCallback.on_trial_result
+    paused = []
 
-    def result(self, trial_id, content):
-        heard(self, trial_id, content)
-        steps.append(content["step"])
-        if len(steps) == 8:  # some are paused; on any machine
-            self._deadline = 0.0
+    def result(self, iteration, trials, trial, result, **info):
+        heard(self, iteration, trials, trial, result, **info)
+        if not paused and (waiting := self._source.paused()):
+            paused.extend(waiting)
+            self._source._deadline = 0.0
 
-    monkeypatch.setattr(StudySearcher, "on_trial_result", result)
-    outcome = run(tmp_path, tune=tune(EVERY[name], num_trials=500, time_limit_s=3600.0))
-    assert 2 < outcome.num_trials < 500
+    monkeypatch.setattr(SweepCallback, "on_trial_result", result)
+    settings = tune(EVERY[name], num_trials=500, time_limit_s=3600.0, slots_per_worker=1)
+    outcome = run(tmp_path, tune=settings)
+    assert paused and 2 < outcome.num_trials < 500
     check_nobody_was_lost(outcome.results, outcome.num_trials)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", PAUSING)
 def test_trials_that_diverge_hold_nobody_up(tmp_path, name):
     outcome = run(
         tmp_path,
         space={"learning_rate": {"low": 1e-2, "high": 0.3}},
-        tune=tune(EVERY[name], seed=1),
+        tune=tune(EVERY[name], seed=1, slots_per_worker=1),
     )
     statuses = [trial["status"]["status"] for trial in trials_of(outcome.results).values()]
     assert set(statuses) <= {"completed", "pruned", "diverged"}
     assert "diverged" in statuses and "completed" in statuses
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", PAUSING)
 def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, name):
     written = []
 
     def result(self, trial_id, content):
         written.append(trial_id)
-        if len(written) > 14:  # some wait, some train, some are to come
+        if len(written) > 16:  # two wait, some train, some are to come
             raise OSError(errno.ENOSPC, "No space left on device")
         original(self, trial_id, content)
 
     original = TrialFiles.result
-    sections = {"tune": tune(EVERY[name])}
+    sections = {"tune": tune(EVERY[name], slots_per_worker=1)}
     with monkeypatch.context() as patch:
         patch.setattr(TrialFiles, "result", result)
         with pytest.raises(SweepError, match=r"No space left on device.*--resume"):
             run(tmp_path, **sections)
+    cut = trials_of(tmp_path / "s")
+    assert [cut[name]["metrics"][-1]["step"] for name in ("t002", "t003")] == [50, 50]
     outcome = run(tmp_path, resume=True, **sections)
     check_nobody_was_lost(outcome.results)
 
 
-@pytest.mark.parametrize("name", ["hyperband", "pbt"])
+@pytest.mark.parametrize("name", PAUSING)
 def test_no_trial_is_lost_when_the_worker_dies(tmp_path, name):
     pids = tmp_path / "pids"
 
@@ -186,13 +201,13 @@ def test_no_trial_is_lost_when_the_worker_dies(tmp_path, name):
     outcome = run(
         tmp_path,
         base={"path": f"pid:{pids}"},
-        tune=tune(EVERY[name]),
+        tune=tune(EVERY[name], slots_per_worker=1),
     )
     assert len(pids.read_text().splitlines()) == 2
     check_nobody_was_lost(outcome.results)
 
 
-@pytest.mark.parametrize("name", ["hyperband", "pbt"])
+@pytest.mark.parametrize("name", PAUSING)
 def test_several_workers_share_paused_trials(tmp_path, name):
     workers = {"num_workers": 2, "slots_per_worker": 2, "cpus_per_worker": 1}
     check_nobody_was_lost(run(tmp_path, tune=tune(EVERY[name], **workers)).results)

@@ -21,7 +21,8 @@ def test_a_database_that_goes_away_ends_the_sweep_and_loses_nothing(tmp_path, mo
             raise StorageInternalError("An exception is raised during the commit.")
         write(self, *args)
 
-    tune = {"num_trials": 5, "seed": 3, "storage": f"sqlite:///{tmp_path}/studies.db"}
+    tune = {"num_trials": 5, "seed": 3, "slots_per_worker": 1}
+    tune["storage"] = f"sqlite:///{tmp_path}/studies.db"
     with monkeypatch.context() as patch:
         patch.setattr(RDBStorage, "set_trial_intermediate_value", away)
         with pytest.raises(SweepError, match=r"tune\.storage .*studies\.db.*--resume"):

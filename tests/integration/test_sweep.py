@@ -276,7 +276,7 @@ def test_a_killed_trial_gets_a_slot_again_and_its_neighbours_see_nothing(tmp_pat
 
 def test_a_base_that_cannot_be_loaded_is_the_users_error(tmp_path):
     with pytest.raises(ModelError, match="no such checkpoint"):
-        run(tmp_path, base={"path": "broken"})
+        run(tmp_path, base={"path": "broken"}, tune={"slots_per_worker": 1})
 
 
 def test_a_disk_that_fills_up_ends_the_sweep_and_loses_nothing(tmp_path, monkeypatch):
@@ -289,13 +289,14 @@ def test_a_disk_that_fills_up_ends_the_sweep_and_loses_nothing(tmp_path, monkeyp
         original(self, trial_id, content)
 
     original = TrialFiles.result
+    tune = {"num_trials": 5, "seed": 3, "slots_per_worker": 1}
     with monkeypatch.context() as patch:
         patch.setattr(TrialFiles, "result", result)
         with pytest.raises(SweepError, match=r"No space left on device.*--resume"):
-            run(tmp_path, tune={"num_trials": 5, "seed": 3})
+            run(tmp_path, tune=tune)
     lines = {name: len(trial["metrics"]) for name, trial in trials_of(tmp_path / "s").items()}
     assert sum(lines.values()) == 10
-    run(tmp_path, resume=True, tune={"num_trials": 5, "seed": 3})
+    run(tmp_path, resume=True, tune=tune)
     trials = trials_of(tmp_path / "s")
     assert len(trials) == 5
     assert {t["status"]["status"] for t in trials.values()} <= {"completed", "pruned"}
@@ -305,15 +306,8 @@ def test_a_disk_that_fills_up_ends_the_sweep_and_loses_nothing(tmp_path, monkeyp
 
 
 def test_a_time_limit_ends_the_search_with_what_was_found(tmp_path):
-    outcome = run(tmp_path, tune={"num_trials": 500, "time_limit_s": 1.0})
+    tune = {"num_trials": 500, "time_limit_s": 1.0, "slots_per_worker": 1}
+    outcome = run(tmp_path, tune=tune)
     statuses = {trial["status"]["status"] for trial in trials_of(outcome.results).values()}
     assert outcome.num_trials < 500
     assert statuses <= {"completed", "pruned"}
-
-
-def test_several_workers_share_the_trials(tmp_path):
-    tune = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 2, "cpus_per_worker": 1}
-    outcome = run(tmp_path, tune=tune)
-    trials = trials_of(outcome.results)
-    assert len(trials) == 8
-    assert {t["status"]["status"] for t in trials.values()} <= {"completed", "pruned"}

@@ -1,10 +1,14 @@
 """Sweeps whose workers are not all alike, or have something to say."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import time
+from contextlib import redirect_stdout
 from functools import partial
+from pathlib import Path
 
 import pytest
 import ray
@@ -16,7 +20,8 @@ from higgs_tune.sweep.records import TrialFiles, read_json
 from tests.integration.test_sweep import run, trials_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
-TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 2, "cpus_per_worker": 1}
+ONE_SLOT = {"seed": 3, "slots_per_worker": 1}  # every trial's process takes seconds to start
+TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 1, "cpus_per_worker": 1}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +63,7 @@ def test_a_worker_that_starts_again_on_a_bad_gpu_gets_another_process(
             os.kill(killed[0], signal.SIGKILL)
 
     monkeypatch.setattr(TrialFiles, "result", kill_the_worker)
-    tune = {"num_trials": 3, "seed": 3, "scheduler": {"name": "none"}}
+    tune = {**ONE_SLOT, "num_trials": 3, "scheduler": {"name": "none"}}
     outcome = run(tmp_path, base={"path": f"ill:{processes}"}, tune=tune)
     ended = {trial["status"]["status"] for trial in trials_of(outcome.results).values()}
     assert ended == {"completed"} and outcome.num_trials == 3
@@ -83,7 +88,7 @@ def test_trials_of_a_worker_that_finds_no_memory_any_more_go_to_the_other(tmp_pa
             os.kill(killed[0], signal.SIGKILL)
 
     monkeypatch.setattr(TrialFiles, "result", kill_a_worker)
-    tune = {**TWO, "num_trials": 8, "slots_per_worker": 1, "scheduler": {"name": "none"}}
+    tune = {**TWO, "scheduler": {"name": "none"}}
     outcome = run(tmp_path, base={"path": f"scarce:{processes}"}, tune=tune)
     assert killed and len(processes.read_text().split()) > 2
     ended = {name: trial["status"] for name, trial in trials_of(outcome.results).items()}
@@ -92,18 +97,28 @@ def test_trials_of_a_worker_that_finds_no_memory_any_more_go_to_the_other(tmp_pa
 
 def test_a_worker_that_is_killed_each_time_it_loads_ends_the_sweep(tmp_path):
     with pytest.raises(SweepError, match=r"^worker-0 ends each time it loads base and data"):
-        run(tmp_path, base={"path": "killed"}, tune={"num_trials": 3})
+        run(tmp_path, base={"path": "killed"}, tune={**ONE_SLOT, "num_trials": 3})
     ended = [read_json(path) or {} for path in tmp_path.glob("s/trials/*/status.json")]
     assert {status["status"] for status in ended} <= {"cancelled"}
 
 
-def test_a_resumed_sweep_refuses_data_that_was_prepared_again(tmp_path):
-    run(tmp_path, tune={"num_trials": 3, "seed": 3})
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, str]:
+    """A small sweep whose worker warns: its results and what it printed."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        tune = {**ONE_SLOT, "num_trials": 2}
+        outcome = run(tmp_path_factory.mktemp("whole"), base={"path": "warns"}, tune=tune)
+    return outcome.results, printed.getvalue()
+
+
+def test_a_resumed_sweep_refuses_data_that_was_prepared_again(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "s")
     base, trials = (tmp_path / "s/base.json"), trials_of(tmp_path / "s")
     other = json.dumps({**(read_json(base) or {}), "content_hash": "1" * 64})
     base.write_text(other)
     with pytest.raises(ConfigError, match=r"content_hash 0{64}, needed is 1{64} .*base\.json") as e:
-        run(tmp_path, resume=True, tune={"num_trials": 5, "seed": 3})
+        run(tmp_path, resume=True, base={"path": "warns"}, tune={**ONE_SLOT, "num_trials": 4})
     assert "--name NAME" in str(e.value)
     assert base.read_text() == other
     after = trials_of(tmp_path / "s")
@@ -119,15 +134,21 @@ def test_a_worker_that_never_starts_keeps_no_trial_from_the_other(tmp_path):
     assert ended == {"completed"} and outcome.num_trials == 5
 
 
-def test_warnings_of_a_worker_reach_the_display_and_workers_log(tmp_path, capsys):
-    run(tmp_path, base={"path": "warns"}, tune={"num_trials": 3, "seed": 3})
-    (line,) = (tmp_path / "s/workers.log").read_text().splitlines()
+def test_warnings_of_a_worker_reach_the_display_and_workers_log(whole):
+    results, printed = whole
+    (line,) = (results / "workers.log").read_text().splitlines()
     assert line.startswith("worker-0 ")
     assert line.endswith("WARNING higgs_tune.tests: memory ran out in a training step")
-    events = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    events = [json.loads(text) for text in printed.splitlines()]
     assert [e["message"] for e in events if e["event"] == "warning"] == [line]
     accepted = [e for e in events if e["event"] == "base_loaded"]
     assert [e["worker"] for e in accepted] == ["worker-0"]
+
+
+def test_a_worker_without_a_gpu_counts_its_slots_on_this_machine(tmp_path):
+    outcome = run(tmp_path, tune={"num_trials": 2, "slots_per_worker": "auto"})
+    assert outcome.num_trials == 2
+    assert read_json(tmp_path / "s/env.json")["slots_per_worker"] == 2
 
 
 def test_ctrl_c_ends_a_sweep_whose_slots_no_machine_can_count(tmp_path, monkeypatch):
@@ -140,11 +161,5 @@ def test_ctrl_c_ends_a_sweep_whose_slots_no_machine_can_count(tmp_path, monkeypa
     assert (outcome.exit_code, outcome.num_trials) == (130, 0)
     assert len(said) == 1 and "it needs 1 CPU, 1 GPU" in said[0]
     assert "auto" in (tmp_path / "s/sweep.yaml").read_text()
-    outcome = run(tmp_path, resume=True, tune={"num_trials": 3, "slots_per_worker": 2})
-    assert (outcome.exit_code, outcome.num_trials) == (0, 3)
-
-
-def test_a_worker_without_a_gpu_counts_its_slots_on_this_machine(tmp_path):
-    outcome = run(tmp_path, tune={"num_trials": 2, "slots_per_worker": "auto"})
-    assert outcome.num_trials == 2
-    assert read_json(tmp_path / "s/env.json")["slots_per_worker"] == 2
+    outcome = run(tmp_path, resume=True, tune={"num_trials": 2, "slots_per_worker": 1})
+    assert (outcome.exit_code, outcome.num_trials) == (0, 2)
