@@ -146,6 +146,11 @@ def run_sweep_command(args: argparse.Namespace) -> int:
 
     summary = build_report(outcome.results)
     _show_summary(summary)
+    if outcome.exit_code in (130, 143):
+        print(
+            f"interrupted; the same command with --resume --name {outcome.results.name} goes on",
+            file=sys.stderr,
+        )
     if outcome.exit_code == 0 and summary.best_id is None:
         return EXIT_NOTHING_FEASIBLE
     return outcome.exit_code

@@ -224,3 +224,15 @@ def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         cli.main(["--version"])
     assert capsys.readouterr().out == "higgs-tune of a checkout that is not installed\n"
+
+
+@pytest.mark.parametrize("code", [0, 130, 143])
+def test_an_interrupted_sweep_says_how_it_goes_on(monkeypatch, tmp_path, capsys, code):
+    outcome = SimpleNamespace(results=tmp_path / "quick-2", exit_code=code)
+    monkeypatch.setattr("higgs_tune.sweep.driver.run_sweep", lambda *_, **__: outcome)
+    summary = SimpleNamespace(best_id="t001")
+    monkeypatch.setattr("higgs_tune.report.build.build_report", lambda _: summary)
+    monkeypatch.setattr(cli, "_show_summary", lambda _: None)
+    assert cli.main(["sweep", "--set", f"results_dir={tmp_path}"]) == code
+    told = "--resume --name quick-2" in capsys.readouterr().err
+    assert told == (code != 0)
