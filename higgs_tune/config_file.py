@@ -61,12 +61,27 @@ def _distinct(problems: list[ErrorDetails]) -> list[ErrorDetails]:
     ]
 
 
+def _sections_with(model: type[BaseModel], name: str) -> list[str]:
+    """The full names of the settings called `name` in the sections of `model`."""
+    sections = {key: field.annotation for key, field in model.model_fields.items()}
+    return [
+        f"{key}.{name}"
+        for key, section in sections.items()
+        if isinstance(section, type)
+        and issubclass(section, BaseModel)
+        and name in section.model_fields
+    ]
+
+
 def _line(model: type[BaseModel], problem: ErrorDetails) -> str:
     """One problem: the setting's full name, what was needed, what was found."""
     place = [part for part in problem["loc"] if part not in TAGS]
     location = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(model, place[:-1])
+        elsewhere = _sections_with(model, str(place[-1]))
+        if elsewhere:
+            return f"{location}: unknown setting, did you mean {' or '.join(elsewhere)}?"
         near = did_you_mean(str(place[-1]), known)
         return f"{location}: unknown setting{near or f'; known here: {sorted(known)}'}"
     needed = problem["msg"].removeprefix("Value error, ")

@@ -29,6 +29,7 @@ def loaded(tmp_path, text, overrides=()):
             "tune: {num_trails: 3}",
             r"tune\.num_trails: unknown setting, did you mean 'num_trials'\?",
         ),
+        ("rank: 8", r"rank: unknown setting, did you mean space\.rank or baseline\.rank\?"),
         ("spaec: {}", r"spaec: unknown setting, did you mean 'space'\?"),
         ("space: {rank: [0]}", r"space\.rank\.0: .*greater than or equal to 1 \(found 0\)"),
         ("space: {learning_rate: {low: -1}}", r"space\.learning_rate\.low: .*greater than 0"),
