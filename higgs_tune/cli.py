@@ -146,7 +146,7 @@ def run_sweep_command(args: argparse.Namespace) -> int:
 
     summary = build_report(outcome.results)
     _show_summary(summary)
-    if outcome.exit_code in (130, 143):
+    if outcome.exit_code > 128:  # a signal ended it
         print(
             f"interrupted; the same command with --resume --name {outcome.results.name} goes on",
             file=sys.stderr,
