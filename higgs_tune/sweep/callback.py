@@ -90,6 +90,7 @@ class SweepCallback(Callback):
             return
         self._cancelled = True
         reason = self._control.reason
+        self._display.ending(reason)
         self._close_workers()
         self._source.stop()
         self._guard(self._source.cancel_live, reason)
@@ -108,7 +109,8 @@ class SweepCallback(Callback):
         checkpoint = self._files.checkpoint_of(record.trial_id)
         step = 0 if checkpoint is None else checkpoint[1]
         self._last[record.trial_id] = {}
-        self._display.board.start(record, step)
+        known = self._files.last(record.trial_id)
+        self._display.board.start(record, step, known)
         self._display.event("trial_started", trial=record.trial_id, name=record.name, step=step)
 
     def on_trial_result(
@@ -196,7 +198,7 @@ class SweepCallback(Callback):
         if status != "cancelled" and self._num_checkpoints == 1:  # else another may have to read it
             for path in self._kept.pop(trial_id, []):
                 shutil.rmtree(path, ignore_errors=True)
-        self._display.board.end(trial_id, status)
+        self._display.board.end(trial_id, status, is_feasible)
         self._display.event(
             "trial_ended", trial=trial_id, status=status, reason=reason, step=last.get(STEP, 0)
         )

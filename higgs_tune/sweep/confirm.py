@@ -45,6 +45,13 @@ def confirm_records(
     return records
 
 
+def most_steps(config: SweepConfig) -> int:
+    """Optimizer steps of the stage, if trial 0 is not among the best."""
+    confirm = config.confirm
+    num_runs = (confirm.num_configs + 1) * confirm.num_seeds if confirm.num_configs else 0
+    return num_runs * config.train.num_steps
+
+
 class ConfirmSource(TrialSource):
     """Hands out a fixed list; nothing is told to the study."""
 

@@ -14,7 +14,7 @@ from higgs_tune.base_source import check_pinned
 from higgs_tune.cluster import join_cluster
 from higgs_tune.config import SweepConfig
 from higgs_tune.sweep import runtime, space, study
-from higgs_tune.sweep.confirm import ConfirmSource, confirm_records
+from higgs_tune.sweep.confirm import ConfirmSource, confirm_records, most_steps
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
@@ -145,8 +145,9 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
         deadline=None if time_limit_s is None else time.monotonic() + time_limit_s,
         **sweep.source_settings(),
     )
+    sweep.show_earlier()
     if source.num_to_come():
-        sweep.run("search", source, scheduler)
+        sweep.run("search", source, scheduler, steps_after=most_steps(sweep.config))
 
 
 def _confirm(sweep: Sweep, found: optuna.Study) -> None:
@@ -159,12 +160,8 @@ def _confirm(sweep: Sweep, found: optuna.Study) -> None:
 
 def _unconfirmed(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> list[TrialRecord]:
     """The confirm trials that have not come to their end."""
-    ended = ("completed", "diverged", "out_of_memory", "failed")
-    return [
-        record
-        for record in confirm_records(found, config, files.records("c"))
-        if (files.status(record.trial_id) or {"status": None})["status"] not in ended
-    ]
+    records = confirm_records(found, config, files.records("c"))
+    return [record for record in records if files.ended(record.trial_id) is None]
 
 
 def _is_finished(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> bool:

@@ -2,8 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich.console import Console, Group
@@ -13,80 +12,20 @@ from rich.text import Text
 
 from higgs_tune.data.progress import duration
 from higgs_tune.files import json_line
-from higgs_tune.metrics import STEP, VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
-from higgs_tune.sweep.study import TrialRecord
+from higgs_tune.metrics import VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
+from higgs_tune.sweep.board import Board, Row, text_nll
 
 REFRESH_S = 0.5
-LIVE = ("running", "paused")
+AROUND = 4  # lines that are no trial's: the header, the base, how many are not shown, the state of the sweep
 SHOWN = (VAL_TEXT_NLL, VAL_AUDIO_NLL, VAL_AUDIO_GAIN)
 STYLES = {
     "running": "cyan",
+    "waiting": "dim",
     "paused": "blue",
     "completed": "green",
     "pruned": "dim",
     "cancelled": "yellow",
 }
-
-
-@dataclass
-class Row:
-    """One trial of the table."""
-
-    record: TrialRecord
-    state: str
-    last: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return int(self.last.get(STEP, 0))
-
-
-class Board:
-    """The state of the sweep as it is shown, and the estimate of what is left."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.rows: dict[str, Row] = {}
-        self.stage = "starting"
-        self.to_come = 0
-        self._clock = clock
-        self._since: float | None = None
-        self._steps_done = 0
-
-    def start(self, record: TrialRecord, step: int) -> None:
-        """A trial starts or goes on at `step`."""
-        if self._since is None:
-            self._since = self._clock()
-        self.rows[record.trial_id] = Row(record, "running", {STEP: step} if step else {})
-
-    def result(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
-        """A trial reported."""
-        row = self.rows[trial_id]
-        self._steps_done += max(0, int(metrics.get(STEP, 0)) - row.step)
-        row.last = {**row.last, **metrics}
-
-    def pause(self, trial_ids: Collection[str]) -> None:
-        """These trials wait for others, and no other one does."""
-        for trial_id, row in self.rows.items():
-            if row.state in LIVE:
-                row.state = "paused" if trial_id in trial_ids else "running"
-
-    def end(self, trial_id: str, status: str) -> None:
-        """A trial ended."""
-        if trial_id in self.rows:
-            self.rows[trial_id].state = status
-
-    def time_left_s(self) -> float | None:
-        """An estimate from the pace so far; None before the first result."""
-        if self._since is None or self._steps_done == 0:
-            return None
-        running = [row for row in self.rows.values() if row.state in LIVE]
-        ended = [row.step for row in self.rows.values() if row.state in ("completed", "pruned")]
-        budgets = [row.record.config.num_steps for row in self.rows.values()]
-        usual = sum(ended) / len(ended) if ended else max(budgets, default=0)
-        steps_left = sum(row.record.config.num_steps - row.step for row in running)
-        steps_left += self.to_come * usual
-        return steps_left * (self._clock() - self._since) / self._steps_done
 
 
 class Display:
@@ -119,56 +58,81 @@ class Display:
         self.event("warning", message=text)
         self.note(text)
 
+    def ending(self, reason: str) -> None:
+        """The sweep ends before its time."""
+        self.board.is_ending = True
+        self.event("ending", reason=reason)
+        self.note(f"{reason}: trials stop, and what was found is exported")
+        self.refresh(force=True)
+
     def refresh(self, *, force: bool = False) -> None:
         """Draw the table anew, at most twice a second."""
         if self._live is None or (not force and time.monotonic() - self._refreshed < REFRESH_S):
             return
         self._refreshed = time.monotonic()
-        self._live.update(render(self.board), refresh=True)
+        self._live.update(render(self.board, self._live.console.height - AROUND), refresh=True)
 
     def close(self) -> None:
-        """Leave the last table on the screen."""
-        self.refresh(force=True)
+        """Leave the last table on the screen, with every trial."""
         if self._live is not None:
+            self._live.update(render(self.board, len(self.board.rows)))
             self._live.stop()
             self._live = None
 
 
-def render(board: Board) -> Group:
-    """The table and the line below it."""
+def render(board: Board, num_rows: int) -> Group:
+    """The table, with at most so many trials, and the lines below it."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("trial")
-    table.add_column("state")
-    for name in ("rank", "rate"):
-        table.add_column(name, justify="right")
-    table.add_column("flag")
-    table.add_column("targets")
-    for name in ("step", "text nll", "audio nll", "audio gain"):
-        table.add_column(name, justify="right")
-    for trial_id, row in sorted(board.rows.items(), key=_search_first):
+    for name in ("trial", "state", "rank", "rate", "cross-attention", "targets", "step"):
+        right = name in ("rank", "rate", "step")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for name in ("text nll", "audio nll", "audio gain"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if board.base:
+        table.add_row("base", *[""] * 6, *_numbers(board.base), style="dim")
+    rows = _most_wanted(board, num_rows)
+    best = board.best()
+    for row in rows:
         trial = row.record.config
         table.add_row(
-            trial_id,
+            row.record.trial_id,
             Text(row.state, style=STYLES.get(row.state, "red")),
             str(trial.rank),
             f"{trial.learning_rate:.1e}",
             trial.cross_attention,
             trial.target_set,
             f"{row.step}/{trial.num_steps}",
-            *(_number(row.last.get(name)) for name in SHOWN),
+            *_numbers(row.last),
+            style="bold" if row is best else None,
         )
-    left = board.time_left_s()
-    ended = sum(row.state not in LIVE for row in board.rows.values())
+    below = [Text(_state(board), style="bold", no_wrap=True)]
+    if num_hidden := len(board.rows) - len(rows):
+        below.insert(0, Text(f"and {num_hidden} more trials", style="dim"))
+    return Group(table, *below)
+
+
+def _most_wanted(board: Board, num_rows: int) -> list[Row]:
+    """Those that have not ended, then the best of those that ran to their end; in the order of their ids."""
+
+    def order(row: Row) -> tuple[bool, bool, bool, float]:
+        return not row.is_live, row.state == "waiting", row.state != "completed", text_nll(row)
+
+    wanted = sorted(board.rows.values(), key=order)[: max(0, num_rows)]
+    return sorted(wanted, key=lambda row: (row.record.confirms is not None, row.record.trial_id))
+
+
+def _state(board: Board) -> str:
     total = len(board.rows) + board.to_come
-    line = f"{board.stage} · {ended}/{total} trials ended"
-    if left is not None:
-        line += f" · about {duration(left)} left"
-    return Group(table, Text(line, style="bold"))
+    parts = ["ending" if board.is_ending else board.stage]
+    parts.append(f"{board.num_ended()}/{total} trials ended")
+    if (best := board.best()) is not None:
+        parts.append(f"best {best.record.trial_id}: {text_nll(best):.3f}")
+    parts.append(f"{duration(board.elapsed_s())} so far")
+    if (left := board.time_left_s()) is not None:
+        parts.append(f"about {duration(left)} left")
+    return " · ".join(parts)
 
 
-def _search_first(item: tuple[str, Row]) -> tuple[bool, str]:
-    return item[0].startswith("c"), item[0]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _numbers(metrics: Mapping[str, Any]) -> list[str]:
+    values = [metrics.get(name) for name in SHOWN]
+    return ["–" if value is None else f"{value:.3f}" for value in values]

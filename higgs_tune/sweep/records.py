@@ -160,6 +160,16 @@ class TrialFiles:
         if status not in ("cancelled", "completed"):  # a completed one's checkpoint has none
             (self.folder(trial_id) / ADAPTER / MOMENTS).unlink(missing_ok=True)
 
+    def ended(self, trial_id: str) -> dict[str, Any] | None:
+        """The status.json of a trial with which no resumed sweep goes on."""
+        status = self.status(trial_id)
+        return None if status is None or status["status"] == "cancelled" else status
+
+    def last(self, trial_id: str) -> dict[str, Any]:
+        """The metrics that a trial reported last; none before its first report."""
+        lines = read_json_lines(self.folder(trial_id) / "metrics.jsonl")
+        return lines[-1] if lines else {}
+
     def status(self, trial_id: str) -> dict[str, Any] | None:
         """A trial's status.json, or None while it runs or when it never ran."""
         return read_json(self.folder(trial_id) / "status.json")

@@ -59,6 +59,7 @@ class Sweep:
         self._workers = workers
         self._control = control
         self._display = display
+        display.board.num_slots = config.tune.num_workers * slots_of(config)
         self._base = read_json(results / BASE)  # of this or an earlier run
         self._base_from = str(results / BASE)  # who said so
 
@@ -107,7 +108,8 @@ class Sweep:
                 "must be of the same base and data: put the same there, or start another sweep "
                 "with --name NAME."
             )
-        self._display.event("base_loaded", worker=worker, node=node, metrics=description["metrics"])
+        metrics = self._display.board.base = description["metrics"]
+        self._display.event("base_loaded", worker=worker, node=node, metrics=metrics)
 
     def _warned(self, worker: str, texts: list[str]) -> None:
         with (self.results / WORKERS_LOG).open("a", encoding="utf-8") as file:
@@ -136,10 +138,21 @@ class Sweep:
             "checkpoint_of": self.files.checkpoint_of,
         }
 
-    def run(self, stage: str, source: TrialSource, scheduler: TrialScheduler) -> None:
-        """One Tuner from its first trial to its last."""
+    def show_earlier(self) -> None:
+        """Show the trials that ended in an earlier run of the sweep."""
+        if self._base is not None:
+            self._display.board.base = self._base["metrics"]
+        for record in self.files.records(""):
+            if (end := self.files.ended(record.trial_id)) is not None:
+                last = self.files.last(record.trial_id)
+                self._display.board.known(record, end["status"], last, end["feasible"])
+
+    def run(
+        self, stage: str, source: TrialSource, scheduler: TrialScheduler, steps_after: int = 0
+    ) -> None:
+        """One Tuner from its first trial to its last; `steps_after` is what the next one may take."""
         self._workers.begin_stage()
-        self._display.board.stage = stage
+        self._display.board.stage, self._display.board.steps_after = stage, steps_after
         self._display.event("stage", stage=stage, trials=source.num_to_come())
         tune = self.config.tune
         callback = SweepCallback(

@@ -6,9 +6,10 @@ import pytest
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.config_file import validate
-from higgs_tune.sweep import member, nodes
+from higgs_tune.sweep import member, nodes, space
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep import workers as module
+from higgs_tune.sweep.study import TrialRecord
 from tests.crew import Actor
 
 
@@ -27,6 +28,14 @@ def make_config(tmp_path: Path):
         return validate(SweepConfig, raw, "test")
 
     return make
+
+
+@pytest.fixture
+def record(make_config):
+    """Trial 0 of it: 150 steps."""
+    config = make_config()
+    trial = space.resolve(space.baseline_values(config, fixed_flag=False), config, 5)
+    return TrialRecord("t000", 0, space.short_name("t000", trial), "baseline", None, trial)
 
 
 @pytest.fixture

@@ -1,68 +1,91 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from higgs_tune.sweep import space
-from higgs_tune.sweep.live import Board, Display, render
-from higgs_tune.sweep.study import TrialRecord
+from higgs_tune.sweep.board import Board
+from higgs_tune.sweep.live import Display, render
+
+
+class Screen(io.StringIO):
+    """A terminal, as rich sees it."""
+
+    def isatty(self):
+        return True
+
+
+def drawn(board, num_rows=100, width=140):
+    console = Console(width=width, file=io.StringIO())
+    console.print(render(board, num_rows))
+    return console.file.getvalue()
 
 
 @pytest.fixture
-def record(make_config):
-    config = make_config()
-    trial = space.resolve(space.baseline_values(config, fixed_flag=False), config, 5)
-    return TrialRecord("t000", 0, space.short_name("t000", trial), "baseline", None, trial)
-
-
-def test_time_left_follows_the_pace_and_the_trials_to_come(record):
-    now = [0.0]
-    board = Board(clock=lambda: now[0])
-    board.start(record, 0)
-    assert board.time_left_s() is None
-    now[0] = 50.0
-    board.result("t000", {"step": 50})
-    board.to_come = 2
-    assert board.time_left_s() == pytest.approx(100 + 2 * 150)
-    board.end("t000", "pruned")
-    assert board.time_left_s() == pytest.approx(2 * 50)
-
-
-def test_steps_before_a_resume_do_not_count_as_pace(record):
-    now = [0.0]
-    board = Board(clock=lambda: now[0])
-    board.start(record, 100)
-    now[0] = 25.0
-    board.result("t000", {"step": 125})
-    assert board.time_left_s() == pytest.approx(25)
-
-
-def test_a_paused_trial_is_shown_as_such_and_still_to_be_finished(record):
-    now = [0.0]
-    board = Board(clock=lambda: now[0])
-    board.start(record, 0)
-    now[0] = 50.0
-    board.result("t000", {"step": 50})
-    board.pause({"t000"})
-    assert board.rows["t000"].state == "paused"
-    assert board.time_left_s() == pytest.approx(100)
-    board.pause(set())
-    assert board.rows["t000"].state == "running"
-    board.end("t000", "pruned")
-    board.pause({"t000"})
-    assert board.rows["t000"].state == "pruned"
+def crowd(record):
+    """Thirty trials, of which the last three have not ended; t004 is the best of five that ran to the end."""
+    board = Board()
+    board.num_slots = 2
+    for number in range(30):
+        trial_id = f"t{number:03d}"
+        board.start(replace(record, trial_id=trial_id), 0, {})
+        board.result(trial_id, {"step": 25, "val/text/nll": 3 - number / 100})
+        if number < 27:
+            board.end(trial_id, "completed" if number < 5 else "pruned", is_feasible=True)
+    return board
 
 
 def test_the_table_shows_what_a_person_asks_for(record):
     board = Board()
-    board.start(record, 0)
+    board.num_slots = 1
+    board.base = {"val/text/nll": 8.281, "val/audio/nll_per_code": 5.03, "val/text/audio_gain": 0}
+    board.start(record, 0, {})
     board.result("t000", {"step": 25, "val/text/nll": 2.345, "val/text/audio_gain": 0.25})
-    console = Console(width=140, file=io.StringIO())
-    console.print(render(board))
-    text = console.file.getvalue()
-    for expected in ("t000", "running", "1.0e-04", "off", "all_linear", "25/150", "2.345", "0.250"):
+    text = drawn(board)
+    for expected in ("base", "8.281", "5.030", "t000", "running", "1.0e-04", "off", "all_linear",
+                     "25/150", "2.345", "0.250", "0/1 trials ended", "so far"):  # fmt: skip
         assert expected in text
+    assert "best" not in text
+    board.end("t000", "completed", is_feasible=True)
+    assert "1/1 trials ended · best t000: 2.345" in drawn(board)
+
+
+def test_a_screen_too_small_for_all_trials_shows_those_that_run_the_best_and_the_state(crowd):
+    lines = drawn(crowd, num_rows=5).splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "trial", "t003", "t004", "t027", "t028", "t029", "and", "starting"
+    ]  # fmt: skip
+    assert lines[-2] == "and 25 more trials"
+    assert "27/30 trials ended" in lines[-1]
+    assert len(drawn(crowd).splitlines()) == 32
+
+
+def test_a_narrow_terminal_breaks_no_row(crowd):
+    assert len(drawn(crowd, num_rows=5, width=60).splitlines()) == 8
+
+
+def test_the_whole_table_fits_the_terminal_until_the_end(crowd, monkeypatch):
+    monkeypatch.setenv("LINES", "20")
+    monkeypatch.setenv("COLUMNS", "120")
+    screen = Screen()
+    display = Display(screen)
+    display.board = crowd
+    crowd.base = {"val/text/nll": 8.0}
+    display.refresh(force=True)
+    shown = screen.getvalue()
+    assert "trials ended" in shown and "t029" in shown and "t010" not in shown
+    assert shown.count("\n") < 20
+    display.close()
+    assert "t010" in screen.getvalue()
+
+
+def test_a_sweep_that_ends_early_says_so(record):
+    display = Display(stream := io.StringIO())
+    display.board.start(record, 0, {})
+    display.ending("interrupted by SIGINT")
+    assert json.loads(stream.getvalue())["reason"] == "interrupted by SIGINT"
+    assert drawn(display.board).splitlines()[-1].startswith("ending · 0/1 trials ended")
 
 
 def test_outside_a_terminal_each_event_is_one_json_line():

@@ -1,5 +1,6 @@
 """What ends a stage beside its trials."""
 
+import io
 from types import SimpleNamespace
 
 import pytest
@@ -8,16 +9,10 @@ from ray.exceptions import OutOfMemoryError
 from higgs_tune.errors import SweepError
 from higgs_tune.sweep import stages
 from higgs_tune.sweep.control import Control
+from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import read_json
 from higgs_tune.sweep.stages import Sweep
 from tests.sweep_fakes import make_searcher
-
-
-class Nothing:
-    """Takes every call."""
-
-    def __getattr__(self, name):
-        return lambda *_, **__: None
 
 
 @pytest.fixture
@@ -40,7 +35,7 @@ def run(study, make_config, tmp_path, monkeypatch):
 
         monkeypatch.setattr(stages, "Tuner", create)
         control = Control()
-        display = SimpleNamespace(board=Nothing(), event=lambda *_, **__: None)
+        display = Display(io.StringIO())
         config = make_config(tune=tune)
         searcher, _, _ = make_searcher(study, config)
         workers = SimpleNamespace(begin_stage=lambda: None, close=lambda: None)

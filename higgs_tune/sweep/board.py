@@ -1,0 +1,125 @@
+"""The state of a sweep as a person sees it, and the estimate of what is left."""
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from higgs_tune.metrics import STEP, VAL_TEXT_NLL
+from higgs_tune.sweep.study import TrialRecord
+
+LIVE = ("running", "waiting", "paused")
+
+
+@dataclass
+class Row:
+    """One trial."""
+
+    record: TrialRecord
+    state: str
+    last: dict[str, Any]
+    reports: bool = False  # since it has started, the last time
+    is_feasible: bool | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.last.get(STEP, 0))
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it has not ended."""
+        return self.state in LIVE
+
+
+class Board:
+    """What the sweep's events say of its trials; `rows` is in the order of their last starts."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.rows: dict[str, Row] = {}
+        self.base: Mapping[str, Any] = {}  # metrics of the untouched base
+        self.stage = "starting"
+        self.num_slots = 0  # of all workers
+        self.to_come = 0  # trials of this stage that have not started
+        self.steps_after = 0  # optimizer steps of the stage after this one
+        self.is_ending = False  # before its time
+        self._clock = clock
+        self._began = clock()
+        self._since: float | None = None
+        self._steps_done = 0
+
+    def start(self, record: TrialRecord, step: int, known: Mapping[str, Any]) -> None:
+        """A trial starts, or goes on at `step` with what is known of it."""
+        if self._since is None:
+            self._since = self._clock()
+        self.rows.pop(record.trial_id, None)
+        self.rows[record.trial_id] = Row(record, "waiting", {**known, STEP: step})
+        self._seat()
+
+    def known(
+        self, record: TrialRecord, status: str, last: Mapping[str, Any], is_feasible: bool | None
+    ) -> None:
+        """A trial ended in an earlier run of the sweep."""
+        self.rows[record.trial_id] = Row(record, status, dict(last), is_feasible=is_feasible)
+
+    def result(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        """A trial reported."""
+        row = self.rows[trial_id]
+        self._steps_done += max(0, int(metrics.get(STEP, 0)) - row.step)
+        row.last, row.reports = {**row.last, **metrics}, True
+        self._seat()
+
+    def pause(self, trial_ids: Collection[str]) -> None:
+        """These trials wait for others, and no other one does."""
+        for trial_id, row in self.rows.items():
+            if row.is_live:
+                row.state = "paused" if trial_id in trial_ids else "waiting"
+        self._seat()
+
+    def end(self, trial_id: str, status: str, is_feasible: bool | None = None) -> None:
+        """A trial ended."""
+        if trial_id in self.rows:
+            self.rows[trial_id].state = status
+            self.rows[trial_id].is_feasible = is_feasible
+            self._seat()
+
+    def _seat(self) -> None:
+        """Tell those who have a slot from those who wait: they sit down in the order of their starts."""
+        rows = [row for row in self.rows.values() if row.is_live and row.state != "paused"]
+        for place, row in enumerate(sorted(rows, key=lambda row: not row.reports)):
+            row.state = "running" if row.reports or place < self.num_slots else "waiting"
+
+    def num_ended(self) -> int:
+        """Trials that have come to an end of their own, not to that of the sweep."""
+        return sum(not row.is_live and row.state != "cancelled" for row in self.rows.values())
+
+    def best(self) -> Row | None:
+        """The lowest text loss of the search's trials that ran to their end within the audio limit."""
+        rows = [
+            row
+            for row in self.rows.values()
+            if row.state == "completed" and row.is_feasible and row.record.confirms is None
+        ]
+        return min(rows, key=text_nll, default=None)
+
+    def elapsed_s(self) -> float:
+        """Since the command has begun."""
+        return self._clock() - self._began
+
+    def time_left_s(self) -> float | None:
+        """An estimate by the pace so far, the next stage too; None before a result, or while it ends."""
+        if self._since is None or self._steps_done == 0 or self.is_ending:
+            return None
+        running = [row for row in self.rows.values() if row.is_live]
+        ended = [row.step for row in self.rows.values() if row.state in ("completed", "pruned")]
+        budgets = [row.record.config.num_steps for row in self.rows.values()]
+        usual = sum(ended) / len(ended) if ended else max(budgets, default=0)
+        steps_left = sum(row.record.config.num_steps - row.step for row in running)
+        steps_left += self.to_come * usual + self.steps_after
+        return steps_left * (self._clock() - self._since) / self._steps_done
+
+
+def text_nll(row: Row) -> float:
+    """The text loss that it reported last."""
+    value = row.last.get(VAL_TEXT_NLL)
+    return float("inf") if value is None else value
