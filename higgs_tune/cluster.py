@@ -39,7 +39,7 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
     if ray.is_initialized():
         yield Cluster(None, is_own=False)
         return
-    address = os.environ.get("RAY_ADDRESS") or head_address() or "local"
+    address = _address()
     try:
         context = _connect(address)
     except ConnectionError:
@@ -51,6 +51,15 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
         yield Cluster(context.dashboard_url or None, is_own=address == "local")
     finally:
         ray.shutdown()
+
+
+def starts_own() -> bool:
+    """Whether `join_cluster` would start a cluster of this machine alone."""
+    return not ray.is_initialized() and _address() == "local"
+
+
+def _address() -> str:
+    return os.environ.get("RAY_ADDRESS") or head_address() or "local"
 
 
 def head_address() -> str | None:

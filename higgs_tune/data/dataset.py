@@ -44,6 +44,21 @@ _SIZES = np.dtype(
 )
 
 
+def dataset_folder(path: str) -> Path:
+    """Where a dataset's files are, which `data.path` names as a folder or as "embedded:NAME".
+
+    Raises:
+        DataError: no such embedded dataset.
+    """
+    if not path.startswith(_EMBEDDED_PREFIX):
+        return Path(path).expanduser()
+    name = path.removeprefix(_EMBEDDED_PREFIX)
+    known = sorted(folder.parent.name for folder in EMBEDDED.glob("*/dataset.json"))
+    if name not in known:
+        raise DataError(f"data.path {path!r}: no such embedded dataset; there are {known}.")
+    return EMBEDDED / name
+
+
 class Dataset:
     """A prepared dataset: some numbers of each row in memory, the rest in memory-mapped shards.
 
@@ -79,13 +94,7 @@ class Dataset:
         Raises:
             DataError: nothing there, an unfinished or damaged dataset, or another format version.
         """
-        if not path.startswith(_EMBEDDED_PREFIX):
-            return Dataset(Path(path).expanduser())
-        name = path.removeprefix(_EMBEDDED_PREFIX)
-        known = sorted(folder.parent.name for folder in EMBEDDED.glob("*/dataset.json"))
-        if name not in known:
-            raise DataError(f"data.path {path!r}: no such embedded dataset; there are {known}.")
-        return Dataset(EMBEDDED / name)
+        return Dataset(dataset_folder(path))
 
     def texts(self) -> Iterator[tuple[str, list[str]]]:
         """The id and every text part of each row, read anew."""

@@ -11,7 +11,7 @@ import optuna
 from ray.tune.schedulers import FIFOScheduler
 
 from higgs_tune.base_source import check_pinned
-from higgs_tune.cluster import join_cluster
+from higgs_tune.cluster import join_cluster, starts_own
 from higgs_tune.config import SweepConfig
 from higgs_tune.sweep import runtime, space, study
 from higgs_tune.sweep.confirm import ConfirmSource, confirm_records, most_steps
@@ -19,6 +19,7 @@ from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.nodes import idle_gpus, refuse_more_than_here
+from higgs_tune.sweep.places import refuse_absent
 from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.scheduler import make_scheduler, replay
 from higgs_tune.sweep.searcher import StudySearcher
@@ -60,6 +61,8 @@ def run_sweep(
     """
     check_pinned(config.base)
     space.check(config)
+    if starts_own():  # the machines of a cluster may have what this one has not
+        refuse_absent(config)
     storage = config.tune.storage
     with storage_faults(storage):
         if storage is not None and not resume:

@@ -178,17 +178,40 @@ def test_a_folder_whose_copy_does_not_fit_is_one_line_with_the_first_reason(
     assert "[(" not in error
 
 
-def test_a_hub_id_without_a_revision_is_refused_before_anything_starts(
-    tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ("base.path=someone/model", "base.revision: not set for Hub id someone/model"),
+        ("base.path=./nowhere", "base.path: ./nowhere does not exist"),
+        ("data.path=nowhere", "nowhere: found no dataset.json"),
+        ("data.path=embedded:klingon", "no such embedded dataset"),
+    ],
+)
+def test_a_base_or_data_that_cannot_be_is_refused_before_anything_starts(
+    tmp_path, capsys, monkeypatch, setting, error
 ):
     def started(*_):
         raise AssertionError("Ray was started")
 
+    monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setattr("higgs_tune.sweep.driver.join_cluster", started)
-    place = ("--set", f"results_dir={tmp_path}", "--set", "base.path=someone/model")
+    place = ("--set", f"results_dir={tmp_path}", "--set", setting)
     assert cli.main(["sweep", *place]) == cli.BAD_INPUT
-    assert "base.revision: not set for Hub id someone/model" in capsys.readouterr().err
+    assert error in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_only_the_machines_of_a_cluster_have_is_not_looked_for_here(tmp_path, monkeypatch):
+    class Joined(Exception):
+        pass
+
+    def join(*_):
+        raise Joined
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("higgs_tune.sweep.driver.join_cluster", join)
+    with pytest.raises(Joined):
+        cli.main(["sweep", "--set", f"results_dir={tmp_path}", "--set", "data.path=/nowhere"])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ def join(tmp_path, monkeypatch):
         monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
         monkeypatch.setattr(cluster.ray, "init", init)
         monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+        starts_own = cluster.starts_own()
         with cluster.join_cluster() as joined:
+            assert joined.is_own == starts_own
             return joined, given, environment
 
     return with_environment
