@@ -111,6 +111,22 @@ def choose(results: Results) -> Choice | None:
     return _choice(results, by_id[winner], held[winner], baseline_runs, "done")
 
 
+def leader(results: Results) -> Trial | None:
+    """While none has run the full budget: the best so far of those within the audio limit.
+
+    Which is the lowest text loss at the highest step that one has come to.
+    """
+    if any(trial.full_budget for trial in results.search):
+        return None
+    healthy = [
+        trial
+        for trial in results.search
+        if results.feasible(trial) and trial.last(m.VAL_TEXT_NLL) is not None
+    ]
+    furthest = max((trial.step for trial in healthy), default=0)
+    return min((t for t in healthy if t.step == furthest), key=_text_nll, default=None)
+
+
 def _confirm_state(results: Results, first: Trial) -> ConfirmState:
     """Whether the confirm stage has run to its end for trial 0 and the search's best, `first`."""
     if results.sweep.confirm.num_configs == 0:
@@ -163,7 +179,7 @@ def _choice(
 
 def _text_nll(trial: Trial) -> float:
     value = trial.last(m.VAL_TEXT_NLL)
-    assert value is not None, f"{trial.id} did not run the full budget"
+    assert value is not None, f"{trial.id} ended without a text loss"
     return value
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from higgs_tune import metrics as m
-from higgs_tune.report.choose import Choice, Stat, choose, mean_of
+from higgs_tune.report.choose import Choice, Stat, choose, leader, mean_of
 from higgs_tune.report.importance import (
     MIN_TRIALS,
     NAMES,
@@ -173,7 +173,9 @@ def _notes(results: Results, choice: Choice | None) -> list[str]:
     notes = []
     num_trials = results.sweep.tune.num_trials
     if open_ends := _open_ends(results.search):
-        notes.append(f"The sweep is not finished. Its trials: {open_ends}.")
+        notes.append(
+            f"The sweep is not finished: {open_ends}. --resume goes on with what was cancelled or lost."
+        )
     elif 0 < len(results.search) < num_trials:
         notes.append(f"The search ended after {len(results.search)} of {num_trials} trials.")
     if choice is not None and choice.confirm == "skipped":
@@ -254,6 +256,9 @@ def comparison(results: Results, choice: Choice | None) -> list[tuple[str, list[
     if choice is not None:
         over = f", {len(choice.runs)} seeds" if len(choice.runs) > 1 else ""
         rows.append((f"{choice.trial.id} best{over}", [choice.stat(name) for name in COMPARED]))
+    elif (first := leader(results)) is not None and first.origin == "search":
+        label = f"{first.id} ahead, {first.status} at {first.step}"
+        rows.append((label, [_single(first.last(name)) for name in COMPARED]))
     return rows
 
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from higgs_tune import metrics as m
-from higgs_tune.report.choose import Choice, mean_of
+from higgs_tune.report.choose import Choice, leader, mean_of
 from higgs_tune.report.results import Results
 from higgs_tune.report.wording import Answer, Tone, nats, rise_percent, signed
 
@@ -113,9 +113,17 @@ def _why_nothing(results: Results, outcome: Outcome) -> str:
     if results.base is None:
         return "The untouched base was not evaluated, so the limit for audio is unknown."
     if not ended:
-        return (
-            "No trial ran the full budget with finite losses, and unequal budgets do not compare."
+        num_steps = results.sweep.train.num_steps
+        sentence = (
+            f"No trial has run all {num_steps} steps with finite losses, and unequal budgets do not "
+            "compare."
         )
+        if (first := leader(results)) is not None:
+            sentence += (
+                f" Of those that came furthest, to step {first.step}, {first.id} is ahead with a text "
+                f"loss of {nats(first.last(m.VAL_TEXT_NLL) or 0.0)}."
+            )
+        return sentence
     if any(results.feasible(trial) for trial in ended):
         return "What the search found did not hold up with the fresh seeds of the confirm stage."
     nearest = min(ended, key=lambda trial: trial.last(m.VAL_AUDIO_NLL) or 0.0)

@@ -201,8 +201,27 @@ def test_no_full_run_is_said(tmp_path: Path) -> None:
     rows = curve(CONFIG, 2.0, 0.4, 3.9, 100)
     Builder(tmp_path).start().trial("t000", CONFIG, rows, status="pruned", origin="baseline")
     found = findings(tmp_path)
-    assert "No trial ran the full budget" in sentence(found, "found")
+    assert "No trial has run all 150 steps" in sentence(found, "found")
     assert any("Trial 0 ended pruned at step 100" in note for note in found.notes)
+
+
+def test_a_sweep_cut_short_says_who_is_ahead(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    for trial_id, text, audio, num_steps in (
+        ("t000", 4.0, 3.9, 100),
+        ("t001", 1.0, 3.9, 50),  # did not come as far
+        ("t002", 1.0, 5.0, 100),  # audio beyond its limit
+        ("t003", 2.0, 3.9, 100),
+    ):
+        rows = [report_row(step, text, 0.4, audio) for step in range(0, num_steps + 1, 25)]
+        builder.trial(trial_id, CONFIG, rows, status="cancelled")
+    found = findings(tmp_path)
+    said = "to step 100, t003 is ahead with a text loss of 2.00."
+    assert sentence(found, "found").endswith(said)
+    assert "t003 ahead, cancelled at 100" in summary_text(read_results(tmp_path), found)
+    assert "--resume goes on" in found.notes[0]
+    builder.trial("t004", CONFIG, curve(CONFIG, 3.0, 0.4, 5.0, 150))
+    assert "ahead" not in summary_text(read_results(tmp_path), findings(tmp_path))
 
 
 @pytest.mark.parametrize(
