@@ -1,8 +1,8 @@
 """The `higgs-tune` command. Each subcommand imports what it needs when it runs.
 
 Exit codes: 0 done; 1 unexpected; 2 bad input (one line says what and where); 3 the sweep ended without
-a best configuration: nothing feasible ran the full budget, or none held up in the confirm stage; 130 and
-143 ended by Ctrl-C or SIGTERM, with what was found exported.
+a best configuration: nothing feasible ran the full budget, or none held up in the confirm stage; 130, 143
+and 129 ended by Ctrl-C, SIGTERM or a terminal that was closed, with what was found exported.
 """
 
 import argparse

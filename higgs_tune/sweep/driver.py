@@ -39,7 +39,7 @@ class SweepOutcome:
     """How a sweep ended."""
 
     results: Path  # the folder with everything
-    exit_code: int  # 0; 3 without a feasible full-budget trial; 130 and 143 when interrupted
+    exit_code: int  # 0; 3 without a feasible full-budget trial; 130, 143, 129 when interrupted
     best_trial: str | None  # the best of the search, not yet of the confirm stage
     num_trials: int  # of the search, by what the study holds
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the step that it is in, and a sweep with what it has."""
+"""SIGTERM, SIGHUP and Ctrl-C end a run after the step that it is in, and a sweep with what it has."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -20,9 +20,10 @@ class StopRequest:
 
 @contextmanager
 def stop_signals(request: StopRequest) -> Iterator[None]:
-    """Note the first SIGTERM or SIGINT; a Ctrl-C after it ends the process at once.
+    """Note the first of `SIGNALS`; a Ctrl-C after it ends the process at once.
 
     A second SIGTERM does not: launchers pass on to all processes what their manager has sent to all.
+    SIGHUP says that the terminal is gone, so nothing is printed there any more; `nohup` lets it pass.
 
     Outside of the main thread, which alone can handle signals, nothing is ever asked for.
     """
@@ -30,13 +31,20 @@ def stop_signals(request: StopRequest) -> Iterator[None]:
         yield
         return
 
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+
     def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for fd in terminals:
+                os.dup2(nowhere, fd)
         if request.number is None:
             request.number = number
         elif number == signal.SIGINT:
             os._exit(128 + number)
 
-    former = {number: signal.signal(number, handle) for number in SIGNALS}
+    wanted = [n for n in SIGNALS if (n, signal.getsignal(n)) != (signal.SIGHUP, signal.SIG_IGN)]
+    former = {number: signal.signal(number, handle) for number in wanted}
     try:
         yield
     finally:
