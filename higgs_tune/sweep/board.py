@@ -48,6 +48,11 @@ class Board:
         self._since: float | None = None
         self._steps_done = 0
 
+    def expect(self, num_to_come: int, num_live: int) -> None:
+        """So many trials will still be suggested; of those that live some have no process yet."""
+        num_started = sum(row.is_live for row in self.rows.values())
+        self.to_come = num_to_come + max(0, num_live - num_started)
+
     def start(self, record: TrialRecord, step: int, known: Mapping[str, Any]) -> None:
         """A trial starts, or goes on at `step` with what is known of it."""
         if self._since is None:

@@ -76,7 +76,8 @@ class SweepCallback(Callback):
         if time.monotonic() - self._beat >= BEAT_S:
             self._beat = time.monotonic()
             self._source.publish(beat=True)
-        self._display.board.to_come = 0 if self._source.over() else self._source.num_to_come()
+        num_to_come = 0 if self._source.over() else self._source.num_to_come()
+        self._display.board.expect(num_to_come, num_live=len(self._source.live))
         self._display.refresh()
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:

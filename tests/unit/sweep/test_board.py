@@ -97,3 +97,14 @@ def test_the_best_ran_to_its_end_within_the_audio_limit(
     other = replace(record, trial_id="x", confirms=confirms)
     board.known(other, status, {"val/text/nll": 1.0}, is_feasible)
     assert board.best() is board.rows["t002"]
+
+
+def test_a_trial_whose_process_is_still_to_start_is_one_to_come(record, board):
+    board.expect(5, num_live=3)
+    assert board.to_come == 8
+    board.start(record, 0, {})
+    board.expect(5, num_live=3)
+    assert board.to_come == 7
+    board.end("t000", "pruned")
+    board.expect(4, num_live=3)
+    assert board.to_come == 7
