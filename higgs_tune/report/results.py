@@ -19,7 +19,7 @@ from higgs_tune import metrics as m
 from higgs_tune.config import SweepConfig, TrialConfig
 from higgs_tune.config_file import read_yaml, validate
 from higgs_tune.errors import SweepError
-from higgs_tune.files import write_bytes
+from higgs_tune.files import read_json_lines, write_bytes
 
 Origin = Literal["baseline", "baseline_fixed", "search", "confirm"]
 UNFINISHED = "unfinished"  # no status.json: it runs, or its process died
@@ -122,7 +122,7 @@ def read_results(directory: Path) -> Results:
     """Read a sweep's folder, finished or not.
 
     Raises:
-        SweepError: the folder is no sweep's, or one of its files is damaged.
+        HiggsTuneError: the folder is no sweep's, or one of its files is damaged.
     """
     sweep_file = directory / "sweep.yaml"
     if not sweep_file.is_file():
@@ -163,25 +163,12 @@ def _read_trial(folder: Path) -> Trial:
             directory=folder,
         )
     except KeyError as error:
-        raise SweepError(f"{folder}: its config.json or status.json lacks {error}.") from None
+        raise SweepError(f"{folder}: its config.json, status.json or metrics.jsonl lacks {error}.") from None
 
 
 def _read_history(path: Path) -> tuple[Metrics, ...]:
     """Reports by step; of a step reported twice (a resumed trial) the later one."""
-    if not path.exists():
-        return ()
-    rows: dict[float, Metrics] = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows[row[m.STEP]] = row
-        except (json.JSONDecodeError, KeyError) as error:
-            if number == len(lines):
-                break  # no newline after it: its writer was killed in the middle of the line
-            raise SweepError(f"{path}, line {number}: not a report of a trial: {error!r}") from None
+    rows = {row[m.STEP]: row for row in read_json_lines(path)}
     return tuple(rows[step] for step in sorted(rows))
 
 

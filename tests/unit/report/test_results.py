@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from higgs_tune import metrics as m
-from higgs_tune.errors import SweepError
+from higgs_tune.errors import DataError, SweepError
 from higgs_tune.report.results import UNFINISHED, read_results, write_table
 from tests.unit.report.builder import Builder, curve, realistic, report_row, trial_config
 
@@ -49,7 +49,7 @@ def test_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     folder = Builder(tmp_path).start().trial("t000", CONFIG, ROWS[:1])
     path = folder / "metrics.jsonl"
     path.write_text("garbage\n" + path.read_text())
-    with pytest.raises(SweepError, match=r"metrics\.jsonl, line 1"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 1: not JSON"):
         read_results(tmp_path)
 
 
