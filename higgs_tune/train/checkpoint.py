@@ -150,13 +150,26 @@ def read_trial(directory: Path) -> TrialConfig:
     Raises:
         ModelError: the folder is not an adapter of ours.
     """
+    path = directory / MARK_NAME
     try:
-        trial = json.loads((directory / MARK_NAME).read_text(encoding="utf-8"))["trial"]
+        trial = json.loads(path.read_text(encoding="utf-8"))["trial"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(f"{directory}: {_what_instead(directory)}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{directory}: no {MARK_NAME} with a trial, so not an adapter of higgs-tune: {error!r}"
+            f"{path}: no readable trial in it ({error!r}), needed an adapter's. A merged checkpoint has "
+            "none: it is a base. Give an adapter that a sweep, `train` or `export` wrote."
         ) from None
     return validate(TrialConfig, trial, str(directory / MARK_NAME))
+
+
+def _what_instead(directory: Path) -> str:
+    """What was found where an adapter was looked for, and what to give instead of it."""
+    found = f"no {MARK_NAME} in it, so no adapter" if directory.is_dir() else "no such folder"
+    inside = [directory / name for name in ("best_adapter", "adapter")]
+    here = [str(folder) for folder in inside if (folder / MARK_NAME).is_file()]
+    there = "one that a sweep or `train` wrote, such as results/quick/best_adapter"
+    return f"{found}. Give {' or '.join(here) or there}."
 
 
 def load_adapter(base: HiggsAudioV2ForConditionalGeneration, directory: Path) -> PeftModel:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from higgs_tune.train.checkpoint import (
     attach_adapter,
     load_adapter,
     load_state,
+    read_trial,
     save_adapter,
 )
 from higgs_tune.train.engine import Engine, PackLimits
@@ -146,3 +148,21 @@ def test_a_damaged_adapter_is_one_clear_error(tmp_path):
     (tmp_path / "training_state.safetensors").write_bytes(b"broken")
     with pytest.raises(ModelError, match="not a readable adapter"):
         load_state(tmp_path)
+
+
+def test_what_is_no_adapter_is_refused_with_what_to_give_instead(tmp_path):
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    (run / "adapter").mkdir(parents=True)
+    with pytest.raises(
+        ModelError, match=r"gone: no such folder\. Give one that a sweep or `train`"
+    ):
+        read_trial(tmp_path / "gone")
+    with pytest.raises(ModelError, match=r"run: no higgs_tune\.json in it, .*\. Give one that a"):
+        read_trial(run)
+    trained(run / "adapter")
+    with pytest.raises(ModelError, match=rf"so no adapter\. Give {re.escape(str(run))}/adapter\.$"):
+        read_trial(run)
+    merged.mkdir()
+    (merged / "higgs_tune.json").write_text('{"cross_attention": "off"}')
+    with pytest.raises(ModelError, match=r"higgs_tune\.json: no readable trial .* it is a base"):
+        read_trial(merged)

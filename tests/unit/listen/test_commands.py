@@ -94,7 +94,10 @@ def test_a_reference_changes_what_is_said(tmp_path):
         (("--out", "x.mp3"), "needed a file name that ends in .wav"),
         (("--text", " "), "--text: text is empty"),
         (("--text", "a<|eot_id|>"), "holds the control token <|eot_id|>"),
-        (("--adapter", "nowhere"), "no higgs_tune.json with a trial"),
+        (
+            ("--adapter", "nowhere"),
+            "nowhere: no such folder. Give one that a sweep or `train` wrote",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, capsys, arguments, message):
