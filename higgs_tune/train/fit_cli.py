@@ -38,12 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the memory of one slot and of the sweep's, and how many slots fit."""
+    """Print the memory of one slot and of the sweep's, and how many slots fit; an error if none does."""
     config = load_sweep(args.config, args.set)
     if args.clip_rows < 8 or args.gpu_gib <= 0:
         raise ConfigError("--clip-rows must be at least 8 and --gpu-gib above 0.")
     found = fit(config, args.base_config, args.gpu_gib, args.clip_rows)
     print(json.dumps(found, indent=1) if args.json else _table(found, args.gpu_gib))
+    if not found["slots_that_fit"]:
+        total = found["slots"]["1"]["total"] / (1 << 30)
+        raise ConfigError(
+            f"{args.config}: one slot takes {total:.2f} GiB and does not fit into {args.gpu_gib:g} GiB, of "
+            f"which {found['reserve']:.0%} are kept free. Lower train.token_budget, space.rank or what the "
+            "target sets and cross_attention add, take base.dtype bfloat16, or a larger GPU."
+        )
     return 0
 
 
@@ -137,7 +144,7 @@ def _table(found: dict[str, Any], gpu_gib: float) -> str:
     lines.append(f"{found['rows_per_adapter']} rows of each adapter in one forward{often}")
     fitting, wanted = found["slots_that_fit"], found["slots_per_worker"]
     lines.append(f"{gpu_gib:g} GiB hold {fitting} slots, {found['reserve']:.0%} kept free")
-    if wanted != "auto" and wanted > fitting:
+    if wanted != "auto" and wanted > fitting > 0:
         advice = "Lower it, train.token_budget, or what the target sets and cross_attention add."
         lines.append(f"tune.slots_per_worker is {wanted}: too many. {advice}")
     size, kept = found["checkpoint"] / (1 << 30), found["checkpoints_kept"]

@@ -67,6 +67,17 @@ def test_the_command_prints_parts_that_add_up(capsys) -> None:
     assert "total" in table and "tune.slots_per_worker is 4: too many" in table
 
 
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_a_sweep_of_which_no_slot_fits_is_an_error_behind_the_figures(how, capsys) -> None:
+    quick = str(SWEEPS / "quick.yaml")
+    words = ["fit", "--config", quick, "--clip-rows", "100", "--gpu-gib", "0.05", *how]
+    assert cli.main(words) == cli.BAD_INPUT
+    printed = capsys.readouterr()
+    assert "total" in printed.out and "too many" not in printed.out
+    assert f"error: {quick}: one slot takes 0.0" in printed.err
+    assert "does not fit into 0.05 GiB, of which 5% are kept free. Lower" in printed.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
