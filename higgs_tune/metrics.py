@@ -13,6 +13,7 @@ TRAIN_AUDIO_NLL = "train/audio/nll_per_code"
 STEP = "step"  # optimizer steps done
 TOKENS_PER_S = "tokens_per_s"  # rows this adapter trained per second of the pack's time
 TRAIN_TIME_S = "train_time_s"  # seconds in forward, backward and optimizer, the pack's
+LEARNING_RATE = "train/learning_rate"  # of the interval's last step, warm-up and cosine included
 GRAD_NORM = "train/grad_norm"  # median over the interval, before clipping
 # `higgs-tune evaluate`: means over the generated clips
 EOS_RATE = "speech/eos_rate"  # share that ended by EOS instead of at the length limit

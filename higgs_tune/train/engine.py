@@ -27,7 +27,7 @@ from higgs_tune.model.packed_lora import AdapterBank
 from higgs_tune.model.targets import account
 from higgs_tune.train.forwards import Costs
 from higgs_tune.train.lanes import Lanes
-from higgs_tune.train.optim import RowStep, adamw_step, learning_rate_factor
+from higgs_tune.train.optim import RowStep, adamw_step, learning_rate
 
 
 @dataclass(frozen=True)
@@ -224,15 +224,13 @@ class Engine:
         for trial_id in trial_ids:
             resident = self.residents[trial_id]
             config = resident.config
-            rates = config.rates_at(resident.step)
-            rate = rates["learning_rate"] * learning_rate_factor(
-                resident.step, config.num_steps, config.warmup_fraction, config.min_lr_fraction
-            )
+            factor = config.rates_at(resident.step)["new_module_lr_factor"]
+            rate = learning_rate(config, resident.step)
             resident.step += 1
             resident.num_forwards = 0
             rows[resident.slot] = RowStep(
                 learning_rate=rate,
-                new_module_learning_rate=rate * rates["new_module_lr_factor"],
+                new_module_learning_rate=rate * factor,
                 weight_decay=config.weight_decay,
                 clip_norm=config.clip_norm,
                 step=resident.step,

@@ -27,6 +27,7 @@ from higgs_tune.train.examples import Examples, check_fits
 from higgs_tune.train.gradients import Clips, Gradients
 from higgs_tune.train.imbalance import preflight
 from higgs_tune.train.interval import Interval
+from higgs_tune.train.optim import learning_rate
 from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.progress import Run
 from higgs_tune.train.room import Ended, agree, raise_if_all_failed
@@ -283,7 +284,9 @@ class PackLoop:
             result[metrics.PEAK_MEMORY_MIB] = self._world.highest(
                 peak_memory_mib(self.engine.device)
             )
-            for path, share in self.engine.gradient_shares(run.resident.trial_id).items():
+            resident = run.resident
+            result[metrics.LEARNING_RATE] = learning_rate(resident.config, resident.step - 1)
+            for path, share in self.engine.gradient_shares(resident.trial_id).items():
                 result[metrics.grad_share(path)] = share
         run.interval = run.interval.next()
         return result

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from higgs_tune.config import TrialConfig
 from higgs_tune.model.packed_lora import AdapterBank
 
 BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
@@ -30,6 +31,13 @@ def learning_rate_factor(
     progress = (step - num_warmup) / max(1, num_steps - num_warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return min_lr_fraction + (1 - min_lr_fraction) * cosine
+
+
+def learning_rate(config: TrialConfig, step: int) -> float:
+    """The rate of a trial's 0-based step."""
+    return config.rates_at(step)["learning_rate"] * learning_rate_factor(
+        step, config.num_steps, config.warmup_fraction, config.min_lr_fraction
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.train.checkpoint import _INTERVAL, load_state, save_adapter
 from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.optim import learning_rate_factor
 from tests.models import DATA, NUM_CODEBOOKS, NUM_CODES, make_dataset, tiny_base, trial
 
 
@@ -56,6 +57,8 @@ def test_intervals_end_at_the_budget_and_report_true_steps(dataset):
     loop.join("b", B)
     results = [loop.advance()["b"] for _ in range(3)]
     assert [r[metrics.STEP] for r in results] == [5, 10, 12]
+    rates = [B.learning_rate * learning_rate_factor(step, 12, 0.1, 0.1) for step in (4, 9, 11)]
+    assert [r[metrics.LEARNING_RATE] for r in results] == pytest.approx(rates)
     assert [r["status"] for r in results] == ["running", "running", "completed"]
     assert results[0][metrics.grad_share("attention")] == pytest.approx(1.0)
     assert results[0][metrics.PEAK_MEMORY_MIB] > 10
