@@ -220,7 +220,7 @@ def run_check(args: argparse.Namespace) -> int:
         "device": args.device,
     }
     base = validate(BaseSettings, named, "check")
-    limits = PackLimits(num_slots=1, max_rank=1, paths=frozenset({"attention"}))
+    limits = PackLimits.of([], num_slots=1)
     loop = PackLoop.load(base, DataSettings(path=args.data), limits)
     print(json.dumps({"preflight": loop.preflight, "base": loop.base_metrics}, indent=1))
     print("no leak: no label's loss changes with its own input", file=sys.stderr)

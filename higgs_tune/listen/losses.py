@@ -22,12 +22,7 @@ def validation_losses(
         ModelError: an adapter cannot be read or does not fit the base.
     """
     trials = [read_trial(adapter) for adapter in adapters]
-    limits = (
-        PackLimits.of(trials, num_slots=1)
-        if trials
-        else PackLimits(num_slots=1, max_rank=1, paths=frozenset({"attention"}))
-    )
-    loop = PackLoop(base, dataset, data, limits)
+    loop = PackLoop(base, dataset, data, PackLimits.of(trials, num_slots=1))
     losses = [loop.base_metrics]
     for adapter, trial in zip(adapters, trials, strict=True):
         try:

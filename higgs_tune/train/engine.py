@@ -40,10 +40,10 @@ class PackLimits:
 
     @classmethod
     def of(cls, configs: Sequence[TrialConfig], num_slots: int) -> "PackLimits":
-        """The smallest limits that hold these trials."""
+        """The smallest limits that hold these trials, or none: the base alone is computed."""
         return cls(
             num_slots=num_slots,
-            max_rank=max(config.rank for config in configs),
+            max_rank=max((config.rank for config in configs), default=1),
             paths=frozenset(path for config in configs for path in config.targets),
         )
 
