@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from higgs_tune.errors import ConfigError
+
 
 def _local(text: str) -> str:
     if "://" in text:
@@ -29,3 +31,13 @@ def local_path(text: str) -> Path:
         return Path(_local(text)).expanduser()
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
+
+
+def refuse_existing(out: Path) -> None:
+    """Keep a command from replacing what the user has.
+
+    Raises:
+        ConfigError: there is a file or folder of that name.
+    """
+    if out.exists():
+        raise ConfigError(f"--out: {out} exists. Give a name that does not, nothing is replaced.")

@@ -11,7 +11,7 @@ from higgs_tune.config_file import ModelT, read_yaml, validate
 from higgs_tune.errors import ConfigError
 from higgs_tune.listen.bases import base_for
 from higgs_tune.listen.options import EvaluateOptions, SpeechOptions
-from higgs_tune.local_path import local_path
+from higgs_tune.local_path import local_path, refuse_existing
 
 _SPEECH = {
     "seed": "of the first take; each further one has the next",
@@ -78,7 +78,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="adapter folder, beside the untouched base; may be given again; none: the base alone",
     )
     parser.add_argument("--data", help="dataset folder or embedded:NAME (default: embedded:arabic)")
-    parser.add_argument("--out", type=local_path, help="folder for page, figures and WAVs")
+    parser.add_argument("--out", type=local_path, help="folder to make, for page, figures and WAVs")
     parser.add_argument(
         "--results",
         type=local_path,
@@ -89,7 +89,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--asr-language", help="language for a recogniser of many, such as Whisper")
     _add_models(parser)
     _add_options(parser, EvaluateOptions, _EVALUATE)
-    _add_options(parser, SpeechOptions, _SPEECH)
+    drawn = "of the draws; with the same options it gives the same speech"
+    _add_options(parser, SpeechOptions, _SPEECH | {"seed": drawn})
 
 
 def _given(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
@@ -175,16 +176,21 @@ def run_evaluate(args: argparse.Namespace) -> int:
             "The sweep trained no cloning (data.tasks.clone is 0), so that speech after a reference is "
             "new to the adapter. --task speak evaluates speech without one."
         )
+    from higgs_tune.files import replace_folder
     from higgs_tune.listen.run import Asr, run_evaluation
+    from higgs_tune.report.listening import PAGE
 
     asr = args.asr and Asr(args.asr, args.asr_revision, args.asr_language)
-    page = run_evaluation(
-        base, data, adapters, out,
-        speech=speech, options=options, asr=asr or None,
-        codec=args.codec, codec_revision=args.codec_revision, notes=notes,
-        progress=lambda text: print(text, file=sys.stderr, flush=True),
+    replace_folder(
+        out,
+        lambda fresh: run_evaluation(
+            base, data, adapters, fresh,
+            speech=speech, options=options, asr=asr or None,
+            codec=args.codec, codec_revision=args.codec_revision, notes=notes,
+            progress=lambda text: print(text, file=sys.stderr, flush=True),
+        ),
     )  # fmt: skip
-    print(page)
+    print(out / PAGE)
     if args.results is not None:
         from higgs_tune.report.build import build_report
 
@@ -205,6 +211,11 @@ def _subject(
         if clashing:
             raise ConfigError(f"--{clashing[0]}: the folder of --results says it; leave it out.")
         stored = args.results / "sweep.yaml"
+        if not stored.is_file():
+            raise ConfigError(
+                f"--results {args.results}: found no sweep.yaml, needed the results folder of a sweep. "
+                "Give a folder such as results/quick."
+            )
         sweep = validate(SweepConfig, read_yaml(stored), str(stored))
         best = args.results / "best_adapter"
         if not best.is_dir():
@@ -218,6 +229,8 @@ def _subject(
         raise ConfigError("give --adapter DIR (none for the base alone), or --results DIR.")
     if out is None:
         raise ConfigError("--out: give a folder for the page, the figures and the WAVs.")
+    if args.out is not None:  # a sweep's own listen/ is replaced
+        refuse_existing(args.out)
     if args.data is not None:
         data["path"] = args.data
     if args.results is None or args.num_clips is not None:  # else as many as the sweep validated on

@@ -14,8 +14,8 @@ from higgs_tune.train.loop import PackLoop
 
 def validation_losses(
     base: Base, dataset: Dataset, data: DataSettings, adapters: Sequence[Path]
-) -> list[dict[str, float]]:
-    """Validation metrics of the untouched base, then of each adapter.
+) -> tuple[list[dict[str, float]], int]:
+    """Validation metrics of the untouched base, then of each adapter; and of how many clips.
 
     Raises:
         DataError, LeakError: see `PackLoop`.
@@ -31,4 +31,4 @@ def validation_losses(
             raise ModelError(f"{adapter}: does not fit the base {base.source}: {error}") from error
         losses.append(loop.validate(["adapter"])["adapter"])
         loop.engine.remove("adapter")
-    return losses
+    return losses, len(loop.transcribe)

@@ -9,7 +9,7 @@ from higgs_tune.listen.systems import RECORDING, REFERENCE
 from higgs_tune.report.listening import metric_table, speech_table
 from higgs_tune.report.template import escape, fill
 
-_LOSSES = {
+LOSSES = {
     m.VAL_TEXT_NLL: "text loss, nats per token",
     m.VAL_TEXT_NLL_SWAPPED: "text loss after another clip's audio",
     m.VAL_AUDIO_GAIN: "audio gain",
@@ -40,6 +40,7 @@ def render_page(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
             "headline": escape(f"{len(clips)} held-out clips, spoken by {_listed(names)}"),
             "lead": f"<p>{escape(result['data']['path'])}, base {escape(result['base']['path'])}</p>",
             "notes": f'<ul class="notes">{notes}</ul>' if notes else "",
+            "num_clips": escape(result["data"]["num_clips"]),
             "losses": _losses(result["systems"]),
             "speech": speech_table([recorded, *result["systems"]]),
             "clips": "".join(_clip(clip, rows) for clip in clips),
@@ -57,7 +58,7 @@ def _losses(systems: Sequence[Mapping[str, Any]]) -> str:
     codebooks = [name for name in systems[0]["losses"] if "nll_codebook" in name]
     labels = {name: f"codebook {name.rsplit('_', 1)[1]}" for name in codebooks}
     return (
-        f"{metric_table(systems, _LOSSES, _loss)}<details><summary>By codebook</summary>"
+        f"{metric_table(systems, LOSSES, _loss)}<details><summary>By codebook</summary>"
         f"{metric_table(systems, labels, _loss)}</details>"
     )
 

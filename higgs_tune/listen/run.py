@@ -18,6 +18,7 @@ from higgs_tune.listen.losses import validation_losses
 from higgs_tune.listen.options import AGAIN, EvaluateOptions, SpeechOptions
 from higgs_tune.listen.page import render_page
 from higgs_tune.listen.systems import RECORDING, check_codec, check_data_codec, name_systems
+from higgs_tune.listen.table import figures_table
 from higgs_tune.listen.voices import Recogniser, VoiceJudge
 from higgs_tune.model.load import Base, load_base
 from higgs_tune.report.listening import DATA, PAGE
@@ -47,12 +48,11 @@ def run_evaluation(
     codec_revision: str | None,
     notes: Sequence[str],
     progress: Callable[[str], None],
-) -> Path:
-    """Evaluate the untouched base and each adapter; returns the page's path.
-
-    Files of the same name in `out` are replaced, the page last.
+) -> None:
+    """Evaluate the untouched base and each adapter; the figures are said last.
 
     Args:
+        out: an empty folder.
         notes: what the page says on top, before what this finds.
 
     Raises:
@@ -64,7 +64,7 @@ def run_evaluation(
     judges, missing = _judges(base, dataset, codec_name, codec_revision, asr)
     systems = name_systems(adapters)
     progress("losses on held-out clips")
-    losses = validation_losses(base, dataset, data, adapters)
+    losses, num_clips = validation_losses(base, dataset, data, adapters)
     positions = base.model.config.max_position_embeddings
     clips = choose_clips(
         dataset, data, options, positions, lambda text: len(base.vocabulary.encode_text(text))
@@ -95,14 +95,18 @@ def run_evaluation(
     }
     result = {
         "base": base_settings.model_dump(mode="json"),
-        "data": {"path": data.path, "content_hash": dataset.info.content_hash},
+        "data": {
+            "path": data.path,
+            "content_hash": dataset.info.content_hash,
+            "num_clips": num_clips,
+        },
         "settings": settings,
         "notes": [*notes, *missing, *(_task_notes(rows) if options.task == "clone" else ())],
         "recording": recorded,
         "systems": results,
     }
     write_result(out, result, rows)
-    return out / PAGE
+    progress(figures_table(result))
 
 
 def write_result(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -18,8 +18,9 @@ from transformers.utils import logging as hf_logging
 
 from higgs_tune.base_source import named_here
 from higgs_tune.config import BaseSettings, TrialConfig
-from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.errors import ModelError
 from higgs_tune.files import RESUME_FILES, share_weights, writing
+from higgs_tune.local_path import refuse_existing
 from higgs_tune.model.boson import boson_config, boson_name, check_modes
 from higgs_tune.model.load import Base, control_ids, load_checkpoint
 from higgs_tune.model.snapshot import header
@@ -172,8 +173,7 @@ def _write_boson(
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A temporary neighbour of `out` that takes its name when the block ends well."""
-    if out.exists():
-        raise ConfigError(f"--out: {out} exists. Give a folder that does not, nothing is replaced.")
+    refuse_existing(out)
     fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with _writing(out):
         fresh.mkdir(parents=True)

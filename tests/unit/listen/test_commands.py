@@ -119,7 +119,7 @@ def test_the_base_is_as_it_was_once_an_adapter_is_off(embedded, adapter):
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, adapter):
     """A small evaluation of base and adapter; read only."""
-    out = tmp_path_factory.mktemp("listening")
+    out = tmp_path_factory.mktemp("evaluated") / "listening"
     small = ("--num-clips", "8", "--num-generated", "3", "--max-seconds", "2", "--device", "cpu")
     arguments = ["--adapter", str(adapter), "--data", "embedded:arabic", "--out", str(out)]
     assert cli.main(["evaluate", *arguments, *small]) == 0
@@ -181,8 +181,10 @@ def test_the_page_plays_every_clip_and_shows_its_texts(evaluated):
     assert "http" not in page and "<!--" not in page
 
 
-def test_a_sweeps_best_adapter_is_evaluated_and_linked_from_its_report(tmp_path, adapter):
+def test_a_sweeps_best_adapter_is_evaluated_and_linked_from_its_report(tmp_path, adapter, capsys):
     folder = tmp_path / "quick"
+    (folder / "listen").mkdir(parents=True)
+    (folder / "listen" / "of-another-best.wav").write_bytes(b"")
     realistic(folder)
     for best in folder.glob("trials/*/adapter"):
         for file in best.iterdir():
@@ -196,7 +198,16 @@ def test_a_sweeps_best_adapter_is_evaluated_and_linked_from_its_report(tmp_path,
     report = (folder / "report.html").read_text()
     assert '<a href="listen/evaluate.html">' in report
     assert "Another configuration has become the best" not in report
-    assert (folder / "listen" / "evaluate.html").is_file()
+    files = {path.name for path in (folder / "listen").iterdir()}
+    assert files == {"evaluate.html", "evaluate.json", "clips.jsonl", "audio"}
+    page = (folder / "listen" / "evaluate.html").read_text()
+    assert "Losses on 8 held-out clips" in page
+    said = capsys.readouterr()
+    assert said.out.split() == [str(folder / "listen/evaluate.html"), str(folder / "report.html")]
+    losses = json.loads((folder / "listen" / "evaluate.json").read_text())["systems"]
+    base, best = (f"{system['losses']['val/text/nll']:.3f}" for system in losses)
+    assert re.search(rf"^text loss, nats per token +{base} +{best}$", said.err, re.MULTILINE)
+    assert "\nlosses on 8 held-out clips, speech and text on 1\n" in said.err
 
 
 @pytest.mark.parametrize(
@@ -204,8 +215,12 @@ def test_a_sweeps_best_adapter_is_evaluated_and_linked_from_its_report(tmp_path,
     [
         ((), "give --adapter DIR (none for the base alone), or --results DIR"),
         (("--adapter", "none"), "--out: give a folder"),
+        (("--adapter", "none", "--out", "."), "--out: . exists. Give a name that does not"),
         (("--results", "nowhere", "--data", "x"), "--data: the folder of --results says it"),
-        (("--results", "nowhere"), "nowhere/sweep.yaml: no such file"),
+        (
+            ("--results", "nowhere"),
+            "--results nowhere: found no sweep.yaml, needed the results folder",
+        ),
         (("--adapter", "none", "--out", "o", "--num-clips", "1"), "num_clips: Input should be"),
     ],
 )
