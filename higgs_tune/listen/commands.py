@@ -8,6 +8,7 @@ from typing import Any
 
 from higgs_tune.config import BaseSettings, DataSettings, SweepConfig
 from higgs_tune.config_file import ModelT, read_yaml, validate
+from higgs_tune.data.plain_text import plain_text
 from higgs_tune.errors import ConfigError
 from higgs_tune.listen.bases import base_for
 from higgs_tune.listen.options import EvaluateOptions, SpeechOptions
@@ -27,6 +28,7 @@ _EVALUATE = {
     "task": "clone: in the voice of another clip of the speaker; speak: without a reference",
 }
 _NONE = "none"
+_FASTEST = 30  # letters a second; fast speech has up to 8 syllables of two or three
 
 
 def _add_options(
@@ -155,14 +157,20 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def _warn(path: Path, take: dict[str, Any]) -> None:
+    letters = len(plain_text(take["text"]).replace(" ", ""))
     if take["hit_length_limit"]:
         print(
             f"warning: {path}: no end after {take['limit_seconds']:.1f} s, cut off there. Raise "
             "--max-seconds, or try another --seed or --temperature.",
             file=sys.stderr,
         )
-    if take["seconds"] == 0:
-        print(f"warning: {path}: the model ended at once, the WAV is empty.", file=sys.stderr)
+    elif take["seconds"] * _FASTEST <= letters:
+        print(
+            f"warning: {path}: ended after {take['seconds']:.2f} s, too short for a text of {letters} "
+            "letters. Try another --seed; if all are so, the model has not learnt to speak such texts: "
+            "train longer, or give another --adapter.",
+            file=sys.stderr,
+        )
 
 
 def run_evaluate(args: argparse.Namespace) -> int:

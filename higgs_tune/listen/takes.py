@@ -15,11 +15,12 @@ from higgs_tune.data.audio import read_clip
 from higgs_tune.data.codec import Codec, decode_clip, encode_clip
 from higgs_tune.data.rows import text_problem
 from higgs_tune.data.shards import Row
-from higgs_tune.data.tokens import Vocabulary, encode_conversation
+from higgs_tune.data.tokens import Vocabulary, encode_conversation, unknown_in
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.files import write_bytes, write_json, writing
 from higgs_tune.listen.generate import most_frames, prompt_before_audio, speak
 from higgs_tune.listen.options import AGAIN, SpeechOptions
+from higgs_tune.local_path import refuse_existing
 from higgs_tune.model.writing import Prompt
 
 _MAX_TEXT_CHARS = 2000  # as `data prepare` takes by default
@@ -39,13 +40,20 @@ def take_prompt(
     """The prompt of the training task `speak`, or of `clone` with a reference; texts in NFC as there.
 
     Raises:
-        DataError: a text is empty, too long or holds a control token; the reference is no usable
-            recording.
+        DataError: a text is empty, too long, or holds a control token or characters that the base
+            does not know; the reference is no usable recording.
     """
     for what, value in (("--text", text), ("--reference-text", reference and reference.text)):
-        problem = None if value is None else text_problem(value, _MAX_TEXT_CHARS)
-        if problem:
+        if value is None:
+            continue
+        if problem := text_problem(value, _MAX_TEXT_CHARS):
             raise DataError(f"{what}: {problem}.")
+        if unknown := unknown_in(value, vocabulary):
+            raise DataError(
+                f"{what}: the base's tokenizer has no token for {', '.join(map(repr, unknown))}. Leave "
+                "that out, or give a --base whose tokenizer knows it. docs/reference/embedded.md lists "
+                "what the embedded one knows."
+            )
     unspoken_TC = np.zeros((1, vocabulary.num_codebooks), dtype=np.uint16)  # the prompt ends before
     codes, ref_text = (unspoken_TC,), None
     if reference is not None:
@@ -73,13 +81,17 @@ def take_paths(out: Path, num_takes: int) -> list[Path]:
     """`out` itself, or out-1.wav, out-2.wav, … for several takes.
 
     Raises:
-        ConfigError: not a .wav.
+        ConfigError: not a .wav, or it or the JSON file that goes beside it is there already.
     """
     if out.suffix.lower() != ".wav":
         raise ConfigError(f"--out: found {out}, needed a file name that ends in .wav.")
-    if num_takes == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{n}{out.suffix}") for n in range(1, num_takes + 1)]
+    paths = [out]
+    if num_takes > 1:
+        paths = [out.with_name(f"{out.stem}-{n}{out.suffix}") for n in range(1, num_takes + 1)]
+    for path in paths:
+        refuse_existing(path)
+        refuse_existing(path.with_suffix(".json"))
+    return paths
 
 
 def frame_limit(

@@ -128,6 +128,6 @@ def test_a_base_without_text_head_is_started_from_its_embedding(
 
     assert run() == 2
     assert "set base.text_head (--text-head) to from_embedding" in capsys.readouterr().err
-    assert run("--text-head", "from_embedding") == 0
     assert run("--text-head", "some") == 2
     assert "text_head: Input should be 'checkpoint' or 'from_embedding'" in capsys.readouterr().err
+    assert run("--text-head", "from_embedding") == 0

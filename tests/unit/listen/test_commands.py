@@ -34,6 +34,8 @@ def test_the_same_seed_gives_the_same_wav_and_takes_count_seeds_on(tmp_path, ada
     takes = [(tmp_path / f"a-{n}.wav").read_bytes() for n in (1, 2, 3)]
     assert len(set(takes)) == 3
     assert (tmp_path / "b.wav").read_bytes() == takes[1]
+    assert generate(tmp_path / "a.wav", "--num-takes", "2") == 2
+    assert f"--out: {tmp_path / 'a-1.wav'} exists. Give a name" in capsys.readouterr().err
     record = json.loads((tmp_path / "b.json").read_text())
     wave, rate = soundfile.read(tmp_path / "b.wav")
     assert (record["seed"], record["adapter"], rate) == (1, str(adapter), 24_000)
@@ -56,6 +58,15 @@ def test_speech_cut_off_at_the_limit_is_said_in_the_json_and_on_stderr(tmp_path,
     assert "no end after 0.2 s, cut off there" in capsys.readouterr().err
     first, second = (soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("long", "short"))
     assert len(second) == 4800 < len(first)
+
+
+def test_speech_that_is_too_short_for_its_text_is_said(tmp_path, capsys):
+    long = "هل تحب العسل " * 5
+    assert generate(tmp_path / "a.wav", "--text", long, "--max-seconds", "5") == 0
+    message = (
+        r"^warning: .*a\.wav: ended after \d\.\d\d s, too short for a text of 50 letters\. Try"
+    )
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_merged_base_with_modules_of_its_own_speaks(tmp_path, embedded, caplog, monkeypatch):
@@ -94,6 +105,7 @@ def test_a_reference_changes_what_is_said(tmp_path):
         (("--out", "x.mp3"), "needed a file name that ends in .wav"),
         (("--text", " "), "--text: text is empty"),
         (("--text", "a<|eot_id|>"), "holds the control token <|eot_id|>"),
+        (("--text", "hi 😀"), "--text: the base's tokenizer has no token for '😀'. Leave that out"),
         (
             ("--adapter", "nowhere"),
             "nowhere: no such folder. Give one that a sweep or `train` wrote",
