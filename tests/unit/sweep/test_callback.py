@@ -1,6 +1,7 @@
 """What the driver does for a running Tuner, without one."""
 
 import errno
+import io
 import threading
 from types import SimpleNamespace
 
@@ -10,9 +11,12 @@ from ray.exceptions import RayTaskError
 from ray.tune import Checkpoint
 
 from higgs_tune.errors import SweepError
+from higgs_tune.files import write_json
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.later import Later
+from higgs_tune.sweep.live import Display
+from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.seats import CHECKPOINT_INFO
 from higgs_tune.sweep.study import TrialRecord
 from tests.workers import trial
@@ -143,3 +147,30 @@ def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
     assert "No space left on device" in str(control.error)
     assert ended[0][:2] == ("t0", "cancelled")
     assert "OSError: [Errno 28] No space left on device" in ended[0][2]
+
+
+def test_a_trial_that_goes_on_is_shown_with_what_it_had_reported(tmp_path, record):
+    files, display = TrialFiles(tmp_path), Display(io.StringIO())
+    files.start(record)
+    for step in (25, 50):
+        files.result(record.trial_id, {"step": step, "val/text/nll": 3.0 - step / 100})
+    adapter = files.folder(record.trial_id) / "adapter"
+    adapter.mkdir()
+    write_json(adapter / CHECKPOINT_INFO, {"step": 25})  # what lies beyond is trained again
+    callback = SweepCallback(
+        results=tmp_path,
+        files=files,
+        boards=SimpleNamespace(),
+        later=Later(),
+        source=SimpleNamespace(),
+        control=Control(),
+        display=display,
+        num_checkpoints=1,
+        audio_limit=lambda: 1.0,
+        check_workers=lambda: None,
+        close_workers=lambda: None,
+    )
+    of_tune = SimpleNamespace(config={"record": record.to_dict()})
+    callback.on_trial_start(0, [], of_tune)
+    row = display.board.rows[record.trial_id]
+    assert (row.step, row.last["val/text/nll"]) == (25, 2.75)

@@ -1,16 +1,18 @@
 """What ends a stage beside its trials."""
 
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import OutOfMemoryError
 
 from higgs_tune.errors import SweepError
+from higgs_tune.files import write_json
 from higgs_tune.sweep import stages
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.live import Display
-from higgs_tune.sweep.records import read_json
+from higgs_tune.sweep.records import TrialFiles, read_json
 from higgs_tune.sweep.stages import Sweep
 from tests.sweep_fakes import make_searcher
 
@@ -78,3 +80,22 @@ def test_tune_keeps_trials_waiting_and_their_processes(run, num_workers, trials)
 def test_another_unexpected_error_is_raised(run):
     with pytest.raises(RuntimeError, match="Caught unexpected"):
         run(unexpected(ValueError("?")))
+
+
+def test_a_resumed_sweep_shows_what_is_known(make_config, record, tmp_path):
+    files, config = TrialFiles(tmp_path), make_config()
+    first, second = record, replace(record, trial_id="t001", number=1)
+    for each, status in ((first, "completed"), (second, "cancelled")):
+        files.start(each)
+        files.result(each.trial_id, {"step": 25, "val/text/nll": 2.0})
+        files.end(each.trial_id, status, None, True)
+    write_json(tmp_path / "base.json", {"metrics": {"val/text/nll": 8.0}})
+    display = Display(io.StringIO())
+    sweep = Sweep(config, tmp_path, SimpleNamespace(), Control(), display)
+    sweep.show_earlier()
+    assert display.board.base == {"val/text/nll": 8.0}
+    assert list(display.board.rows) == [
+        "t000"
+    ]  # the other one goes on, and is shown when it starts
+    row = display.board.rows["t000"]
+    assert (row.state, row.is_feasible, row.last["val/text/nll"]) == ("completed", True, 2.0)
