@@ -15,40 +15,23 @@ model's prediction on. Each figure is printed, and all are saved, as soon as it 
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import NUM_BATCHES, compare
+from gpu_step import compare
 from matplotlib.figure import Figure
 from measured import free_memory
 from options import ascending, at_least, json_file, run
 from output import COLORS, machine, new_figure, ratio, save, settings_of
-from random_base import PRESETS, random_base, random_clips
-from sides import our_step, prediction, stock_step, synchronise
+from random_base import PRESETS
+from sides import our_step, prediction, synchronise
+from stock_processes import base_of, be_stock_process, clips_of, measure_shared
 
 from higgs_tune.device import resolve_device
 from higgs_tune.errors import is_out_of_memory
-from higgs_tune.model.load import Base
-
-START_PATIENCE_S = 300.0
-
-
-def base_of(args: argparse.Namespace) -> Base:
-    """The random base on the device."""
-    device = resolve_device(args.device, "--device")
-    return random_base(PRESETS[args.preset], device, getattr(torch, args.dtype))
-
-
-def clips_of(base: Base, args: argparse.Namespace, adapter: int, number: int) -> list[Any]:
-    """One adapter's examples of a step, as gpu_step.py draws them."""
-    return random_clips(base, args.clips, args.tokens, args.text_share, (adapter, number))
 
 
 def measure_packs(args: argparse.Namespace, ranks: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -61,89 +44,6 @@ def measure_packs(args: argparse.Namespace, ranks: Sequence[int]) -> Iterator[di
         print(f"{faster} × faster per adapter, {share} of an H100's rate", flush=True)
         yield record
     free_memory()
-
-
-def be_stock_process(args: argparse.Namespace) -> None:
-    """One of several stock processes: say "ready", wait for a line, train, say how often."""
-    torch.set_num_threads(args.threads)
-    try:
-        base = base_of(args)
-        device = next(base.model.parameters()).device
-        batches = [[clips_of(base, args, 0, number)] for number in range(NUM_BATCHES)]
-        step = stock_step(base, args.rank)
-        for batch in batches:
-            step(batch)
-        synchronise(device)
-        print("ready", flush=True)
-        sys.stdin.readline()
-        steps, started = 0, time.perf_counter()
-        while time.perf_counter() - started < args.seconds:
-            step(batches[steps % NUM_BATCHES])
-            synchronise(device)
-            steps += 1
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(json.dumps({"status": "out_of_memory"}), flush=True)
-        return
-    seconds = time.perf_counter() - started
-    print(json.dumps({"status": "ok", "steps": steps, "seconds": seconds}), flush=True)
-
-
-def measure_shared(args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
-    """Several stock processes on the device at once; milliseconds per adapter-step of all together."""
-    command = [sys.executable, str(Path(__file__).resolve()), *options, "--as-process"]
-    command += ["--threads", str(max(1, torch.get_num_threads() // args.processes))]
-    pipe = subprocess.PIPE
-    started = [
-        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(args.processes)
-    ]
-    patience = threading.Timer(
-        START_PATIENCE_S + args.seconds, lambda: [process.kill() for process in started]
-    )
-    patience.start()
-    try:
-        heard = [_line(process) for process in started]
-        # the barrier: only now does each know that all have warmed up, or have said what failed
-        if set(heard) == {"ready"}:
-            for process in started:
-                assert process.stdin is not None
-                process.stdin.write("go\n")
-                process.stdin.flush()
-            heard = [_line(process) for process in started]
-    finally:
-        patience.cancel()
-        for process in started:
-            process.kill()
-            process.communicate()
-    found = [json.loads(line) for line in heard if line != "ready"]
-    return shared_figures(found, args.processes) | {"mps": has_mps()}
-
-
-def has_mps() -> bool:
-    """Whether a daemon of NVIDIA's Multi-Process Service lets processes use a GPU at the same moment."""
-    folder = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps")
-    return (folder / "control").exists()
-
-
-def _line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    return line or json.dumps({"status": "failed", "exit_code": process.wait()})
-
-
-def shared_figures(found: Sequence[Mapping[str, Any]], processes: int) -> dict[str, Any]:
-    """Figures of several processes that trained side by side, from what each counted."""
-    bad = [one for one in found if one["status"] != "ok"]
-    if bad:
-        return {**bad[0], "processes": processes}
-    rate = sum(one["steps"] / one["seconds"] for one in found)
-    return {
-        "status": "ok",
-        "processes": processes,
-        "ms_per_adapter": round(1000 / rate, 3),
-        "steps": [one["steps"] for one in found],
-    }
 
 
 def largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> int:
@@ -294,8 +194,11 @@ def main() -> None:
         "packs": packs,
         "shared": {"status": "left_out"},
     }
-    options = [f"--{n}={getattr(args, n)}" for n in ("preset", "device", "dtype", "tokens", "rank")]
-    options += [f"--text-share={args.text_share}", f"--seconds={args.seconds}"]
+    command = [sys.executable, str(Path(__file__).resolve())]
+    command += [
+        f"--{n}={getattr(args, n)}" for n in ("preset", "device", "dtype", "tokens", "rank")
+    ]
+    command += [f"--text-share={args.text_share}", f"--seconds={args.seconds}"]
 
     def keep(**parts: Any) -> None:
         for name, part in parts.items():
@@ -314,7 +217,7 @@ def main() -> None:
         result["unlike"] = list(measure_packs(largest_pack, args.unlike))
         keep()
     if args.processes:
-        keep(shared=measure_shared(args, options))
+        keep(shared=measure_shared(args, command))
     keep(fits=measure_fill(args, gib))
     for name in ("ratios", "unlike_ratios"):
         print(f"{name}: {json.dumps(result.get(name))}")

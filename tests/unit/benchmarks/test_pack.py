@@ -8,6 +8,7 @@ import gpu_pack
 import pack_time
 import pytest
 import sides
+import stock_processes
 import torch
 from random_base import PRESETS, random_base, random_clips
 from sides import our_step, prediction
@@ -68,11 +69,11 @@ def test_the_largest_pack_is_found_by_doubling_and_halving(most, guess):
 
 def test_processes_that_share_a_device_add_up_their_rates():
     ok = {"status": "ok", "steps": 100, "seconds": 10.0}
-    found = gpu_pack.shared_figures([ok, {**ok, "steps": 300}], 2)
+    found = stock_processes.shared_figures([ok, {**ok, "steps": 300}], 2)
     assert found["ms_per_adapter"] == 25.0  # 40 steps a second
-    failed = gpu_pack.shared_figures([ok, {"status": "out_of_memory"}], 2)
+    failed = stock_processes.shared_figures([ok, {"status": "out_of_memory"}], 2)
     assert failed == {"status": "out_of_memory", "processes": 2}
-    ended = gpu_pack.shared_figures([ok, {"status": "failed", "exit_code": -9}], 2)
+    ended = stock_processes.shared_figures([ok, {"status": "failed", "exit_code": -9}], 2)
     assert ended == {"status": "failed", "exit_code": -9, "processes": 2}
     pack = {
         "adapters": 8, "ours": {"ms": 80.0}, "stock": {"ms": 50.0},
@@ -137,9 +138,9 @@ def test_unlike_ranks_are_measured_in_the_largest_pack_that_fitted(monkeypatch, 
 
 def test_a_daemon_that_lets_processes_share_a_gpu_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
-    assert not gpu_pack.has_mps()
+    assert not stock_processes.has_mps()
     (tmp_path / "control").touch()
-    assert gpu_pack.has_mps()
+    assert stock_processes.has_mps()
 
 
 def test_the_memory_model_is_asked_once_for_equal_steps(monkeypatch):
