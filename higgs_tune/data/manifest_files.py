@@ -5,6 +5,7 @@
 
 import csv
 import json
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +18,7 @@ from higgs_tune.errors import DataError
 
 _PARQUET_ROWS = 1024  # decoded at a time
 _PARQUET_BUFFER = 2**20  # bytes of a column read at a time: a row group may hold a million rows
+_AS_UTF8 = 'Save the manifest as UTF-8: "CSV UTF-8" in Excel, `iconv -f OLD -t UTF-8` in a shell.'
 _NO_QUOTES = "TSV is read without quotes: write this file as .csv, or the text without them."
 _QUOTES = (
     "A field that begins with a quotation mark ends with one, and those inside it are doubled."
@@ -24,7 +26,9 @@ _QUOTES = (
 
 
 def read_fields(path: Path) -> Iterator[tuple[int, Any]]:
-    """Each row's number and fields, or the error that the row is. JSONL is numbered by line.
+    """Each row's number and fields, or the error that the row is.
+
+    The number is the line of a JSONL, CSV or TSV file where the row begins, else its place from 1.
 
     Raises:
         DataError: no such file, an ending or an encoding that is not understood.
@@ -47,26 +51,39 @@ def read_fields(path: Path) -> Iterator[tuple[int, Any]]:
     return reader(path)
 
 
-def _check_utf8(path: Path) -> None:
-    """See that the whole file is UTF-8, before a row of it is used."""
+def _encoding(path: Path) -> str:
+    """UTF-8, or UTF-16 where its mark says so; the whole file is, before a row of it is used."""
     try:
         with path.open("rb") as file:
+            head = file.read(4)
+            if head.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+                with path.open(encoding="utf-16", newline="\n") as text:
+                    for _ in text:
+                        pass
+                return "utf-16"
+            if b"\0" in head:
+                raise DataError(f"{path}: is not UTF-8 but UTF-16 or UTF-32. {_AS_UTF8}")
+            file.seek(0)
             for line, raw in enumerate(file, start=1):
                 try:
                     raw.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise DataError(
-                        f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8. "
-                        "Save the manifest as UTF-8 (`iconv -f OLD -t UTF-8`)."
+                        f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8. {_AS_UTF8}"
                     ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: begins as UTF-16 and does not go on so ({error.reason}). {_AS_UTF8}"
+        ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    return "utf-8-sig"
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    _check_utf8(path)
+    encoding = _encoding(path)
     # Only \n ends a line of JSONL: U+2028 and its like may stand inside a string.
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+    with path.open(encoding=encoding, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -77,9 +94,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    _check_utf8(path)
+    encoding = _encoding(path)
     try:
-        raw = json.loads(path.read_bytes().decode("utf-8-sig"))
+        raw = json.loads(path.read_text(encoding))
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not JSON ({error}). A file with one object a line ends in .jsonl."
@@ -91,19 +108,19 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
-    _check_utf8(path)
     is_tsv = path.suffix.lower() == ".tsv"
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding=_encoding(path), newline="") as file:
         rows = _cells(path, file, is_tsv)
         names = [name.strip().lower() for name in next(rows, (0, []))[1]]
         if not (set(names) & set(PATH) and set(names) & set(TEXT + TEXT_FILE)):
             raise DataError(
-                f"{path}: the first line names the columns {names}; needed one of {PATH} and one "
-                f"of {TEXT + TEXT_FILE}."
+                f"{path}: the first line names the columns {', '.join(names)}; needed one of "
+                f"{', '.join(PATH)} and one of {', '.join(TEXT + TEXT_FILE)}, with "
+                f"{'tabs' if is_tsv else 'commas, semicolons or tabs'} between them."
             )
         _check_names(path, [name for name in names if name])
         before: list[str] = []
-        for number, (line, cells) in enumerate(rows, start=1):
+        for line, cells in rows:
             fields: Any = dict(zip(names, cells, strict=False))
             if is_tsv and len(cells) < len(names) and any(map(_opens_quote, before)):
                 raise DataError(
@@ -114,7 +131,7 @@ def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
                 fields = DataError(f"line {line} has {more} fields than the first line names")
             elif is_tsv and any(map(_is_quoted, cells)):
                 fields = DataError(f"line {line} has a text quoted as in CSV. {_NO_QUOTES}")
-            yield number, fields
+            yield line, fields
             before = cells
 
 
@@ -127,7 +144,7 @@ def _cells(path: Path, file: TextIO, is_tsv: bool) -> Iterator[tuple[int, list[s
     reader = (
         csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         if is_tsv
-        else csv.reader(file, strict=True)
+        else csv.reader(file, delimiter=_delimiter(file), strict=True)
     )
     while True:
         line = reader.line_num + 1
@@ -142,6 +159,13 @@ def _cells(path: Path, file: TextIO, is_tsv: bool) -> Iterator[tuple[int, list[s
             ) from None
         if cells:
             yield line, cells
+
+
+def _delimiter(file: TextIO) -> str:
+    """What the first line has most of: spreadsheets write semicolons where the comma is decimal."""
+    first = next(filter(str.strip, file), "")
+    file.seek(0)
+    return max(",;\t", key=first.count)
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:

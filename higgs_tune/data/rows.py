@@ -39,7 +39,7 @@ REF_TEXT_FILE = ("ref_transcript_file", "ref_text_file")
 class ManifestRow:
     """One example as its manifest gives it; the fields are those of `shards.Row`, audio as paths."""
 
-    number: int  # line of a JSONL file, else the place in the file from 1
+    number: int  # line of a JSONL, CSV or TSV file, else the place in the file from 1
     id: str
     split: str | None
     speaker: str

@@ -75,10 +75,13 @@ def write(path: Path, rows: Fields) -> None:
             writer.writerows(rows)
 
 
-def read(fields: Fields) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """Rows that are used, as the fields of a `ManifestRow`; reasons of the others by number."""
+def read(fields: Fields, first: int) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """Rows that are used, as the fields of a `ManifestRow`; reasons of the others by number.
+
+    `first` is the number of the first row.
+    """
     rows, reasons = [], {}
-    for number, raw in enumerate(fields, start=1):
+    for number, raw in enumerate(fields, start=first):
         if raw["split"] == "test":
             reasons[number] = "split 'test' is not used here: needed train or validation"
         elif not raw["path"]:

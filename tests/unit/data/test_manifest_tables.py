@@ -11,8 +11,8 @@ from higgs_tune.errors import DataError
 from tests.unit.data.manifests import Manifest, read_manifest
 
 
-def read(path: Path, content: str) -> Manifest:
-    path.write_bytes(content.encode())
+def read(path: Path, content: str, encoding: str = "utf-8") -> Manifest:
+    path.write_bytes(content.encode(encoding))
     return read_manifest(path, path.parent, 2000)
 
 
@@ -23,7 +23,7 @@ def test_csv_with_and_without_the_optional_columns(tmp_path: Path):
     assert (first.split, first.language, first.kind) == ("validation", "de", "clip")
     assert (second.split, second.language, second.speaker) == ("train", None, "7")
     (plain,) = read(tmp_path / "n.tsv", "Audio_File\tTranscript\na.wav\tOne, two\n").rows
-    assert (plain.id, plain.text, plain.speaker, plain.split) == ("row000001", "One, two", "", None)
+    assert (plain.id, plain.text, plain.speaker, plain.split) == ("row000002", "One, two", "", None)
 
 
 def test_csv_with_a_wrong_number_of_fields_names_the_line(tmp_path: Path):
@@ -36,8 +36,35 @@ def test_csv_with_a_wrong_number_of_fields_names_the_line(tmp_path: Path):
 
 
 def test_csv_without_the_needed_columns_is_an_error(tmp_path: Path):
-    with pytest.raises(DataError, match=r"the first line names the columns \['a\.wav', 'hello'\]"):
+    with pytest.raises(
+        DataError,
+        match=r"columns a\.wav, hello; needed one of path, .*, semicolons or tabs between",
+    ):
         read(tmp_path / "m.csv", "a.wav,hello\n")
+
+
+@pytest.mark.parametrize("comma", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_csv_is_read_as_spreadsheets_write_it(tmp_path: Path, comma: str, encoding: str):
+    table = f'\r\npath{comma}text\r\na.wav{comma}"صباح; one,\ttwo"\r\n'
+    (row,) = read(tmp_path / "m.csv", table, encoding).rows
+    assert (row.number, row.audio, row.text) == (3, ("a.wav",), "صباح; one,\ttwo")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,text\na.wav,ok\nb.wav,ö\n".encode("latin-1"), "line 3: byte 0xf6 is not UTF-8"),
+        ("path,text\n".encode("utf-16-le"), "is not UTF-8 but UTF-16"),
+        ("path,text\n".encode("utf-16") + b"a", r"begins as UTF-16 .* \(truncated data\)"),
+    ],
+)
+def test_a_manifest_in_another_encoding_says_what_to_do(
+    tmp_path: Path, content: bytes, message: str
+):
+    (tmp_path / "m.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message + r".*\. Save the manifest as UTF-8: .* Excel"):
+        read_manifest(tmp_path / "m.csv", tmp_path, 2000)
 
 
 @pytest.mark.parametrize("name, comma", [("m.csv", ","), ("m.tsv", "\t")])
@@ -88,7 +115,7 @@ def test_csv_texts_may_hold_what_quotes_are_for(tmp_path: Path):
         tmp_path / "m.csv", 'path,text\r\n\r\na.wav,"one, ""two""\r\nthree"\r\nb.wav,x\r\n'
     )
     assert [row.text for row in found.rows] == ['one, "two"\r\nthree', "x"]
-    assert [row.number for row in found.rows] == [1, 2]
+    assert [row.number for row in found.rows] == [3, 5]  # where an editor shows them
 
 
 def test_a_blank_cell_gives_way_to_a_filled_one(tmp_path: Path):
