@@ -39,7 +39,7 @@ def locate(root: Path, name: str) -> Path:
     """
     shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}…"
     try:
-        path = _as_stored(root, name).resolve()
+        path = as_stored(root, name).resolve()
         if not path.is_relative_to(root):
             raise DataError(
                 f"audio {shown} is outside the data root {root}: move it inside or set --data-root"
@@ -53,13 +53,17 @@ def locate(root: Path, name: str) -> Path:
     return path
 
 
-def _as_stored(root: Path, name: str) -> Path:
-    """The path, in another Unicode form if only that is there: macOS takes letters with marks apart."""
+def as_stored(root: Path, name: str) -> Path:
+    """The path of a name, in another spelling if only that is there.
+
+    macOS takes letters with marks apart; Windows writes `\\` for `/`.
+    """
     path = root / name
-    if name.isascii() or path.exists():
+    if (name.isascii() and "\\" not in name) or path.exists():
         return path
-    forms = (root / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
-    return next((form for form in forms if form.exists()), path)
+    slashes = name.replace("\\", "/")
+    others = (root / unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))
+    return next((other for other in others if other.exists()), path)
 
 
 def is_passing(reason: str) -> bool:

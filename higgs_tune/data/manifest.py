@@ -11,6 +11,7 @@ from os.path import normpath
 from pathlib import Path
 from typing import Any
 
+from higgs_tune.data.audio import as_stored
 from higgs_tune.data.files import scratch_database
 from higgs_tune.data.manifest_files import read_fields
 from higgs_tune.data.messages import chat_row, clip_from_chat
@@ -163,8 +164,8 @@ def _text(
     name = audio_path(fields, file_names)
     if name is None:
         return None
-    path = data_root / name
     try:
+        path = as_stored(data_root, name)
         if not path.resolve().is_relative_to(data_root.resolve()):
             raise DataError(f"transcript file {name} is outside the data root")
         return unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig").strip())

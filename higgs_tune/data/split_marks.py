@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from sqlite3 import Connection
 
+from higgs_tune.data.audio import as_stored
 from higgs_tune.data.messages import taught
 from higgs_tune.data.plain_text import plain_text
 from higgs_tune.data.row_table import RowTable
@@ -63,7 +64,7 @@ def _text_mark(text: str, seed: int) -> bytes:
 
 def _recording_mark(root: Path, name: str, seed: int) -> bytes:
     with suppress(OSError, ValueError):  # no usable path: the row is rejected when it is to be read
-        name = os.path.realpath(root / name)
+        name = os.path.realpath(as_stored(root, name))
     return hashlib.sha256(f"{seed}\0\0{name}".encode()).digest()
 
 

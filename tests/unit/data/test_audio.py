@@ -171,6 +171,18 @@ def test_a_path_is_found_in_the_unicode_form_of_the_disk(tmp_path: Path, written
         locate(tmp_path.resolve(), "آمنة.wav")
 
 
+def test_a_path_is_found_as_windows_writes_it(tmp_path: Path):
+    root = tmp_path.resolve() / "root"
+    (root / "أحمد").mkdir(parents=True)
+    path = store(root / "أحمد" / "a.wav", tone(0.5))
+    assert locate(root, r"أحمد\a.wav") == locate(root, r".\أحمد\a.wav") == path
+    store(tmp_path / "b.wav", tone(0.5))
+    with pytest.raises(DataError, match="is outside the data root"):
+        locate(root, r"..\b.wav")
+    store(root / r"أحمد\a.wav", tone(0.5))
+    assert locate(root, r"أحمد\a.wav").name == r"أحمد\a.wav", "where that is the file's name"
+
+
 def test_a_flac_that_states_no_length_says_what_to_do(tmp_path: Path):
     path = store(tmp_path / "a.flac", tone(0.5), subtype="PCM_16")
     content = bytearray(path.read_bytes())

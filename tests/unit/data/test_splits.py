@@ -130,11 +130,15 @@ def test_spellings_of_a_sentence_and_rows_of_a_recording_stay_together(seed: int
     rows += [row(120 + n, f"last {n}", path=f"{n % 3}.flac") for n in range(9)]
     (tmp_path / "alias.wav").symlink_to(tmp_path / "7.wav")
     rows += [row(130, "an alias", path=str(tmp_path / "alias.wav"))]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "8.wav").touch()
+    rows += [row(131, "as Unix has it", path="x/8.wav"), row(132, "and Windows", path=r"x\8.wav")]
     kept, left_out, _ = assign_splits(rows, 0.2, seed, tmp_path)
     assert not left_out
     sides = [one.split for one in kept]
     assert sides[:40] == sides[40:80] == sides[80:120]
-    assert sides[7] == sides[-1]
+    assert sides[7] == sides[-3]
+    assert sides[-2] == sides[-1]
     assert all(sides[120 + n] == sides[120 + n % 3] for n in range(9))
     assert 0.1 < sides.count("validation") / len(sides) < 0.3
 
