@@ -15,6 +15,7 @@ from higgs_tune.errors import DataError
 _SHOWN_CHARS = 120
 _SILENCE = 1e-4  # peak of full scale 1: -80 dB
 _MAX_PEAK = 16.0  # float files above it were never scaled to ±1
+_MIN_RATE_HZ, _MAX_RATE_HZ = 4_000, 400_000  # others are a header's mistake
 # torchaudio's resampling kernel has about this many numbers per pair of rates without common factor.
 _MAX_KERNEL = 50_000_000
 # What libsndfile notes about a chunk of samples that ends before its header says.
@@ -88,8 +89,8 @@ def read_clip(
 
     Raises:
         DataError: cannot be opened, not audio, cut off, an MP3 whose header states less than it holds,
-            too short or long, silent, not finite, or at a rate that cannot be resampled to
-            `target_rate_hz`.
+            too short or long, silent, not finite, or at a rate that is none or cannot be resampled
+            to `target_rate_hz`.
     """
     try:
         path.open("rb").close()  # libsndfile does not say why it cannot
@@ -98,6 +99,11 @@ def read_clip(
     try:
         with soundfile.SoundFile(path) as file:
             rate_hz = file.samplerate
+            if not _MIN_RATE_HZ <= rate_hz <= _MAX_RATE_HZ:
+                raise DataError(
+                    f"audio's header states a sample rate of {rate_hz} Hz, needed {_MIN_RATE_HZ} to "
+                    f"{_MAX_RATE_HZ} Hz: write it anew with its true rate"
+                )
             stated_s = _stated_frames(file) / rate_hz
             if file.frames >= _UNKNOWN_FRAMES:
                 raise DataError(f"audio's header states no length: {_USE_OTHER}")
@@ -106,6 +112,8 @@ def read_clip(
             is_mp3 = file.format == "MP3"
     except (soundfile.LibsndfileError, OSError) as error:
         detail = str(error).split(": ", 1)[-1] if path.stat().st_size else "the file is empty"
+        if "SF_INFO" in detail:
+            detail = "its header states no usable sample rate or number of channels: write it anew"
         advice = f": {_USE_OTHER}" if "not recognised" in detail else ""
         raise DataError(f"audio cannot be read: {detail.rstrip('.')}{advice}") from None
     found_s = len(wave) / rate_hz

@@ -140,6 +140,23 @@ def test_a_rate_without_common_factor_is_refused(tmp_path: Path):
         read(store(tmp_path / "a.wav", tone(0.5, 22051), 22051))
 
 
+@pytest.mark.parametrize(
+    ("rate_hz", "message"),
+    [
+        (0, "its header states no usable sample rate or number of channels: write it anew"),
+        (1, "header states a sample rate of 1 Hz, needed 4000 to 400000 Hz: write it anew"),
+        (10**7, "header states a sample rate of 10000000 Hz, needed 4000"),
+        (2**32 - 1, "its header states no usable sample rate"),
+    ],
+)
+def test_a_rate_that_is_none_is_named(tmp_path: Path, rate_hz: int, message: str):
+    path = store(tmp_path / "a.wav", tone(0.5), subtype="PCM_16")
+    content = path.read_bytes()
+    path.write_bytes(content[:24] + rate_hz.to_bytes(4, "little") + content[28:])
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
 def test_paths_lead_into_the_data_root_only(tmp_path: Path):
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
