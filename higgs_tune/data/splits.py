@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 def divide(table: RowTable, manifest: Path, root: Path, val_fraction: float, seed: int) -> str:
     """Give each row its split, reject those that are left out, and return the rule in words.
 
-    Warns of a given split that shares texts or recordings, and of one that cannot validate.
+    Warns of repeated clips, of a given split that shares texts or recordings, and of one that cannot
+    validate.
 
     Args:
         root: folder that recordings are relative to.
@@ -42,6 +43,7 @@ def divide(table: RowTable, manifest: Path, root: Path, val_fraction: float, see
             f"{manifest}: row {number} (id {name!r}) has no split, {named} of {total} rows "
             "have one. Fill in the column for all rows or for none."
         )
+    _warn_of_repeated(table.database, manifest)
     if not named and val_fraction == 0:
         table.database.execute("UPDATE rows SET split = 'train'")
         return "all rows train"
@@ -53,6 +55,23 @@ def divide(table: RowTable, manifest: Path, root: Path, val_fraction: float, see
             rule = _draw(table, manifest, val_fraction, seed)
         _warn_unless_two_texts(database, manifest)
     return rule
+
+
+def _warn_of_repeated(database: Connection, manifest: Path) -> None:
+    """Say how many clips are there twice."""
+    count, first = database.execute(
+        "SELECT count(*), min(number) FROM (SELECT number, row_number() OVER "
+        "(PARTITION BY path, text ORDER BY number) AS place FROM rows WHERE kind = 'clip') "
+        "WHERE place > 1"
+    ).fetchone()
+    if count:
+        logger.warning(
+            "%s: %d rows, row %d first, have the recording and the text of an earlier one: "
+            "that clip weighs more than others",
+            manifest,
+            count,
+            first,
+        )
 
 
 def _warn_of_shared(database: Connection, manifest: Path) -> None:

@@ -113,6 +113,16 @@ def test_a_bad_recording_behind_a_good_one_is_named(tmp_path: Path, run):
     assert all(reason.startswith("voice.wav: audio cannot be read") for reason in found.values())
 
 
+@pytest.mark.parametrize("val_fraction", [0, 0.3])
+def test_rows_that_repeat_a_clip_are_counted_in_a_warning(
+    tmp_path: Path, run, caplog: pytest.LogCaptureFixture, val_fraction: float
+):
+    rows = make_root(tmp_path / "root", 6)
+    more = [rows[4] | {"id": "a"}, rows[2] | {"id": "b"}, rows[2] | {"id": "c", "text": "other"}]
+    assert run(rows + more, val_fraction=val_fraction).num_rows == 9
+    assert "2 rows, row 7 first, have the recording and the text of an earlier one" in caplog.text
+
+
 @pytest.mark.parametrize("stage", ["manifest", "audio"])
 def test_too_many_rejected_rows_leave_shards_but_no_dataset(tmp_path: Path, run, stage: str):
     rows = make_root(tmp_path / "root", 8)
