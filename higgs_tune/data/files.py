@@ -33,6 +33,10 @@ def writing(path: Path) -> Iterator[None]:
                 f"{path}: no space left on the disk ({error.strerror}). Files that were finished "
                 "before are kept. Free some space and run the same command again: it goes on from there."
             ) from error
+        if isinstance(error, FileExistsError):
+            raise DataError(
+                f"{path.parent}: is a file, needed a folder. Give another one."
+            ) from error
         raise DataError(
             f"{path}: cannot be written ({error.strerror or error}). "
             "Give a folder that this user may write."

@@ -1,6 +1,8 @@
 """The command `higgs-tune data prepare`; imports no torch until it runs."""
 
 import argparse
+import shlex
+import sys
 
 from higgs_tune.config_file import validate
 from higgs_tune.data.options import PrepareOptions
@@ -64,16 +66,24 @@ def run(args: argparse.Namespace) -> int:
     options = validate(PrepareOptions, raw, "data prepare")
     from higgs_tune.data.encode import REJECTED_NAME, prepare  # torch: seconds to import
 
-    info = prepare(
-        args.manifest,
-        args.out,
-        codec=args.codec,
-        codec_revision=args.codec_revision,
-        device=args.device,
-        num_workers=args.workers,
-        data_root=args.data_root,
-        options=options,
-    )
+    try:
+        info = prepare(
+            args.manifest,
+            args.out,
+            codec=args.codec,
+            codec_revision=args.codec_revision,
+            device=args.device,
+            num_workers=args.workers,
+            data_root=args.data_root,
+            options=options,
+        )
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; the same command goes on: finished shards of {options.rows_per_shard} rows "
+            f"are kept in {args.out}",
+            file=sys.stderr,
+        )
+        return 130
     counts = ", ".join(f"{count} {split}" for split, count in info.splits.items())
     print(f"{args.out}: {info.num_rows} rows ({counts}), {info.hours:.2f} h of audio")
     revision = f", revision {info.codec.revision}" if info.codec.revision else ""
@@ -82,4 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if info.num_rejected:
         print(f"{info.num_rejected} rows are not in it, see {args.out / REJECTED_NAME}")
     print(f"content hash {info.content_hash}")
+    if info.splits["validation"]:
+        base = "" if args.codec == "embedded" else "--base BASE "
+        print(f"next: higgs-tune check {base}--data {shlex.quote(str(args.out))}")
     return 0

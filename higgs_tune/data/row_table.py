@@ -97,10 +97,9 @@ class RowTable:
         return (Rejection(*values) for values in found)
 
     def first_rejected(self, count: int) -> list[Rejection]:
-        """Some rejected rows: those of the manifest first, none that was just left out."""
+        """Some rejected rows in order, none that was just left out."""
         found = self.database.execute(
-            "SELECT number, id, path, reason FROM rejected WHERE stage < ? "
-            "ORDER BY stage, number LIMIT ?",
+            "SELECT number, id, path, reason FROM rejected WHERE stage < ? ORDER BY number LIMIT ?",
             (Stage.SPLIT, count),
         )
         return [Rejection(*values) for values in found]

@@ -14,7 +14,7 @@ from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.shards import list_shards
 from higgs_tune.errors import ConfigError, DataError
-from tests.unit.data.recordings import RATE_HZ, make_root, rejected, speech, write_manifest
+from tests.unit.data.recordings import RATE_HZ, make_root, rejected, speech, spy, write_manifest
 
 
 def test_prepared_clips_hold_the_codes_of_their_recordings(tmp_path: Path, codec_folder: Path, run):
@@ -148,6 +148,14 @@ def test_too_many_rejected_rows_leave_shards_but_no_dataset(tmp_path: Path, run,
     assert run(rows, max_rejected=1).num_rows == 7
 
 
+def test_the_first_rejected_rows_of_the_file_are_named(tmp_path: Path, run):
+    rows = make_root(tmp_path / "root", 8)
+    for number, fault in {1: {"path": "no.wav"}, 2: {"text": ""}, 5: {"path": "nor.wav"}}.items():
+        rows[number] |= fault
+    with pytest.raises(DataError, match=r"First row 2: audio no.*; row 3: text is.*; row 6: audio"):
+        run(rows, max_rejected=1)
+
+
 def test_a_dataset_of_rejected_rows_only_is_refused(tmp_path: Path, run):
     (tmp_path / "root").mkdir()
     rows = [{"path": f"{n}.wav", "text": f"text {n}"} for n in range(5)]
@@ -160,15 +168,24 @@ def test_a_missing_data_root_is_named(tmp_path: Path):
         encode.prepare(tmp_path / "m.csv", tmp_path / "out", data_root=tmp_path / "nowhere")
 
 
-def test_the_command_prepares_and_reports(tmp_path: Path, codec_folder: Path, capsys):
+def test_the_command_prepares_and_reports(
+    tmp_path: Path, codec_folder: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
     manifest = write_manifest(tmp_path, make_root(tmp_path / "root", 6))
     parser = argparse.ArgumentParser()
     prepare_cli.add_arguments(parser)
     words = f"{manifest} --out {tmp_path / 'out'} --data-root {tmp_path / 'root'}".split()
     args = parser.parse_args([*words, "--codec", str(codec_folder), "--val-fraction", "0.4"])
+    with monkeypatch.context() as patch:
+        spy(patch, stop_after=3)
+        assert prepare_cli.run(args) == 130
+    assert (
+        "the same command goes on: finished shards of 256 rows are kept" in capsys.readouterr().err
+    )
     assert prepare_cli.run(args) == 0
     printed = capsys.readouterr()
     assert "6 rows (4 train, 2 validation), 0.00 h of audio" in printed.out
+    assert f"\nnext: higgs-tune check --base BASE --data {tmp_path / 'out'}\n" in printed.out
     assert "encode: 6/6" in printed.err
     assert Dataset.open(str(tmp_path / "out")).info.splits == {"train": 4, "validation": 2}
     with pytest.raises(ConfigError, match=r"val_fraction: .*less than or equal to 0\.5"):

@@ -159,6 +159,6 @@ def test_an_out_folder_that_cannot_be_written_is_named_before_encoding(
     rows = make_root(tmp_path / "root", 4)
     (tmp_path / "out").write_text("a file")
     seen = spy(monkeypatch)
-    with pytest.raises(DataError, match=r"out/prepare\.json: cannot be written"):
+    with pytest.raises(DataError, match=r"out: is a file, needed a folder"):
         run(rows)
     assert seen == []
