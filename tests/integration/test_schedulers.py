@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray.tune.experiment import Trial
 
@@ -76,16 +77,18 @@ class Usual:
     tune: dict[str, Any]
     results: Path
     pids: set[int]  # of its trials' processes
+    gone: set[int]  # those of them that did not live to the last result
     num_pauses: int  # seen, some more than once
 
 
 @pytest.fixture(scope="module", params=PAUSING)
 def usual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Usual:
-    pids, pauses = set(), []
+    pids, gone, pauses = set(), set(), []
     original = SweepCallback.on_trial_result
 
     def noted(self, iteration, trials, trial, result, **info):
         pids.add(result["pid"])
+        gone.update(pid for pid in pids if not psutil.pid_exists(pid))
         pauses.extend(other for other in trials if other.status == Trial.PAUSED)
         original(self, iteration, trials, trial, result, **info)
 
@@ -93,7 +96,7 @@ def usual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SweepCallback, "on_trial_result", noted)
         outcome = run(tmp_path_factory.mktemp("usual"), tune=settings)
-    return Usual(settings, outcome.results, pids, len(pauses))
+    return Usual(settings, outcome.results, pids, gone, len(pauses))
 
 
 def test_the_same_seed_gives_the_same_trials(usual, tmp_path):
@@ -108,6 +111,7 @@ def test_the_same_seed_gives_the_same_trials(usual, tmp_path):
 def test_a_pause_ends_no_process(usual):
     assert usual.num_pauses
     assert len(usual.pids) == 3  # one waits for the next free slot
+    assert not usual.gone  # not even one that nobody would have missed
 
 
 @pytest.mark.parametrize("name", PAUSING)
@@ -167,24 +171,33 @@ def test_trials_that_diverge_hold_nobody_up(tmp_path, name):
 
 @pytest.mark.parametrize("name", PAUSING)
 def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, name):
-    written = []
+    written, begun = [], {}
 
-    def result(self, trial_id, content):
+    def full(self, trial_id, content):
         written.append(trial_id)
         if len(written) > 16:  # two wait, some train, some are to come
             raise OSError(errno.ENOSPC, "No space left on device")
         original(self, trial_id, content)
 
-    original = TrialFiles.result
+    def noted(self, trial_id, content):
+        begun.setdefault(trial_id, content["step"])
+        original(self, trial_id, content)
+
+    original, results = TrialFiles.result, tmp_path / "s"
     sections = {"tune": tune(EVERY[name], slots_per_worker=1)}
     with monkeypatch.context() as patch:
-        patch.setattr(TrialFiles, "result", result)
+        patch.setattr(TrialFiles, "result", full)
         with pytest.raises(SweepError, match=r"No space left on device.*--resume"):
             run(tmp_path, **sections)
-    cut = trials_of(tmp_path / "s")
-    assert [cut[name]["metrics"][-1]["step"] for name in ("t002", "t003")] == [50, 50]
-    outcome = run(tmp_path, resume=True, **sections)
-    check_nobody_was_lost(outcome.results)
+    cut = {name: trial["metrics"] for name, trial in trials_of(results).items()}
+    assert [cut[name][-1]["step"] for name in ("t002", "t003")] == [50, 50]
+    monkeypatch.setattr(TrialFiles, "result", noted)
+    run(tmp_path, resume=True, **sections)
+    check_nobody_was_lost(results)
+    assert (begun["t002"], begun["t003"]) == (75, 75)  # from their checkpoints
+    for name in ("t000", "t001", "t002", "t003"):
+        kept = trials_of(results)[name]["metrics"][: len(cut[name])]
+        assert kept == cut[name]  # with the speed, which no run repeats
 
 
 @pytest.mark.parametrize("name", PAUSING)
