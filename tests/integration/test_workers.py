@@ -146,7 +146,8 @@ def test_warnings_of_a_worker_reach_the_display_and_workers_log(whole):
 
 
 def test_a_worker_without_a_gpu_counts_its_slots_on_this_machine(tmp_path):
-    outcome = run(tmp_path, tune={"num_trials": 2, "slots_per_worker": "auto"})
+    off = {"cross_attention": ["off"]}  # seconds for every mode that has to be predicted
+    outcome = run(tmp_path, space=off, tune={"num_trials": 2, "slots_per_worker": "auto"})
     assert outcome.num_trials == 2
     assert read_json(tmp_path / "s/env.json")["slots_per_worker"] == 2
 

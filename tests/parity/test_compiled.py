@@ -146,6 +146,7 @@ print(json.dumps({"losses": found, "hits": hits, "misses": misses}))
 @pytest.mark.slow
 def test_second_process_takes_graphs_from_the_users_cache(tmp_path):
     names = {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    names["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # each further one is a process that imports torch
     environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | names
     found = []
     for _ in range(2):
