@@ -16,6 +16,7 @@ from higgs_tune.errors import ConfigError
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # half-on tokens break `ray start`; the dashboard is on loopback
+    "RAY_worker_niceness": "0",  # by default a pack yields to each process that starts: seconds
 }
 
 

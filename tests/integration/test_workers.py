@@ -164,3 +164,8 @@ def test_ctrl_c_ends_a_sweep_whose_slots_no_machine_can_count(tmp_path, monkeypa
     assert "auto" in (tmp_path / "s/sweep.yaml").read_text()
     outcome = run(tmp_path, resume=True, tune={"num_trials": 2, "slots_per_worker": 1})
     assert (outcome.exit_code, outcome.num_trials) == (0, 2)
+
+
+def test_a_pack_yields_to_no_process_that_starts(local_ray):
+    """Ray gives a process a lower priority once it has started."""
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
