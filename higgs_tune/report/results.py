@@ -163,7 +163,9 @@ def _read_trial(folder: Path) -> Trial:
             directory=folder,
         )
     except KeyError as error:
-        raise SweepError(f"{folder}: its config.json, status.json or metrics.jsonl lacks {error}.") from None
+        raise SweepError(
+            f"{folder}: its config.json, status.json or metrics.jsonl lacks {error}."
+        ) from None
 
 
 def _read_history(path: Path) -> tuple[Metrics, ...]:

@@ -115,3 +115,25 @@ def test_the_audio_tolerance_of_the_sweep_holds_unless_another_is_set(read, tmp_
     assert read(content=content)[0]["run"].audio_tolerance == 0.2
     settings, _ = read("--set", "run.audio_tolerance=0.01", content=content)
     assert settings["run"].audio_tolerance == 0.01
+
+
+@pytest.mark.parametrize("has_best", [True, False])
+def test_a_run_ends_with_where_its_adapters_are(tmp_path, monkeypatch, capsys, has_best):
+    def train(*_, out, **__):
+        if has_best:
+            (out / "best_adapter").mkdir(parents=True)
+        return {"status": "completed"}
+
+    monkeypatch.setattr("higgs_tune.train.single.train_single", train)
+    path, out = tmp_path / "best_config.yaml", tmp_path / "trained"
+    path.write_text(yaml.safe_dump(BEST))
+    parser = argparse.ArgumentParser()
+    train_cli.add_arguments(parser)
+    arguments = ["--config", str(path), "--out", str(out), "--set", "run.audio_tolerance=0.1"]
+    assert train_cli.run(parser.parse_args(arguments)) == 0
+    adapter, best = capsys.readouterr().out.splitlines()[-2:]
+    assert adapter == f"adapter: {out / 'adapter'}"
+    assert best.startswith(
+        f"best adapter: {out / 'best_adapter' if has_best else 'none: audio loss'}"
+    )
+    assert has_best or "run.audio_tolerance (0.1)" in best
