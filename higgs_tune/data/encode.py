@@ -294,6 +294,6 @@ def _check_rejected(
     first = "; ".join(f"row {r.row}: {r.reason}" for r in table.first_rejected(_NUM_SHOWN))
     raise DataError(
         f"{manifest}: {num_rejected} of {num_total} rows are rejected, {allowed} are allowed "
-        f"(max_rejected {options.max_rejected:g}). First {first}. All are in {out / REJECTED_NAME}. "
-        f"{how}, or raise --max-rejected."
+        f"(max_rejected {options.max_rejected:g}). First of each reason: {first}. "
+        f"All are in {out / REJECTED_NAME}. {how}, or raise --max-rejected."
     )

@@ -97,9 +97,10 @@ class RowTable:
         return (Rejection(*values) for values in found)
 
     def first_rejected(self, count: int) -> list[Rejection]:
-        """Some rejected rows in order, none that was just left out."""
+        """The first row of each reason for which some were rejected, in order, none just left out."""
         found = self.database.execute(
-            "SELECT number, id, path, reason FROM rejected WHERE stage < ? ORDER BY number LIMIT ?",
+            "SELECT min(number), id, path, reason FROM rejected WHERE stage < ? "
+            "GROUP BY reason ORDER BY 1 LIMIT ?",
             (Stage.SPLIT, count),
         )
         return [Rejection(*values) for values in found]
