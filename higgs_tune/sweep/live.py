@@ -17,6 +17,7 @@ from higgs_tune.sweep.board import Board, Row, text_nll
 
 REFRESH_S = 0.5
 AROUND = 4  # lines that are no trial's: the header, the base, how many are not shown, the state of the sweep
+GIVE_WAY = ("cross-attention", "targets")  # columns that are cut where the terminal is too narrow
 SHOWN = (VAL_TEXT_NLL, VAL_AUDIO_NLL, VAL_AUDIO_GAIN)
 STYLES = {
     "running": "cyan",
@@ -82,12 +83,10 @@ class Display:
 
 def render(board: Board, num_rows: int) -> Group:
     """The table, with at most so many trials, and the lines below it."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("trial", "state", "rank", "rate", "cross-attention", "targets", "step"):
-        right = name in ("rank", "rate", "step")
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    for name in ("text nll", "audio nll", "audio gain"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for name in ("trial", "state", "rank", "rate", *GIVE_WAY, "step", "text", "audio", "gain"):
+        left = name in ("trial", "state", *GIVE_WAY)
+        table.add_column(name, justify="left" if left else "right", no_wrap=name not in GIVE_WAY)
     if board.base:
         table.add_row("base", *[""] * 6, *_numbers(board.base), style="dim")
     rows = _most_wanted(board, num_rows)
@@ -99,8 +98,10 @@ def render(board: Board, num_rows: int) -> Group:
             Text(row.state, style=STYLES.get(row.state, "red")),
             str(trial.rank),
             f"{trial.learning_rate:.1e}",
-            trial.cross_attention,
-            trial.target_set,
+            *(
+                Text(name, no_wrap=True, overflow="ellipsis")
+                for name in (trial.cross_attention, trial.target_set)
+            ),
             f"{row.step}/{trial.num_steps}",
             *_numbers(row.last),
             style="bold" if row is best else None,
@@ -124,12 +125,12 @@ def _most_wanted(board: Board, num_rows: int) -> list[Row]:
 def _state(board: Board) -> str:
     total = len(board.rows) + board.to_come
     parts = ["ending" if board.is_ending else board.stage]
-    parts.append(f"{board.num_ended()}/{total} trials ended")
+    parts.append(f"{board.num_ended()}/{total} ended")
     if (best := board.best()) is not None:
-        parts.append(f"best {best.record.trial_id}: {text_nll(best):.3f}")
+        parts.append(f"best {best.record.trial_id} {text_nll(best):.3f}")
     parts.append(f"{duration(board.elapsed_s())} so far")
     if (left := board.time_left_s()) is not None:
-        parts.append(f"about {duration(left)} left")
+        parts.append(f"~{duration(left)} left")
     return " · ".join(parts)
 
 

@@ -44,11 +44,11 @@ def test_the_table_shows_what_a_person_asks_for(record):
     board.result("t000", {"step": 25, "val/text/nll": 2.345, "val/text/audio_gain": 0.25})
     text = drawn(board)
     for expected in ("base", "8.281", "5.030", "t000", "running", "1.0e-04", "off", "all_linear",
-                     "25/150", "2.345", "0.250", "0/1 trials ended", "so far"):  # fmt: skip
+                     "25/150", "2.345", "0.250", "0/1 ended", "so far"):  # fmt: skip
         assert expected in text
     assert "best" not in text
     board.end("t000", "completed", is_feasible=True)
-    assert "1/1 trials ended · best t000: 2.345" in drawn(board)
+    assert "1/1 ended · best t000 2.345" in drawn(board)
 
 
 def test_a_screen_too_small_for_all_trials_shows_those_that_run_the_best_and_the_state(crowd):
@@ -57,11 +57,18 @@ def test_a_screen_too_small_for_all_trials_shows_those_that_run_the_best_and_the
         "trial", "t003", "t004", "t027", "t028", "t029", "and", "starting"
     ]  # fmt: skip
     assert lines[-2] == "and 25 more trials"
-    assert "27/30 trials ended" in lines[-1]
+    assert "27/30 ended" in lines[-1]
     assert len(drawn(crowd).splitlines()) == 32
 
 
-def test_a_narrow_terminal_breaks_no_row(crowd):
+def test_a_narrow_terminal_breaks_no_row_and_cuts_no_figure(crowd):
+    long = {"cross_attention": "text_to_audio", "target_set": "all_linear_and_head"}
+    for row in crowd.rows.values():
+        row.record = replace(row.record, config=row.record.config.model_copy(update=long))
+    lines = drawn(crowd, num_rows=5, width=80).splitlines()
+    assert len(lines) == 8
+    assert lines[1].split()[:4] == ["t003", "completed", "16", "1.0e-04"]
+    assert lines[1].split()[-4:] == ["25/150", "2.970", "–", "–"]
     assert len(drawn(crowd, num_rows=5, width=60).splitlines()) == 8
 
 
@@ -74,7 +81,7 @@ def test_the_whole_table_fits_the_terminal_until_the_end(crowd, monkeypatch):
     crowd.base = {"val/text/nll": 8.0}
     display.refresh(force=True)
     shown = screen.getvalue()
-    assert "trials ended" in shown and "t029" in shown and "t010" not in shown
+    assert "27/30 ended" in shown and "t029" in shown and "t010" not in shown
     assert shown.count("\n") < 20
     display.close()
     assert "t010" in screen.getvalue()
@@ -85,7 +92,7 @@ def test_a_sweep_that_ends_early_says_so(record):
     display.board.start(record, 0, {})
     display.ending("interrupted by SIGINT")
     assert json.loads(stream.getvalue())["reason"] == "interrupted by SIGINT"
-    assert drawn(display.board).splitlines()[-1].startswith("ending · 0/1 trials ended")
+    assert drawn(display.board).splitlines()[-1].startswith("ending · 0/1 ended")
 
 
 def test_outside_a_terminal_each_event_is_one_json_line():
