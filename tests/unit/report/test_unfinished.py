@@ -1,0 +1,112 @@
+"""What the findings say of a sweep that has not come to its end."""
+
+from pathlib import Path
+
+import pytest
+
+from higgs_tune.report.findings import trial_counts
+from higgs_tune.report.results import read_results
+from higgs_tune.report.summary import summary_text
+from tests.unit.report.builder import Builder, curve, report_row, sweep_config, trial_config
+from tests.unit.report.test_findings import CONFIG, findings, pairs, sentence
+
+
+def test_no_full_run_is_said(tmp_path: Path) -> None:
+    rows = curve(CONFIG, 2.0, 0.4, 3.9, 100)
+    Builder(tmp_path).start().trial("t000", CONFIG, rows, status="pruned", origin="baseline")
+    found = findings(tmp_path)
+    assert "No trial has run all 150 steps" in sentence(found, "found")
+    assert any("Trial 0 ended pruned at step 100" in note for note in found.notes)
+
+
+def test_a_sweep_cut_short_says_who_is_ahead(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    for trial_id, text, audio, num_steps in (
+        ("t000", 4.0, 3.9, 100),
+        ("t001", 1.0, 3.9, 50),  # did not come as far
+        ("t002", 1.0, 5.0, 100),  # audio beyond its limit
+        ("t003", 2.0, 3.9, 100),
+    ):
+        rows = [report_row(step, text, 0.4, audio) for step in range(0, num_steps + 1, 25)]
+        builder.trial(trial_id, CONFIG, rows, status="cancelled")
+    found = findings(tmp_path)
+    said = "to step 100, t003 is ahead with a text loss of 2.00."
+    assert sentence(found, "found").endswith(said)
+    assert "t003 ahead, cancelled at 100" in summary_text(read_results(tmp_path), found)
+    assert "--resume goes on" in found.notes[0]
+    builder.trial("t004", CONFIG, curve(CONFIG, 3.0, 0.4, 5.0, 150))
+    assert "ahead" not in summary_text(read_results(tmp_path), findings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "status, said",
+    [
+        ("cancelled", ["Trial 0 was cancelled at step 50 with a text loss of 4.50."]),
+        ("diverged", ["Trial 0 ended diverged at step 50 with a text loss of 4.50."]),
+        (None, []),  # it runs
+    ],
+)
+def test_trial_0_is_said_to_have_ended_once_it_has(
+    tmp_path: Path, status: str | None, said: list[str]
+) -> None:
+    rows = [report_row(50, 4.5, 0.1, 3.9)]
+    Builder(tmp_path).start().trial("t000", CONFIG, rows, status=status, origin="baseline")
+    assert [note for note in findings(tmp_path).notes if note.startswith("Trial 0")] == said
+
+
+def test_nothing_reported_is_said(tmp_path: Path) -> None:
+    Builder(tmp_path, base=None).start()
+    found = findings(tmp_path)
+    assert found.outcome == "no_trials"
+    assert summary_text(read_results(tmp_path), found).startswith("Sweep quick: No trial")
+
+
+def test_interrupted_sweep_is_said(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.1, 3.9, 150), origin="baseline")
+    builder.trial("t001", CONFIG, curve(CONFIG, 3.0, 0.1, 3.9, 50), status="cancelled")
+    builder.trial("t002", CONFIG, [], status=None)
+    found = findings(tmp_path)
+    assert "1 running or lost, 1 cancelled" in found.notes[0]
+    assert trial_counts(read_results(tmp_path)).startswith("3 in the search: 1 ran to the end")
+
+
+@pytest.mark.parametrize(
+    "status, said", [("cancelled", "1 cancelled"), (None, "1 running or lost")]
+)
+def test_a_confirm_run_without_an_end_is_said(
+    tmp_path: Path, status: str | None, said: str
+) -> None:
+    pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
+    builder = Builder(tmp_path)
+    builder.trial("t002", CONFIG, curve(CONFIG, 2.5, 0.4, 3.9, 150))
+    for seed in range(2):
+        config, ends = trial_config(seed=100 + seed), "completed" if seed == 0 else status
+        rows = curve(config, 1.0, 0.4, 3.9, 150)[: None if seed == 0 else 3]
+        run_id = f"c{20 + seed:03d}"
+        builder.trial(run_id, config, rows, origin="confirm", confirms="t002", status=ends)
+    found = findings(tmp_path)
+    assert found.choice is not None
+    assert (found.choice.trial.id, found.choice.confirm) == ("t001", "done")
+    note = next(note for note in found.notes if note.startswith("Confirm runs"))
+    assert said in note
+    assert "counts as not confirmed" in note
+    assert "--resume" in note
+
+
+def test_a_finished_confirm_stage_needs_no_note(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
+    assert not [note for note in found.notes if "onfirm" in note]
+
+
+def test_a_search_that_ended_before_its_last_trial_is_said(tmp_path: Path) -> None:
+    for name, num_trials in (("short", 5), ("whole", 2)):
+        sweep = sweep_config(tune={"num_trials": num_trials}, confirm={"num_configs": 0})
+        builder = Builder(tmp_path / name, sweep).start()
+        for trial_id in ("t000", "t001"):
+            builder.trial(trial_id, CONFIG, curve(CONFIG, 3.0, 0.4, 3.9, 150))
+    said = "The search ended after 2 of 5 trials."
+    assert said in findings(tmp_path / "short").notes
+    assert not [n for n in findings(tmp_path / "whole").notes if n.startswith("The search ended")]
+    Builder(tmp_path / "short").trial("t002", CONFIG, [], status=None)
+    assert not [n for n in findings(tmp_path / "short").notes if n.startswith("The search ended")]
