@@ -48,6 +48,11 @@ class Board:
         self._since: float | None = None
         self._steps_done = 0
 
+    def begin(self) -> None:
+        """A worker's first step starts: by the time from here on the pace is measured."""
+        if self._since is None:
+            self._since = self._clock()
+
     def expect(self, num_to_come: int, num_live: int) -> None:
         """So many trials will still be suggested; of those that live some have no process yet."""
         num_started = sum(row.is_live for row in self.rows.values())
@@ -55,8 +60,6 @@ class Board:
 
     def start(self, record: TrialRecord, step: int, known: Mapping[str, Any]) -> None:
         """A trial starts, or goes on at `step` with what is known of it."""
-        if self._since is None:
-            self._since = self._clock()
         self.rows.pop(record.trial_id, None)
         self.rows[record.trial_id] = Row(record, "waiting", {**known, STEP: step})
         self._seat()

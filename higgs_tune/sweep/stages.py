@@ -118,6 +118,7 @@ class Sweep:
             self._display.warn(f"{worker} {text}")
 
     def _begun(self, worker: str) -> None:
+        self._display.board.begin()
         self._display.event("training", worker=worker)
 
     def copied(self, record: TrialRecord, donor_id: str) -> None:

@@ -23,8 +23,11 @@ def states(board):
 
 def test_time_left_follows_the_pace_and_the_trials_and_the_stage_to_come(record, board, now):
     board.start(record, 0, {})
+    now[0] = 30.0  # it loads
+    board.begin()
     assert board.time_left_s() is None
-    now[0] = 50.0
+    now[0] = 80.0
+    board.begin()  # another worker
     board.result("t000", {"step": 50})
     board.to_come = 2
     assert board.time_left_s() == pytest.approx(100 + 2 * 150)
@@ -36,6 +39,7 @@ def test_time_left_follows_the_pace_and_the_trials_and_the_stage_to_come(record,
 
 def test_steps_before_a_resume_do_not_count_as_pace(record, board, now):
     board.start(record, 100, {"step": 100})
+    board.begin()
     now[0] = 25.0
     board.result("t000", {"step": 125})
     assert board.time_left_s() == pytest.approx(25)
@@ -45,6 +49,7 @@ def test_a_sweep_that_ends_early_has_no_time_left_and_its_cancelled_trials_have_
     record, board, now
 ):
     board.start(record, 0, {})
+    board.begin()
     now[0] = 50.0
     board.result("t000", {"step": 50})
     board.is_ending = True
@@ -57,6 +62,7 @@ def test_a_sweep_that_ends_early_has_no_time_left_and_its_cancelled_trials_have_
 
 def test_a_paused_trial_is_shown_as_such_and_still_to_be_finished(record, board, now):
     board.start(record, 0, {})
+    board.begin()
     now[0] = 50.0
     board.result("t000", {"step": 50})
     board.pause({"t000"})
