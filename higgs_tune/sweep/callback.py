@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from ray.tune import Callback, Checkpoint
 from ray.tune.experiment import Trial
@@ -25,6 +25,7 @@ from higgs_tune.sweep.study import TrialRecord, ending
 
 BEAT_S = 1.0
 Arguments = ParamSpec("Arguments")
+T = TypeVar("T")
 
 
 class SweepCallback(Callback):
@@ -106,12 +107,11 @@ class SweepCallback(Callback):
         if self._cancelled:
             return
         self._later.wait(record.trial_id)
-        self._guard(self._files.start, record)
+        known = self._guard(self._files.start, record)
         checkpoint = self._files.checkpoint_of(record.trial_id)
         step = 0 if checkpoint is None else checkpoint[1]
         self._last[record.trial_id] = {}
-        known = self._files.last(record.trial_id)
-        self._display.board.start(record, step, known)
+        self._display.board.start(record, step, known or {})
         self._display.event("trial_started", trial=record.trial_id, name=record.name, step=step)
 
     def on_trial_result(
@@ -205,18 +205,19 @@ class SweepCallback(Callback):
         )
 
     def _guard(
-        self, action: Callable[Arguments, Any], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> None:
-        """Turn an error that a user can mend into the clean end of the sweep.
+        self, action: Callable[Arguments, T], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> T | None:
+        """What `action` returns; an error that a user can mend becomes the clean end of the sweep.
 
         Tune logs what some of its hooks raise and goes on; a sweep whose disk is full must not.
         """
         try:
-            action(*args, **kwargs)
+            return action(*args, **kwargs)
         except OSError as error:
             self._control.fail(disk_error(self._results, error))
         except HiggsTuneError as error:
             self._control.fail(error)
+        return None
 
 
 def _record(trial: Trial) -> TrialRecord:

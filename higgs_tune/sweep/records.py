@@ -69,8 +69,12 @@ class TrialFiles:
             if raw is not None
         ]
 
-    def start(self, record: TrialRecord) -> None:
-        """A trial starts, or goes on from its checkpoint; what lies beyond that is dropped."""
+    def start(self, record: TrialRecord) -> dict[str, Any]:
+        """A trial starts, or goes on from its checkpoint; what lies beyond that is dropped.
+
+        Returns:
+            The metrics that it reported last, of those that are kept.
+        """
         folder = self.folder(record.trial_id)
         known = read_json(folder / "config.json") or {"account": {}}
         if record.trial_id not in self._started:
@@ -82,6 +86,7 @@ class TrialFiles:
         kept = [line for line in read_json_lines(folder / "metrics.jsonl") if line[STEP] <= steps]
         self._write(record, known["account"], kept)
         (folder / "status.json").unlink(missing_ok=True)
+        return kept[-1] if kept else {}
 
     def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Append one result; the account of its modules comes with the first."""

@@ -22,25 +22,33 @@ from higgs_tune.sweep.study import TrialRecord
 from tests.workers import trial
 
 
+def make_callback(results, **parts):
+    """A callback of parts that do nothing, but for those that are given."""
+    nothing = SimpleNamespace()
+    return SweepCallback(
+        **{
+            "results": results,
+            "files": nothing,
+            "boards": nothing,
+            "later": Later(),
+            "source": nothing,
+            "control": Control(),
+            "display": Display(io.StringIO()),
+            "num_checkpoints": 1,
+            "audio_limit": lambda: 1.0,
+            "check_workers": lambda: None,
+            "close_workers": lambda: None,
+            **parts,
+        }
+    )
+
+
 @pytest.fixture
 def saved(tmp_path):
     """Let a trial's checkpoint appear as Tune makes it; gives the names of those that are left."""
-    nothing = SimpleNamespace()
 
     def callback_of(num_checkpoints):
-        callback = SweepCallback(
-            results=tmp_path,
-            files=nothing,
-            boards=nothing,
-            later=Later(),
-            source=nothing,
-            control=nothing,
-            display=nothing,
-            num_checkpoints=num_checkpoints,
-            audio_limit=lambda: 1.0,
-            check_workers=lambda: None,
-            close_workers=lambda: None,
-        )
+        callback = make_callback(tmp_path, num_checkpoints=num_checkpoints)
 
         def save(trial_id, name):
             record = TrialRecord(trial_id, 0, trial_id, "search", None, trial())
@@ -84,22 +92,11 @@ def test_tune_waits_for_the_disk_only_at_a_trials_end(tmp_path):
     files = SimpleNamespace(
         checkpoint=slow, end=lambda *ending: done.append("end"), result=lambda *_: None
     )
-    board = SimpleNamespace(end=lambda *_: None, result=lambda *_: None)
-    callback = SweepCallback(
-        results=tmp_path,
-        files=files,
-        boards=SimpleNamespace(update=lambda _: None, end=lambda _: None),
-        later=Later(),
-        source=SimpleNamespace(),
-        control=Control(),
-        display=SimpleNamespace(board=board, event=lambda *_, **__: None),
-        num_checkpoints=1,
-        audio_limit=lambda: 1.0,
-        check_workers=lambda: None,
-        close_workers=lambda: None,
-    )
+    boards = SimpleNamespace(update=lambda _: None, end=lambda _: None)
+    callback = make_callback(tmp_path, files=files, boards=boards)
     record = TrialRecord("t0", 0, "t0", "search", None, trial())
     of_tune = SimpleNamespace(config={"record": record.to_dict()})
+    callback._display.board.start(record, 0, {})
     callback._last["t0"] = {}
     for number, status in enumerate(("running", "completed")):
         folder = tmp_path / f"c{number}"
@@ -117,21 +114,11 @@ def test_tune_waits_for_the_disk_only_at_a_trials_end(tmp_path):
 
 def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
     control, ended = Control(), []
-    display = SimpleNamespace(
-        board=SimpleNamespace(end=lambda *a: None), event=lambda *a, **k: None
-    )
-    callback = SweepCallback(
-        results=tmp_path,
+    callback = make_callback(
+        tmp_path,
         files=SimpleNamespace(end=lambda *ending: ended.append(ending)),
         boards=SimpleNamespace(end=lambda _: None),
-        later=Later(),
-        source=SimpleNamespace(),
         control=control,
-        display=display,
-        num_checkpoints=1,
-        audio_limit=lambda: 1.0,
-        check_workers=lambda: None,
-        close_workers=lambda: None,
     )
     error = RayTaskError("save", "", OSError(errno.ENOSPC, "No space left on device"))
     (tmp_path / "error.pkl").write_bytes(cloudpickle.dumps(error))
@@ -149,28 +136,30 @@ def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
     assert "OSError: [Errno 28] No space left on device" in ended[0][2]
 
 
-def test_a_trial_that_goes_on_is_shown_with_what_it_had_reported(tmp_path, record):
-    files, display = TrialFiles(tmp_path), Display(io.StringIO())
+@pytest.fixture
+def resumed(tmp_path, record):
+    """Start a trial that had reported twice and saved once; gives the callback. Damage a file before."""
+    files = TrialFiles(tmp_path)
     files.start(record)
     for step in (25, 50):
         files.result(record.trial_id, {"step": step, "val/text/nll": 3.0 - step / 100})
     adapter = files.folder(record.trial_id) / "adapter"
     adapter.mkdir()
     write_json(adapter / CHECKPOINT_INFO, {"step": 25})  # what lies beyond is trained again
-    callback = SweepCallback(
-        results=tmp_path,
-        files=files,
-        boards=SimpleNamespace(),
-        later=Later(),
-        source=SimpleNamespace(),
-        control=Control(),
-        display=display,
-        num_checkpoints=1,
-        audio_limit=lambda: 1.0,
-        check_workers=lambda: None,
-        close_workers=lambda: None,
-    )
-    of_tune = SimpleNamespace(config={"record": record.to_dict()})
-    callback.on_trial_start(0, [], of_tune)
-    row = display.board.rows[record.trial_id]
+
+    def start():
+        callback = make_callback(tmp_path, files=files)
+        callback.on_trial_start(0, [], SimpleNamespace(config={"record": record.to_dict()}))
+        return callback
+
+    return start
+
+
+def test_a_trial_that_goes_on_is_shown_with_what_it_had_reported(resumed, record):
+    row = resumed()._display.board.rows[record.trial_id]
     assert (row.step, row.last["val/text/nll"]) == (25, 2.75)
+
+
+def test_a_damaged_file_of_a_trial_that_goes_on_ends_the_sweep(resumed, tmp_path):
+    (tmp_path / "trials" / "t000" / "metrics.jsonl").write_text("{}}\n")
+    assert "metrics.jsonl, line 1: not JSON" in str(resumed()._control.error)
