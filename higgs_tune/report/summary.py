@@ -17,7 +17,7 @@ from higgs_tune.report.results import Results
 from higgs_tune.report.wording import describe, nats
 from higgs_tune.report.workers import workers_sentence
 
-WIDTH = 96
+WIDTH = 96  # at most, and no more than the terminal has; 40 at least
 _LABELS = {
     "found": "Result",
     "text": "Text",
@@ -108,7 +108,8 @@ def summary_text(results: Results, findings: Findings) -> str:
 
 
 def _field(label: str, text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=f"  {label:<11}", subsequent_indent=" " * 13)
+    width = max(40, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
+    return textwrap.wrap(text, width, initial_indent=f"  {label:<11}", subsequent_indent=" " * 13)
 
 
 def _comparison_lines(rows: list[tuple[str, list[Stat | None]]]) -> list[str]:

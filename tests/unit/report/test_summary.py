@@ -3,19 +3,28 @@
 import shlex
 from pathlib import Path
 
+import pytest
+
 from higgs_tune.report.findings import find
 from higgs_tune.report.results import read_results
 from higgs_tune.report.summary import WIDTH, summary_text
 from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
 
 
-def test_summary_is_one_screen(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "columns, width, num_lines", [(200, WIDTH, 32), (80, 80, 36), (10, 69, 60)]
+)
+def test_summary_is_one_screen(
+    tmp_path: Path, monkeypatch, columns: int, width: int, num_lines: int
+) -> None:
+    """Where the screen is too narrow the table of figures sets the width."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     realistic(tmp_path)
     results = read_results(tmp_path)
     lines = summary_text(results, find(results)).splitlines()
-    assert len(lines) <= 32
+    assert len(lines) <= num_lines
     paths = ("  Report", "  Train")
-    assert max(len(line) for line in lines if not line.startswith(paths)) <= WIDTH
+    assert max(len(line) for line in lines if not line.startswith(paths)) <= width
 
 
 def test_summary_names_the_program_of_this_python(tmp_path: Path, monkeypatch) -> None:
