@@ -63,7 +63,7 @@ class Display:
         """The sweep ends before its time."""
         self.board.is_ending = True
         self.event("ending", reason=reason)
-        self.note(f"{reason}: trials stop, and what was found is exported")
+        self.note(f"{reason}: trials stop; what they have reported is kept")
         self.refresh(force=True)
 
     def refresh(self, *, force: bool = False) -> None:

@@ -152,12 +152,11 @@ class TrialFiles:
     def end(self, trial_id: str, status: str, reason: str | None, is_feasible: bool | None) -> None:
         """Record how a trial ended. Moments are of use only to one with which a resumed sweep goes on."""
         assert status in STATUSES, status
-        lines = read_json_lines(self.folder(trial_id) / "metrics.jsonl")
         spent_s = time.monotonic() - self._started.pop(trial_id, time.monotonic())
         content = {
             "status": status,
             "reason": reason,
-            "step": lines[-1][STEP] if lines else 0,
+            "step": self.last(trial_id).get(STEP, 0),
             "feasible": is_feasible,
             "wall_s": round(self._earlier_s.pop(trial_id, 0.0) + spent_s, 3),
         }

@@ -38,6 +38,7 @@ def stop_signals(request: StopRequest) -> Iterator[None]:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for fd in terminals:
                 os.dup2(nowhere, fd)
+            os.close(nowhere)
         if request.number is None:
             request.number = number
         elif number == signal.SIGINT:

@@ -119,8 +119,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"adapter: {args.out / 'adapter'}")
         best = args.out / "best_adapter"
         tolerance = settings["run"].audio_tolerance
-        none = (
-            f"none: audio loss rose by more than run.audio_tolerance ({tolerance:g}) at each report"
-        )
+        none = f"none: no report kept audio within run.audio_tolerance ({tolerance:g})"
         print(f"best adapter: {best if best.is_dir() else none}")
     return 0 if result["status"] == "completed" else 1

@@ -134,6 +134,6 @@ def test_a_run_ends_with_where_its_adapters_are(tmp_path, monkeypatch, capsys, h
     adapter, best = capsys.readouterr().out.splitlines()[-2:]
     assert adapter == f"adapter: {out / 'adapter'}"
     assert best.startswith(
-        f"best adapter: {out / 'best_adapter' if has_best else 'none: audio loss'}"
+        f"best adapter: {out / 'best_adapter' if has_best else 'none: no report'}"
     )
     assert has_best or "run.audio_tolerance (0.1)" in best
