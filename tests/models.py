@@ -154,8 +154,10 @@ DATA = DataSettings(tasks=TaskMix(transcribe=1, speak=1, clone=0.5), num_val_cli
 CODEC = CodecFacts("tiny", 24000, 25.0, NUM_CODEBOOKS, NUM_CODES)
 
 
-def make_dataset(directory: Path, codec: CodecFacts = CODEC, seed: int = 0) -> Dataset:
-    """24 training and 8 validation clips of three speakers, of ragged lengths."""
+def make_dataset(
+    directory: Path, codec: CodecFacts = CODEC, seed: int = 0, num_frames: int = 4
+) -> Dataset:
+    """24 training and 8 validation clips of three speakers, of ragged lengths from `num_frames`."""
     rng = np.random.default_rng(seed)
     rows = [
         Row(
@@ -164,7 +166,7 @@ def make_dataset(directory: Path, codec: CodecFacts = CODEC, seed: int = 0) -> D
             kind="clip",
             speaker=f"s{n % 3}",
             text=random_text(rng, 3 + n % 5),
-            codes=(random_codes(rng, 4 + n % 7),),
+            codes=(random_codes(rng, num_frames + n % 7),),
         )
         for n in range(32)
     ]

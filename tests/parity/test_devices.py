@@ -1,0 +1,226 @@
+"""What a device computes is what a CPU computes in float32, one adapter at a time.
+
+On a machine with a GPU: make test ARGS="-m gpu". Each test that can runs on a CPU as well, by a GPU's rules
+for packs, so that none waits for its first GPU to be tried.
+"""
+
+import logging
+
+import pytest
+import torch
+from host_syncs import count_host_syncs
+
+from higgs_tune.config import ALL_LINEAR
+from higgs_tune.data.collate import count_targets
+from higgs_tune.device import resolve_device
+from higgs_tune.model.audio_attention import with_cross_attention
+from higgs_tune.model.compiled import CompiledForward
+from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.loop import PackLoop
+from tests import packs
+from tests.mixed_pack import LIMITS, TRIALS, examples_of, train
+from tests.models import DATA, make_dataset, tiny_base, trial
+from tests.parity.test_generation import prompts
+
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+ROUNDING = {"rtol": 2e-3, "atol": 2e-3}  # of float32, grown by ten steps of Adam
+
+
+@pytest.fixture(scope="module", params=["cpu", GPU])
+def device(request):
+    return resolve_device(request.param, "device")
+
+
+def base_on(device, dtype=torch.float32, **shape):
+    base = tiny_base(dtype=dtype, **shape)
+    base.model.to(device)
+    return base
+
+
+def pack_on(device, dtype=torch.float32):
+    """Adapters of all kinds that share matmuls, with weights which make every module count."""
+    engine = Engine(base_on(device, dtype), LIMITS, share_matmuls=True)
+    for trial_id, config in TRIALS.items():
+        engine.add(trial_id, config, mixed_weights(trial_id, dtype))
+    return engine
+
+
+def mixed_weights(trial_id, dtype):
+    engine = Engine(tiny_base(), PackLimits.of([TRIALS[trial_id]], num_slots=1))
+    engine.add(trial_id, TRIALS[trial_id])
+    state = engine.state(trial_id)
+    generator = torch.Generator().manual_seed(7)
+    for weight in state.weights.values():
+        weight.copy_((0.1 * torch.randn(weight.shape, generator=generator)).to(dtype))
+    return state
+
+
+def gradients(engine, trial_ids):
+    """Trial → the gradients of one micro-batch, on the host."""
+    slots = {engine.residents[t].slot: t for t in trial_ids}
+    examples = {slot: examples_of(t, 0) for slot, t in slots.items()}
+    counts = {slot: count_targets(own, 4) for slot, own in examples.items()}
+    engine.forward_backward(engine.batch(examples), counts)
+    return {
+        t: {name: g.cpu() for name, g in engine.bank.views(slot, "grad").items()}
+        for slot, t in slots.items()
+    }
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_gradients_of_a_pack_are_those_of_one_alone_on_a_cpu(device, dtype, tolerance, compiled):
+    if compiled and device.type == "cpu":
+        pytest.skip("test_compiled.py does this")
+    pack = pack_on(device, dtype)
+    if compiled:
+        pack.nll = CompiledForward(pack.base.model)
+    ours = gradients(pack, list(TRIALS))
+    for trial_id, config in TRIALS.items():
+        base = tiny_base(dtype=dtype)
+        base.model.float()
+        alone = Engine(base, PackLimits.of([config], num_slots=1))
+        alone.add(trial_id, config, mixed_weights(trial_id, dtype))
+        theirs = gradients(alone, [trial_id])[trial_id]
+        total = torch.cat([g.flatten() for g in theirs.values()]).norm()
+        assert total > 0
+        for name, gradient in theirs.items():
+            error = float((ours[trial_id][name] - gradient).norm() / total)
+            assert error < tolerance, (trial_id, name, error)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The losses of each trial alone on a CPU."""
+    losses = {}
+    for trial_id, config in TRIALS.items():
+        engine = Engine(tiny_base(), PackLimits.of([config], num_slots=1))
+        engine.add(trial_id, config)
+        losses |= train(engine, [trial_id], range(10))
+    return losses
+
+
+def fresh_pack(device, dtype=torch.float32):
+    engine = Engine(base_on(device, dtype), LIMITS, share_matmuls=True)
+    for trial_id, config in TRIALS.items():
+        engine.add(trial_id, config)
+    return engine
+
+
+def test_ten_steps_of_a_pack_lose_what_each_loses_alone_on_a_cpu(device, reference):
+    losses = train(fresh_pack(device), list(TRIALS), range(10))
+    for trial_id, expected in reference.items():
+        torch.testing.assert_close(losses[trial_id].cpu(), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_training_goes_on_on_another_device(device, reference, back):
+    places = (device, torch.device("cpu")) if back else (torch.device("cpu"), device)
+    first = fresh_pack(places[0])
+    train(first, list(TRIALS), range(5))
+    second = Engine(base_on(places[1]), LIMITS, share_matmuls=True)
+    for trial_id, config in TRIALS.items():
+        second.add(trial_id, config, first.state(trial_id))
+    losses = train(second, list(TRIALS), range(5, 10))
+    for trial_id, expected in reference.items():
+        torch.testing.assert_close(losses[trial_id].cpu(), expected[5:], **ROUNDING)
+
+
+def test_one_that_diverges_leaves_its_neighbours_as_they_were(device, reference):
+    engine = fresh_pack(device)
+    losses = train(engine, list(TRIALS), range(8), poison=4)
+    assert engine.alive_K.tolist() == [trial_id != "small" for trial_id in TRIALS]
+    for trial_id in TRIALS.keys() - {"small"}:
+        torch.testing.assert_close(losses[trial_id].cpu(), reference[trial_id][:8], **ROUNDING)
+    assert all(weight.isfinite().all() for weight in engine.state("small").weights.values())
+
+
+def test_compute_weights_in_bfloat16_are_the_rounded_masters_after_steps(device):
+    engine = fresh_pack(device, torch.bfloat16)
+    train(engine, list(TRIALS), range(3))
+    for storage in engine.bank.storages():
+        assert storage.compute.dtype == torch.bfloat16 and storage.master.dtype == torch.float32
+        assert torch.equal(storage.compute, storage.master.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_host_waits_for_no_value_of_a_step(device, dtype):
+    engine = fresh_pack(device, dtype)
+    train(engine, list(TRIALS), range(2))  # what is set up once may wait
+    examples = {engine.residents[t].slot: examples_of(t, 2) for t in TRIALS}
+    counts = {slot: count_targets(own, 4) for slot, own in examples.items()}
+
+    def step():
+        engine.forward_backward(engine.batch(examples), counts)
+        engine.optim_step(list(TRIALS))
+
+    assert count_host_syncs(step, device) == 0
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+def loop_on(device, dataset, names, configs=packs.TRIALS, **shape):
+    loop = PackLoop(
+        base_on(device, **shape), dataset, DATA, PackLimits.of(list(configs.values()), len(configs))
+    )
+    for room in packs.rooms(loop):
+        room.width = None  # a CPU's is 1
+    for name in names:
+        loop.join(name, configs[name])
+    return loop
+
+
+def test_with_dropout_a_pack_reports_what_each_reports_alone(device, dataset):
+    pack = loop_on(device, dataset, packs.TRIALS)
+    results = [pack.advance() for _ in range(2)]
+    for name in packs.TRIALS:
+        alone = loop_on(device, dataset, [name])
+        clean = [alone.advance() for _ in range(2)]
+        packs.same(results, (clean, None), [name], rel=2e-3, abs=2e-3)
+
+
+def test_the_base_validates_as_on_a_cpu(device, dataset):
+    ours, theirs = (loop_on(where, dataset, []).base_metrics for where in (device, "cpu"))
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["off", "audio_self", "text_to_audio"])
+def test_speech_is_generated_as_on_a_cpu(device, mode):
+    made = []
+    for where in (device, torch.device("cpu")):
+        model = with_cross_attention(tiny_base().model, mode, seed=1).to(where)
+        prompt = {name: value.to(where) for name, value in prompts([4, 11]).items()}
+        made.append(model.generate(**prompt, do_sample=False, max_new_tokens=14).cpu())
+    assert torch.equal(*made)
+
+
+@pytest.mark.gpu
+def test_memory_that_runs_out_on_a_gpu_costs_no_trial(tmp_path, caplog):
+    """The same steps with room for all, and with room for two thirds of what they took."""
+    device = resolve_device("cuda", "device")
+    dataset = make_dataset(tmp_path / "long", num_frames=400)
+    steps = {"num_steps": 4, "report_every_steps": 4, "batch_clips": 8, "targets": ALL_LINEAR}
+    configs = {f"t{n}": trial(seed=n, rank=2 ** (n % 3), **steps) for n in range(6)}
+    shape = {"num_layers": 8}
+    found, needed = [], 0
+    for share in (1.0, 2 / 3):
+        loop = loop_on(device, dataset, configs, configs, **shape)
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_reserved(device)
+        if share < 1:
+            allowed = held + share * needed
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            with caplog.at_level(logging.WARNING):
+                found.append(loop.advance())
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        needed = torch.cuda.max_memory_reserved(device) - held
+        assert ("memory ran out in a training step" in caplog.text) == (share < 1)
+        del loop
+    packs.same([found[1]], ([found[0]], None), configs, rel=2e-3, abs=2e-3)
