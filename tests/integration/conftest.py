@@ -3,24 +3,50 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import ray
+from ray._private import ray_constants
 
 from higgs_tune.cluster import ENVIRONMENT
+from tests import forks
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., subprocess.Popen[str]]
 
 
+@contextmanager
+def forked_workers(patch: pytest.MonkeyPatch, folder: str) -> Iterator[None]:
+    """Let tests.forks start the workers of a Ray that starts here."""
+    path = os.path.join(folder, "forks")
+    patch.setenv(forks.SOCKET, path)
+    patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", forks.__file__)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        fd = server.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forks", "serve", str(fd)],
+            cwd=ROOT,
+            pass_fds=[fd],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+    with process:
+        yield
+
+
 @pytest.fixture(scope="package")
 def local_ray() -> Iterator[None]:
     temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forked_workers(patch, temp_dir):
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", str(ROOT))

@@ -1,0 +1,66 @@
+"""Ray's workers as forks of one process: each would import Ray twice and Tune once, 4 s of a processor.
+
+Ray runs this file in place of its own setup_worker.py. It only hands on what it was given.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+
+SOCKET = "FORKS_SOCKET"  # in the environment: where `serve` listens
+PRELOADED = (
+    "ray._private.workers.setup_worker",
+    "ray._private.workers.default_worker",
+    "higgs_tune.sweep.trainable",
+    "higgs_tune.sweep.worker.actor",
+)
+
+
+def serve(server: socket.socket) -> None:
+    """Fork a worker for each request, until the standard input ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    while server in select.select([server, sys.stdin], [], [])[0]:
+        with server.accept()[0] as connection:
+            arguments, environment, folder = json.load(connection.makefile())
+        os.environ.clear()
+        os.environ.update(environment)
+        for module in PRELOADED:  # not before: Ray's core reads the job from it once it is loaded
+            importlib.import_module(module)
+        if os.fork() == 0:
+            os.setpgid(0, 0)  # Ray kills a worker's group with it
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            server.close()
+            work(arguments, folder)
+
+
+def work(arguments: list[str], folder: str) -> None:
+    """Be the process that setup_worker.py would become."""
+    from ray._private.runtime_env.context import RuntimeEnvContext
+    from ray._private.utils import update_envs
+    from ray._private.workers import setup_worker
+
+    os.chdir(folder)
+    known, sys.argv = setup_worker.parser.parse_known_args(arguments)
+    update_envs(
+        RuntimeEnvContext.deserialize(known.serialized_runtime_env_context or "{}").env_vars
+    )
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit()
+
+
+def main() -> None:
+    if sys.argv[1] == "serve":
+        serve(socket.socket(fileno=int(sys.argv[2])))
+        return
+    with socket.socket(socket.AF_UNIX) as to_server:
+        to_server.connect(os.environ[SOCKET])
+        to_server.sendall(json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode())
+
+
+if __name__ == "__main__":
+    main()
