@@ -229,7 +229,8 @@ class Workers:
 
     def _take_figures(self, timeout_s: float) -> dict[str, dict[str, Any]]:
         """What the workers have answered; one that does not keeps its former figures."""
-        asked = [member.figures for member in self._members]
+        # whoever has not said what it loaded may have no process
+        asked = [member.figures for member in self._members if member.accepted]
         ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
         for member in self._members:
             if is_there(member.figures):

@@ -65,6 +65,8 @@ def crew(make_config, monkeypatch):
 
     def wait(references, num_returns=1, timeout=None):
         ready = [r for r in references if r[1] in r[0].answers]
+        if len(ready) < num_returns:
+            now[0] += timeout
         return ready, [r for r in references if r not in ready]
 
     options = SimpleNamespace(remote=create)

@@ -205,3 +205,12 @@ def test_a_worker_that_does_not_answer_keeps_its_former_figures(crew):
     crew.actors[1].answer("figures", DEAD)
     crew.now[0] = 20.0
     assert crew.workers.poll_figures() == {"worker-0": {"wall_s": 2.0}, "worker-1": {"wall_s": 1.0}}
+
+
+@pytest.mark.parametrize(("num_accepted", "waited_s"), [(0, 0.0), (1, 5.0)])
+def test_the_end_waits_for_no_worker_that_never_came(crew, num_accepted, waited_s):
+    for actor in crew.actors[:num_accepted]:
+        actor.answer("describe", {})
+    crew.hear()
+    assert crew.workers.last_figures() == {}
+    assert crew.now[0] == waited_s
