@@ -29,11 +29,14 @@ class Cluster:
 
 
 @contextmanager
-def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Cluster]:
+def join_cluster(
+    environment: Mapping[str, str] = ENVIRONMENT, *, with_dashboard: bool = True
+) -> Iterator[Cluster]:
     """Join the cluster of RAY_ADDRESS or of this host's head, or else start a local one.
 
     Args:
         environment: variables that Ray's processes get, unless the user has set them.
+        with_dashboard: of a cluster started here; it costs a processor ten seconds.
     """
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -42,7 +45,7 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
         return
     address = _address()
     try:
-        context = _connect(address)
+        context = _connect(address, with_dashboard)
     except ConnectionError:
         raise ConfigError(
             f"No Ray cluster answers at {address}. Start it, or set RAY_ADDRESS=local to run on "
@@ -72,16 +75,16 @@ def head_address() -> str | None:
     return noted.read_text().strip() if noted.exists() else None
 
 
-def _connect(address: str) -> Any:
+def _connect(address: str, with_dashboard: bool) -> Any:
     # Local processes must import this package even from a checkout that is not installed.
     package_root = str(Path(higgs_tune.__file__).parents[1])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    local = {"include_dashboard": True, "dashboard_host": "127.0.0.1"} if address == "local" else {}
+    local = {"include_dashboard": with_dashboard, "dashboard_host": "127.0.0.1"}
     return ray.init(
         address=address,
         namespace=f"higgs-tune-{uuid.uuid4().hex[:8]}",
         log_to_driver=False,
         logging_level=logging.ERROR,
-        **local,
+        **(local if address == "local" else {}),
     )

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from higgs_tune.data import encode_ray
-from higgs_tune.data.clips import ClipRules, code_here
+from higgs_tune.data.clips import ClipRules
 from higgs_tune.data.codec import load_codec, weights_digest
 from higgs_tune.data.encode import prepare
 from higgs_tune.data.encode_ray import CodecSource, code_on_cluster
@@ -71,42 +71,31 @@ def whole(manifest: Path, codec_folder: Path, tmp_path_factory: pytest.TempPathF
     return out
 
 
-def test_a_pool_gives_the_bytes_of_one_process_in_several_streams(
+def descendants(named: str, pid: int | None = None) -> list[psutil.Process]:
+    """Processes below this one, or below another, whose command line has a word."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if named in "".join(child.cmdline())]
+
+
+def test_a_pool_whose_actor_dies_gives_the_bytes_of_one_process_in_several_streams(
     local_ray, manifest, codec_folder, whole, tmp_path, monkeypatch
 ):
     """One actor at a time; two are in the run below that is interrupted."""
 
     def on_one_actor(codec, rules, rows):
-        digest = weights_digest(codec)
-        source = CodecSource(str(codec_folder), None, digest, codec.config.num_quantizers)
-        return code_on_cluster(source, rules, rows, num_workers=1, device="cpu")
+        source = CodecSource(
+            str(codec_folder), None, weights_digest(codec), codec.config.num_quantizers
+        )
+        outcomes = code_on_cluster(source, rules, rows, num_workers=1, device="cpu")
+        yield next(outcomes)
+        (victim,) = descendants("MapWorker")
+        victim.kill()
+        yield from outcomes
 
     monkeypatch.setattr("higgs_tune.data.encode.code_here", on_one_actor)
     monkeypatch.setattr(encode_ray, "_STREAM_ROWS", 40)
     run(manifest, tmp_path / "out", codec_folder, num_workers=1)
     assert content(tmp_path / "out") == content(whole)
-
-
-def actors(pid: int | None = None) -> list[psutil.Process]:
-    """The processes that code, of this process's Ray or of another's."""
-    children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if "MapWorker" in "".join(child.cmdline())]
-
-
-def test_clips_of_an_actor_that_dies_are_coded_again(local_ray, manifest, codec_folder):
-    codec = load_codec(str(codec_folder))
-    rules = ClipRules(manifest.parent, 0.1, 30)
-    names = [(f"{n}.wav",) for n in range(60)]
-    source = CodecSource(str(codec_folder), None, weights_digest(codec), 8)
-    outcomes = code_on_cluster(source, rules, names, num_workers=2, device="cpu")
-    found = [next(outcomes) for _ in range(2)]
-    victims = actors()
-    assert len(victims) == 2
-    victims[0].kill()
-    found += list(outcomes)
-    assert len(found) == 60
-    for one, other in zip(found, code_here(codec, rules, names), strict=True):
-        np.testing.assert_equal(one, other)
 
 
 def test_no_thread_asks_a_ray_that_is_gone(local_ray, manifest, codec_folder):
@@ -171,8 +160,9 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on(
         wait_until(lambda p=process, r=record: r.exists() or p.poll() is not None)
         assert process.poll() is None, process.communicate()[0]
         process.send_signal(signal.SIGSTOP)  # it would end while its actors are looked up
-        workers = actors(process.pid)
+        workers = descendants("MapWorker", process.pid)
         assert len(workers) == 2
+        assert not descendants("ray-dashboard", process.pid)  # seconds of a processor for nobody
         process.send_signal(how)
         process.send_signal(signal.SIGCONT)
         printed = process.communicate(timeout=60)[0]
