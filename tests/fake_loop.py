@@ -32,8 +32,9 @@ class FakeLoop:
     report, batch_clips 13 cannot join, 17 fails, an audio_loss_weight near 0 breaks the audio constraint, the
     base "broken" cannot be loaded, "killed" kills who loads it, "warns" warns, "pid:FILE" notes the
     process that loads it, as do "ill:FILE", which fails the second one, and "scarce:FILE", which has
-    memory for two and takes 0.3 s an interval; "odd:WHAT:FILE" is odd in "load", "data" or "base" for all
-    but the first. A checkpoint lists the steps behind it: with whose seed, the how manieth, at which rate.
+    memory for two and takes 0.3 s an interval, as a folder does while it holds a file "slow";
+    "odd:WHAT:FILE" is odd in "load", "data" or "base" for all but the first. A checkpoint lists the steps
+    behind it: with whose seed, the how manieth, at which rate.
     """
 
     def __init__(self, config: SweepConfig, *, num_slots: int, device: str) -> None:
@@ -53,7 +54,8 @@ class FakeLoop:
                 raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
             if kind == "scarce" and number > 2:
                 raise RuntimeError("CUDA error: out of memory")
-        self._is_slow = kind == "scarce"  # both of two workers are to have trials when one dies
+        # both of two workers are to have trials when one dies
+        self._is_slow = kind == "scarce" or Path(config.base.path, "slow").exists()
         self.num_slots = num_slots
         self.base_metrics = dict(BASE)
         self.preflight: dict[str, Any] = {"ok": True}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from optuna.trial import TrialState
 
 from higgs_tune.config import SweepConfig
@@ -24,12 +25,16 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def sweep(tmp_path: Path, start_process: Start) -> Start:
-    """Starts the sweep of tmp_path."""
+    """Starts the sweep of tmp_path, in which there is time to stop it."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text("{}")
+    (tmp_path / "base/slow").touch()
     config = validate(
         SweepConfig,
         {
             "name": "s",
             "results_dir": str(tmp_path / "results"),
+            "base": {"path": str(tmp_path / "base")},
             "tune": {"num_trials": 7, "seed": 3, "slots_per_worker": 2},
             "confirm": {"num_configs": 1, "num_seeds": 1},
         },
@@ -37,7 +42,7 @@ def sweep(tmp_path: Path, start_process: Start) -> Start:
     )
     (tmp_path / "sweep.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "tests.sweep_process", str(tmp_path / "sweep.yaml")]
-    return lambda *options: start_process(*command, *options, FAKE_ROUND_S="0.3")
+    return lambda *options, **environment: start_process(*command, *options, **environment)
 
 
 def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
@@ -58,24 +63,35 @@ def statuses_of(results: Path) -> dict[str, str]:
     return {name: status["status"] for name, status in found.items() if status is not None}
 
 
+def end(process: subprocess.Popen[str], number: signal.Signals, results: Path) -> None:
+    """End a sweep with a signal; every trial that has begun must be recorded as what it then is."""
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "Traceback" not in output
+    assert set(statuses_of(results)) == set(steps_of(results))
+    assert "cancelled" in statuses_of(results).values()
+    study = studies.open_study("s", results, None)
+    assert not [trial for trial in study.trials if trial.state == TrialState.RUNNING]
+
+
 @pytest.mark.usefixtures("local_ray")
-def test_an_interrupted_then_killed_sweep_is_resumed_without_losing_a_trial(sweep, tmp_path):
+def test_an_ended_interrupted_and_killed_sweep_is_resumed_without_losing_a_trial(sweep, tmp_path):
     results = tmp_path / "results" / "s"
 
     process = sweep()
+    wait_until(lambda: any(steps_of(results).values()), process)
+    end(process, signal.SIGTERM, results)
+
+    # from here on the sweeps join this process's Ray, which spares two of their own
+    joined = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    process = sweep("--resume", **joined)
     wait_until(lambda: any(len(steps) >= 3 for steps in steps_of(results).values()), process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "Traceback" not in output
-    assert set(statuses_of(results)) == set(steps_of(results))
+    end(process, signal.SIGINT, results)
     cancelled = [name for name, status in statuses_of(results).items() if status == "cancelled"]
-    assert cancelled
-    study = studies.open_study("s", results, None)
-    assert not [trial for trial in study.trials if trial.state == TrialState.RUNNING]
     partial = steps_of(results)
 
-    process = sweep("--resume")
+    process = sweep("--resume", **joined)
     wait_until(lambda: len(steps_of(results)) >= 5, process)
     process.kill()
     process.wait()
@@ -83,7 +99,8 @@ def test_an_interrupted_then_killed_sweep_is_resumed_without_losing_a_trial(swee
     for name in cancelled:  # it went on, it did not start again
         assert set(partial[name]) <= set(steps_of(results)[name])
 
-    # the last in this process, which spares a Ray
+    # the last in this process, which spares its imports
+    (tmp_path / "base/slow").unlink()
     outcome = run_sweep(
         load_sweep(tmp_path / "sweep.yaml"),
         resume=True,
@@ -99,14 +116,3 @@ def test_an_interrupted_then_killed_sweep_is_resumed_without_losing_a_trial(swee
         assert steps == list(range(25, 25 * len(steps) + 1, 25)), name
     newest = studies.latest(studies.open_study("s", results, None))
     assert {trial.state for trial in newest.values()} <= {TrialState.COMPLETE, TrialState.PRUNED}
-
-
-def test_sigterm_records_the_running_trials_before_it_ends(sweep, tmp_path):
-    results = tmp_path / "results" / "s"
-    process = sweep()
-    wait_until(lambda: any(steps_of(results).values()), process)
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output
-    assert set(statuses_of(results).values()) >= {"cancelled"}
-    assert set(statuses_of(results)) == set(steps_of(results))
