@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,6 +106,11 @@ def guarded(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:  # what Ray's handler exits with
+            raise
+        print("interrupted", file=sys.stderr)
+        return 143
     except BrokenPipeError:  # `| head`; the results are in files
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

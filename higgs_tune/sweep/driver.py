@@ -82,11 +82,9 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
         log = runtime.tune_log(results / "tune.log")
         # Ray prints that a process has died on standard output, where our table or JSON lines are.
         aside = redirect_stdout(sys.stderr)
-        # Ray replaces the handler of SIGTERM when it starts, so they are set once more after that.
-        before, after = stop_signals(control.request), stop_signals(control.request)
-        with aside, before, log, join_cluster(runtime.ENVIRONMENT) as cluster, after:
-            if control.stopping:
-                return _outcome(results, found, control)
+        # Once Ray has started, which sets a handler of its own; until then nothing needs an orderly end.
+        signals = stop_signals(control.request)
+        with aside, log, join_cluster(runtime.ENVIRONMENT) as cluster, signals:
             display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")
             display.event("sweep_started", results=str(results), dashboard=cluster.dashboard)
             if cluster.is_own:

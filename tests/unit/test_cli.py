@@ -5,6 +5,7 @@ import errno
 import json
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,21 @@ def test_outside_a_terminal_the_summary_is_an_event_and_its_text_goes_to_stderr(
     event = json.loads(output)
     assert (event["event"], event["outcome"]) == ("summary", "better")
     assert errors == "one screen\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [(lambda: signal.raise_signal(signal.SIGINT), 130), (lambda: sys.exit(signal.SIGTERM), 143)],
+    ids=["Ctrl-C", "Ray's handler of SIGTERM"],
+)
+def test_what_ends_a_start_of_ray_is_not_put_off(monkeypatch, tmp_path, capsys, end, code):
+    def join(*_):
+        end()
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("higgs_tune.sweep.driver.join_cluster", join)
+    assert cli.main(["sweep", "--set", f"results_dir={tmp_path}"]) == code
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_full_disk_is_one_line_that_says_what_is_kept(monkeypatch, capsys):
