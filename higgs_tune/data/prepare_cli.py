@@ -2,7 +2,9 @@
 
 import argparse
 import shlex
+import signal
 import sys
+from types import FrameType
 
 from higgs_tune.config_file import validate
 from higgs_tune.data.options import PrepareOptions
@@ -66,6 +68,18 @@ def run(args: argparse.Namespace) -> int:
     options = validate(PrepareOptions, raw, "data prepare")
     from higgs_tune.data.encode import REJECTED_NAME, prepare  # torch: seconds to import
 
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        # At once: the end of Ray takes seconds.
+        print(
+            f"interrupted; the same command goes on: finished shards of {options.rows_per_shard} rows "
+            f"are kept in {args.out}",
+            file=sys.stderr,
+        )
+        raise KeyboardInterrupt
+
+    former = signal.getsignal(signal.SIGINT)
+    if former is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupted)
     try:
         info = prepare(
             args.manifest,
@@ -78,12 +92,9 @@ def run(args: argparse.Namespace) -> int:
             options=options,
         )
     except KeyboardInterrupt:
-        print(
-            f"interrupted; the same command goes on: finished shards of {options.rows_per_shard} rows "
-            f"are kept in {args.out}",
-            file=sys.stderr,
-        )
         return 130
+    finally:
+        signal.signal(signal.SIGINT, former)
     counts = ", ".join(f"{count} {split}" for split, count in info.splits.items())
     print(f"{args.out}: {info.num_rows} rows ({counts}), {info.hours:.2f} h of audio")
     revision = f", revision {info.codec.revision}" if info.codec.revision else ""
