@@ -6,6 +6,8 @@ and 129 ended by Ctrl-C, SIGTERM or a terminal that was closed, with what was fo
 """
 
 import argparse
+import atexit
+import gc
 import importlib.metadata
 import json
 import os
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--data", default="embedded:arabic", help="dataset folder or embedded:NAME")
     check.set_defaults(run=run_check)
 
+    atexit.register(gc.freeze)  # the interpreter's last search for garbage: seconds, with torch
     return guarded(parser.parse_args(argv))
 
 
