@@ -13,7 +13,7 @@ from typing import Any
 
 from higgs_tune.data.audio import as_stored
 from higgs_tune.data.files import scratch_database
-from higgs_tune.data.manifest_files import read_fields
+from higgs_tune.data.manifest_files import encoding_of, read_fields
 from higgs_tune.data.messages import chat_row, clip_from_chat
 from higgs_tune.data.plain_text import visible
 from higgs_tune.data.row_table import RowTable, Stage
@@ -168,9 +168,7 @@ def _text(
         path = as_stored(data_root, name)
         if not path.resolve().is_relative_to(data_root.resolve()):
             raise DataError(f"transcript file {name} is outside the data root")
-        return unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig").strip())
-    except UnicodeDecodeError as error:
-        raise DataError(f"transcript file {name} is not UTF-8 (byte {error.start})") from None
+        return unicodedata.normalize("NFC", path.read_text(encoding_of(path)).strip())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"transcript file {name} cannot be read ({reason})") from None

@@ -18,7 +18,7 @@ from higgs_tune.errors import DataError
 
 _PARQUET_ROWS = 1024  # decoded at a time
 _PARQUET_BUFFER = 2**20  # bytes of a column read at a time: a row group may hold a million rows
-_AS_UTF8 = 'Save the manifest as UTF-8: "CSV UTF-8" in Excel, `iconv -f OLD -t UTF-8` in a shell.'
+_AS_UTF8 = 'Save it as UTF-8: "CSV UTF-8" in Excel, `iconv -f OLD -t UTF-8` in a shell.'
 _NO_QUOTES = "TSV is read without quotes: write this file as .csv, or the text without them."
 _QUOTES = (
     "A field that begins with a quotation mark ends with one, and those inside it are doubled."
@@ -51,8 +51,12 @@ def read_fields(path: Path) -> Iterator[tuple[int, Any]]:
     return reader(path)
 
 
-def _encoding(path: Path) -> str:
-    """UTF-8, or UTF-16 where its mark says so; the whole file is, before a row of it is used."""
+def encoding_of(path: Path) -> str:
+    """UTF-8, or UTF-16 where its mark says so; the whole file is, before any of it is used.
+
+    Raises:
+        DataError: it is neither, or cannot be read.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(4)
@@ -81,7 +85,7 @@ def _encoding(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    encoding = _encoding(path)
+    encoding = encoding_of(path)
     # Only \n ends a line of JSONL: U+2028 and its like may stand inside a string.
     with path.open(encoding=encoding, newline="\n") as file:
         for number, line in enumerate(file, start=1):
@@ -94,7 +98,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    encoding = _encoding(path)
+    encoding = encoding_of(path)
     try:
         raw = json.loads(path.read_text(encoding))
     except (ValueError, RecursionError) as error:
@@ -109,7 +113,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
     is_tsv = path.suffix.lower() == ".tsv"
-    with path.open(encoding=_encoding(path), newline="") as file:
+    with path.open(encoding=encoding_of(path), newline="") as file:
         rows = _cells(path, file, is_tsv)
         names = [name.strip().lower() for name in next(rows, (0, []))[1]]
         if not (set(names) & set(PATH) and set(names) & set(TEXT + TEXT_FILE)):

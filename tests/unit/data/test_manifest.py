@@ -67,10 +67,11 @@ def test_metadata_json_with_transcript_files_and_references(tmp_path: Path):
     assert "reference recording without its text" in found.rejected[0].reason
 
 
-def test_texts_and_speakers_are_composed_and_paths_stay_as_they_are(tmp_path: Path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # of a transcript file
+def test_texts_and_speakers_are_composed_and_paths_stay_as_they_are(tmp_path: Path, encoding: str):
     words = [unicodedata.normalize("NFD", word) for word in ("إيمان", "آخر", "أنا")]
     speaker, text, path = words[0] + "  " + words[0], words[1], words[2] + ".wav"
-    (tmp_path / "t.txt").write_text(text)
+    (tmp_path / "t.txt").write_text(text, encoding=encoding)
     rows = [
         {
             "id": path,
@@ -96,8 +97,9 @@ def test_texts_and_speakers_are_composed_and_paths_stay_as_they_are(tmp_path: Pa
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"\xff\xfe", "is not UTF-8"),
-        (None, "cannot be read"),
+        ("ö".encode("latin-1"), "a.txt, line 1: byte 0xf6 is not UTF-8. Save it as UTF-8"),
+        ("a".encode("utf-16-le"), "a.txt: is not UTF-8 but UTF-16"),
+        (None, "a.txt: cannot be read (No such file"),
     ],
 )
 def test_a_transcript_file_that_cannot_be_read_rejects_its_row(

@@ -63,7 +63,7 @@ def test_a_manifest_in_another_encoding_says_what_to_do(
     tmp_path: Path, content: bytes, message: str
 ):
     (tmp_path / "m.csv").write_bytes(content)
-    with pytest.raises(DataError, match=message + r".*\. Save the manifest as UTF-8: .* Excel"):
+    with pytest.raises(DataError, match=message + r".*\. Save it as UTF-8: .* Excel"):
         read_manifest(tmp_path / "m.csv", tmp_path, 2000)
 
 
