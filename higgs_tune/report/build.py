@@ -13,7 +13,13 @@ from higgs_tune.report.ink import Picture
 from higgs_tune.report.listening import read_listening
 from higgs_tune.report.plots import curves_info, gain_info, scatter_info, space_info
 from higgs_tune.report.results import Results, read_results, write_table
-from higgs_tune.report.summary import Summary, summary_facts, summary_text, write_summary
+from higgs_tune.report.summary import (
+    Summary,
+    summary_facts,
+    summary_text,
+    terminal_width,
+    write_summary,
+)
 
 
 def build_report(results_dir: Path) -> Summary:
@@ -35,11 +41,11 @@ def build_report(results_dir: Path) -> Summary:
     report_path = results_dir / "report.html"
     listening = read_listening(results_dir)
     write_text(report_path, render_html(results, findings, pictures, best_config, listening))
-    facts, text = summary_facts(results, findings), summary_text(results, findings)
-    write_summary(results, facts, text)
+    facts = summary_facts(results, findings)
+    write_summary(results, findings, facts)
     return Summary(
         best_id=findings.choice.trial.id if findings.choice else None,
-        text=text,
+        text=summary_text(results, findings, terminal_width()),
         facts=facts,
         report_path=report_path,
     )

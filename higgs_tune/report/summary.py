@@ -17,7 +17,7 @@ from higgs_tune.report.results import Results
 from higgs_tune.report.wording import describe, nats
 from higgs_tune.report.workers import workers_sentence
 
-WIDTH = 96  # at most, and no more than the terminal has; 40 at least
+WIDTH = 96  # of summary.txt, and at most of a terminal
 _LABELS = {
     "found": "Result",
     "text": "Text",
@@ -32,7 +32,7 @@ class Summary:
     """What `build_report` found and wrote."""
 
     best_id: str | None  # the search's trial whose configuration won; None without a feasible one
-    text: str  # one screen
+    text: str  # one screen, as wide as the terminal
     facts: dict[str, Any]  # summary.json
     report_path: Path
 
@@ -81,25 +81,27 @@ def summary_facts(results: Results, findings: Findings) -> dict[str, Any]:
     }
 
 
-def summary_text(results: Results, findings: Findings) -> str:
-    """The findings as one screen of plain text."""
-    lines = [f"Sweep {results.sweep.name}: {findings.headline}", ""]
+def summary_text(results: Results, findings: Findings, width: int = WIDTH) -> str:
+    """The findings as one screen of plain text, wrapped to `width`."""
+    fields: list[tuple[str, str]] = []
     if findings.choice is not None:
-        lines += _field(
-            "Best", f"{findings.choice.trial.id}: {describe(findings.choice.trial.config)}"
-        )
+        trial = findings.choice.trial
+        fields.append(("Best", f"{trial.id}: {describe(trial.config)}"))
     for answer in findings.answers:
-        if answer.key == "found":
-            text = answer.sentence
-        else:
+        text = answer.sentence
+        if answer.key != "found":
             unit = {"text": " nats per token", "audio": " nats per code"}.get(answer.key, "")
-            text = f"{answer.figure}{unit}. {answer.sentence}"
-        lines += _field(_LABELS[answer.key], text)
-    lines += _field("Trials", trial_counts(results) + ".")
+            text = f"{answer.figure}{unit}. {text}"
+        fields.append((_LABELS[answer.key], text))
+    fields.append(("Trials", trial_counts(results) + "."))
     if (workers := workers_sentence(results)) is not None:
-        lines += _field("Workers", workers)
-    for note in findings.notes:
-        lines += _field("Note", note)
+        fields.append(("Workers", workers))
+    fields += [("Note", note) for note in findings.notes]
+    lines = [f"Sweep {results.sweep.name}: {findings.headline}", ""]
+    for label, text in fields:
+        lines += textwrap.wrap(
+            text, width, initial_indent=f"  {label:<11}", subsequent_indent=" " * 13
+        )
     rows = comparison(results, findings.choice)
     if len(rows) > 1:
         lines += ["", *_comparison_lines(rows)]
@@ -107,9 +109,9 @@ def summary_text(results: Results, findings: Findings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _field(label: str, text: str) -> list[str]:
-    width = max(40, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
-    return textwrap.wrap(text, width, initial_indent=f"  {label:<11}", subsequent_indent=" " * 13)
+def terminal_width() -> int:
+    """The width of a summary here."""
+    return max(40, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
 def _comparison_lines(rows: list[tuple[str, list[Stat | None]]]) -> list[str]:
@@ -142,8 +144,8 @@ def _program(here: Path) -> str:
     return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
 
 
-def write_summary(results: Results, facts: dict[str, Any], text: str) -> None:
+def write_summary(results: Results, findings: Findings, facts: dict[str, Any]) -> None:
     """Write summary.json and summary.txt into the results folder."""
     content = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
     write_text(results.directory / "summary.json", content + "\n")
-    write_text(results.directory / "summary.txt", text)
+    write_text(results.directory / "summary.txt", summary_text(results, findings))

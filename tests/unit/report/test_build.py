@@ -20,10 +20,12 @@ from tests.unit.report.builder import Builder, curve, realistic, trial_config
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
-    """A finished sweep with its report; read only."""
+    """A finished sweep with its report, made in a narrow terminal; read only."""
     folder = tmp_path_factory.mktemp("quick")
     realistic(folder)
-    return folder, build_report(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "60")
+        return folder, build_report(folder)
 
 
 def test_finished_sweep_gives_every_file(finished: tuple[Path, Summary]) -> None:
@@ -38,7 +40,9 @@ def test_finished_sweep_gives_every_file(finished: tuple[Path, Summary]) -> None
         assert (folder / name).stat().st_size > 0
     assert len(list((folder / "plots").glob("*.png"))) == 5
     assert not list(folder.rglob("*.tmp"))
-    assert summary.text == (folder / "summary.txt").read_text()
+    stored = (folder / "summary.txt").read_text()
+    assert stored.split() == summary.text.split()
+    assert stored.count("\n") < summary.text.count("\n"), "it is as wide as that terminal"
     assert json.loads((folder / "summary.json").read_text())["best"]["trial_id"] == summary.best_id
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from higgs_tune.report.findings import find
 from higgs_tune.report.results import read_results
-from higgs_tune.report.summary import WIDTH, summary_text
+from higgs_tune.report.summary import WIDTH, summary_text, terminal_width
 from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
 
 
@@ -21,7 +21,7 @@ def test_summary_is_one_screen(
     monkeypatch.setenv("COLUMNS", str(columns))
     realistic(tmp_path)
     results = read_results(tmp_path)
-    lines = summary_text(results, find(results)).splitlines()
+    lines = summary_text(results, find(results), terminal_width()).splitlines()
     assert len(lines) <= num_lines
     paths = ("  Report", "  Train")
     assert max(len(line) for line in lines if not line.startswith(paths)) <= width
