@@ -27,7 +27,7 @@ _EVALUATE = {
     "batch_clips": "clips that are spoken together",
     "task": "clone: in the voice of another clip of the speaker; speak: without a reference",
 }
-_NONE = "none"
+_NONE = Path("none")
 _FASTEST = 30  # letters a second; fast speech has up to 8 syllables of two or three
 
 
@@ -62,7 +62,10 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=local_path, required=True, help="WAV; a JSON file goes beside it"
     )
     parser.add_argument(
-        "--adapter", default=_NONE, help="adapter folder, or none for the untouched base (default)"
+        "--adapter",
+        type=local_path,
+        default=_NONE,
+        help="adapter folder, or none for the untouched base (default)",
     )
     parser.add_argument("--reference", type=local_path, help="recording of the voice to speak with")
     parser.add_argument("--reference-text", help="what that recording says")
@@ -75,6 +78,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `higgs-tune evaluate`."""
     parser.add_argument(
         "--adapter",
+        type=local_path,
         action="append",
         default=[],
         help="adapter folder, beside the untouched base; may be given again; none: the base alone",
@@ -116,7 +120,7 @@ _BASE = {
 def run_generate(args: argparse.Namespace) -> int:
     """Speak a text, once or several times."""
     options = _options(args, SpeechOptions, _SPEECH)
-    adapter = None if args.adapter == _NONE else Path(args.adapter)
+    adapter = None if args.adapter == _NONE else args.adapter
     if (args.reference is None) != (args.reference_text is None):
         raise ConfigError("--reference and --reference-text: give both or neither.")
     if args.num_takes < 1:
@@ -210,7 +214,7 @@ def _subject(
     args: argparse.Namespace, options: EvaluateOptions
 ) -> tuple[BaseSettings, DataSettings, list[Path], Path]:
     """Base, data, adapters and output folder that the arguments ask for."""
-    adapters = [Path(name) for name in args.adapter if name != _NONE]
+    adapters = [path for path in args.adapter if path != _NONE]
     data: dict[str, Any] = {}
     stored_base: dict[str, Any] = {}
     out = args.out

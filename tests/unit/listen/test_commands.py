@@ -110,6 +110,7 @@ def test_a_reference_changes_what_is_said(tmp_path):
             ("--adapter", "nowhere"),
             "nowhere: no such folder. Give one that a sweep or `train` wrote",
         ),
+        (("--adapter=~/nowhere",), f"{Path.home() / 'nowhere'}: no such folder"),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, capsys, arguments, message):
