@@ -38,6 +38,7 @@ DEFAULT_SWEEP = Path("sweeps/quick.yaml")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit code."""
+    os.environ.setdefault("TQDM_DELAY", "1")  # bars of transformers, where loading takes its time
     parser = argparse.ArgumentParser(
         prog="higgs-tune", description="LoRA sweeps for Higgs Audio V2"
     )

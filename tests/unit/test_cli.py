@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,6 +254,16 @@ def test_the_package_runs_as_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_module("higgs_tune", run_name="__main__")
     assert capsys.readouterr().out.startswith("higgs-tune ")
+
+
+def test_a_bar_of_what_loads_at_once_is_not_drawn(tmp_path):
+    code = (
+        "import sys; from higgs_tune.cli import main; main(sys.argv[1:]); "
+        "from tqdm import tqdm; list(tqdm(range(9)))"
+    )
+    command = [sys.executable, "-c", code, "report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch, capsys):
