@@ -192,7 +192,7 @@ def unknown_problem(characters: Sequence[str]) -> str:
     )
     more = f" and {len(characters) - _NUM_SHOWN} more" if len(characters) > _NUM_SHOWN else ""
     return (
-        f"the base's tokenizer has no token for {shown}{more}; all would be learnt as one and the same. "
+        f"the base's tokenizer has no token for {shown}{more}; to it all are one and the same. "
         "Write the texts without them (and prepare the data again), or use a base whose tokenizer knows "
         "them. docs/reference/embedded.md lists what the embedded one knows."
     )
