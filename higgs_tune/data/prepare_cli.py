@@ -68,18 +68,13 @@ def run(args: argparse.Namespace) -> int:
     options = validate(PrepareOptions, raw, "data prepare")
     from higgs_tune.data.encode import REJECTED_NAME, prepare  # torch: seconds to import
 
-    def interrupted(number: int, frame: FrameType | None) -> None:
-        # At once: the end of Ray takes seconds.
-        print(
-            f"interrupted; the same command goes on: finished shards of {options.rows_per_shard} rows "
-            f"are kept in {args.out}",
-            file=sys.stderr,
-        )
+    def say(number: int, frame: FrameType | None) -> None:
+        print("interrupted: the workers end, which takes some seconds", file=sys.stderr)
         raise KeyboardInterrupt
 
     former = signal.getsignal(signal.SIGINT)
-    if former is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, interrupted)
+    if args.workers > 1 and former is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, say)
     try:
         info = prepare(
             args.manifest,
@@ -92,6 +87,11 @@ def run(args: argparse.Namespace) -> int:
             options=options,
         )
     except KeyboardInterrupt:
+        print(
+            f"interrupted; the same command goes on: finished shards of {options.rows_per_shard} rows "
+            f"are kept in {args.out}",
+            file=sys.stderr,
+        )
         return 130
     finally:
         signal.signal(signal.SIGINT, former)

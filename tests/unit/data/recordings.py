@@ -1,7 +1,6 @@
 """Recordings of noise with their manifests, and what preparing them left behind."""
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def spy(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[
 
     def watched(codec: Any, wave: np.ndarray, rate_hz: int) -> np.ndarray:
         if len(seen) == stop_after:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         seen.append(len(wave))
         return real(codec, wave, rate_hz)
 

@@ -1,6 +1,8 @@
 """Preparing a dataset: what comes out, and what is rejected."""
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -191,3 +193,21 @@ def test_the_command_prepares_and_reports(
     assert Dataset.open(str(tmp_path / "out")).info.splits == {"train": 4, "validation": 2}
     with pytest.raises(ConfigError, match=r"val_fraction: .*less than or equal to 0\.5"):
         prepare_cli.run(parser.parse_args([*words, "--val-fraction", "0.9"]))
+
+
+def test_an_interruption_is_said_before_the_workers_end(tmp_path: Path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            print("Ray ends", file=sys.stderr)
+
+    former = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(encode, "prepare", interrupted)
+    parser = argparse.ArgumentParser()
+    prepare_cli.add_arguments(parser)
+    args = parser.parse_args(f"m.csv --out {tmp_path} --workers 2".split())
+    assert prepare_cli.run(args) == 130
+    said = [line.split(" ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["interrupted:", "Ray", "interrupted;"]
+    assert signal.getsignal(signal.SIGINT) is former
