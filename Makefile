@@ -66,7 +66,7 @@ $(PY):
 define install
 	@echo "Installing $(2)"
 	@$(PY) -m pip install --quiet --no-compile --constraint constraints.txt $(1)
-	@$(PY) -m compileall -qq -j 0 $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || true
+	@PYTHONWARNINGS=ignore $(PY) -m compileall -qq -j 0 $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || true
 	@touch $@
 endef
 
