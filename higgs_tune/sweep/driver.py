@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +84,13 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
         aside = redirect_stdout(sys.stderr)
         # Once Ray has started, which sets a handler of its own; until then nothing needs an orderly end.
         signals = stop_signals(control.request)
-        with aside, log, join_cluster(runtime.ENVIRONMENT) as cluster, signals:
+        with (
+            aside,
+            log,
+            join_cluster(runtime.ENVIRONMENT) as cluster,
+            signals,
+            runtime.inherited_environment() if cluster.is_own else nullcontext(),
+        ):
             display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")
             display.event("sweep_started", results=str(results), dashboard=cluster.dashboard)
             if cluster.is_own:

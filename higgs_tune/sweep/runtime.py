@@ -1,9 +1,11 @@
-"""What a sweep asks of Ray: its environment and Tune's log."""
+"""What a sweep asks of Ray: its environment, its processes' and Tune's log."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ray.tune.execution import class_cache
 
 from higgs_tune import cluster
 
@@ -15,6 +17,22 @@ ENVIRONMENT = cluster.ENVIRONMENT | {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a diverged trial has no metric to rank
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own experiment state is never used
 }
+
+
+@contextmanager
+def inherited_environment() -> Iterator[None]:
+    """Let Tune start trials in processes like any other of a Ray that this process has started.
+
+    Tune names variables for them that all of this Ray has anyway (and one for PyTorch Lightning). Because
+    of them Ray would start Python and import itself once more for each trial, to set them, and the
+    processes that it keeps ready would serve none.
+    """
+    former = class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = {}, set()
+    try:
+        yield
+    finally:
+        class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = former
 
 
 @contextmanager

@@ -1,6 +1,20 @@
 import logging
 
+from ray.tune.execution.class_cache import _ActorClassCache
+
 from higgs_tune.sweep import runtime
+from higgs_tune.sweep.trainable import PackTrial
+
+
+def test_trials_of_a_ray_of_ones_own_have_no_environment_to_set_up():
+    def environment():
+        return _ActorClassCache().get(PackTrial)._default_options["runtime_env"]
+
+    before = environment()
+    assert before  # Tune's, as a cluster that is joined needs them
+    with runtime.inherited_environment():
+        assert environment() == {}
+    assert environment() == before
 
 
 def test_what_tune_logs_goes_to_a_file(tmp_path):
