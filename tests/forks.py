@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 
 SOCKET = "FORKS_SOCKET"  # in the environment: where `serve` listens
 PRELOADED = (
@@ -26,12 +27,13 @@ def serve(server: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     while server in select.select([server, sys.stdin], [], [])[0]:
         with server.accept()[0] as connection:
-            arguments, environment, folder = json.load(connection.makefile())
+            modules, arguments, environment, folder = json.load(connection.makefile())
         os.environ.clear()
         os.environ.update(environment)
-        for module in PRELOADED:  # not before: Ray's core reads the job from it once it is loaded
+        # not before: Ray's core reads the job from the environment once it is loaded
+        for module in (*PRELOADED, *modules):
             importlib.import_module(module)
-        if os.fork() == 0:
+        if arguments and os.fork() == 0:
             os.setpgid(0, 0)  # Ray kills a worker's group with it
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             server.close()
@@ -53,13 +55,19 @@ def work(arguments: list[str], folder: str) -> None:
     sys.exit()
 
 
+def ask(modules: Sequence[str] = (), arguments: Sequence[str] = ()) -> None:
+    """Have the server import modules, and fork a worker if it has arguments."""
+    with socket.socket(socket.AF_UNIX) as to_server:
+        to_server.connect(os.environ[SOCKET])
+        request = modules, arguments, dict(os.environ), os.getcwd()
+        to_server.sendall(json.dumps(request).encode())
+
+
 def main() -> None:
     if sys.argv[1] == "serve":
         serve(socket.socket(fileno=int(sys.argv[2])))
         return
-    with socket.socket(socket.AF_UNIX) as to_server:
-        to_server.connect(os.environ[SOCKET])
-        to_server.sendall(json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode())
+    ask(arguments=sys.argv[1:])
 
 
 if __name__ == "__main__":

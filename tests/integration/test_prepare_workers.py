@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from higgs_tune.data import encode_ray
 from higgs_tune.data.clips import ClipRules
@@ -22,12 +23,19 @@ from higgs_tune.data.encode import prepare
 from higgs_tune.data.encode_ray import CodecSource, code_on_cluster
 from higgs_tune.data.options import PrepareOptions
 from higgs_tune.errors import ModelError
+from tests import forks
 from tests.codecs import save_tiny_higgs_codec
 from tests.integration.conftest import Start
 
 pytestmark = pytest.mark.integration
 RATE_HZ = 24_000
 ROWS_PER_SHARD = 7
+
+
+@pytest.fixture(scope="module")
+def ray_with_torch(local_ray: None) -> None:
+    """A Ray whose next workers have imported torch: 12 s of a processor for each actor."""
+    forks.ask(modules=["higgs_tune.data.encode_ray"])
 
 
 @pytest.fixture(scope="module")
@@ -77,29 +85,39 @@ def descendants(named: str, pid: int | None = None) -> list[psutil.Process]:
     return [child for child in children if named in "".join(child.cmdline())]
 
 
-def test_a_pool_whose_actor_dies_gives_the_bytes_of_one_process_in_several_streams(
-    local_ray, manifest, codec_folder, whole, tmp_path, monkeypatch
+def test_a_pool_whose_actors_die_gives_the_bytes_of_one_process_in_several_streams(
+    ray_with_torch, manifest, codec_folder, whole, tmp_path, monkeypatch
 ):
-    """One actor at a time; two are in the run below that is interrupted."""
 
-    def on_one_actor(codec, rules, rows):
+    def on_two_actors(codec, rules, rows):
         source = CodecSource(
             str(codec_folder), None, weights_digest(codec), codec.config.num_quantizers
         )
-        outcomes = code_on_cluster(source, rules, rows, num_workers=1, device="cpu")
+        outcomes = code_on_cluster(source, rules, rows, num_workers=2, device="cpu")
         yield next(outcomes)
-        (victim,) = descendants("MapWorker")
-        victim.kill()
+        victims = descendants("MapWorker")
+        assert len(victims) == 2
+        for victim in victims:  # at least one has a block
+            victim.kill()
         yield from outcomes
 
-    monkeypatch.setattr("higgs_tune.data.encode.code_here", on_one_actor)
+    monkeypatch.setattr("higgs_tune.data.encode.code_here", on_two_actors)
     monkeypatch.setattr(encode_ray, "_STREAM_ROWS", 40)
     run(manifest, tmp_path / "out", codec_folder, num_workers=1)
     assert content(tmp_path / "out") == content(whole)
 
 
-def test_no_thread_asks_a_ray_that_is_gone(local_ray, manifest, codec_folder):
-    """It would end the process with 1 in the midst of its last words, as after Ctrl-C on a busy machine."""
+def test_no_thread_asks_a_ray_that_is_gone(ray_with_torch, manifest, codec_folder, monkeypatch):
+    """It would end the process with 1 in the midst of its last words, as after Ctrl-C on a busy machine.
+
+    There Ray's own wait of two seconds is too short; here it is none.
+    """
+
+    def join(self, timeout=None):
+        if timeout != 2:
+            threading.Thread.join(self, timeout)
+
+    monkeypatch.setattr(StreamingExecutor, "join", join)
     source = CodecSource(str(codec_folder), None, weights_digest(load_codec(str(codec_folder))), 8)
     rules = ClipRules(manifest.parent, 0.1, 30)
     names = [(f"{n}.wav",) for n in range(60)]
@@ -111,7 +129,7 @@ def test_no_thread_asks_a_ray_that_is_gone(local_ray, manifest, codec_folder):
     assert names_left <= {"Prefetcher"}  # which sleeps for good: it is asked for nothing
 
 
-def test_an_actor_with_another_codec_is_refused(local_ray, manifest, codec_folder):
+def test_an_actor_with_another_codec_is_refused(ray_with_torch, manifest, codec_folder):
     source = CodecSource(str(codec_folder), None, "0" * 64, 8)
     outcomes = code_on_cluster(
         source, ClipRules(manifest.parent, 0.1, 30), [("0.wav",)], num_workers=1, device="cpu"
