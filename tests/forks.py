@@ -1,6 +1,8 @@
-"""Ray's workers as forks of one process: each would import Ray twice and Tune once, 4 s of a processor.
+"""Ray's workers as forks of one process, which has imported what Ray and Tune import.
 
-Ray runs this file in place of its own setup_worker.py. It only hands on what it was given.
+Not Ray itself: its core draws the ids of tasks and objects from a state that is there once it is loaded, and
+forks that shared it would take each other's objects. Ray runs this file in place of its own
+setup_worker.py. It only hands on what it was given.
 """
 
 import importlib
@@ -15,10 +17,22 @@ from collections.abc import Sequence
 
 SOCKET = "FORKS_SOCKET"  # in the environment: where `serve` listens
 PRELOADED = (
-    "ray._private.workers.setup_worker",
-    "ray._private.workers.default_worker",
-    "higgs_tune.sweep.trainable",
-    "higgs_tune.sweep.worker.actor",
+    "asyncio",
+    "fsspec",
+    "google.protobuf.json_format",
+    "google.protobuf.struct_pb2",
+    "higgs_tune.config",
+    "jsonschema",
+    "msgpack",
+    "pandas",
+    "psutil",
+    "pyarrow.fs",
+    "pyarrow.parquet",
+    "pydantic.dataclasses",
+    "requests",
+    "rich.live",
+    "tqdm.auto",
+    "yaml",
 )
 
 
@@ -28,12 +42,12 @@ def serve(server: socket.socket) -> None:
     while server in select.select([server, sys.stdin], [], [])[0]:
         with server.accept()[0] as connection:
             modules, arguments, environment, folder = json.load(connection.makefile())
-        os.environ.clear()
-        os.environ.update(environment)
-        # not before: Ray's core reads the job from the environment once it is loaded
         for module in (*PRELOADED, *modules):
             importlib.import_module(module)
+        assert "ray" not in sys.modules
         if arguments and os.fork() == 0:
+            os.environ.clear()
+            os.environ.update(environment)
             os.setpgid(0, 0)  # Ray kills a worker's group with it
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             server.close()

@@ -35,7 +35,7 @@ ROWS_PER_SHARD = 7
 @pytest.fixture(scope="module")
 def ray_with_torch(local_ray: None) -> None:
     """A Ray whose next workers have imported torch: 12 s of a processor for each actor."""
-    forks.ask(modules=["higgs_tune.data.encode_ray"])
+    forks.ask(modules=["higgs_tune.data.clips", "higgs_tune.data.codec", "transformers"])
 
 
 @pytest.fixture(scope="module")
