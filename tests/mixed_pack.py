@@ -55,8 +55,8 @@ def train(engine, trial_ids, steps, poison=None):
     return {t: torch.stack(values) for t, values in losses.items()}
 
 
-def engine_of(share, *trial_ids):
-    engine = Engine(tiny_base(), LIMITS, share_matmuls=share)
+def engine_of(share, *trial_ids, base=None):
+    engine = Engine(base or tiny_base(), LIMITS, share_matmuls=share)
     for trial_id in trial_ids:
         engine.add(trial_id, TRIALS[trial_id])
     return engine

@@ -17,14 +17,15 @@ TRIALS = {
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-def loop_of(dataset, names="abc", *, like_gpu=False, lanes=1):
-    loop = PackLoop(tiny_base(), dataset, DATA, PackLimits.of(list(TRIALS.values()), 3))
+def loop_of(dataset, names="abc", *, like_gpu=False, lanes=1, base=None, trials=TRIALS):
+    limits = PackLimits.of(list(trials.values()), len(trials))
+    loop = PackLoop(base or tiny_base(), dataset, DATA, limits)
     loop.engine.lanes.count = lanes
     if like_gpu:
         for room in rooms(loop):
             room.width = None
     for name in names:
-        loop.join(name, TRIALS[name])
+        loop.join(name, trials[name])
     return loop
 
 

@@ -16,10 +16,9 @@ from higgs_tune.device import resolve_device
 from higgs_tune.model.audio_attention import with_cross_attention
 from higgs_tune.model.compiled import CompiledForward
 from higgs_tune.train.engine import Engine, PackLimits
-from higgs_tune.train.loop import PackLoop
 from tests import packs
-from tests.mixed_pack import LIMITS, TRIALS, examples_of, train
-from tests.models import DATA, make_dataset, tiny_base, trial
+from tests.mixed_pack import TRIALS, engine_of, examples_of, train
+from tests.models import make_dataset, tiny_base, trial
 from tests.parity.test_generation import prompts
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -35,14 +34,6 @@ def base_on(device, dtype=torch.float32, **shape):
     base = tiny_base(dtype=dtype, **shape)
     base.model.to(device)
     return base
-
-
-def pack_on(device, dtype=torch.float32):
-    """Adapters of all kinds that share matmuls, with weights which make every module count."""
-    engine = Engine(base_on(device, dtype), LIMITS, share_matmuls=True)
-    for trial_id, config in TRIALS.items():
-        engine.add(trial_id, config, mixed_weights(trial_id, dtype))
-    return engine
 
 
 def mixed_weights(trial_id, dtype):
@@ -67,12 +58,16 @@ def gradients(engine, trial_ids):
     }
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
-def test_gradients_of_a_pack_are_those_of_one_alone_on_a_cpu(device, dtype, tolerance, compiled):
-    if compiled and device.type == "cpu":
-        pytest.skip("test_compiled.py does this")
-    pack = pack_on(device, dtype)
+DTYPES = pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)]
+)
+
+
+def check_gradients(device, dtype, tolerance, compiled=False):
+    """Compare adapters of all kinds that share matmuls, with weights which make every module count."""
+    pack = engine_of(True, base=base_on(device, dtype))
+    for trial_id, config in TRIALS.items():
+        pack.add(trial_id, config, mixed_weights(trial_id, dtype))
     if compiled:
         pack.nll = CompiledForward(pack.base.model)
     ours = gradients(pack, list(TRIALS))
@@ -89,6 +84,17 @@ def test_gradients_of_a_pack_are_those_of_one_alone_on_a_cpu(device, dtype, tole
             assert error < tolerance, (trial_id, name, error)
 
 
+@DTYPES
+def test_gradients_of_a_pack_are_those_of_one_alone_on_a_cpu(device, dtype, tolerance):
+    check_gradients(device, dtype, tolerance)
+
+
+@pytest.mark.gpu  # test_compiled.py is for a CPU, where this takes minutes
+@DTYPES
+def test_gradients_of_a_compiled_pack_are_those_of_one_alone_on_a_cpu(dtype, tolerance):
+    check_gradients(resolve_device("cuda", "device"), dtype, tolerance, compiled=True)
+
+
 @pytest.fixture(scope="module")
 def reference():
     """The losses of each trial alone on a CPU."""
@@ -101,10 +107,7 @@ def reference():
 
 
 def fresh_pack(device, dtype=torch.float32):
-    engine = Engine(base_on(device, dtype), LIMITS, share_matmuls=True)
-    for trial_id, config in TRIALS.items():
-        engine.add(trial_id, config)
-    return engine
+    return engine_of(True, *TRIALS, base=base_on(device, dtype))
 
 
 def test_ten_steps_of_a_pack_lose_what_each_loses_alone_on_a_cpu(device, reference):
@@ -118,7 +121,7 @@ def test_training_goes_on_on_another_device(device, reference, back):
     places = (device, torch.device("cpu")) if back else (torch.device("cpu"), device)
     first = fresh_pack(places[0])
     train(first, list(TRIALS), range(5))
-    second = Engine(base_on(places[1]), LIMITS, share_matmuls=True)
+    second = engine_of(True, base=base_on(places[1]))
     for trial_id, config in TRIALS.items():
         second.add(trial_id, config, first.state(trial_id))
     losses = train(second, list(TRIALS), range(5, 10))
@@ -162,15 +165,10 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data") / "set")
 
 
-def loop_on(device, dataset, names, configs=packs.TRIALS, **shape):
-    loop = PackLoop(
-        base_on(device, **shape), dataset, DATA, PackLimits.of(list(configs.values()), len(configs))
+def loop_on(device, dataset, names, trials=packs.TRIALS, **shape):
+    return packs.loop_of(
+        dataset, names, like_gpu=True, base=base_on(device, **shape), trials=trials
     )
-    for room in packs.rooms(loop):
-        room.width = None  # a CPU's is 1
-    for name in names:
-        loop.join(name, configs[name])
-    return loop
 
 
 def test_with_dropout_a_pack_reports_what_each_reports_alone(device, dataset):
