@@ -19,7 +19,7 @@ def make_searcher(study, config, checkpoints=None, **kwargs):
         checkpoint_of=lambda trial_id: (checkpoints or {}).get(trial_id),
         workers=workers,
         publish=lambda roster, beat: rosters.append(roster),
-        serving=kwargs.pop("serving", lambda: []),
+        serving=kwargs.pop("serving", lambda: list(range(len(workers)))),
         rooms=kwargs.pop("rooms", lambda: [1000] * len(workers)),
         on_study_error=kwargs.pop("on_study_error", lambda error: None),
         **kwargs,

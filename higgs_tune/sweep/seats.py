@@ -4,7 +4,7 @@ import asyncio
 import gc
 import importlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -79,6 +79,7 @@ class Roster:
     live: tuple[str, ...]
     to_come: int
     room: int | None = None  # how many it sends for now; None: as many as there are seats
+    new: Mapping[str, TrialConfig] = field(default_factory=dict)  # live, and nothing known of them
 
     def num_sent(self, num_seats: int) -> int:
         """How many trials a strict worker with so many seats gets for now."""
@@ -110,6 +111,9 @@ class Seat:
     config: TrialConfig
     files: Files | None  # the checkpoint it starts from
     roster_version: int  # the first roster that names it
+    is_early: bool = (
+        False  # from the roster, which says all that it needs: its process may come later
+    )
     asks: bool = False  # its trainable waits for the next result
     since: int | None = None  # the pack's step from which it may train, once that is known
     ended: bool = False  # it never trains again
@@ -117,6 +121,10 @@ class Seat:
     last: Report | None = None  # handed out
     refused_after: int | None = None  # so many departures it found no memory for its slot
     reports: deque[Report] = field(default_factory=deque)  # not handed out yet
+
+    def begins_like(self, config: TrialConfig, files: Files | None) -> bool:
+        """Whether a process that comes with these finds the trial as if it had just sat down."""
+        return files is None and self.files is None and self.last is None and self.config == config
 
 
 class SlotLostError(SweepError):

@@ -28,6 +28,7 @@ class LiveTrial:
     record: TrialRecord
     worker: int
     trial: optuna.Trial | None  # None: a trial outside the study (the confirm stage)
+    is_new: bool  # it starts at step 0, and no result of it has come
     last: dict[str, Any] = field(default_factory=dict)  # metrics of its newest result
     status: str | None = None  # by its newest result
     reported: set[int] = field(default_factory=set)  # a failed-over trial repeats some steps
@@ -81,6 +82,7 @@ class TrialSource(Searcher):
         self._ready.discard(trial_id)
         if live is not None:
             live.worker = result.get(SITS_AT, live.worker)
+            live.is_new = False
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Keep to the workers' limits ourselves: Tune's own counts paused trials."""
@@ -129,10 +131,15 @@ class TrialSource(Searcher):
         self.publish()
 
     def is_full(self) -> bool:
-        """Whether every seat is taken, or kept for a trial whose pause is over."""
+        """Whether every seat is taken, or kept for a trial whose pause is over.
+
+        While a sweep's only worker loads its base, the processor has more urgent things to do than to
+        start trials' processes: the pack begins without them (`seats.Roster.new`).
+        """
         resting = self.paused().keys() - self._ready
+        loads = len(self._workers) == 1 and not self._serving()
         # one is always let in: asked while nobody runs, Tune would wait for minutes, heartbeats too
-        return len(self.live) - len(resting) >= max(1, sum(self._rooms()))
+        return len(self.live) - len(resting) >= max(1, 0 if loads else sum(self._rooms()))
 
     def paused(self) -> dict[str, Trial]:
         """The trials that Tune has paused, by its ids: they keep no slot."""
@@ -169,7 +176,9 @@ class TrialSource(Searcher):
             self._named = self._seated()
         for trial in paused.values():  # no roster without it is as new as its next lease
             trial.config["roster_version"] = self._version + 1
-        self._publish(Roster(self._version, self._named, to_come, sum(self._rooms())), beat)
+        new = {x.record.trial_id: x.record.config for x in self.live.values() if x.is_new}
+        roster = Roster(self._version, self._named, to_come, sum(self._rooms()), new)
+        self._publish(roster, beat)
 
     def _seated(self) -> tuple[str, ...]:
         paused = self.paused()
@@ -188,7 +197,7 @@ class TrialSource(Searcher):
             if key not in paused:
                 loads[live.worker] += 1
         worker = self._next_worker(loads)
-        self.live[tune_id] = LiveTrial(record, worker, trial)
+        self.live[tune_id] = LiveTrial(record, worker, trial, is_new=checkpoint is None)
         self.publish()
         return self._tune_config(self.live[tune_id], str(checkpoint[0]) if checkpoint else "")
 

@@ -103,6 +103,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         self._notices.tell(lambda: loop.call_soon_threadsafe(self._news.set))
         self._accepted.set()
+        self._begin()
         await self._news.wait()
         self._news.clear()
         return self._notices.take()
@@ -125,6 +126,8 @@ class Worker:
             return
         for trial_id in self._table.gone(roster):
             self._evict(trial_id, "the driver no longer runs this trial")
+        self._table.seat_new()
+        self._begin()
         self._silence.beat(self._table.quiet(), int(beat))
         self._give_up_waiting()
         self._look()
@@ -149,8 +152,7 @@ class Worker:
         self._answers.fail(
             trial_id, SlotLostError(f"{trial_id}: another process took over this trial")
         )
-        if self._running is None and not self._closed:
-            self._running = asyncio.get_running_loop().create_task(self._run())
+        self._begin()
         self._heard(trial_id)
         return lease
 
@@ -191,6 +193,12 @@ class Worker:
         self._accepted.set()  # nobody need wait for that any more
         self._answers.give_all(CANCELLED)
         self._look()
+
+    def _begin(self) -> None:
+        """Let the pack run as soon as there is somebody to train."""
+        may_run = self._accepted.is_set() and not self._closed
+        if self._running is None and may_run and self._table.line.seats:
+            self._running = asyncio.get_running_loop().create_task(self._run())
 
     def _seat(self, trial_id: str) -> Seat:
         if trial_id not in self._table.line.seats:

@@ -26,9 +26,9 @@ class Expected:
         self._since = {t: since for t, since in self._since.items() if t in live}
 
     def place(self, seats: Iterable[Seat]) -> None:
-        """Whoever asks has come."""
+        """Whoever asks has come, or need not."""
         for seat in seats:
-            if seat.asks and seat.since is None and seat.trial_id in self._since:
+            if (seat.asks or seat.is_early) and seat.since is None and seat.trial_id in self._since:
                 seat.since = self._since.pop(seat.trial_id)
 
     def give_up(self, trial_ids: Iterable[str]) -> None:

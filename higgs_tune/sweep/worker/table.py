@@ -35,6 +35,16 @@ class Table:
         self._attempts: dict[str, int] = {}  # the newest with which each trial has come
         self._dealing: Report | None = None  # handed out; what follows from it is not known yet
 
+    def seat_new(self) -> None:
+        """Seat the trials that begin as the roster says, whether or not their processes are there.
+
+        With several workers it is not known at which of them each will sit.
+        """
+        for trial_id, config in self.roster.new.items():
+            if self._strict and trial_id in self.missing():
+                version = self.roster.version
+                self.line.seats[trial_id] = Seat(trial_id, config, None, version, is_early=True)
+
     def join(
         self,
         trial_id: str,
@@ -43,21 +53,29 @@ class Table:
         roster_version: int,
         attempt: int,
     ) -> Lease:
-        """Lease a seat, if one is free. Replaces a seat of the same trial.
+        """Lease a seat, if one is free. Replaces a seat of the same trial that has reported something.
 
         Tune sometimes asks for a process for a trial and then gives it one that has become idle. The
         first may come after the second all the same; its lower `attempt` tells.
         """
         if attempt < self._attempts.get(trial_id, 0):
             return "outdated"
+        seat = self.line.seats.get(trial_id)
+        if seat is not None and seat.begins_like(config, files):
+            seat.asks = False
+            self._has_come(trial_id, attempt)
+            return "seated"
         others = [s for s in self.line.seats.values() if s.trial_id != trial_id and not s.ended]
         if len(others) >= self._num_seats:
             return "full"
         self.drop(trial_id)
         self.line.seats[trial_id] = Seat(trial_id, config, files, roster_version)
+        self._has_come(trial_id, attempt)
+        return "seated"
+
+    def _has_come(self, trial_id: str, attempt: int) -> None:
         self._attempts[trial_id] = attempt
         self.line.expected.absent.discard(trial_id)
-        return "seated"
 
     def drop(self, trial_id: str) -> None:
         """Forget a trial; what it trains until it leaves the pack is thrown away."""
@@ -106,14 +124,15 @@ class Table:
         """The report to hand out now, if there is one; its trial no longer asks.
 
         None, too, while the pack stands still for a process that is to come: the driver's next work is that.
+        A strict worker waits for the process whose turn it is.
         """
         if not self.settled():
             return None
         self._hurry()
-        ready = [s.reports[0] for s in self.line.seats.values() if s.asks and s.reports]
-        if not ready:
+        seats = [s for s in self.line.seats.values() if s.reports and (s.asks or self._strict)]
+        report = min((seat.reports[0] for seat in seats), key=Report.turn, default=None)
+        if report is None or not self.line.seats[report.trial_id].asks:
             return None
-        report = min(ready, key=Report.turn)
         if report.takes_effect > self.line.clock and self.line.is_awaited():
             return None
         seat = self.line.seats[report.trial_id]
@@ -213,11 +232,8 @@ class Table:
         """
         live = self.roster.live
         full = len(live) >= self.roster.num_sent(self._num_seats) or self.roster.to_come == 0
-        heard = (
-            self.line.seats.keys() <= set(live)
-            and not self.idle() - self.line.expected.steps().keys()
-        )
-        return full and heard
+        deciding = any(s.last and not s.asks for s in self.line.seats.values())
+        return full and self.line.seats.keys() <= set(live) and not deciding
 
     def _unplaced(self) -> list[str]:
         """Trials of which it is to be said from which step they may train."""

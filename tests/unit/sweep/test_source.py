@@ -1,5 +1,6 @@
 """Which worker a trial is sent to."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -70,3 +71,35 @@ def test_a_trial_that_starts_again_is_sent_to_where_it_sat(study, make_config, s
     searcher.on_trial_result("a", {**report(5.0, 25), SITS_AT: 1})
     searcher.watch([SimpleNamespace(trial_id="a", status=status, config=config)])
     assert config["worker"] == 1  # else a seat would be left of it there
+
+
+def test_processes_of_a_single_worker_come_when_its_base_is_loaded(study, make_config):
+    serving: list[int] = []
+    searcher, rosters, _ = make_searcher(study, make_config(), serving=lambda: serving)
+    assert searcher.suggest("a") is not None  # Tune needs one to wait for
+    assert searcher.suggest("b") is None
+    assert rosters[-1].room == 1000  # the pack begins with all of them
+    serving.append(0)
+    assert searcher.suggest("b") is not None
+
+
+def test_one_of_several_workers_may_be_there_any_moment(study, make_config):
+    searcher, _, _ = make_searcher(study, make_config(), workers=TWO, serving=lambda: [])
+    assert all(searcher.suggest(name) for name in "abc")
+
+
+def test_the_roster_says_what_trials_train_that_nothing_is_known_of(study, make_config):
+    checkpoints = {"t001": (Path("somewhere"), 25)}
+    searcher, _, _ = make_searcher(study, make_config())
+    for name in "ab":
+        searcher.suggest(name)
+        searcher.on_trial_result(name, report(5.0, 25))
+    searcher.cancel_live("stopped")
+    searcher, rosters, _ = make_searcher(study, make_config(), checkpoints)
+    configs = {name: searcher.suggest(name) for name in "abcd"}
+    new = {config["id"]: config["trial"] for config in configs.values()}
+    del new["t001"]  # it goes on from a checkpoint, which its process brings
+    assert {name: c.model_dump(mode="json") for name, c in rosters[-1].new.items()} == new
+    searcher.on_trial_result("c", report(5.0, 25))
+    searcher.publish()
+    assert rosters[-1].new.keys() == {"t000", "t003"}

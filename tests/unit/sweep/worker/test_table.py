@@ -256,6 +256,8 @@ def test_nobody_waits_where_there_are_several_workers():
 
 def test_a_trial_that_sits_down_again_takes_its_slot_after_it_was_freed():
     table = table_of("t0", "t1", slots=2, strict=False)
+    report(table, "t0", at=25)
+    assert table.next_report() is not None
     sit(table, "t0")
     table.next_report()
     assert changes(table) == (["t0"], ["t0"])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from higgs_tune.config import TrialConfig
 from higgs_tune.errors import ModelError
 from higgs_tune.sweep.seats import Files, Roster, SlotLostError, num_seats
 from tests.fake_loop import FakeLoop
@@ -22,6 +23,8 @@ class Driver:
     def __init__(self, worker: Any, rng: random.Random, num_slots: int) -> None:
         self.worker, self.rng, self.num_slots = worker, rng, num_slots
         self.dies, self.returns = rng.choice([0, 0.1, 0.3]), rng.choice([0.0, 0.3])
+        self.early = rng.choice([True, False])  # trials train before their processes come
+        self.new: dict[str, TrialConfig] = {}  # live, without a result
         self.version = 0
         self.attempts = count(1)
 
@@ -42,7 +45,8 @@ class Driver:
 
     async def publish(self) -> None:
         self.version += 1
-        roster = Roster(self.version, tuple(self.live), len(self.queue), self.room)
+        new = dict(self.new) if self.early else {}
+        roster = Roster(self.version, tuple(self.live), len(self.queue), self.room, new)
         await self.worker.sync(roster, beat=True)
 
     async def beats(self) -> None:
@@ -62,15 +66,16 @@ class Driver:
         while self.queue and len(self.live) < self.room:
             name = self.queue.pop(0)
             self.live.append(name)
+            self.new[name] = trial(num_steps=self.rng.choice([26, 51, 100]))
             await self.publish()
             trials.create_task(self.life(name, self.version, trials))
 
     async def life(self, name: str, version: int, trials: asyncio.TaskGroup) -> None:
         """A trial's process, and those that take over if it dies, until it ends or is given up."""
         files: Files | None = None
+        config = self.new[name]
         while True:
             await self.pause()
-            config = trial(num_steps=self.rng.choice([26, 51, 100]))
             attempt = next(self.attempts)
             while await self.worker.join(name, config, files, version, attempt) != "seated":
                 await asyncio.sleep(0.002)
@@ -78,6 +83,7 @@ class Driver:
             if not has_died or self.rng.random() < self.returns:
                 break
         self.live.remove(name)
+        self.new.pop(name, None)
         await self.publish()
         await self.pause()
         await self.start(trials)
@@ -95,6 +101,7 @@ class Driver:
                 result = await call
             except SlotLostError:
                 return True, files
+            self.new.pop(name, None)
             if result.get("step"):
                 content = await saved(self.worker, name)
                 files = {path: np.frombuffer(data, np.uint8) for path, data in content.items()}

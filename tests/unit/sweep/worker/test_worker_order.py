@@ -81,8 +81,12 @@ def drive(
     delay_s: float,
     slots: int = 2,
     pruned: tuple[str, ...] = ("t0", "t3", "t7"),
+    early: bool = True,
 ) -> tuple[list[tuple], list[tuple]]:
     """Run nine trials through the slots with racing clients that decide slowly.
+
+    Args:
+        early: trials train before their processes come, or not.
 
     Returns:
         The results in the order in which they arrived, and who joined and left after which step.
@@ -95,11 +99,16 @@ def drive(
         worker = make_worker(make_config, slots=slots)
         names = [f"t{index}" for index in range(9)]
         state = {"version": 0, "live": [], "queue": list(names), "room": slots}
+        configs = {
+            name: trial(num_steps={"t4": 51, "t6": 26, "t7": 55}.get(name, 100)) for name in names
+        }
+        heard: set[str] = set()  # of whom the driver has had a result
 
         async def publish():
             state["version"] += 1
             live = tuple(state["live"])
-            roster = Roster(state["version"], live, len(state["queue"]), state["room"])
+            new = {name: configs[name] for name in live if early and name not in heard}
+            roster = Roster(state["version"], live, len(state["queue"]), state["room"], new)
             await worker.sync(roster)
 
         async def pause():
@@ -107,11 +116,11 @@ def drive(
 
         async def client(name: str, version: int):
             await pause()
-            budget = {"t4": 51, "t6": 26, "t7": 55}.get(name, 100)
-            assert await worker.join(name, trial(num_steps=budget), None, version, 0) == "seated"
+            assert await worker.join(name, configs[name], None, version, 0) == "seated"
             while True:
                 await pause()
                 result = await worker.next_result(name)
+                heard.add(name)
                 step = result.get("step", 0)
                 arrived.append((name, step, result.get("val/text/nll")))
                 await pause()
@@ -197,7 +206,8 @@ def test_however_late_decisions_are_the_same_happens_at_the_same_steps(make_conf
     assert max(step for name, step, _ in arrived if name == "t0") == 50
     assert {name: step for kind, name, step in log if kind == "leave"}["t0"] == 52
     for seed, delay_s in ((2, 0.0), (3, 0.001), (4, 0.03)):
-        assert drive(make_config, seed=seed, delay_s=delay_s) == (arrived, log)
+        for early in (True, False):
+            assert drive(make_config, seed, delay_s, early=early) == (arrived, log)
 
 
 def test_slots_that_are_freed_together_are_filled_together_however_late_decisions_are(make_config):
@@ -212,4 +222,6 @@ def test_slots_that_are_freed_together_are_filled_together_however_late_decision
         "t7",
     ]
     for seed, delay_s in ((2, 0.0), (3, 0.001), (4, 0.03)):
-        assert drive(make_config, seed, delay_s, slots=4, pruned=pruned) == (arrived, log)
+        for early in (True, False):
+            again = drive(make_config, seed, delay_s, slots=4, pruned=pruned, early=early)
+            assert again == (arrived, log)
