@@ -3,13 +3,15 @@
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.node import Node
 
 import higgs_tune
 from higgs_tune.errors import ConfigError
@@ -19,42 +21,89 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # by default a pack yields to each process that starts: seconds
 }
 
+# Methods of Ray's Node: of what can wait, the last is the dashboard; what all else waits for.
+PUT_OFF = ("start_monitor", "start_log_monitor", "start_api_server")
+NODE = "start_ray_processes"
+
 
 @dataclass(frozen=True)
 class Cluster:
     """What Ray runs on."""
 
-    dashboard: str | None
     is_own: bool  # started by this process, so nothing will ever be added to it
+    complete: Callable[[], str | None]  # starts what is left of our own; the dashboard's address
 
 
 @contextmanager
 def join_cluster(
-    environment: Mapping[str, str] = ENVIRONMENT, *, with_dashboard: bool = True
+    environment: Mapping[str, str] = ENVIRONMENT, meanwhile: Callable[[], object] = lambda: None
 ) -> Iterator[Cluster]:
     """Join the cluster of RAY_ADDRESS or of this host's head, or else start a local one.
 
     Args:
         environment: variables that Ray's processes get, unless the user has set them.
-        with_dashboard: of a cluster started here; it costs a processor ten seconds.
+        meanwhile: is called while a cluster starts here.
     """
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
-        yield Cluster(None, is_own=False)
+        yield Cluster(is_own=False, complete=lambda: None)
         return
     address = _address()
     try:
-        context = _connect(address, with_dashboard)
+        with _in_parts(meanwhile) as start_rest:
+            context = _connect(address)
     except ConnectionError:
         raise ConfigError(
             f"No Ray cluster answers at {address}. Start it, or set RAY_ADDRESS=local to run on "
             "this machine alone."
         ) from None
     try:
-        yield Cluster(context.dashboard_url or None, is_own=address == "local")
+        if address == "local":
+            yield Cluster(is_own=True, complete=start_rest)
+        else:
+            yield Cluster(is_own=False, complete=lambda: context.dashboard_url or None)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _in_parts(meanwhile: Callable[[], object]) -> Iterator[Callable[[], str | None]]:
+    """Let Ray start what work needs first, and its dashboard and monitors later.
+
+    It would wait for the dashboard before all else, and all of them keep both of two processors busy.
+
+    Args:
+        meanwhile: is called while the processes start that Ray must wait for.
+
+    Yields:
+        What starts the rest, and returns the dashboard's address.
+    """
+    rest: list[Callable[[], None]] = []
+    nodes: list[Node] = []
+    former = {name: getattr(Node, name) for name in (*PUT_OFF, NODE)}
+
+    def later(node: Node, start: Callable[..., None], **settings: Any) -> None:
+        rest.append(lambda: start(node, **settings))
+
+    def go_on(node: Node) -> None:
+        former[NODE](node)
+        nodes.append(node)
+        meanwhile()
+
+    def start_rest() -> str | None:
+        while rest:
+            rest.pop(0)()
+        return nodes[0].webui_url
+
+    for name in PUT_OFF:
+        setattr(Node, name, partialmethod(later, former[name]))
+    setattr(Node, NODE, go_on)
+    try:
+        yield start_rest
+    finally:
+        for name, method in former.items():
+            setattr(Node, name, method)
 
 
 def starts_own() -> bool:
@@ -75,12 +124,12 @@ def head_address() -> str | None:
     return noted.read_text().strip() if noted.exists() else None
 
 
-def _connect(address: str, with_dashboard: bool) -> Any:
+def _connect(address: str) -> Any:
     # Local processes must import this package even from a checkout that is not installed.
     package_root = str(Path(higgs_tune.__file__).parents[1])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    local = {"include_dashboard": with_dashboard, "dashboard_host": "127.0.0.1"}
+    local = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
     return ray.init(
         address=address,
         namespace=f"higgs-tune-{uuid.uuid4().hex[:8]}",

@@ -106,7 +106,7 @@ def code_on_cluster(
         ConfigError: more workers than this machine has CPUs, or a GPU is asked for and there is none.
         ModelError: an actor's codec is another one.
     """
-    with join_cluster(_ENVIRONMENT, with_dashboard=False) as cluster:
+    with join_cluster(_ENVIRONMENT) as cluster:
         num_gpus = _gpu_share(cluster, num_workers, device)
         _be_quiet()
         rest = iter(rows)

@@ -1,13 +1,12 @@
 """The confirm stage: the best few and the baseline again, at full budget, with fresh seeds."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import optuna
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.sweep import space, study
-from higgs_tune.sweep.source import TrialSource
+from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.study import TrialRecord
 
 
@@ -52,22 +51,7 @@ def most_steps(config: SweepConfig) -> int:
     return num_runs * config.train.num_steps
 
 
-class ConfirmSource(TrialSource):
-    """Hands out a fixed list; nothing is told to the study."""
-
-    def __init__(self, records: Sequence[TrialRecord], **source: Any) -> None:
-        super().__init__(**source)
-        self._records = list(records)
-
-    def num_to_come(self) -> int:
-        """What is left of the list."""
-        return len(self._records)
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next of the list; None while there is none, or FINISHED."""
-        if self.over():
-            return self.nothing()
-        if self.is_full():
-            return None
-        record = self._records.pop(0)
-        return self._seat(trial_id, record, None, self._checkpoint_of(record.trial_id))
+def unconfirmed(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> list[TrialRecord]:
+    """The confirm trials that have not come to their end."""
+    records = confirm_records(found, config, files.records("c"))
+    return [record for record in records if files.ended(record.trial_id) is None]

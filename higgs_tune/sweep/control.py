@@ -1,15 +1,12 @@
 """What ends a sweep early: signals, errors of the host's disk, a base that cannot be loaded."""
 
 import signal
-from typing import Any
-
-from ray.tune import Stopper
 
 from higgs_tune.train.signals import StopRequest
 
 
-class Control(Stopper):
-    """Whether to stop, and why; Tune asks it too. The first reason wins."""
+class Control:
+    """Whether to stop, and why. The first reason wins."""
 
     def __init__(self) -> None:
         self.request = StopRequest()
@@ -31,15 +28,3 @@ class Control(Stopper):
         """End the sweep with an error."""
         if not self.stopping:
             self.error = error
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Never stops a single trial."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Whether the whole sweep is to stop."""
-        return self.stopping
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its settings for Tuner.restore, which this package never uses."""
-        return {}

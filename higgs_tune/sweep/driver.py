@@ -1,33 +1,28 @@
 """Runs a whole sweep, the search and then the confirm stage, and fills its results folder."""
 
+import importlib
 import shutil
 import sys
-import time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
-from ray.tune.schedulers import FIFOScheduler
 
 from higgs_tune.base_source import check_pinned
 from higgs_tune.cluster import join_cluster, starts_own
 from higgs_tune.config import SweepConfig
 from higgs_tune.sweep import runtime, space, study
-from higgs_tune.sweep.confirm import ConfirmSource, confirm_records, most_steps
+from higgs_tune.sweep.confirm import unconfirmed
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.nodes import idle_gpus, refuse_more_than_here
 from higgs_tune.sweep.places import refuse_absent
 from higgs_tune.sweep.records import TrialFiles
-from higgs_tune.sweep.scheduler import make_scheduler, replay
-from higgs_tune.sweep.searcher import StudySearcher
 from higgs_tune.sweep.seats import DEFAULT_LOOP
 from higgs_tune.sweep.slots import resolve_slots, slots_of
-from higgs_tune.sweep.stages import Sweep
 from higgs_tune.sweep.storage import storage_faults
-from higgs_tune.sweep.study import TrialRecord
 from higgs_tune.sweep.workers import Workers
 from higgs_tune.train.signals import stop_signals
 
@@ -78,38 +73,38 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
         return _outcome(results, found, Control())
     control = Control()
     display = Display()
+    display.note(f"results {results}")
     try:
         log = runtime.tune_log(results / "tune.log")
         # Ray prints that a process has died on standard output, where our table or JSON lines are.
         aside = redirect_stdout(sys.stderr)
-        # Once Ray has started, which sets a handler of its own; until then nothing needs an orderly end.
-        signals = stop_signals(control.request)
         with (
             aside,
             log,
-            join_cluster(runtime.ENVIRONMENT) as cluster,
-            signals,
+            join_cluster(runtime.ENVIRONMENT, meanwhile=_import_search) as cluster,
             runtime.inherited_environment() if cluster.is_own else nullcontext(),
         ):
-            display.note(f"results {results}   dashboard {cluster.dashboard or '(of the cluster)'}")
-            display.event("sweep_started", results=str(results), dashboard=cluster.dashboard)
             if cluster.is_own:
                 refuse_more_than_here(config.tune)
             if (unused := idle_gpus(config.tune)) is not None:
                 display.warn(unused)
             if config.tune.slots_per_worker == "auto":
-                config = resolve_slots(config, control, display.warn)
+                with stop_signals(control.request):
+                    config = resolve_slots(config, control, display.warn)
                 if control.stopping:
                     return _outcome(results, found, control)
                 record_slots(results, config)
                 display.note(f"{slots_of(config)} trials train together in each worker")
             workers = Workers(config, loop_path=loop_path)
             try:
-                sweep = Sweep(config, results, workers, control, display)
-                _search(sweep, found)
-                if not control.stopping:
-                    _confirm(sweep, found)
-                sweep.finish()
+                dashboard = cluster.complete()  # while the workers load
+                display.note(f"dashboard {dashboard or '(of the cluster)'}")
+                display.event("sweep_started", results=str(results), dashboard=dashboard)
+                # From here on; while Ray starts, with handlers of its own, nothing needs an orderly end.
+                from higgs_tune.sweep import search
+
+                with stop_signals(control.request):
+                    search.run(config, results, workers, control, display, found)
             finally:
                 workers.kill()
     except OSError as error:
@@ -123,59 +118,16 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
     return outcome
 
 
-def _search(sweep: Sweep, found: optuna.Study) -> None:
-    """Reconcile the study with an earlier run, then run what is missing of the search."""
-    unfinished = study.unfinished(found)
-    records = [study.record_of(trial) for trial in unfinished]
-    for record in records:
-        sweep.files.mend_copy(record)
-    checkpoints = [sweep.files.checkpoint_of(record.trial_id) for record in records]
-    scheduler = make_scheduler(sweep.config, [known[1] for known in checkpoints if known])
-    waiting = {trial.number for trial in unfinished}
-    for index, trial in study.latest(found).items():
-        if trial.number in waiting:
-            continue
-        replay(scheduler, f"earlier-{index}", trial, ended=True)
-        record = study.record_of(trial)
-        if sweep.files.status(record.trial_id) is None:  # killed between the study and the file
-            status, reason = (trial.user_attrs[key] for key in (study.STATUS, study.REASON))
-            is_feasible = study.feasible(trial) if trial.constraints else None
-            sweep.files.end(record.trial_id, status, reason, is_feasible)
-    time_limit_s = sweep.config.tune.time_limit_s
-    source = StudySearcher(
-        found,
-        sweep.config,
-        audio_limit=sweep.audio_limit,
-        on_resume=lambda tune_id, trial: replay(scheduler, tune_id, trial, ended=False),
-        on_copy=sweep.copied,
-        on_study_error=sweep.fail_study,
-        deadline=None if time_limit_s is None else time.monotonic() + time_limit_s,
-        **sweep.source_settings(),
-    )
-    sweep.show_earlier()
-    if source.num_to_come():
-        sweep.run("search", source, scheduler, steps_after=most_steps(sweep.config))
-
-
-def _confirm(sweep: Sweep, found: optuna.Study) -> None:
-    """Run the confirm trials that have not ended yet."""
-    records = _unconfirmed(found, sweep.config, sweep.files)
-    source = ConfirmSource(records, **sweep.source_settings())
-    if records:
-        sweep.run("confirm", source, FIFOScheduler())
-
-
-def _unconfirmed(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> list[TrialRecord]:
-    """The confirm trials that have not come to their end."""
-    records = confirm_records(found, config, files.records("c"))
-    return [record for record in records if files.ended(record.trial_id) is None]
+def _import_search() -> None:
+    """With it Tune and pandas: a second or two that need not pass before Ray's processes start."""
+    importlib.import_module("higgs_tune.sweep.search")
 
 
 def _is_finished(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> bool:
     """Whether a resumed sweep has nothing left to run."""
     num_known = len(study.latest(found))
     search_over = num_known >= config.tune.num_trials and not study.unfinished(found)
-    return search_over and not _unconfirmed(found, config, files)
+    return search_over and not unconfirmed(found, config, files)
 
 
 def _outcome(results: Path, found: optuna.Study, control: Control) -> SweepOutcome:

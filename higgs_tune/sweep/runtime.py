@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ray.tune.execution import class_cache
-
 from higgs_tune import cluster
 
 ENVIRONMENT = cluster.ENVIRONMENT | {
@@ -27,6 +25,8 @@ def inherited_environment() -> Iterator[None]:
     of them Ray would start Python and import itself once more for each trial, to set them, and the
     processes that it keeps ready would serve none.
     """
+    from ray.tune.execution import class_cache
+
     former = class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE
     class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = {}, set()
     try:

@@ -8,6 +8,7 @@ from ray.tune import (
     CheckpointConfig,
     FailureConfig,
     RunConfig,
+    Stopper,
     TuneConfig,
     Tuner,
 )
@@ -39,6 +40,25 @@ from higgs_tune.sweep.workers import Workers
 
 BASE = "base.json"
 WORKERS_LOG = "workers.log"
+
+
+class _Stop(Stopper):
+    """What Tune asks whether the sweep is to stop."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Never stops a single trial."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the whole sweep is to stop."""
+        return self._control.stopping
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its settings for Tuner.restore, which this package never uses."""
+        return {}
 
 
 class Sweep:
@@ -184,7 +204,7 @@ class Sweep:
             run_config=RunConfig(
                 name=stage,
                 storage_path=str(self.results / "ray"),
-                stop=self._control,
+                stop=_Stop(self._control),
                 callbacks=[callback],
                 failure_config=FailureConfig(max_failures=tune.max_failures),
                 # the callback removes old ones: with num_to_keep Tune writes the state of all trials

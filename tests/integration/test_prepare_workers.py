@@ -202,14 +202,14 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on(
 
 def test_more_workers_than_cpus_are_refused(monkeypatch):
     monkeypatch.setattr(encode_ray.ray, "cluster_resources", lambda: {"CPU": 2.0})
-    own = encode_ray.Cluster(None, is_own=True)
+    own = encode_ray.Cluster(is_own=True, complete=str)
     with pytest.raises(encode_ray.ConfigError, match=r"--workers 3: this machine has 2 CPUs"):
         encode_ray._gpu_share(own, 3, "auto")
     with pytest.raises(encode_ray.ConfigError, match="--device cuda: Ray finds no GPU"):
         encode_ray._gpu_share(own, 2, "cuda")
     with pytest.raises(encode_ray.ConfigError, match="CUDA_VISIBLE_DEVICES says which"):
         encode_ray._gpu_share(own, 2, "cuda:1")
-    joined = encode_ray.Cluster(None, is_own=False)
+    joined = encode_ray.Cluster(is_own=False, complete=str)
     assert encode_ray._gpu_share(joined, 2, "cuda") == 1  # its machines come when asked for
 
 
@@ -226,4 +226,7 @@ def test_more_workers_than_cpus_are_refused(monkeypatch):
 def test_workers_share_the_gpus_evenly(monkeypatch, num_workers, num_gpus, device, share):
     resources = {"CPU": 16.0} | ({"GPU": num_gpus} if num_gpus else {})
     monkeypatch.setattr(encode_ray.ray, "cluster_resources", lambda: resources)
-    assert encode_ray._gpu_share(encode_ray.Cluster(None, True), num_workers, device) == share
+    assert (
+        encode_ray._gpu_share(encode_ray.Cluster(is_own=True, complete=str), num_workers, device)
+        == share
+    )

@@ -130,7 +130,7 @@ def test_outside_a_terminal_the_summary_is_an_event_and_its_text_goes_to_stderr(
     ids=["Ctrl-C", "Ray's handler of SIGTERM"],
 )
 def test_what_ends_a_start_of_ray_is_not_put_off(monkeypatch, tmp_path, capsys, end, code):
-    def join(*_):
+    def join(*_, **__):
         end()
         raise AssertionError("it went on")
 
@@ -207,7 +207,7 @@ def test_a_folder_whose_copy_does_not_fit_is_one_line_with_the_first_reason(
 def test_a_base_or_data_that_cannot_be_is_refused_before_anything_starts(
     tmp_path, capsys, monkeypatch, setting, error
 ):
-    def started(*_):
+    def started(*_, **__):
         raise AssertionError("Ray was started")
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
@@ -222,7 +222,7 @@ def test_what_only_the_machines_of_a_cluster_have_is_not_looked_for_here(tmp_pat
     class Joined(Exception):
         pass
 
-    def join(*_):
+    def join(*_, **__):
         raise Joined
 
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray._private.node import Node
 
 from higgs_tune import cluster
 
@@ -47,6 +48,48 @@ def test_a_ray_of_our_own_shows_its_dashboard_on_loopback_only(join):
     joined, given, _ = join()
     assert joined.is_own
     assert (given["address"], given["dashboard_host"]) == ("local", "127.0.0.1")
+
+
+def test_ray_starts_with_what_work_needs_and_with_the_rest_when_asked(monkeypatch):
+    started: list[str] = []
+
+    class Fake:  # calls in the order of Ray's own
+        webui_url = None
+
+        def __init__(self):
+            self.start_monitor()
+            self.start_api_server(include_dashboard=True, raise_on_failure=True)
+            self.start_ray_processes()
+            started.append("ready")
+
+        def start_monitor(self):
+            started.append("monitor")
+
+        def start_log_monitor(self):
+            started.append("log monitor")
+
+        def start_api_server(self, *, include_dashboard, raise_on_failure):
+            assert include_dashboard and raise_on_failure
+            started.append("dashboard")
+            self.webui_url = "127.0.0.1:8265"
+
+        def start_ray_processes(self):
+            self.start_log_monitor()
+            started.append("raylet")
+
+    methods = dict(vars(Fake))
+    monkeypatch.setattr(cluster, "Node", Fake)
+    with cluster._in_parts(lambda: started.append("meanwhile")) as start_rest:
+        Fake()
+    assert started == ["raylet", "meanwhile", "ready"]
+    assert dict(vars(Fake)) == methods
+    for _ in range(2):  # the second time nothing is left to start
+        assert start_rest() == "127.0.0.1:8265"
+        assert started[3:] == ["monitor", "dashboard", "log monitor"]
+
+
+def test_rays_own_node_starts_what_is_put_off_by_these_names():
+    assert all(callable(getattr(Node, name)) for name in cluster.PUT_OFF)
 
 
 def test_a_cluster_is_joined_as_it_is(join):

@@ -1,4 +1,6 @@
 import logging
+import subprocess
+import sys
 
 from ray.tune.execution.class_cache import _ActorClassCache
 
@@ -23,3 +25,9 @@ def test_what_tune_logs_goes_to_a_file(tmp_path):
         logger.error("a detail")
     logger.debug("after")
     assert "ERROR ray.tune.something: a detail" in (tmp_path / "tune.log").read_text()
+
+
+def test_a_sweep_starts_ray_before_it_imports_tune():
+    slow = {"ray.tune", "ray.air", "pandas"}
+    code = f"import sys, higgs_tune.sweep.driver; sys.exit(bool({slow} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

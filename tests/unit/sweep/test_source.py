@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from higgs_tune.sweep.confirm import ConfirmSource
+from higgs_tune.sweep.search import ConfirmSource
 from higgs_tune.sweep.seats import SITS_AT
 from higgs_tune.sweep.study import latest, record_of
 from tests.sweep_fakes import make_searcher, report
