@@ -24,6 +24,7 @@ ENVIRONMENT = {
 # Methods of Ray's Node: of what can wait, the last is the dashboard; what all else waits for.
 PUT_OFF = ("start_monitor", "start_log_monitor", "start_api_server")
 NODE = "start_ray_processes"
+VITAL = ("raylet", "gcs_server")  # of its processes
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Cluster:
 
     is_own: bool  # started by this process, so nothing will ever be added to it
     complete: Callable[[], str | None]  # starts what is left of our own; the dashboard's address
+    has_died: Callable[[], bool] = lambda: False  # our own, beneath us: nothing answers any more
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def join_cluster(
         return
     address = _address()
     try:
-        with _in_parts(meanwhile) as start_rest:
+        with _in_parts(meanwhile) as (start_rest, has_died):
             context = _connect(address)
     except ConnectionError:
         raise ConfigError(
@@ -60,7 +62,7 @@ def join_cluster(
         ) from None
     try:
         if address == "local":
-            yield Cluster(is_own=True, complete=start_rest)
+            yield Cluster(is_own=True, complete=start_rest, has_died=has_died)
         else:
             yield Cluster(is_own=False, complete=lambda: context.dashboard_url or None)
     finally:
@@ -68,7 +70,9 @@ def join_cluster(
 
 
 @contextmanager
-def _in_parts(meanwhile: Callable[[], object]) -> Iterator[Callable[[], str | None]]:
+def _in_parts(
+    meanwhile: Callable[[], object],
+) -> Iterator[tuple[Callable[[], str | None], Callable[[], bool]]]:
     """Let Ray start what work needs first, and its dashboard and monitors later.
 
     It would wait for the dashboard before all else, and all of them keep both of two processors busy.
@@ -77,7 +81,7 @@ def _in_parts(meanwhile: Callable[[], object]) -> Iterator[Callable[[], str | No
         meanwhile: is called while the processes start that Ray must wait for.
 
     Yields:
-        What starts the rest, and returns the dashboard's address.
+        What starts the rest, and returns the dashboard's address; and whether Ray's node has died.
     """
     rest: list[Callable[[], None]] = []
     nodes: list[Node] = []
@@ -96,11 +100,14 @@ def _in_parts(meanwhile: Callable[[], object]) -> Iterator[Callable[[], str | No
             rest.pop(0)()
         return nodes[0].webui_url
 
+    def has_died() -> bool:
+        return any(kind in VITAL for kind, _ in nodes[0].dead_processes())
+
     for name in PUT_OFF:
         setattr(Node, name, partialmethod(later, former[name]))
     setattr(Node, NODE, go_on)
     try:
-        yield start_rest
+        yield start_rest, has_died
     finally:
         for name, method in former.items():
             setattr(Node, name, method)

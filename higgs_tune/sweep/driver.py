@@ -1,16 +1,19 @@
 """Runs a whole sweep, the search and then the confirm stage, and fills its results folder."""
 
 import importlib
+import os
 import shutil
 import sys
-from contextlib import nullcontext, redirect_stdout
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 
 from higgs_tune.base_source import check_pinned
-from higgs_tune.cluster import join_cluster, starts_own
+from higgs_tune.cluster import Cluster, join_cluster, starts_own
 from higgs_tune.config import SweepConfig
 from higgs_tune.sweep import runtime, space, study
 from higgs_tune.sweep.confirm import unconfirmed
@@ -27,6 +30,7 @@ from higgs_tune.sweep.workers import Workers
 from higgs_tune.train.signals import stop_signals
 
 EXIT_NOTHING_FEASIBLE = 3
+RAY_IS_DEAD_S = 5.0  # what a sweep's end takes without it, if nothing asks it
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,10 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
                 # From here on; while Ray starts, with handlers of its own, nothing needs an orderly end.
                 from higgs_tune.sweep import search
 
-                with stop_signals(control.request):
+                with (
+                    stop_signals(control.request),
+                    _end_with_ray(cluster, control, display, results),
+                ):
                     search.run(config, results, workers, control, display, found)
             finally:
                 workers.kill()
@@ -121,6 +128,38 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
 def _import_search() -> None:
     """With it Tune and pandas: a second or two that need not pass before Ray's processes start."""
     importlib.import_module("higgs_tune.sweep.search")
+
+
+@contextmanager
+def _end_with_ray(
+    cluster: Cluster, control: Control, display: Display, results: Path
+) -> Iterator[None]:
+    """End this process if Ray has ended: a job's end may be told to all of its processes at once.
+
+    A call to such a Ray would last for a minute, after which it ends the process without a word.
+    """
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(1):
+            number = control.request.number
+            if number is None or not cluster.has_died() or is_over.wait(RAY_IS_DEAD_S):
+                continue
+            display.close()
+            print(
+                f"interrupted, and Ray with it. What was recorded is kept: `higgs-tune report {results}` "
+                f"builds the report, the same command with --resume --name {results.name} goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(128 + number)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 def _is_finished(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> bool:

@@ -1,5 +1,6 @@
 """Sweeps in a process of their own that are interrupted, killed and resumed."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import ray
@@ -80,6 +82,10 @@ def test_an_ended_interrupted_and_killed_sweep_is_resumed_without_losing_a_trial
     results = tmp_path / "results" / "s"
 
     process = sweep()
+    assert process.stdout is not None
+    started = next(line for line in process.stdout if line.startswith('{"event": "sweep_started"'))
+    with urlopen(f"http://{json.loads(started)['dashboard']}/api/version", timeout=30) as answer:
+        assert json.load(answer)["ray_version"] == ray.__version__
     wait_until(lambda: any(steps_of(results).values()), process)
     end(process, signal.SIGTERM, results)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray._private import ray_constants
 from ray._private.node import Node
 
 from higgs_tune import cluster
@@ -52,6 +53,7 @@ def test_a_ray_of_our_own_shows_its_dashboard_on_loopback_only(join):
 
 def test_ray_starts_with_what_work_needs_and_with_the_rest_when_asked(monkeypatch):
     started: list[str] = []
+    dead: list[tuple[str, None]] = []
 
     class Fake:  # calls in the order of Ray's own
         webui_url = None
@@ -77,19 +79,29 @@ def test_ray_starts_with_what_work_needs_and_with_the_rest_when_asked(monkeypatc
             self.start_log_monitor()
             started.append("raylet")
 
+        def dead_processes(self):
+            return dead
+
     methods = dict(vars(Fake))
     monkeypatch.setattr(cluster, "Node", Fake)
-    with cluster._in_parts(lambda: started.append("meanwhile")) as start_rest:
+    with cluster._in_parts(lambda: started.append("meanwhile")) as (start_rest, has_died):
         Fake()
     assert started == ["raylet", "meanwhile", "ready"]
     assert dict(vars(Fake)) == methods
     for _ in range(2):  # the second time nothing is left to start
         assert start_rest() == "127.0.0.1:8265"
         assert started[3:] == ["monitor", "dashboard", "log monitor"]
+    assert not has_died()
+    dead.append(("dashboard", None))
+    assert not has_died()
+    dead.append(("raylet", None))
+    assert has_died()
 
 
-def test_rays_own_node_starts_what_is_put_off_by_these_names():
-    assert all(callable(getattr(Node, name)) for name in cluster.PUT_OFF)
+def test_rays_own_node_has_what_is_asked_of_it():
+    assert all(callable(getattr(Node, name)) for name in (*cluster.PUT_OFF, cluster.NODE))
+    known = {ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER}
+    assert set(cluster.VITAL) == known
 
 
 def test_a_cluster_is_joined_as_it_is(join):

@@ -1,0 +1,47 @@
+"""A sweep whose Ray ends beneath it."""
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from higgs_tune.cluster import Cluster
+from higgs_tune.sweep import driver
+from higgs_tune.sweep.control import Control
+
+RESULTS = Path("results/quick-2")
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Watches a Ray that has died; gives the Control, and what holds whether the process has ended."""
+    ended = threading.Event()
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        ended.set()
+        raise SystemExit  # the thread alone
+
+    monkeypatch.setattr(driver.os, "_exit", leave)
+    monkeypatch.setattr(driver, "RAY_IS_DEAD_S", 0.0)
+    cluster = Cluster(is_own=True, complete=str, has_died=lambda: True)
+    control, display = Control(), SimpleNamespace(close=lambda: None)
+    with driver._end_with_ray(cluster, control, display, RESULTS):
+        yield control, ended, codes
+
+
+def test_a_signal_that_has_ended_ray_too_ends_the_sweep_with_what_to_do(watched, capfd):
+    control, ended, codes = watched
+    control.request.number = 15
+    assert ended.wait(10)
+    assert codes == [143]
+    error = capfd.readouterr().err
+    assert "`higgs-tune report results/quick-2`" in error
+    assert "--resume --name quick-2" in error
+
+
+def test_without_a_signal_the_end_of_ray_is_rays_to_tell(watched):
+    _, ended, _ = watched
+    assert not ended.wait(2.5)
