@@ -92,8 +92,13 @@ class Board:
             self._seat()
 
     def _seat(self) -> None:
-        """Tell those who have a slot from those who wait: they sit down in the order of their starts."""
+        """Tell those who have a slot from those who wait: they sit down in the order of their starts.
+
+        New ones do in the order of their numbers, whichever process comes first.
+        """
         rows = [row for row in self.rows.values() if row.is_live and row.state != "paused"]
+        new = iter(sorted((r for r in rows if not r.step), key=lambda row: row.record.number))
+        rows = [row if row.step else next(new) for row in rows]
         for place, row in enumerate(sorted(rows, key=lambda row: not row.reports)):
             row.state = "running" if row.reports or place < self.num_slots else "waiting"
 

@@ -102,7 +102,8 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
             workers = Workers(config, loop_path=loop_path)
             try:
                 dashboard = cluster.complete()  # while the workers load
-                display.note(f"dashboard {dashboard or '(of the cluster)'}")
+                address = f"http://{dashboard}" if dashboard else "(of the cluster)"
+                display.note(f"dashboard {address}")
                 display.event("sweep_started", results=str(results), dashboard=dashboard)
                 # From here on; while Ray starts, with handlers of its own, nothing needs an orderly end.
                 from higgs_tune.sweep import search

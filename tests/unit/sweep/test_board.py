@@ -90,6 +90,19 @@ def test_who_has_no_slot_waits(record, board):
     assert states(board)["t003"] == "running"
 
 
+def test_new_trials_take_slots_by_their_numbers_whichever_process_comes_first(record, board):
+    for number in (0, 3, 1, 2):
+        board.start(replace(record, trial_id=f"t{number:03d}", number=number), 0, {})
+    waiting = {"t002": "waiting", "t003": "waiting"}
+    assert states(board) == {"t000": "running", "t001": "running"} | waiting
+    goes_on = replace(record, trial_id="t004", number=4)
+    board.end("t000", "pruned")
+    board.start(goes_on, 50, {})  # behind those who wait already
+    assert states(board) == {
+        "t000": "pruned", "t001": "running", "t002": "running", "t003": "waiting", "t004": "waiting",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("status", "is_feasible", "confirms"),
     [("pruned", True, None), ("completed", False, None), ("completed", None, None),
