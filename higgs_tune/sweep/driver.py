@@ -87,14 +87,16 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
             log,
             join_cluster(runtime.ENVIRONMENT, meanwhile=_import_search) as cluster,
             runtime.inherited_environment() if cluster.is_own else nullcontext(),
+            # From here on: while Ray starts, with handlers of its own, nothing needs an orderly end.
+            stop_signals(control.request),
+            _end_with_ray(cluster, control, display, results),
         ):
             if cluster.is_own:
                 refuse_more_than_here(config.tune)
             if (unused := idle_gpus(config.tune)) is not None:
                 display.warn(unused)
             if config.tune.slots_per_worker == "auto":
-                with stop_signals(control.request):
-                    config = resolve_slots(config, control, display.warn)
+                config = resolve_slots(config, control, display.warn)
                 if control.stopping:
                     return _outcome(results, found, control)
                 record_slots(results, config)
@@ -105,13 +107,9 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
                 address = f"http://{dashboard}" if dashboard else "(of the cluster)"
                 display.note(f"dashboard {address}")
                 display.event("sweep_started", results=str(results), dashboard=dashboard)
-                # From here on; while Ray starts, with handlers of its own, nothing needs an orderly end.
                 from higgs_tune.sweep import search
 
-                with (
-                    stop_signals(control.request),
-                    _end_with_ray(cluster, control, display, results),
-                ):
+                if not control.stopping:
                     search.run(config, results, workers, control, display, found)
             finally:
                 workers.kill()
