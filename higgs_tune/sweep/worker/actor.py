@@ -122,7 +122,7 @@ class Worker:
         Args:
             beat: the driver's heartbeat of once a second, not only news: time that someone is silent.
         """
-        if self._closed:  # everyone leaves by itself, perhaps with a last checkpoint
+        if self._closed or self._broken:  # everyone leaves, perhaps with a last checkpoint
             return
         for trial_id in self._table.gone(roster):
             self._evict(trial_id, "the driver no longer runs this trial")
@@ -132,7 +132,7 @@ class Worker:
         self._give_up_waiting()
         self._look()
         watched = beat and self._accepted.is_set()  # loading may take as long
-        if watched and not self._broken and self._thread.beat(self._num_forwards()):
+        if watched and self._thread.beat(self._num_forwards()):
             self._break(SweepError("the pack has hung, see workers.log"))
 
     async def join(

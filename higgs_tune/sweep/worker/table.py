@@ -40,10 +40,9 @@ class Table:
 
         With several workers it is not known at which of them each will sit.
         """
-        for trial_id, config in self.roster.new.items():
-            if self._strict and trial_id in self.missing():
-                version = self.roster.version
-                self.line.seats[trial_id] = Seat(trial_id, config, None, version, is_early=True)
+        new, version = self.roster.new, self.roster.version
+        for trial_id in self.missing() & new.keys():
+            self.line.seats[trial_id] = Seat(trial_id, new[trial_id], None, version, is_early=True)
 
     def join(
         self,

@@ -151,6 +151,9 @@ def test_a_failed_round_reaches_every_trial_and_ends_the_process(make_config, mo
             with pytest.raises(RuntimeError, match="device lost"):
                 await task
         assert await worker.join("t0", trial(), None, 1, 1) == "away"  # it would fail once more
+        await worker.sync(Roster(1, ("t0", "t1"), 0, None, {"t0": trial(), "t1": trial()}))
+        with pytest.raises(SlotLostError, match="t0 has no slot"):
+            await worker.next_result("t0")
         assert await asyncio.wait_for(ended, 10) == 1
 
     run(scenario())
