@@ -115,8 +115,10 @@ def drive(
             await asyncio.sleep(rng.random() * delay_s)
 
         async def client(name: str, version: int):
-            await pause()
-            assert await worker.join(name, configs[name], None, version, 0) == "seated"
+            for attempt in range(rng.choice([1, 3])):  # all but the last die before they ask
+                await pause()
+                assert await worker.join(name, configs[name], None, version, attempt) == "seated"
+            assert await worker.join(name, configs[name], None, version, -1) == "outdated"
             while True:
                 await pause()
                 result = await worker.next_result(name)
