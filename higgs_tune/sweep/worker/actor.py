@@ -103,7 +103,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         self._notices.tell(lambda: loop.call_soon_threadsafe(self._news.set))
         self._accepted.set()
-        self._begin()
+        self._look()
         await self._news.wait()
         self._news.clear()
         return self._notices.take()
@@ -127,7 +127,6 @@ class Worker:
         for trial_id in self._table.gone(roster):
             self._evict(trial_id, "the driver no longer runs this trial")
         self._table.seat_new()
-        self._begin()
         self._silence.beat(self._table.quiet(), int(beat))
         self._give_up_waiting()
         self._look()
@@ -152,7 +151,6 @@ class Worker:
         self._answers.fail(
             trial_id, SlotLostError(f"{trial_id}: another process took over this trial")
         )
-        self._begin()
         self._heard(trial_id)
         return lease
 
@@ -194,12 +192,6 @@ class Worker:
         self._answers.give_all(CANCELLED)
         self._look()
 
-    def _begin(self) -> None:
-        """Let the pack run as soon as there is somebody to train."""
-        may_run = self._accepted.is_set() and not self._closed
-        if self._running is None and may_run and self._table.line.seats:
-            self._running = asyncio.get_running_loop().create_task(self._run())
-
     def _seat(self, trial_id: str) -> Seat:
         if trial_id not in self._table.line.seats:
             raise SlotLostError(f"{trial_id} has no slot in this worker")
@@ -214,13 +206,16 @@ class Worker:
         self._answers.fail(trial_id, SlotLostError(f"{trial_id}: {why}"))
 
     def _look(self) -> None:
-        """Hand out what can be handed out, and wake the pack if the table asks for it."""
+        """Hand out what can be handed out, and let the pack begin, or look up, if the table asks for it."""
         while not self._closed and (report := self._table.next_report()) is not None:
             self._silence.heard(report.trial_id)
             self._answers.give(report.trial_id, report.result)
             self._writer.begin(report)  # it will be asked for
         self._look_up = self._closed or self._table.needs_a_look()
         self._wake.set()
+        may_run = self._accepted.is_set() and not self._closed
+        if self._running is None and may_run and self._table.line.seats:
+            self._running = asyncio.get_running_loop().create_task(self._run())
 
     def _give_up_waiting(self) -> None:
         """Go on without whoever the driver lists but nobody has heard of for too long."""
