@@ -144,14 +144,16 @@ def _end_with_ray(
             number = control.request.number
             if number is None or not cluster.has_died() or is_over.wait(RAY_IS_DEAD_S):
                 continue
-            display.close()
-            print(
-                f"interrupted, and Ray with it. What was recorded is kept: `higgs-tune report {results}` "
-                f"builds the report, the same command with --resume --name {results.name} goes on",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(128 + number)
+            try:
+                display.close()
+                print(
+                    f"interrupted, and Ray with it. What was recorded is kept: `higgs-tune report {results}` "
+                    f"builds the report, the same command with --resume --name {results.name} goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            finally:  # whoever read that may have been ended, too
+                os._exit(128 + number)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -44,6 +44,17 @@ def test_a_signal_that_has_ended_ray_too_ends_the_sweep_with_what_to_do(watched,
     assert "--resume --name quick-2" in error
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_it_ends_even_if_who_read_what_it_says_has_ended_before(watched, monkeypatch):
+    def gone(*_, **__):
+        raise BrokenPipeError
+
+    control, ended, _ = watched
+    monkeypatch.setattr(driver, "print", gone, raising=False)
+    control.request.number = 15
+    assert ended.wait(10)
+
+
 def test_without_a_signal_the_end_of_ray_is_rays_to_tell(watched):
     _, ended, _ = watched
     assert not ended.wait(2.5)
