@@ -111,9 +111,7 @@ class Seat:
     config: TrialConfig
     files: Files | None  # the checkpoint it starts from
     roster_version: int  # the first roster that names it
-    is_early: bool = (
-        False  # from the roster, which says all that it needs: its process may come later
-    )
+    is_early: bool = False  # the roster says all that it needs: its process may come later
     asks: bool = False  # its trainable waits for the next result
     since: int | None = None  # the pack's step from which it may train, once that is known
     ended: bool = False  # it never trains again
