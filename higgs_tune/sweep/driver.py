@@ -87,8 +87,6 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
             log,
             join_cluster(runtime.ENVIRONMENT, meanwhile=_import_search) as cluster,
             runtime.inherited_environment() if cluster.is_own else nullcontext(),
-            # From here on: while Ray starts, with handlers of its own, nothing needs an orderly end.
-            stop_signals(control.request),
             _end_with_ray(cluster, control, display, results),
         ):
             if cluster.is_own:
@@ -96,7 +94,8 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
             if (unused := idle_gpus(config.tune)) is not None:
                 display.warn(unused)
             if config.tune.slots_per_worker == "auto":
-                config = resolve_slots(config, control, display.warn)
+                with stop_signals(control.request):
+                    config = resolve_slots(config, control, display.warn)
                 if control.stopping:
                     return _outcome(results, found, control)
                 record_slots(results, config)
@@ -109,7 +108,8 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
                 display.event("sweep_started", results=str(results), dashboard=dashboard)
                 from higgs_tune.sweep import search
 
-                if not control.stopping:
+                # From here on; while Ray starts, with handlers of its own, nothing needs an orderly end.
+                with stop_signals(control.request):
                     search.run(config, results, workers, control, display, found)
             finally:
                 workers.kill()
