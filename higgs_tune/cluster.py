@@ -136,7 +136,8 @@ def _connect(address: str) -> Any:
     package_root = str(Path(higgs_tune.__file__).parents[1])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    local = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    # a dashboard that cannot start is no reason to end: so not include_dashboard=True
+    local = {"dashboard_host": "127.0.0.1"}
     return ray.init(
         address=address,
         namespace=f"higgs-tune-{uuid.uuid4().hex[:8]}",

@@ -103,8 +103,8 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
             workers = Workers(config, loop_path=loop_path)
             try:
                 dashboard = cluster.complete()  # while the workers load
-                address = f"http://{dashboard}" if dashboard else "(of the cluster)"
-                display.note(f"dashboard {address}")
+                missing = "(it did not start)" if cluster.is_own else "(of the cluster)"
+                display.note(f"dashboard {f'http://{dashboard}' if dashboard else missing}")
                 display.event("sweep_started", results=str(results), dashboard=dashboard)
                 from higgs_tune.sweep import search
 

@@ -49,6 +49,7 @@ def test_a_ray_of_our_own_shows_its_dashboard_on_loopback_only(join):
     joined, given, _ = join()
     assert joined.is_own
     assert (given["address"], given["dashboard_host"]) == ("local", "127.0.0.1")
+    assert not given.get("include_dashboard")  # else one that cannot start would end a sweep
 
 
 def test_ray_starts_with_what_work_needs_and_with_the_rest_when_asked(monkeypatch):
