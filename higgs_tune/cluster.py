@@ -137,7 +137,7 @@ def _connect(address: str) -> Any:
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     # a dashboard that cannot start is no reason to end: so not include_dashboard=True
-    local = {"dashboard_host": "127.0.0.1"}
+    local: dict[str, Any] = {"dashboard_host": "127.0.0.1"}
     return ray.init(
         address=address,
         namespace=f"higgs-tune-{uuid.uuid4().hex[:8]}",

@@ -27,7 +27,7 @@ from higgs_tune.sweep.seats import DEFAULT_LOOP
 from higgs_tune.sweep.slots import resolve_slots, slots_of
 from higgs_tune.sweep.storage import storage_faults
 from higgs_tune.sweep.workers import Workers
-from higgs_tune.train.signals import stop_signals
+from higgs_tune.train.signals import exit_on_sigterm, stop_signals
 
 EXIT_NOTHING_FEASIBLE = 3
 RAY_IS_DEAD_S = 5.0  # what a sweep's end takes without it, if nothing asks it
@@ -102,7 +102,8 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
                 display.note(f"{slots_of(config)} trials train together in each worker")
             workers = Workers(config, loop_path=loop_path)
             try:
-                dashboard = cluster.complete()  # while the workers load
+                with exit_on_sigterm():
+                    dashboard = cluster.complete()  # while the workers load
                 missing = "(it did not start)" if cluster.is_own else "(of the cluster)"
                 display.note(f"dashboard {f'http://{dashboard}' if dashboard else missing}")
                 display.event("sweep_started", results=str(results), dashboard=dashboard)
