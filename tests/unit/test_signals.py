@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from higgs_tune.train.signals import StopRequest, stop_signals
+from higgs_tune.train.signals import StopRequest, exit_on_sigterm, stop_signals
 
 SCRIPT = """
 import time
@@ -62,3 +62,11 @@ def test_nohup_keeps_a_closed_terminal_from_ending_a_run():
             assert request.number is None
     finally:
         signal.signal(signal.SIGHUP, former)
+
+
+def test_sigterm_ends_the_process_as_an_exit_does():
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, exit_on_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is former
