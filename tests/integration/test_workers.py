@@ -106,7 +106,8 @@ def test_a_worker_that_is_killed_each_time_it_loads_ends_the_sweep(tmp_path):
 def whole(tmp_path_factory) -> tuple[Path, str]:
     """A small sweep whose worker warns: its results and what it printed."""
     printed = io.StringIO()
-    with redirect_stdout(printed):
+    with redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "PATIENCE_S", 600.0)  # a busy machine is not what it is to warn of
         tune = {**ONE_SLOT, "num_trials": 2}
         outcome = run(tmp_path_factory.mktemp("whole"), base={"path": "warns"}, tune=tune)
     return outcome.results, printed.getvalue()
@@ -140,8 +141,7 @@ def test_warnings_of_a_worker_reach_the_display_and_workers_log(whole):
     assert line.startswith("worker-0 ")
     assert line.endswith("WARNING higgs_tune.tests: memory ran out in a training step")
     events = [json.loads(text) for text in printed.splitlines()]
-    warnings = [e["message"] for e in events if e["event"] == "warning"]
-    assert [text for text in warnings if not text.startswith("waiting for")] == [line]
+    assert [e["message"] for e in events if e["event"] == "warning"] == [line]
     accepted = [e for e in events if e["event"] == "base_loaded"]
     assert [e["worker"] for e in accepted] == ["worker-0"]
 
