@@ -2,6 +2,8 @@
 
 import logging
 import os
+import random
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import _raylet
+from ray._private import services
 from ray._private.node import Node
 
 import higgs_tune
@@ -19,12 +23,23 @@ from higgs_tune.errors import ConfigError
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # half-on tokens break `ray start`; the dashboard is on loopback
     "RAY_worker_niceness": "0",  # by default a pack yields to each process that starts: seconds
+    "RAY_prestart_worker_first_driver": "0",  # ray.init would wait for two processes, one for nobody
 }
 
 # Methods of Ray's Node: of what can wait, the last is the dashboard; what all else waits for.
 PUT_OFF = ("start_monitor", "start_log_monitor", "start_api_server")
 NODE = "start_ray_processes"
 VITAL = ("raylet", "gcs_server")  # of its processes
+
+# Of Ray's agents: names of its parameters, and of files with the ports they chose, for which it would wait.
+AGENT_PORTS = (
+    "dashboard_agent_listen_port",
+    "metrics_agent_port",
+    "metrics_export_port",
+    "runtime_env_agent_port",
+)
+PORTS = range(20_000, 32_768)  # above Ray's workers', below those that Linux gives to anybody
+NICENESS = 10  # of what was put off
 
 
 @dataclass(frozen=True)
@@ -37,14 +52,11 @@ class Cluster:
 
 
 @contextmanager
-def join_cluster(
-    environment: Mapping[str, str] = ENVIRONMENT, meanwhile: Callable[[], object] = lambda: None
-) -> Iterator[Cluster]:
+def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Cluster]:
     """Join the cluster of RAY_ADDRESS or of this host's head, or else start a local one.
 
     Args:
         environment: variables that Ray's processes get, unless the user has set them.
-        meanwhile: is called while a cluster starts here.
     """
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -53,7 +65,7 @@ def join_cluster(
         return
     address = _address()
     try:
-        with _in_parts(meanwhile) as (start_rest, has_died):
+        with _in_parts() as (start_rest, has_died):
             context = _connect(address)
     except ConnectionError:
         raise ConfigError(
@@ -70,15 +82,11 @@ def join_cluster(
 
 
 @contextmanager
-def _in_parts(
-    meanwhile: Callable[[], object],
-) -> Iterator[tuple[Callable[[], str | None], Callable[[], bool]]]:
+def _in_parts() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool]]]:
     """Let Ray start what work needs first, and its dashboard and monitors later.
 
-    It would wait for the dashboard before all else, and all of them keep both of two processors busy.
-
-    Args:
-        meanwhile: is called while the processes start that Ray must wait for.
+    It would wait for the dashboard and its agents before all else, and all of them keep both of two
+    processors busy.
 
     Yields:
         What starts the rest, and returns the dashboard's address; and whether Ray's node has died.
@@ -86,18 +94,22 @@ def _in_parts(
     rest: list[Callable[[], None]] = []
     nodes: list[Node] = []
     former = {name: getattr(Node, name) for name in (*PUT_OFF, NODE)}
+    core: Any = _raylet  # has no types
 
     def later(node: Node, start: Callable[..., None], **settings: Any) -> None:
         rest.append(lambda: start(node, **settings))
 
     def go_on(node: Node) -> None:
+        for name, port in zip(AGENT_PORTS, free_ports(), strict=False):
+            setattr(node._ray_params, name, port)
+            core.persist_port(node.get_session_dir_path(), node.node_id, name, port)
         former[NODE](node)
         nodes.append(node)
-        meanwhile()
 
     def start_rest() -> str | None:
-        while rest:
-            rest.pop(0)()
+        with _low_priority():
+            while rest:
+                rest.pop(0)()
         return nodes[0].webui_url
 
     def has_died() -> bool:
@@ -111,6 +123,35 @@ def _in_parts(
     finally:
         for name, method in former.items():
             setattr(Node, name, method)
+
+
+@contextmanager
+def _low_priority() -> Iterator[None]:
+    """Processes that Ray starts meanwhile, and those that they start, give way to work."""
+    former = services.start_ray_process
+    niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0))  # only root may lower it
+
+    def start(*args: Any, **settings: Any) -> services.ProcessInfo:
+        started = former(*args, **settings)
+        os.setpriority(os.PRIO_PROCESS, started.process.pid, niceness)
+        return started
+
+    services.start_ray_process = start
+    try:
+        yield
+    finally:
+        services.start_ray_process = former
+
+
+def free_ports() -> Iterator[int]:
+    """Ports of this host at which nobody listens, each once, in no order."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        yield port
 
 
 def starts_own() -> bool:

@@ -1,6 +1,5 @@
 """Runs a whole sweep, the search and then the confirm stage, and fills its results folder."""
 
-import importlib
 import os
 import shutil
 import sys
@@ -85,7 +84,7 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
         with (
             aside,
             log,
-            join_cluster(runtime.ENVIRONMENT, meanwhile=_import_search) as cluster,
+            join_cluster(runtime.ENVIRONMENT) as cluster,
             runtime.inherited_environment() if cluster.is_own else nullcontext(),
             _end_with_ray(cluster, control, display, results),
         ):
@@ -101,14 +100,14 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
                 record_slots(results, config)
                 display.note(f"{slots_of(config)} trials train together in each worker")
             workers = Workers(config, loop_path=loop_path)
-            try:
+            try:  # while the workers load
                 with exit_on_sigterm():
-                    dashboard = cluster.complete()  # while the workers load
+                    from higgs_tune.sweep import search  # imports Tune and pandas: a second or two
+
+                    dashboard = cluster.complete()
                 missing = "(it did not start)" if cluster.is_own else "(of the cluster)"
                 display.note(f"dashboard {f'http://{dashboard}' if dashboard else missing}")
                 display.event("sweep_started", results=str(results), dashboard=dashboard)
-                from higgs_tune.sweep import search
-
                 # From here on; while Ray starts, with handlers of its own, nothing needs an orderly end.
                 with stop_signals(control.request):
                     search.run(config, results, workers, control, display, found)
@@ -123,11 +122,6 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
     outcome = _outcome(results, found, control)
     shutil.rmtree(results / "ray", ignore_errors=True)
     return outcome
-
-
-def _import_search() -> None:
-    """With it Tune and pandas: a second or two that need not pass before Ray's processes start."""
-    importlib.import_module("higgs_tune.sweep.search")
 
 
 @contextmanager

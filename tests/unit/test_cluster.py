@@ -1,12 +1,17 @@
 """How Ray is joined or started; nothing starts here."""
 
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray import _raylet
 from ray._private import ray_constants
 from ray._private.node import Node
+from ray._private.parameter import RayParams
 
 from higgs_tune import cluster
 
@@ -52,18 +57,24 @@ def test_a_ray_of_our_own_shows_its_dashboard_on_loopback_only(join):
     assert not given.get("include_dashboard")  # else one that cannot start would end a sweep
 
 
-def test_ray_starts_with_what_work_needs_and_with_the_rest_when_asked(monkeypatch):
+def test_ray_starts_with_what_work_needs_and_with_the_rest_when_asked(monkeypatch, tmp_path):
     started: list[str] = []
     dead: list[tuple[str, None]] = []
+    ports: dict[str, int] = {}
 
     class Fake:  # calls in the order of Ray's own
         webui_url = None
+        node_id = 28 * "0a"
 
         def __init__(self):
+            self._ray_params = SimpleNamespace(**dict.fromkeys(cluster.AGENT_PORTS, 0))
             self.start_monitor()
             self.start_api_server(include_dashboard=True, raise_on_failure=True)
             self.start_ray_processes()
             started.append("ready")
+
+        def get_session_dir_path(self):
+            return str(tmp_path)
 
         def start_monitor(self):
             started.append("monitor")
@@ -78,6 +89,7 @@ def test_ray_starts_with_what_work_needs_and_with_the_rest_when_asked(monkeypatc
 
         def start_ray_processes(self):
             self.start_log_monitor()
+            ports.update(vars(self._ray_params))
             started.append("raylet")
 
         def dead_processes(self):
@@ -85,13 +97,18 @@ def test_ray_starts_with_what_work_needs_and_with_the_rest_when_asked(monkeypatc
 
     methods = dict(vars(Fake))
     monkeypatch.setattr(cluster, "Node", Fake)
-    with cluster._in_parts(lambda: started.append("meanwhile")) as (start_rest, has_died):
+    with cluster._in_parts() as (start_rest, has_died):
         Fake()
-    assert started == ["raylet", "meanwhile", "ready"]
+    assert started == ["raylet", "ready"]
+    assert ports.keys() == set(cluster.AGENT_PORTS)
+    assert len(set(ports.values())) == len(ports)
+    for name, port in ports.items():
+        assert port in cluster.PORTS
+        assert (tmp_path / f"{name}_{Fake.node_id}").read_text() == str(port)
     assert dict(vars(Fake)) == methods
     for _ in range(2):  # the second time nothing is left to start
         assert start_rest() == "127.0.0.1:8265"
-        assert started[3:] == ["monitor", "dashboard", "log monitor"]
+        assert started[2:] == ["monitor", "dashboard", "log monitor"]
     assert not has_died()
     dead.append(("dashboard", None))
     assert not has_died()
@@ -99,10 +116,43 @@ def test_ray_starts_with_what_work_needs_and_with_the_rest_when_asked(monkeypatc
     assert has_died()
 
 
+@pytest.mark.parametrize("niceness", [cluster.NICENESS, -5])
+def test_what_is_put_off_gives_way_to_work_and_never_goes_first(monkeypatch, niceness):
+    def process():
+        started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        return SimpleNamespace(process=started)
+
+    monkeypatch.setattr(cluster, "NICENESS", niceness)
+    monkeypatch.setattr(cluster.services, "start_ray_process", process)
+    usual = cluster.services.start_ray_process()
+    with cluster._low_priority():
+        later = cluster.services.start_ray_process()
+    assert cluster.services.start_ray_process is process
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    for started, expected in ((usual, own), (later, max(own, niceness))):
+        assert os.getpriority(os.PRIO_PROCESS, started.process.pid) == expected
+        started.process.kill()
+        started.process.wait()
+
+
+def test_a_port_that_somebody_listens_at_is_not_taken(monkeypatch):
+    with socket.socket() as taken, socket.socket() as probe:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        probe.bind(("", 0))
+        free = probe.getsockname()[1]
+        monkeypatch.setattr(cluster, "PORTS", [taken.getsockname()[1], free])
+        probe.close()
+        assert list(cluster.free_ports()) == [free]
+
+
 def test_rays_own_node_has_what_is_asked_of_it():
     assert all(callable(getattr(Node, name)) for name in (*cluster.PUT_OFF, cluster.NODE))
     known = {ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER}
     assert set(cluster.VITAL) == known
+    files = {value for name, value in vars(_raylet).items() if name.endswith("_PORT_NAME")}
+    assert set(cluster.AGENT_PORTS) == files - {"gcs_server_port"}
+    assert set(cluster.AGENT_PORTS) <= vars(RayParams()).keys()
 
 
 def test_a_cluster_is_joined_as_it_is(join):
