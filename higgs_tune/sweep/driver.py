@@ -85,7 +85,7 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
             aside,
             log,
             join_cluster(runtime.ENVIRONMENT) as cluster,
-            runtime.inherited_environment() if cluster.is_own else nullcontext(),
+            exit_on_sigterm(),
             _end_with_ray(cluster, control, display, results),
         ):
             if cluster.is_own:
@@ -101,15 +101,15 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
                 display.note(f"{slots_of(config)} trials train together in each worker")
             workers = Workers(config, loop_path=loop_path)
             try:  # while the workers load
-                with exit_on_sigterm():
-                    from higgs_tune.sweep import search  # imports Tune and pandas: a second or two
+                from higgs_tune.sweep import search  # imports Tune and pandas: a second or two
 
-                    dashboard = cluster.complete()
+                dashboard = cluster.complete()
                 missing = "(it did not start)" if cluster.is_own else "(of the cluster)"
                 display.note(f"dashboard {f'http://{dashboard}' if dashboard else missing}")
                 display.event("sweep_started", results=str(results), dashboard=dashboard)
-                # From here on; while Ray starts, with handlers of its own, nothing needs an orderly end.
-                with stop_signals(control.request):
+                # From here on; before, nothing needs an orderly end.
+                inherited = runtime.inherited_environment() if cluster.is_own else nullcontext()
+                with inherited, stop_signals(control.request):
                     search.run(config, results, workers, control, display, found)
             finally:
                 workers.kill()

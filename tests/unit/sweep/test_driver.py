@@ -76,3 +76,22 @@ def test_ray_is_watched_until_the_workers_are_gone(monkeypatch, make_config, tmp
     outcome = driver._run(make_config(), tmp_path, resume=False, loop_path="none")
     assert outcome.exit_code == 143
     assert ended.is_set()
+
+
+def test_sigterm_from_rays_start_on_ends_the_sweep_without_its_cores_handler(
+    monkeypatch, make_config, tmp_path
+):
+    @contextmanager
+    def join(*args, **kwargs):
+        signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the handler that Ray sets"))
+        yield Cluster(is_own=False, complete=str)
+
+    former = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(driver, "join_cluster", join)
+    monkeypatch.setattr(driver, "idle_gpus", lambda tune: None)
+    monkeypatch.setattr(driver, "Workers", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit, match=str(int(signal.SIGTERM))):
+            driver._run(make_config(), tmp_path, resume=False, loop_path="none")
+    finally:
+        signal.signal(signal.SIGTERM, former)
