@@ -144,7 +144,11 @@ def _low_priority() -> Iterator[None]:
 
 
 def free_ports() -> Iterator[int]:
-    """Ports of this host at which nobody listens, each once, in no order."""
+    """Ports of this host at which nobody listens, each once, in no order.
+
+    Whoever gets one binds it a second later. Ray's `find_free_port` gives one of those that Linux may give
+    to a connection until then.
+    """
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         with socket.socket() as probe:
             try:
