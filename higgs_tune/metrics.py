@@ -36,6 +36,7 @@ def val_codebook_nll(codebook: int) -> str:
 
 
 STATUSES = ("completed", "pruned", "diverged", "out_of_memory", "failed", "cancelled")
+BROKEN = ("diverged", "out_of_memory", "failed")  # ends that a trial's own configuration leads to
 HEALTHY = ("running", "completed")  # the results that are compared and whose checkpoints are kept
 # Another kind of GPU rounds otherwise in bfloat16; another base or other clips differ by far more.
 _BASE_TOLERANCE = 0.01  # relative, and in nats

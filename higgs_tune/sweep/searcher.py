@@ -2,8 +2,10 @@
 
 Ray's own OptunaSearch tells a trial that the scheduler stopped as if it were complete, knows no
 constraints and leaves a diverged trial RUNNING for ever. This one tells COMPLETE (full budget),
-PRUNED (stopped early, with its intermediate values) or FAIL (with status and reason), and carries
-the audio constraint. It also keeps the roster, by which the workers know whom to wait for.
+PRUNED (stopped early, with its intermediate values) or FAIL (cancelled), with status and reason, and
+carries the audio constraint. A trial whose configuration broke is PRUNED, too, and violates a constraint
+of its own: what FAILs the sampler does not see, so it would come back to where nothing trains, as if
+nobody had been there. It also keeps the roster, by which the workers know whom to wait for.
 """
 
 import json
@@ -17,7 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from higgs_tune.config import RateChange, SweepConfig, TrialConfig
-from higgs_tune.metrics import STEP, VAL_AUDIO_NLL, VAL_TEXT_NLL
+from higgs_tune.metrics import BROKEN, STEP, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.sweep import space
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.source import LiveTrial, TrialSource
@@ -191,12 +193,14 @@ class StudySearcher(TrialSource):
     def _tell(self, live: LiveTrial, status: str, reason: str | None) -> None:
         trial = live.trial
         assert trial is not None
-        states = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
-        state = states.get(status, TrialState.FAIL)
+        states = {"completed": TrialState.COMPLETE, "cancelled": TrialState.FAIL}
+        state = states.get(status, TrialState.PRUNED)
         value = live.last[VAL_TEXT_NLL] if status == "completed" else None
         retried(trial.set_user_attr, studies.STATUS, status)
         retried(trial.set_user_attr, studies.REASON, reason)
-        if state != TrialState.FAIL:
+        if status in BROKEN:
+            retried(trial.set_constraint, studies.BROKE, 1.0)
+        elif state != TrialState.FAIL:
             excess = live.last[VAL_AUDIO_NLL] - self._audio_limit()
             retried(trial.set_constraint, VAL_AUDIO_NLL, excess)
         # skip: one that failed may have been heard

@@ -29,6 +29,8 @@ STATUS = "status"
 REASON = "reason"
 DUPLICATE_OF = "duplicate_of"
 
+BROKE = "broke"  # a constraint, violated by a trial that ended as one of metrics.BROKEN
+
 
 @dataclass(frozen=True)
 class TrialRecord:

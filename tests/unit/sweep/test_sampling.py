@@ -6,7 +6,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from tests.sweep_fakes import AUDIO_LIMIT, make_searcher, report
+from higgs_tune.metrics import BROKEN
+from higgs_tune.sweep import study as studies
+from tests.sweep_fakes import AUDIO_LIMIT, finish, make_searcher, report
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_study(study, make_config):
@@ -14,7 +16,6 @@ def test_a_loss_that_is_not_finite_never_reaches_the_study(study, make_config):
     searcher.suggest("a")
     searcher.on_trial_result("a", report(5.0, 25))
     searcher.on_trial_complete("a", report(math.nan, 50, "diverged", reason="NaN at step 50"))
-    assert study.trials[0].state == TrialState.FAIL
     assert study.trials[0].intermediate_values == {25: 5.0}
 
 
@@ -25,6 +26,47 @@ def test_the_sampler_learns_of_a_pruned_trials_audio_too(study, make_config):
     (trial,) = study.trials
     assert trial.state == TrialState.PRUNED
     assert trial.constraints["val/audio/nll_per_code"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("status", BROKEN)
+def test_a_trial_that_broke_is_infeasible_by_a_constraint_of_its_own(study, make_config, status):
+    searcher, _, _ = make_searcher(study, make_config())
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", {"step": 50, "status": status, "reason": "it says why"})
+    (trial,) = study.trials
+    assert (trial.state, trial.value) == (TrialState.PRUNED, None)
+    assert trial.constraints == {"broke": 1.0}
+    assert trial.user_attrs["reason"] == "it says why"
+    assert not studies.feasible(trial) and studies.best_records(study, 5) == []
+
+
+def test_a_cancelled_trial_says_nothing_of_its_configuration(study, make_config):
+    searcher, _, _ = make_searcher(study, make_config())
+    searcher.suggest("a")
+    searcher.on_trial_result("a", report(5.0, 25))
+    searcher.cancel_live("the sweep was interrupted")
+    (trial,) = study.trials
+    assert (trial.state, trial.constraints) == (TrialState.FAIL, {})
+
+
+def test_the_sampler_keeps_away_from_where_trials_diverge(study, make_config):
+    """The best is just below the rate at which everything diverges; half of the range lies above."""
+    config = make_config(tune={"num_trials": 42})
+    searcher, _, _ = make_searcher(study, config)
+    rates = config.space.learning_rate
+    limit = math.sqrt(rates.low * rates.high)
+    diverged = []
+    for index in range(config.tune.num_trials):
+        rate = searcher.suggest(str(index))["trial"]["learning_rate"]
+        diverged.append(rate > limit)
+        if diverged[-1]:
+            searcher.on_trial_complete(str(index), {"step": 25, "status": "diverged"})
+        else:
+            finish(searcher, str(index), 2.0 + math.log10(limit / rate))
+    assert sum(diverged[2:12]) >= 3, "it was tried"
+    assert sum(diverged[12:]) < 15, (
+        "at random half of thirty would; 25 and more if it knew nothing of them"
+    )
 
 
 @pytest.mark.parametrize("num_trials, num_random", [(3, 4), (16, 5), (30, 10), (90, 10)])

@@ -60,7 +60,7 @@ def test_a_full_budget_trial_is_complete_and_a_stopped_one_pruned_with_its_value
     assert pruned.user_attrs["status"] == "pruned"
 
 
-def test_a_diverged_trial_fails_with_its_reason_and_without_a_number(study, make_config):
+def test_a_diverged_trial_ends_with_its_reason_and_without_a_number(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")
     searcher.on_trial_result("a", report(5.0, 25))
@@ -68,7 +68,7 @@ def test_a_diverged_trial_fails_with_its_reason_and_without_a_number(study, make
     del last["val/text/nll"]
     searcher.on_trial_complete("a", last)
     trial = study.trials[0]
-    assert trial.state == TrialState.FAIL
+    assert trial.state == TrialState.PRUNED
     assert trial.user_attrs["status"] == "diverged"
     assert trial.user_attrs["reason"] == "NaN at step 50"
     assert trial.intermediate_values == {25: 5.0}
