@@ -109,7 +109,7 @@ def render(board: Board, num_rows: int) -> Group:
     below = [Text(_state(board), style="bold", no_wrap=True)]
     if num_hidden := len(board.rows) - len(rows):
         below.insert(0, Text(f"and {num_hidden} more trials", style="dim"))
-    return Group(table, *below)
+    return Group(table, *below) if table.row_count else Group(*below)
 
 
 def _most_wanted(board: Board, num_rows: int) -> list[Row]:

@@ -95,6 +95,11 @@ def test_a_sweep_that_ends_early_says_so(record):
     assert drawn(display.board).splitlines()[-1].startswith("ending · 0/1 ended")
 
 
+def test_before_there_is_anything_to_show_no_table_stands_above_the_state():
+    (line,) = drawn(Board()).splitlines()
+    assert line.startswith("starting")
+
+
 def test_outside_a_terminal_each_event_is_one_json_line():
     stream = io.StringIO()
     display = Display(stream)
