@@ -35,11 +35,11 @@ def largest_step(config: SweepConfig, shape: "HiggsAudioV2Config") -> StepShape:
     data, clips = config.data, max(config.space.batch_clips)
     longest = longest_conversation(data, shape.num_codebooks, shape.max_position_embeddings)
     clip = most_rows([data.max_frames], [data.max_text_tokens], 2, shape.num_codebooks)
-    steps = (
-        StepShape.of(clips, rows, config.train.token_budget)
-        for rows in (min(clip, longest), longest)
-    )
-    return max(steps, key=lambda step: step.num_rows)
+    # one conversation may exceed the budget; several fill it best when it divides among them
+    budget = config.train.token_budget
+    lengths = {min(longest, max(1, budget // number)) for number in range(1, clips + 1)}
+    steps = (StepShape.of(clips, rows, budget) for rows in {*lengths, min(clip, longest), longest})
+    return max(steps, key=lambda step: (step.num_rows, step.num_clips))
 
 
 def predict_modes(

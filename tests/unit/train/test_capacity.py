@@ -1,11 +1,13 @@
 """How many trials of a sweep a machine holds."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import HiggsAudioV2Config
 
 from higgs_tune.config_file import load_sweep
+from higgs_tune.data.collate import split_micro_batches
 from higgs_tune.train import capacity
 from higgs_tune.train.capacity import (
     largest_step,
@@ -71,6 +73,18 @@ def test_a_cpu_holds_two_for_each_core_or_what_memory_allows(config, shape, by_s
 def test_the_largest_step_follows_the_limits_of_the_sweep(config, shape):
     roomy = load_sweep(QUICK, ["train.token_budget=100000", "space.batch_clips=[2, 5]"])
     assert largest_step(roomy, shape).num_clips == 5
+
+
+@pytest.mark.parametrize("max_rows", [37, 100, 128, 200, 256])
+def test_no_batch_of_a_sweep_has_more_rows_than_the_largest_step(config, shape, max_rows):
+    """By the cut that training makes of every choice of equal lengths; they fill a forward best."""
+    searched = load_sweep(QUICK, [*SMALL, f"data.max_rows={max_rows}", "space.batch_clips=[5]"])
+    most = 0
+    for rows in range(1, max_rows + 1):
+        examples = [SimpleNamespace(num_rows=rows)] * 5
+        for part in split_micro_batches(examples, searched.train.token_budget):
+            most = max(most, rows * len(part))
+    assert largest_step(searched, shape).num_rows == most
 
 
 def test_one_long_conversation_is_the_largest_step_of_a_small_budget(config, shape):
