@@ -65,10 +65,7 @@ class Recorder:
         The line comes before the checkpoint, and its followers after: a run that is killed goes on
         from the checkpoint, without the lines behind it, and does again what came after.
         """
-        line = dict(result)
-        reason = early_stop_reason([*self.lines, line], self._run)
-        if reason is not None and line["status"] == "running":
-            line |= {"status": "completed", "reason": reason}
+        line = last_line([*self.lines, result], self._run)
         is_healthy = line["status"] in metrics.HEALTHY
         self._write(line, report=False)
         if is_healthy:
@@ -167,6 +164,17 @@ def early_stop_reason(lines: Sequence[Line], run: RunSettings) -> str | None:
         f"early stop: {metrics.VAL_TEXT_NLL} was {best:.4f} at step {best_step} and not better in "
         f"{waited} validations since"
     )
+
+
+def last_line(lines: Sequence[Line], run: RunSettings) -> Line:
+    """The newest line, as completed if the run ends early with it.
+
+    By settings that may be others than those it was written with.
+    """
+    line, reason = dict(lines[-1]), early_stop_reason(lines, run)
+    if reason is not None and line["status"] == "running":
+        line |= {"status": "completed", "reason": reason}
+    return line
 
 
 def is_finished(out: Path, lines: Sequence[Line], trial: TrialConfig, run: RunSettings) -> bool:

@@ -18,7 +18,7 @@ from higgs_tune.train import run_folder as folder
 from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.parallel import ALONE, World
-from higgs_tune.train.recorder import Recorder, Watcher, early_stop_reason, is_finished
+from higgs_tune.train.recorder import Recorder, Watcher, early_stop_reason, is_finished, last_line
 from higgs_tune.train.run_folder import Line
 from higgs_tune.train.signals import StopRequest, stop_signals
 
@@ -78,9 +78,10 @@ def train_single(
         lines = world.on_main(open_folder)
         if world.on_main(lambda: is_finished(out, lines, trial, run)):
             world.on_main(lambda: folder.keep_again(out, lines, run))
+            last = last_line(lines, run)
             if world.is_main:
-                watcher.report(lines[-1])
-            return lines[-1]
+                watcher.report(last)
+            return last
         here = base.model_copy(update={"device": device or base.device})
         limits = PackLimits.of([trial], num_slots=1)
         loop = PackLoop(load_base(here), dataset, data, limits, world)
@@ -132,9 +133,9 @@ def _train(
         return False
 
     recorder.start()
-    last = recorder.lines[-1]
-    if last[metrics.STEP] >= trial.num_steps or early_stop_reason(recorder.lines, run):
-        return last
+    step = recorder.lines[-1][metrics.STEP]
+    if step >= trial.num_steps or early_stop_reason(recorder.lines, run):
+        return last_line(recorder.lines, run)
     while not world.any(request.number is not None):
         results = loop.advance(after_step)
         if results:

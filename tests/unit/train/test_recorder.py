@@ -64,6 +64,24 @@ def test_a_run_without_progress_ends_early_and_goes_on_with_more_patience(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("num_samples", [0, 1])
+def test_a_run_that_is_resumed_with_less_patience_than_it_has_used_has_ended_early(
+    run_single, num_samples
+):
+    run, lines, _ = run_single
+
+    def interrupt(step):
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run(on_step=interrupt)["status"] == "cancelled"
+    lines.clear()
+    strict = {"early_stop_patience": 1, "early_stop_min_delta": 100.0}
+    result = run(resume=True, num_samples=num_samples, **strict)
+    assert (result["status"], result["step"]) == ("completed", 10)
+    assert result["reason"].startswith("early stop: val/text/nll was")
+
+
 def test_the_best_has_the_lowest_text_loss_of_those_that_kept_audio():
     assert best_step(history(8, 3, 2, 3), 0.05) == 20
     assert best_step(history(8, 3, 2, 3, audio=[5.0, 5.1, 5.3, 5.2]), 0.05) == 10
