@@ -227,10 +227,16 @@ def read_config(folder: Path) -> tuple[HiggsAudioV2Config, PreTrainedTokenizerBa
         # every format has the native model's tokenizer, whatever its config.json calls the model
         tokenizer = AutoTokenizer.from_pretrained(folder, config=HiggsAudioV2Config())
         if model_type == boson.MODEL_TYPE:
-            return boson.native_config(raw, control_ids(tokenizer), where), tokenizer
-        return _MODEL_TYPES[model_type].from_dict(raw), tokenizer
+            config = boson.native_config(raw, control_ids(tokenizer), where)
+        else:
+            config = _MODEL_TYPES[model_type].from_dict(raw)
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"base.path: {folder} cannot be loaded: {error}") from error
+    if config.hidden_act != "silu":  # `packed_ops.swiglu`
+        raise ModelError(
+            f"{where}: hidden_act is {config.hidden_act!r}, needed 'silu': training computes no other."
+        )
+    return config, tokenizer
 
 
 def _check_weights(

@@ -229,6 +229,13 @@ def test_another_model_is_a_model_error(folder, changes, message):
         load_base(settings(folder))
 
 
+def test_an_activation_that_training_does_not_compute_is_a_model_error(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"silu"', '"gelu"'))
+    with pytest.raises(ModelError, match="hidden_act is 'gelu', needed 'silu'"):
+        load_base(settings(folder))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
