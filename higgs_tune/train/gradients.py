@@ -48,7 +48,7 @@ class Gradients:
         """
         work = Work[Tensor](
             name="training step",
-            advice="tune.slots_per_worker or train.token_budget",
+            advice="token_budget, or a sweep's tune.slots_per_worker",
             attempt=partial(self._attempt, clips, counts),
             parts=lambda slot: self._parts(slot, clips[slot]),
             discard=self._engine.discard,

@@ -6,13 +6,12 @@ Shape letters: K adapters, C codebooks.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from higgs_tune import metrics
-from higgs_tune.data.collate import PackBatch, count_targets, split_micro_batches
+from higgs_tune.data.collate import count_targets, split_micro_batches
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.parallel import ALONE, World
@@ -20,7 +19,6 @@ from higgs_tune.train.room import Ended, Room, Work, agree
 
 _TOKEN_BUDGET = 1024  # rows of one adapter in one forward; more leaves a CPU's caches
 _BARE = -1  # in place of a slot: what the base finds room for says nothing of an adapter's
-_CACHED_LAYOUTS = 8  # combinations of residents whose batches are kept
 
 
 class Validator:
@@ -42,7 +40,6 @@ class Validator:
             name: count_targets(examples, engine.num_codebooks) for name, examples in sets.items()
         }
         self._sets = {name: world.share(examples) for name, examples in sets.items()}
-        self._layouts: dict[Any, list[tuple[str, PackBatch]]] = {}
 
     def bare(self) -> dict[str, float]:
         """Metrics of the untouched base.
@@ -67,10 +64,10 @@ class Validator:
     ) -> dict[int, dict[str, float] | Ended]:
         work = Work[dict[str, Tensor]](
             name="validation",
-            advice="tune.slots_per_worker or data.max_frames",
+            advice="data.max_frames, or a sweep's tune.slots_per_worker",
             attempt=partial(self._attempt, bare=bare),
             parts=lambda slot: [part for _, part in self._parts(slot)],
-            discard=lambda slots: self._layouts.clear(),
+            discard=lambda slots: None,
         )
         figures: dict[int, dict[str, float] | Ended] = {}
         for slot, found in agree(self.room.run([slots], work), self._world).items():
@@ -83,13 +80,17 @@ class Validator:
 
     def _attempt(self, slots: tuple[int, ...], *, bare: bool) -> dict[int, dict[str, Tensor]]:
         """Slot → set → this process's nats: text, then each codebook."""
-        layout = self._batches(slots, bare=bare)
-        tasks = [partial(self._engine.evaluate, batch, bare=bare) for _, batch in layout]
+        # adapters in one forward are cut up alike, by the one with the least room
+        parts = self._parts(min(slots, key=self._budget))
+
+        def nll(part: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+            batch = self._engine.batch(dict.fromkeys(slots, part), bare=bare)
+            return self._engine.evaluate(batch, bare=bare)
+
+        sums = self._engine.lanes.run([partial(nll, part) for _, part in parts])
         width, device = 1 + self._engine.num_codebooks, self._engine.device
         totals = {name: torch.zeros(len(slots), width, device=device) for name in self._sets}
-        for (name, _), (text_K, audio_KC) in zip(
-            layout, self._engine.lanes.run(tasks), strict=True
-        ):
+        for (name, _), (text_K, audio_KC) in zip(parts, sums, strict=True):
             totals[name] = totals[name] + torch.cat([text_K[:, None], audio_KC], dim=1)
         return {
             slot: {name: total[k] for name, total in totals.items()} for k, slot in enumerate(slots)
@@ -109,21 +110,6 @@ class Validator:
             metrics.VAL_AUDIO_NLL: sum(codebooks) / len(codebooks),
             **{metrics.val_codebook_nll(c): nll for c, nll in enumerate(codebooks)},
         }
-
-    def _batches(self, slots: tuple[int, ...], *, bare: bool) -> list[tuple[str, PackBatch]]:
-        """Every set once for each slot, laid out once per combination of residents."""
-        modes = {} if bare else self._engine.modes()
-        # adapters in one forward are cut up alike, by the one with the least room
-        narrow = min(slots, key=self._budget)
-        key = (bare, self._budget(narrow), tuple((slot, modes.get(slot, "off")) for slot in slots))
-        if key not in self._layouts:
-            if len(self._layouts) >= _CACHED_LAYOUTS + self._engine.limits.num_slots:
-                self._layouts.clear()
-            self._layouts[key] = [
-                (name, self._engine.batch(dict.fromkeys(slots, part), bare=bare))
-                for name, part in self._parts(narrow)
-            ]
-        return self._layouts[key]
 
     def _budget(self, slot: int) -> int:
         return self.room.budget(slot, _TOKEN_BUDGET)

@@ -79,7 +79,7 @@ def test_a_trial_that_does_not_fit_ends_alone(dataset, clean, monkeypatch, lanes
             assert torch.equal(weight, clean[1][name].weights[key])
     sizes = [num for slots, num in asked if slots == (1,)]
     assert sizes[0] == 4 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
-    assert "lower tune.slots_per_worker or train.token_budget" in caplog.text
+    assert "lower token_budget, or a sweep's tune.slots_per_worker" in caplog.text
 
 
 def test_shorter_micro_batches_give_the_same_step_and_are_remembered(dataset, clean, monkeypatch):
