@@ -88,6 +88,12 @@ class TrainSettings(Settings):
     # rows in one forward of one adapter; longer steps accumulate
     token_budget: int = Field(default=4096, ge=64)
 
+    @property
+    def past_warmup(self) -> int:
+        """The first step beyond warm-up at which trials report."""
+        interval = self.report_every_steps
+        return (int(self.warmup_fraction * self.num_steps) // interval + 1) * interval
+
 
 class TuneSettings(Settings):
     """How the search is run."""
@@ -194,7 +200,10 @@ class SweepConfig(Settings):
                 f"base.device is {self.base.device} and tune.gpus_per_worker 0: all workers would share "
                 "one GPU. Set tune.gpus_per_worker to 1, or base.device to cpu"
             )
-        self.tune.scheduler.refuse_impossible(self.tune.num_trials, self.train.report_every_steps)
+        train = self.train
+        self.tune.scheduler.refuse_impossible(
+            self.tune.num_trials, train.num_steps, train.report_every_steps, train.past_warmup
+        )
         return self
 
 

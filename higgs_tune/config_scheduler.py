@@ -1,5 +1,7 @@
-"""The settings of the scheduler, and which of them act on which."""
+"""The settings of the scheduler, which of them act on which, and HyperBand's rungs."""
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -13,6 +15,42 @@ ACTS_ON = {  # setting → schedulers
     "perturb_every_steps": ("pbt",),
     "quantile_fraction": ("pbt",),
 }
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """When the trials of a bracket are compared, and how many go on."""
+
+    size: int  # trials at first
+    steps: tuple[int, ...]
+    survivors: tuple[int, ...]
+
+
+def hyperband(num_steps: int, unit_steps: int, factor: float) -> tuple[Rungs, ...]:
+    """HyperBand's brackets, that with the most and earliest cuts first.
+
+    Args:
+        unit_steps: every rung is a multiple of it.
+        factor: of those in a bracket, the best 1/factor go on.
+
+    Source: Li et al., Hyperband, JMLR 2018, algorithm 1, rounded as Tune's HyperBandScheduler does.
+    """
+    budget = max(1, num_steps // unit_steps)
+    most_cuts = round(math.log(budget) / math.log(factor))
+    brackets = []
+    for num_cuts in range(most_cuts, -1, -1):
+        rung = int(budget * factor**-num_cuts)
+        if rung == 0:
+            continue
+        size = left = math.ceil((most_cuts + 1) / (num_cuts + 1) * factor**num_cuts)
+        steps, survivors = [], []
+        for _ in range(num_cuts):
+            left = math.ceil(left / factor)
+            steps.append(rung * unit_steps)
+            survivors.append(left)
+            rung = int(min(rung * factor, budget))
+        brackets.append(Rungs(size, tuple(steps), tuple(survivors)))
+    return tuple(brackets)
 
 
 class SchedulerSettings(Settings):
@@ -29,8 +67,18 @@ class SchedulerSettings(Settings):
     # pbt: the worst so many copy from the best so many
     quantile_fraction: float = Field(default=0.25, gt=0, le=0.5)
 
-    def refuse_impossible(self, num_trials: int, report_every_steps: int) -> None:
-        """ValueError for a population that is too small, or is compared where nobody reports."""
+    def refuse_impossible(
+        self, num_trials: int, num_steps: int, report_every_steps: int, past_warmup: int
+    ) -> None:
+        """ValueError for a population that is too small, or is compared where nobody reports, or no cut."""
+        if self.name == "hyperband" and not any(
+            rungs.steps for rungs in hyperband(num_steps, past_warmup, self.reduction_factor)
+        ):
+            raise ValueError(
+                "tune.scheduler.name is hyperband, which would stop nobody: the first report beyond warm-up, "
+                f"at step {past_warmup}, is too late for a cut by {self.reduction_factor:g} within "
+                f"train.num_steps ({num_steps}). Report more often (train.report_every_steps) or take asha"
+            )
         if self.name != "pbt":
             return
         if num_trials < 4:

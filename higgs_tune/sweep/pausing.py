@@ -12,13 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import HyperBandForBOHB, PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from higgs_tune.config_space import Range
 from higgs_tune.metrics import STEP
 from higgs_tune.sweep.baselines import SparesBaselines, is_searched
+from higgs_tune.sweep.hyperband import HyperBand
 
-UNITS = "units_done"  # a bracket's time: whole units at every rung
 RATES = "rates"  # what a population changes, in the config of a Tune trial
 
 
@@ -44,39 +44,12 @@ class Pausing(SparesBaselines):
         super().on_trial_add(view, trial)
 
 
-class Brackets(Pausing, HyperBandForBOHB):
-    """Synchronous HyperBand for trials that come one by one.
+class Brackets(Pausing, HyperBand):
+    """HyperBand beside the baselines."""
 
-    Tune's HyperBandScheduler halves a bracket as soon as everyone who is there has reached the rung.
-    With fewer slots than the bracket has trials that is a bracket of a few, and since trials that
-    ended do not count as there, it never fills. HyperBandForBOHB pauses until the bracket is full,
-    the largest first; it needs nothing of BOHB's searcher but that it is told who goes on.
-
-    Time is counted in units of `unit_steps`, the first report beyond warm-up: every rung then is a
-    whole number of reports, which Tune needs, because it waits for ever for a trial that jumped
-    over a rung and the next.
-    """
-
-    def __init__(
-        self, *, unit_steps: int, num_steps: int, reduction_factor: float, **metric: Any
-    ) -> None:
-        self._unit_steps = unit_steps
-        super().__init__(
-            time_attr=UNITS,
-            max_t=max(1, num_steps // unit_steps),
-            reduction_factor=reduction_factor,
-            stop_last_trials=False,  # they end by themselves, at num_steps
-            **metric,
-        )
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Continue to the rung, wait there for the bracket, or stop."""
-        timed = {**result, UNITS: result[STEP] / self._unit_steps}
-        return super().on_trial_result(tune_controller, trial, timed)
-
-    def choose_trial_to_run(self, tune_controller: Any, allow_recurse: bool = True) -> Trial | None:
-        """The next trial of the earliest bracket that may go on, once a slot is free."""
-        trial = super().choose_trial_to_run(tune_controller, allow_recurse)
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The next trial that may go on, once a slot is free."""
+        trial = super().choose_trial_to_run(tune_controller)
         return trial if has_room(tune_controller, trial) else None
 
 

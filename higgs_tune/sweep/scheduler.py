@@ -17,6 +17,7 @@ from ray.tune.schedulers import (
 )
 
 from higgs_tune.config import SchedulerSettings, SweepConfig, TrainSettings
+from higgs_tune.config_scheduler import hyperband
 from higgs_tune.metrics import STEP, VAL_TEXT_NLL
 from higgs_tune.sweep import space, study
 from higgs_tune.sweep.baselines import SparesBaselines
@@ -44,10 +45,10 @@ class Median(SparesBaselines, MedianStoppingRule):
     def __init__(self, **settings: Any) -> None:
         # An endless slice: where too few others are there to compare with, nobody yields.
         super().__init__(**settings, min_time_slice=cast(int, float("inf")))
-        self.earlier: dict[str, dict[int, float]] = {}  # Tune's id → values of a resumed trial
+        self.earlier: dict[str, dict[int, float]] = {}  # Tune's id → values in an earlier run
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Give a resumed trial the values that it had."""
+        """Give a resumed trial, or one of an earlier run, the values that it had."""
         super().on_trial_add(tune_controller, trial)
         values = self.earlier.pop(trial.trial_id, None)
         if values:
@@ -60,17 +61,11 @@ class Median(SparesBaselines, MedianStoppingRule):
             super().on_trial_complete(tune_controller, trial, result)
 
 
-def past_warmup(train: TrainSettings) -> int:
-    """The first step beyond warm-up at which trials report."""
-    interval = train.report_every_steps
-    return (int(train.warmup_fraction * train.num_steps) // interval + 1) * interval
-
-
 def grace_steps(scheduler: SchedulerSettings, train: TrainSettings) -> int:
     """The first step at which a trial is judged: it reports there, beyond warm-up."""
     interval = train.report_every_steps
     wanted = round(scheduler.grace_fraction * train.num_steps / interval) * interval
-    return min(max(wanted, past_warmup(train)), train.num_steps)
+    return min(max(wanted, train.past_warmup), train.num_steps)
 
 
 def perturb_steps(scheduler: SchedulerSettings, train: TrainSettings) -> int:
@@ -101,12 +96,8 @@ def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) ->
         return FIFOScheduler()
     common: dict[str, Any] = {"metric": VAL_TEXT_NLL, "mode": "min"}
     if scheduler.name == "hyperband":
-        return Brackets(
-            unit_steps=past_warmup(train),
-            num_steps=train.num_steps,
-            reduction_factor=scheduler.reduction_factor,
-            **common,
-        )
+        band = hyperband(train.num_steps, train.past_warmup, scheduler.reduction_factor)
+        return Brackets(band, VAL_TEXT_NLL)
     if scheduler.name == "median":
         return Median(
             time_attr=STEP,
@@ -138,7 +129,7 @@ def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) ->
 def replay(scheduler: TrialScheduler, tune_id: str, trial: FrozenTrial, *, ended: bool) -> None:
     """Show a scheduler the values that an earlier run of the sweep recorded, as if it had run it.
 
-    ASHA's rungs and the median's averages are rebuilt. A bracket and a population consist of trials
+    ASHA's rungs and the median's averages are rebuilt. Brackets and a population consist of trials
     that still run, so they begin anew with the unfinished ones.
 
     Args:
@@ -146,11 +137,11 @@ def replay(scheduler: TrialScheduler, tune_id: str, trial: FrozenTrial, *, ended
     """
     if study.record_of(trial).origin != "search":
         return
-    if isinstance(scheduler, Median) and not ended:
+    stand_in, controller = cast(Trial, Earlier(tune_id)), cast(Any, None)
+    if isinstance(scheduler, Median | Brackets):
         scheduler.earlier[tune_id] = trial.intermediate_values
-    elif isinstance(scheduler, Median | Asha):
-        stand_in = cast(Trial, Earlier(tune_id))
-        controller: Any = None
+    if isinstance(scheduler, Asha) or (isinstance(scheduler, Median) and ended):
         scheduler.on_trial_add(controller, stand_in)
+    if isinstance(scheduler, Asha):
         for step, value in sorted(trial.intermediate_values.items()):
             scheduler.on_trial_result(controller, stand_in, {STEP: step, VAL_TEXT_NLL: value})

@@ -154,7 +154,7 @@ class StudySearcher(TrialSource):
         former, trial = replace(live), self._ask_fixed(None)
         live.trial = trial
         assert donor.trial is not None
-        known = self._study.trials[donor.trial.number].intermediate_values
+        known = self._study.get_trials(deepcopy=False)[donor.trial.number].intermediate_values
         for step, value in sorted(known.items()):
             trial.report(value, step)
         # From here on a resumed sweep takes this entry, and finishes what is missing of it.
@@ -246,7 +246,7 @@ class StudySearcher(TrialSource):
         known = {s: v for s, v in sorted(old.intermediate_values.items()) if s <= steps}
         for step, value in known.items():
             trial.report(value, step)
-        self._on_resume(tune_id, self._study.trials[trial.number])
+        self._on_resume(tune_id, self._study.get_trials(deepcopy=False)[trial.number])
         config = self._seat(tune_id, record, trial, checkpoint)
         self.live[tune_id].reported.update(known)
         return config
@@ -257,7 +257,9 @@ class StudySearcher(TrialSource):
 
     def _ask(self) -> optuna.Trial:
         # A sampler that is seeded once would repeat itself after a resume.
-        seed = space.trial_seed(self._config.tune.seed, "sampler", len(self._study.trials))
+        seed = space.trial_seed(
+            self._config.tune.seed, "sampler", len(self._study.get_trials(deepcopy=False))
+        )
         self._study.sampler = optuna.samplers.TPESampler(
             seed=seed,
             multivariate=True,

@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,13 @@ def drop_torn_line(path: Path) -> None:
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
     """The record that the searcher stored of a trial that `latest` gives."""
-    return TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD]))
+    return _parsed(trial.user_attrs[RECORD])
+
+
+@cache
+def _parsed(record: str) -> TrialRecord:
+    """Of each proposal all earlier ones are read."""
+    return TrialRecord.from_dict(json.loads(record))
 
 
 def latest(study: optuna.Study) -> dict[int, FrozenTrial]:

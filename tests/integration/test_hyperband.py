@@ -15,30 +15,35 @@ from tests.integration.test_schedulers import (
 )
 from tests.integration.test_sweep import run, study_of, trials_of
 
+TWO = {"slots_per_worker": 2, "cpus_per_worker": 1}
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 
-@pytest.mark.parametrize("num_slots", [1, 2])
-def test_hyperband_halves_full_brackets_whatever_the_number_of_slots(tmp_path, num_slots):
-    outcome = run(tmp_path, tune=tune(EVERY["hyperband"], slots_per_worker=num_slots))
-    check_nobody_was_lost(outcome.results)
+@pytest.mark.parametrize("workers", [{}, {"slots_per_worker": 2}, {"num_workers": 2, **TWO}])
+def test_hyperband_cuts_every_bracket_whatever_the_number_of_slots(tmp_path, workers):
+    settings = {"slots_per_worker": 1, **workers}
+    outcome = run(tmp_path, tune=tune(EVERY["hyperband"], num_trials=18, **settings))
+    check_nobody_was_lost(outcome.results, 18)
     trials = trials_of(outcome.results)
-    # 6 reports, factor 3: beside the baselines, a bracket of 5 that is cut to 2 after 2 reports, and
-    # the first of a bracket that is not.
-    first = {f"t{n:03d}" for n in range(2, 7)}
-    at_rung = sorted(values_at(trials, 50)[name] for name in first)
+    # 6 reports, factor 3: beside the baselines, brackets of 5 that are cut to 2 after 2 reports, and
+    # between them such of 3 that are not.
+    expected = {f"t{n:03d}": 150 for n in range(18)}
+    for first in (2, 10):
+        bracket = [f"t{n:03d}" for n in range(first, first + 5)]
+        ranked = sorted(bracket, key=values_at(trials, 50).__getitem__)
+        expected |= dict.fromkeys(ranked[2:], 50)
     for name, trial in trials.items():
-        survives = name not in first or values_at(trials, 50)[name] <= at_rung[1]
+        survives = expected[name] == 150
         assert trial["status"]["status"] == ("completed" if survives else "pruned")
-        assert trial["status"]["step"] == (150 if survives else 50)
-        expected = uninterrupted(config_of(trial), trial["status"]["step"])
-        assert trained(outcome.results, name) == expected
+        assert trial["status"]["step"] == expected[name]
+        done = uninterrupted(config_of(trial), expected[name])
+        assert trained(outcome.results, name) == done
         told = studies.latest(study_of(outcome))[int(name[1:])]
         assert told.state == (TrialState.COMPLETE if survives else TrialState.PRUNED)
         assert told.intermediate_values == {
             line["step"]: line["val/text/nll"] for line in trial["metrics"]
         }
-    assert len(study_of(outcome).trials) == 8  # a paused trial was neither told nor lost
+    assert len(study_of(outcome).trials) == 18  # a paused trial was neither told nor lost
 
 
 def test_the_median_rule_stops_after_the_grace(tmp_path):

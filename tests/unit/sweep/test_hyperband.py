@@ -1,0 +1,232 @@
+"""HyperBand under everything that happens to trials, in any order, without Ray."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from pydantic import ValidationError
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+
+from higgs_tune.config import SweepConfig
+from higgs_tune.config_scheduler import Rungs, hyperband
+from higgs_tune.metrics import VAL_TEXT_NLL
+from higgs_tune.sweep.hyperband import HyperBand
+
+
+class Run:
+    """A trial as far as a scheduler sees it, and what will become of it."""
+
+    def __init__(self, number, rng, num_steps):
+        self.trial_id, self.status = str(number), Trial.PENDING
+        self.step = self.saved = 0
+        self.pausing = False  # its checkpoint is being written
+        self.losses = {step: rng.random() for step in range(1, num_steps + 1)}
+        self.diverges_at = rng.choice([None, None, None, rng.randint(1, num_steps)])
+        self.deaths = rng.choice([0, 0, 1])
+
+
+class Tune:
+    """What Tune's controller does with trials; which of it comes next is drawn."""
+
+    def __init__(self, scheduler, num_trials, num_slots, num_steps, rng):
+        self.scheduler, self.rng, self.num_steps = scheduler, rng, num_steps
+        self.runs = [Run(number, rng, num_steps) for number in range(num_trials)]
+        self.num_added, self.num_slots = 0, num_slots
+        self.resumed, self.alone = set(), True
+        source = SimpleNamespace(
+            over=lambda: self.num_added == num_trials,
+            on_unpause=lambda trial_id: self.resumed.add(trial_id),
+        )
+        self.search_alg = SimpleNamespace(searcher=SimpleNamespace(searcher=source))
+
+    def stop_trial(self, run):
+        assert not run.pausing, "it is being saved"
+        if run.status == Trial.RUNNING:
+            self.scheduler.on_trial_complete(self, run, {})
+        else:
+            self.scheduler.on_trial_remove(self, run)
+        run.status = Trial.TERMINATED
+
+    def events(self):
+        there = self.runs[: self.num_added]
+        busy = [run for run in there if run.status in (Trial.PENDING, Trial.RUNNING)]
+        yield from ((self.pause, run) for run in busy if run.pausing)
+        for run in busy:
+            if run.status == Trial.RUNNING and not run.pausing:
+                yield self.report, run
+            if run.status == Trial.RUNNING and run.deaths:
+                yield self.die, run
+        if len(busy) < self.num_slots and self.num_added < len(self.runs):
+            yield self.add, self.runs[self.num_added]
+
+    def add(self, run):
+        self.num_added += 1
+        self.scheduler.on_trial_add(self, run)
+        run.status = Trial.RUNNING
+
+    def pause(self, run):
+        run.pausing, run.status, run.saved = False, Trial.PAUSED, run.step
+
+    def die(self, run):
+        run.deaths -= 1
+        run.pausing, run.step, run.status = False, run.saved, Trial.ERROR
+        self.scheduler.on_trial_error(self, run)
+        run.status = Trial.PENDING
+        self.scheduler.on_trial_add(self, run)
+        run.status = Trial.RUNNING
+
+    def report(self, run):
+        run.step += 1
+        result = {"step": run.step, VAL_TEXT_NLL: run.losses[run.step]}
+        if run.step == run.diverges_at or run.step == self.num_steps:
+            self.stop_trial(run)
+            return
+        decision = self.scheduler.on_trial_result(self, run, result)
+        if decision == TrialScheduler.STOP:
+            self.stop_trial(run)
+        elif decision == TrialScheduler.PAUSE:
+            run.pausing = True
+        else:
+            run.saved = run.step
+
+    def run(self):
+        while True:
+            chosen = self.scheduler.choose_trial_to_run(self)
+            if chosen is not None and chosen.status == Trial.PAUSED:
+                assert chosen.trial_id in self.resumed, "the searcher keeps no slot for it"
+                num_busy = sum(r.status == Trial.RUNNING for r in self.runs)
+                if num_busy < self.num_slots:
+                    self.resumed.discard(chosen.trial_id)
+                    chosen.status, chosen.step = Trial.RUNNING, chosen.saved
+                    continue
+            events = list(self.events())
+            if not events:
+                return
+            event, run = self.rng.choice(events)
+            event(run)
+
+
+def survivors(runs, rungs):
+    """Who goes on after each rung, by their losses there alone."""
+    left = runs
+    for step, num_survivors in zip(rungs.steps, rungs.survivors, strict=True):
+        there = [run for run in left if run.diverges_at is None or run.diverges_at > step]
+        ranked = sorted(there, key=lambda run: run.losses[step])
+        yield step, ranked[:num_survivors], ranked[num_survivors:]
+        left = ranked[:num_survivors]
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 4, 9])
+@pytest.mark.parametrize("seed", range(25))
+def test_brackets_are_cut_by_their_losses_at_equal_steps_whatever_happens_in_which_order(
+    seed, num_slots
+):
+    rng = random.Random(f"{seed}:{num_slots}")
+    num_steps = rng.choice([4, 6, 9])
+    band = hyperband(num_steps, 1, rng.choice([2.0, 3.0]))
+    tune = Tune(HyperBand(band, VAL_TEXT_NLL), 34, num_slots, num_steps, rng)
+    tune.run()
+    assert {run.status for run in tune.runs} == {Trial.TERMINATED}
+    first, number = 0, 0
+    while first < len(tune.runs):
+        rungs = band[number % len(band)]
+        members = tune.runs[first : first + rungs.size]
+        first, number = first + rungs.size, number + 1
+        expected = {run.trial_id: run.diverges_at or num_steps for run in members}
+        for step, _, cut in survivors(members, rungs):
+            expected |= {run.trial_id: step for run in cut}
+        assert {run.trial_id: run.step for run in members} == expected
+
+
+@pytest.mark.parametrize("last", ["waits", "ends", "waits beside another"])
+def test_a_bracket_is_cut_as_soon_as_its_last_trial_waits_or_has_ended(last):
+    """Though others train on, and before the searcher hears of it: a pack would go on without it."""
+    rungs = Rungs(size=3, steps=(2,), survivors=(1,))
+    tune = Tune(HyperBand((rungs,), VAL_TEXT_NLL), 9, 9, 6, random.Random(0))
+    for run in tune.runs[:4]:  # the fourth is of another bracket, and trains
+        run.diverges_at = None
+        tune.add(run)
+    first, second, third, _ = tune.runs[:4]
+    for run in (first, second):
+        tune.report(run)
+        tune.report(run)
+    tune.pause(first)
+    if last == "ends":
+        tune.pause(second)
+        third.diverges_at = 1
+        tune.report(third)
+    elif last == "waits":
+        tune.pause(second)
+        tune.report(third)
+        tune.report(third)
+    else:  # both are being saved
+        tune.report(third)
+        tune.report(third)
+        assert third.pausing and second.pausing
+        for run in (second, third):
+            tune.pause(run)
+        tune.scheduler.choose_trial_to_run(tune)
+    statuses = [run.status for run in (first, second, third)]
+    assert statuses.count(Trial.TERMINATED) == 2
+    assert len(tune.resumed) == statuses.count(Trial.PAUSED)
+
+
+def test_a_resumed_trial_is_compared_by_what_it_had_at_the_rung():
+    scheduler = HyperBand((Rungs(2, (2,), (1,)),), VAL_TEXT_NLL)
+    tune = Tune(scheduler, 2, 2, 6, random.Random(0))
+    late, other = tune.runs
+    late.step, late.diverges_at, late.losses[4] = 3, None, 0.1
+    other.diverges_at, other.losses[2] = None, 0.5
+    scheduler.earlier[late.trial_id] = {2: 0.9}
+    for run in (late, other):
+        tune.add(run)
+    tune.report(late)
+    tune.pause(late)
+    tune.report(other)
+    tune.report(other)
+    assert (late.status, other.status) == (Trial.TERMINATED, Trial.RUNNING)
+
+
+@pytest.mark.parametrize("num_steps", [75, 150, 175, 400, 1000])
+@pytest.mark.parametrize("factor", [2.0, 2.5, 3.0, 4.0])
+def test_every_rung_of_every_bracket_is_a_reported_step_beyond_warmup(num_steps, factor):
+    train = {"num_steps": num_steps, "report_every_steps": 10, "warmup_fraction": 0.1}
+    settings = {"name": "hyperband", "reduction_factor": factor}
+    config = SweepConfig.model_validate({"train": train, "tune": {"scheduler": settings}})
+    band = hyperband(num_steps, config.train.past_warmup, factor)
+    assert len(band[0].steps) > 0 and len(band[-1].steps) == 0
+    for rungs in band:
+        assert list(rungs.steps) == sorted(set(rungs.steps)), "two rungs at one step"
+        assert all(0.1 * num_steps < step <= num_steps and step % 10 == 0 for step in rungs.steps)
+        assert list(rungs.survivors) == sorted(rungs.survivors, reverse=True)
+        assert all(number < rungs.size for number in rungs.survivors)
+
+
+def test_the_brackets_are_those_of_the_paper():
+    """Li et al. 2018, table 1: R = 81 and η = 3."""
+    band = hyperband(81, 1, 3.0)
+    assert [(rungs.size, rungs.steps) for rungs in band] == [
+        (81, (1, 3, 9, 27)),
+        (34, (3, 9, 27)),
+        (15, (9, 27)),
+        (8, (27,)),
+        (5, ()),
+    ]
+    assert band[0].survivors == (27, 9, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"num_steps": 150, "report_every_steps": 75},
+        {"num_steps": 150, "report_every_steps": 25, "warmup_fraction": 0.34},
+        {"num_steps": 10, "report_every_steps": 10},
+    ],
+)
+def test_a_budget_in_which_nobody_would_be_stopped_is_refused(train):
+    raw = {"train": train, "tune": {"scheduler": {"name": "hyperband"}}}
+    with pytest.raises(
+        ValidationError, match=r"hyperband, which would stop nobody: .* at step \d+"
+    ):
+        SweepConfig.model_validate(raw)
