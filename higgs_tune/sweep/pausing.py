@@ -1,7 +1,7 @@
 """Schedulers that pause trials: HyperBand's brackets, and a population that copies its best.
 
-Both expect Tune's searcher to be wrapped in its ConcurrencyLimiter, which hands `on_unpause` through
-to `sweep.source`; a paused trial takes no slot, and one that may go on waits for a free one.
+Both reach `sweep.source` inside the ConcurrencyLimiter that Tune puts around it. A paused trial takes
+no slot, and one that may go on waits for a free one.
 """
 
 import math
@@ -23,7 +23,7 @@ RATES = "rates"  # what a population changes, in the config of a Tune trial
 
 
 class Pausing(SparesBaselines):
-    """Goes before a scheduler of Tune that pauses trials."""
+    """Goes before a scheduler that pauses trials."""
 
     _keeps = False
 

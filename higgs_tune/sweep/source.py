@@ -88,10 +88,6 @@ class TrialSource(Searcher):
         """Keep to the workers' limits ourselves: Tune's own counts paused trials."""
         return True
 
-    def on_pause(self, trial_id: str) -> None:
-        """A scheduler lets a trial wait for others."""
-        self._ready.discard(trial_id)
-
     def on_unpause(self, trial_id: str) -> None:
         """A scheduler lets a trial go on: it gets a slot before any new trial does."""
         self._ready.add(trial_id)

@@ -42,7 +42,7 @@ def test_a_trial_whose_pause_is_over_gets_a_slot_before_a_new_one(study, make_co
     searcher.on_unpause("a")
     assert rosters[-1].to_come == to_come + 1
     assert searcher.suggest("c") is None
-    searcher.on_pause("a")
+    searcher.on_trial_result("a", report(4.0, 50))  # and waits at the next rung
     assert searcher.suggest("c") is not None
 
 
