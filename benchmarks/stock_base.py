@@ -47,8 +47,7 @@ class StockBase:
         self.num_codebooks: int = self.base.model.config.num_codebooks
         dataset = Dataset.open(data.path)
         self.examples = Examples(self.base, dataset, data)
-        limits = self.examples.length_limits
-        sets = validation_sets(dataset, data.num_val_clips, **limits)
+        sets = validation_sets(dataset, data.num_val_clips, **self.examples.making)
         self.validation = [
             [
                 (count_targets(part, self.num_codebooks), self.inputs(part))

@@ -72,6 +72,8 @@ class DataSettings(Settings):
     max_rows: int | None = Field(default=None, ge=16)
     # validation clips, drawn once, the same for every trial
     num_val_clips: int = Field(default=48, ge=2)
+    # a system turn before every clip; chat rows have their own
+    system_text: str | None = Field(default=None, min_length=1)
 
 
 class TrainSettings(Settings):

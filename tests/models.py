@@ -41,6 +41,8 @@ def vocabulary() -> Vocabulary:
 class Letters:
     """What is needed of the tiny vocabulary's tokenizer."""
 
+    chat_template = None
+
     def decode(self, ids: list[int]) -> str:
         """Letters as they are, anything else as its id in angle brackets."""
         return "".join(LETTERS[i - 13] if i >= 13 else f"<{i}>" for i in ids)

@@ -1,5 +1,6 @@
 """The fixed validation conversations of a dataset."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +31,12 @@ def validation_sets(
     max_text: int | None = None,
     max_rows: int | None = None,
     text_length: tasks.TextLength = len,
+    system_text: str | None = None,
 ) -> ValidationSets:
     """Draw the validation clips, spread evenly over texts and speakers, the same for every trial.
+
+    Args:
+        max_rows: of a conversation, without its system turn.
 
     Raises:
         DataError: the validation split has no two usable clips with different texts.
@@ -56,14 +61,18 @@ def validation_sets(
     rows, groups = [rows[place] for place in kept], [groups[place] for place in kept]
     lengths, languages = [row.num_frames[0] for row in rows], [row.language for row in rows]
     others = swaps(groups, lengths, languages)
+
+    def talks(each: Iterable[Conversation]) -> tuple[Conversation, ...]:
+        return tuple(tasks.introduced(talk, system_text) for talk in each)
+
     return ValidationSets(
         rows=tuple(drawn[place] for place in kept),
-        transcribe=tuple(tasks.transcribe(row) for row in rows),
-        transcribe_swapped=tuple(
+        transcribe=talks(tasks.transcribe(row) for row in rows),
+        transcribe_swapped=talks(
             tasks.transcribe(row, audio_of=rows[other])
             for row, other in zip(rows, others, strict=True)
         ),
-        speak=tuple(tasks.speak(row) for row in rows),
+        speak=talks(tasks.speak(row) for row in rows),
     )
 
 

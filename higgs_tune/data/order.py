@@ -31,8 +31,9 @@ class TrainOrder:
     Args:
         max_frames: longest clip; rows above are skipped and counted in `num_skipped`.
         max_text: longest text of one part, measured by `text_length` (characters by default).
-        max_rows: of a conversation; rows that may need more are skipped and counted, and no clip is
-            cloned from a reference with which it would.
+        max_rows: of a conversation, without the turn of `system_text`; rows that may need more are
+            skipped and counted, and no clip is cloned from a reference with which it would.
+        system_text: of a turn before each clip.
 
     Raises:
         DataError: no row is left.
@@ -49,8 +50,10 @@ class TrainOrder:
         max_text: int | None = None,
         max_rows: int | None = None,
         text_length: tasks.TextLength = len,
+        system_text: str | None = None,
     ):
         self._dataset, self._batch_clips, self._seed = dataset, batch_clips, seed
+        self._system_text = system_text
         index = dataset.index
         fitting = dataset.usable("train", max_frames, max_text, text_length)
         num_rows = np.zeros(len(index), dtype=np.int64)  # at most; 0 without a limit
@@ -101,7 +104,8 @@ class TrainOrder:
         """The conversations of step `step` (from 0); depends on the constructor's arguments only."""
         first = step * self._batch_clips
         places = (divmod(place, self.num_rows) for place in range(first, first + self._batch_clips))
-        return [self._conversation(*self._epoch(epoch)[position]) for epoch, position in places]
+        talks = (self._conversation(*self._epoch(epoch)[position]) for epoch, position in places)
+        return [tasks.introduced(talk, self._system_text) for talk in talks]
 
     def _conversation(self, index: int, task: int, reference: int) -> Conversation:
         row = self._dataset.row(index)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -71,6 +72,13 @@ def chat(row: Row) -> Conversation:
     return Conversation(f"{row.id}:chat", "chat", tuple(turns))
 
 
+def introduced(talk: Conversation, system_text: str | None) -> Conversation:
+    """A clip's conversation after a system turn, if there is a text for one; a chat has its own."""
+    if system_text is None or talk.task == "chat":
+        return talk
+    return replace(talk, turns=(Turn("system", (TextPart(system_text),)), *talk.turns))
+
+
 def texts_of(text: str, turns: str | None, ref_text: str | None = None) -> list[str]:
     """The text parts of a row; of a clip with its reference text, if that is given."""
     if turns is None:
@@ -93,13 +101,21 @@ def most_rows(
     return 1 + _ROWS_PER_TURN * num_turns + audio + sum(text_lengths)
 
 
-def longest_conversation(data: DataSettings, num_codebooks: int, positions: int) -> int:
+def system_rows(system_text: str | None, text_length: TextLength = len) -> int:
+    """No fewer rows than `introduced` adds, in the unit of `text_length`."""
+    return 0 if system_text is None else _ROWS_PER_TURN + text_length(system_text)
+
+
+def longest_conversation(
+    data: DataSettings, num_codebooks: int, positions: int, text_length: TextLength = len
+) -> int:
     """The most rows of a conversation that is used: `data.max_rows`, and no more than a base's positions.
 
     By default what cloning the longest clip from another may take.
     """
     clip = most_rows([data.max_frames], [data.max_text_tokens], 2, num_codebooks)
-    return min(data.max_rows or 2 * clip, positions)
+    default = 2 * clip + system_rows(data.system_text, text_length)
+    return min(data.max_rows or default, positions)
 
 
 ClipTask = Literal["transcribe", "speak", "clone"]

@@ -1,4 +1,4 @@
-"""Which base is listened to: the one that is given, else the one that the adapters name."""
+"""Which base is listened to, after which system text: what is given, else what the adapters name."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +44,30 @@ def base_for(adapters: Sequence[Path], given: Mapping[str, Any], where: str) -> 
             "or say with --base which one they share."
         )
     return next(iter(found.values()))[1]
+
+
+def system_text_for(adapters: Sequence[Path], given: str | None) -> str | None:
+    """What stands before each clip; an empty one that is given is none.
+
+    Raises:
+        ConfigError: the adapters were trained after different ones.
+        ModelError: not an adapter of ours.
+    """
+    if given is not None or not adapters:
+        return given or None
+    from higgs_tune.train.checkpoint import read_system_text, read_trial  # torch: seconds to import
+
+    found: dict[str | None, Path] = {}
+    for adapter in adapters:
+        read_trial(adapter)
+        found.setdefault(read_system_text(adapter), adapter)
+    if len(found) > 1:
+        names = "; ".join(f"{adapter}: {text!r}" for text, adapter in found.items())
+        raise ConfigError(
+            f"--adapter: they were trained after different system texts ({names}). Say with --system-text "
+            "which one all are to be heard after."
+        )
+    return next(iter(found))
 
 
 def _place(adapter: Path, settings: BaseSettings, *, is_given: bool) -> tuple[str, str | None]:

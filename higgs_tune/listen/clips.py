@@ -22,13 +22,19 @@ class Clip:
 
     row: Row
     reference: Row | None  # the row's own, perhaps a trained one, or a held-out clip's
+    system_text: str | None = None
 
     @property
     def spoken(self) -> Conversation:
         """The conversation whose last turn is the speech."""
-        if self.reference is None:
-            return tasks.speak(self.row)
-        return tasks.clone(self.row, self.reference)
+        alone = self.reference is None
+        talk = tasks.speak(self.row) if alone else tasks.clone(self.row, self.reference)
+        return tasks.introduced(talk, self.system_text)
+
+    @property
+    def written(self) -> Conversation:
+        """The conversation whose last turn is its text."""
+        return tasks.introduced(tasks.transcribe(self.row), self.system_text)
 
 
 def choose_clips(
@@ -49,7 +55,10 @@ def choose_clips(
             fit into half of them, so that speech twice as long does.
     """
     limits = {"max_text": data.max_text_tokens, "text_length": text_length}
-    longest = tasks.longest_conversation(data, dataset.info.codec.num_codebooks, max_rows)
+    num_codebooks, told = dataset.info.codec.num_codebooks, data.system_text
+    longest = tasks.longest_conversation(data, num_codebooks, max_rows, text_length)
+    num_told = tasks.system_rows(told, text_length)
+    longest, room = longest - num_told, max_rows / 2 - num_told
     sets = validation_sets(
         dataset, data.num_val_clips, max_frames=data.max_frames, max_rows=longest, **limits
     )
@@ -63,16 +72,18 @@ def choose_clips(
     )[: options.num_generated]
     chosen = [held_out[number] for number in numbers]
     if options.task == "speak":
-        return [Clip(dataset.row(index), None) for index in chosen]
+        return [Clip(dataset.row(index), None, told) for index in chosen]
     usable = dataset.usable("validation", data.max_frames, **limits)
     candidates = usable[dataset.index["is_clip"][usable]]
     num_rows = dataset.sizes(text_length)["rows"].astype(np.int64)
-    references = References(texts, speakers, candidates, num_rows, max_rows=max_rows / 2)
-    own_fits = num_rows + dataset.sizes(text_length)["reference_rows"] <= max_rows / 2
+    references = References(texts, speakers, candidates, num_rows, max_rows=room)
+    own_fits = num_rows + dataset.sizes(text_length)["reference_rows"] <= room
     picks = np.random.default_rng(0).random(len(chosen))
     return [
         Clip(
-            dataset.row(index), _reference(dataset, index, references, pick, bool(own_fits[index]))
+            dataset.row(index),
+            _reference(dataset, index, references, pick, bool(own_fits[index])),
+            told,
         )
         for index, pick in zip(chosen, picks, strict=True)
     ]

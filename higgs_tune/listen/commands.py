@@ -10,7 +10,7 @@ from higgs_tune.config import BaseSettings, DataSettings, SweepConfig
 from higgs_tune.config_file import ModelT, read_yaml, validate
 from higgs_tune.data.plain_text import plain_text
 from higgs_tune.errors import ConfigError
-from higgs_tune.listen.bases import base_for
+from higgs_tune.listen.bases import base_for, system_text_for
 from higgs_tune.listen.options import EvaluateOptions, SpeechOptions
 from higgs_tune.local_path import local_path, refuse_existing
 
@@ -48,6 +48,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         "--text-head",
         help="of a base without one: checkpoint refuses it, from_embedding starts it from the token "
         "embedding (default: from_embedding with an adapter, else checkpoint)",
+    )
+    parser.add_argument(
+        "--system-text", help='of the system turn, "" for none (default: the adapter\'s)'
     )
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: float32)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -140,11 +143,13 @@ def run_generate(args: argparse.Namespace) -> int:
     reference = None
     if args.reference is not None:
         reference = Reference(args.reference, args.reference_text)
-    prompt = take_prompt(args.text, reference, codec, base.vocabulary)
+    system_text = system_text_for(adapters, args.system_text)
+    prompt = take_prompt(args.text, reference, codec, base.vocabulary, system_text)
     facts = {
         "text": args.text,
         "reference": reference and str(reference.path),
         "reference_text": reference and reference.text,
+        "system_text": system_text,
         "base": base.source,
         "adapter": adapter and str(adapter),
         "codec": codec_name,
@@ -247,6 +252,8 @@ def _subject(
         data["path"] = args.data
     if args.results is None or args.num_clips is not None:  # else as many as the sweep validated on
         data["num_val_clips"] = options.num_clips
+    if args.results is None or args.system_text is not None:
+        data["system_text"] = system_text_for(adapters, args.system_text)
     data_settings = validate(DataSettings, data, "evaluate")
     base = base_for(adapters, stored_base | _given(args, _BASE), "evaluate")
     return base, data_settings, adapters, out

@@ -35,15 +35,26 @@ class Reference:
 
 
 def take_prompt(
-    text: str, reference: Reference | None, codec: Codec, vocabulary: Vocabulary
+    text: str,
+    reference: Reference | None,
+    codec: Codec,
+    vocabulary: Vocabulary,
+    system_text: str | None = None,
 ) -> Prompt:
     """The prompt of the training task `speak`, or of `clone` with a reference; texts in NFC as there.
+
+    `system_text` is `data.system_text` of the training.
 
     Raises:
         DataError: a text is empty, too long, or holds a control token or characters that the base
             does not know; the reference is no usable recording.
     """
-    for what, value in (("--text", text), ("--reference-text", reference and reference.text)):
+    texts = {
+        "--text": text,
+        "--reference-text": reference and reference.text,
+        "--system-text": system_text,
+    }
+    for what, value in texts.items():
         if value is None:
             continue
         if problem := text_problem(value, _MAX_TEXT_CHARS):
@@ -62,6 +73,7 @@ def take_prompt(
     spoken = normalize("NFC", text.strip())
     row = Row("--text", "validation", "clip", "", spoken, codes, ref_text=ref_text)
     talk = tasks.speak(row) if reference is None else tasks.clone(row, None)
+    talk = tasks.introduced(talk, system_text)
     return prompt_before_audio(encode_conversation(talk, vocabulary))
 
 

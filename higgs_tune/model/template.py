@@ -1,5 +1,7 @@
 """Does a checkpoint's chat template write the sequences that are trained on here?"""
 
+from typing import Any
+
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -9,6 +11,25 @@ from higgs_tune.data.tokens import CONTROL_TOKENS, Vocabulary, encode_conversati
 from higgs_tune.errors import ModelError
 
 _SYSTEM, _USER = "speak as told", "good day"
+
+
+def wants_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a checkpoint's chat template refuses a conversation without a system message."""
+    if tokenizer.chat_template is None:
+        return False
+    try:
+        tokenizer.apply_chat_template(_talk(), tokenize=False)
+    except (jinja2.TemplateError, ValueError):
+        return True
+    return False
+
+
+def _talk() -> list[dict[str, Any]]:
+    """A text that is answered with audio."""
+    return [
+        {"role": "user", "content": [{"type": "text", "text": _USER}]},
+        {"role": "assistant", "content": [{"type": "audio"}]},
+    ]
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
@@ -31,11 +52,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -
     ours = encode_conversation(Conversation("template", "speak", turns), vocabulary)
     num_delay = vocabulary.num_codebooks - 1
     frames = CONTROL_TOKENS["audio"] * (len(ours.codes_AC) - num_delay)
-    messages = [
-        {"role": "system", "content": [{"type": "text", "text": _SYSTEM}]},
-        {"role": "user", "content": [{"type": "text", "text": _USER}]},
-        {"role": "assistant", "content": [{"type": "audio"}]},
-    ]
+    system = {"role": "system", "content": [{"type": "text", "text": _SYSTEM}]}
+    messages = [system, *_talk()]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (jinja2.TemplateError, ValueError) as error:

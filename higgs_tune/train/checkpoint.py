@@ -53,15 +53,21 @@ def save_adapter(
     config: TrialConfig,
     base_source: str,
     revision: str | None = None,
+    system_text: str | None = None,
 ) -> None:
     """Write the adapter and its training state into an existing, empty folder.
 
-    `revision` is the commit of a base that is a Hub id; whoever merges needs the same one.
+    `revision` is the commit of a base that is a Hub id; whoever merges needs the same one. `system_text`
+    is data.system_text, for whoever prompts it.
     """
     lora_config(config, base_source, revision).save_pretrained(str(directory))
     weights = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in state.weights.items()}
     save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-    mark = {"cross_attention": config.cross_attention, "trial": config.model_dump(mode="json")}
+    mark = {
+        "cross_attention": config.cross_attention,
+        "system_text": system_text,
+        "trial": config.model_dump(mode="json"),
+    }
     (directory / MARK_NAME).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
     moments = {f"exp_avg.{name}": tensor.contiguous() for name, tensor in state.exp_avg.items()}
     moments |= {
@@ -161,6 +167,11 @@ def read_trial(directory: Path) -> TrialConfig:
             "none: it is a base. Give an adapter that a sweep, `train` or `export` wrote."
         ) from None
     return validate(TrialConfig, trial, str(directory / MARK_NAME))
+
+
+def read_system_text(directory: Path) -> str | None:
+    """The system text that stood before an adapter's clips; `read_trial` has found it readable."""
+    return json.loads((directory / MARK_NAME).read_text(encoding="utf-8")).get("system_text")
 
 
 def _what_instead(directory: Path) -> str:

@@ -1,6 +1,7 @@
 """What a loop trains on: rows in their order, tokenised once, within the lengths that it takes."""
 
 import logging
+from functools import partial
 from typing import Any
 
 from higgs_tune.config import DataSettings
@@ -8,10 +9,12 @@ from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.known_texts import check_texts
 from higgs_tune.data.order import TrainOrder
-from higgs_tune.data.tasks import longest_conversation
-from higgs_tune.data.tokens import Encoded, encode_conversation
+from higgs_tune.data.rows import text_problem
+from higgs_tune.data.tasks import longest_conversation, system_rows
+from higgs_tune.data.tokens import Encoded, Vocabulary, encode_conversation, unknown_in
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.model.load import Base
+from higgs_tune.model.template import wants_system
 
 logger = logging.getLogger(__name__)
 _CACHED_ROWS = 4_000_000  # of tokenised examples kept; at most 152 bytes each with 8 codebooks
@@ -43,16 +46,26 @@ class Examples:
         self._dataset, self._tasks, self._warns = dataset, data.tasks, warns
         self._vocabulary = base.vocabulary
         config = base.model.config
+        _check_system_text(data.system_text, base.vocabulary)
+        text_length = partial(_num_tokens, base.vocabulary)
         self._max_rows = longest_conversation(
-            data, config.num_codebooks, config.max_position_embeddings
+            data, config.num_codebooks, config.max_position_embeddings, text_length
         )
+        if warns and data.system_text is None and wants_system(base.tokenizer):
+            logger.warning(
+                "the chat template of %s wants a system message, and data.system_text is not set: clips "
+                "are trained without one, so the adapter is to be used without that template",
+                base.source,
+            )
         self._encoded: dict[str, Encoded] = {}
         self._num_rows = 0
-        self.length_limits: dict[str, Any] = {
+        # how conversations are made, of orders and validation sets alike
+        self.making: dict[str, Any] = {
             "max_frames": data.max_frames,
             "max_text": data.max_text_tokens,
-            "max_rows": self._max_rows,
-            "text_length": lambda text: len(base.vocabulary.encode_text(text)),
+            "max_rows": self._max_rows - system_rows(data.system_text, text_length),
+            "text_length": text_length,
+            "system_text": data.system_text,
         }
 
     def order(self, batch_clips: int, seed: int) -> TrainOrder:
@@ -61,7 +74,7 @@ class Examples:
         Raises:
             DataError: the tasks and limits leave no row.
         """
-        order = TrainOrder(self._dataset, self._tasks, batch_clips, seed, **self.length_limits)
+        order = TrainOrder(self._dataset, self._tasks, batch_clips, seed, **self.making)
         if order.num_skipped and self._warns:
             logger.warning(
                 "%d of %d rows of the train split are left out: longer than data.max_frames, "
@@ -92,3 +105,17 @@ class Examples:
             self._encoded[conversation.key] = encoded
             self._num_rows += encoded.num_rows
         return encoded
+
+
+def _check_system_text(text: str | None, vocabulary: Vocabulary) -> None:
+    if text is None:
+        return
+    problem = text_problem(text, len(text))
+    if unknown := unknown_in(text, vocabulary):
+        problem = problem or f"the base has no token for {', '.join(map(repr, unknown))}"
+    if problem:
+        raise ConfigError(f"data.system_text: {problem}. Give a text that the base can read.")
+
+
+def _num_tokens(vocabulary: Vocabulary, text: str) -> int:
+    return len(vocabulary.encode_text(text))

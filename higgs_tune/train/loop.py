@@ -51,11 +51,11 @@ class PackLoop:
         self.engine = Engine(base, limits, world.rank)
         self._gradients = Gradients(self.engine)
         self.content_hash: str = dataset.info.content_hash
-        self.base, self._world = base, world
+        self.base, self._world, self._system_text = base, world, data.system_text
         self._examples = Examples(base, dataset, data, warns=world.is_main)
         self._runs: dict[str, Run] = {}
         self._steps_s = self.prepare_s = self.validate_s = 0.0  # of all calls of `advance` so far
-        sets = validation_sets(dataset, data.num_val_clips, **self._examples.length_limits)
+        sets = validation_sets(dataset, data.num_val_clips, **self._examples.making)
         self._validator = Validator(
             self.engine,
             transcribe=[self._examples.encode(c) for c in sets.transcribe],
@@ -143,10 +143,10 @@ class PackLoop:
         run.interval.gather()
         state = self.engine.state(trial_id, moments=not run.reported_done)
         interval = run.interval.state()
-        config, base = run.resident.config, self.base
+        config, base, system_text = run.resident.config, self.base, self._system_text
 
         def write(directory: Path) -> None:
-            save_adapter(directory, state, config, base.source, base.revision)
+            save_adapter(directory, state, config, base.source, base.revision, system_text)
             save_interval(directory, interval)
 
         return write
