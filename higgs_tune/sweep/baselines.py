@@ -1,4 +1,4 @@
-"""Schedulers leave the configurations set by hand alone: the others are compared with them."""
+"""What all schedulers have in common: baselines are left alone, and a decision stays what it is."""
 
 from typing import Any
 
@@ -11,7 +11,14 @@ class SparesBaselines(TrialScheduler):
 
     They start first and do badly, as a rule: among the first results at a rung of ASHA, theirs would
     let nearly everyone pass.
+
+    Tune stops a trial once its checkpoint is there. If its process dies before that, the trial comes
+    back with the same result; a scheduler of Tune that is asked twice lets it train on, or fails.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._told_to_stop: set[Trial] = set()
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Take a trial in, if it is not a baseline; likewise below."""
@@ -24,10 +31,17 @@ class SparesBaselines(TrialScheduler):
             super().on_trial_error(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Continue, or what the scheduler decides."""
-        if is_searched(trial):
-            return super().on_trial_result(tune_controller, trial, result)
-        return TrialScheduler.CONTINUE
+        """Continue, or what the scheduler decides, once."""
+        if not is_searched(trial):
+            return TrialScheduler.CONTINUE
+        if trial in self._told_to_stop:
+            return TrialScheduler.STOP
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if (
+            decision == TrialScheduler.STOP and tune_controller is not None
+        ):  # None: a replay, of all it had
+            self._told_to_stop.add(trial)
+        return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """A trial ended by itself."""

@@ -56,8 +56,8 @@ class Median(SparesBaselines, MedianStoppingRule):
             self._results[trial].extend(results)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """Remember the last result of a trial that ended well."""
-        if VAL_TEXT_NLL in result:
+        """Remember the last result of a trial that ended well; that of one it stopped is known."""
+        if VAL_TEXT_NLL in result and trial not in self._stopped_trials:
             super().on_trial_complete(tune_controller, trial, result)
 
 

@@ -1,7 +1,7 @@
 """The search and then the confirm stage, under Ray Tune."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,7 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
     records = [study.record_of(trial) for trial in unfinished]
     for record in records:
         sweep.files.mend_copy(record)
-    checkpoints = [sweep.files.checkpoint_of(record.trial_id) for record in records]
-    scheduler = make_scheduler(sweep.config, [known[1] for known in checkpoints if known])
+    scheduler = make_scheduler(sweep.config, steps_behind(records, sweep.files.checkpoint_of))
     waiting = {trial.number for trial in unfinished}
     for index, trial in study.latest(found).items():
         if trial.number in waiting:
@@ -90,6 +89,14 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
     sweep.show_earlier()
     if source.num_to_come():
         sweep.run("search", source, scheduler, steps_after=most_steps(sweep.config))
+
+
+def steps_behind(
+    records: Sequence[TrialRecord], checkpoint_of: Callable[[str], tuple[Path, int] | None]
+) -> list[int]:
+    """From which steps sampled trials go on: baselines run ahead of a population, and are not of it."""
+    searched = [record.trial_id for record in records if record.origin == "search"]
+    return [known[1] for known in map(checkpoint_of, searched) if known]
 
 
 def _confirm(sweep: Sweep, found: optuna.Study) -> None:

@@ -148,7 +148,7 @@ class Table:
 
     def take_changes(self) -> tuple[list[Seat], list[Seat]]:
         """Who leaves the pack at this step, and who then joins it, in that order."""
-        if not self.line.residents:
+        if not self.line.residents and self._began is None:
             self._skip_to_next_change()
         if not self._is_open():
             return [], []

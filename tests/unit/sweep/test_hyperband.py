@@ -11,19 +11,26 @@ from ray.tune.schedulers import TrialScheduler
 from higgs_tune.config import SweepConfig
 from higgs_tune.config_scheduler import Rungs, hyperband
 from higgs_tune.metrics import VAL_TEXT_NLL
-from higgs_tune.sweep.hyperband import HyperBand
+from higgs_tune.sweep import hyperband as tested
+from higgs_tune.sweep.baselines import SparesBaselines
+
+
+class HyperBand(SparesBaselines, tested.HyperBand):
+    """As `sweep.pausing` has it, without Tune's cache of processes."""
 
 
 class Run:
     """A trial as far as a scheduler sees it, and what will become of it."""
 
+    config = {"record": {"origin": "search"}}
+
     def __init__(self, number, rng, num_steps):
         self.trial_id, self.status = str(number), Trial.PENDING
         self.step = self.saved = 0
-        self.pausing = False  # its checkpoint is being written
+        self.decision = None  # while its checkpoint is being written
         self.losses = {step: rng.random() for step in range(1, num_steps + 1)}
         self.diverges_at = rng.choice([None, None, None, rng.randint(1, num_steps)])
-        self.deaths = rng.choice([0, 0, 1])
+        self.deaths = rng.choice([0, 0, 1, 2])
 
 
 class Tune:
@@ -41,7 +48,7 @@ class Tune:
         self.search_alg = SimpleNamespace(searcher=SimpleNamespace(searcher=source))
 
     def stop_trial(self, run):
-        assert not run.pausing, "it is being saved"
+        assert run.decision is None, "it is being saved"
         if run.status == Trial.RUNNING:
             self.scheduler.on_trial_complete(self, run, {})
         else:
@@ -50,12 +57,10 @@ class Tune:
 
     def events(self):
         there = self.runs[: self.num_added]
-        busy = [run for run in there if run.status in (Trial.PENDING, Trial.RUNNING)]
-        yield from ((self.pause, run) for run in busy if run.pausing)
+        busy = [run for run in there if run.status == Trial.RUNNING]
         for run in busy:
-            if run.status == Trial.RUNNING and not run.pausing:
-                yield self.report, run
-            if run.status == Trial.RUNNING and run.deaths:
+            yield (self.report if run.decision is None else self.saves), run
+            if run.deaths:
                 yield self.die, run
         if len(busy) < self.num_slots and self.num_added < len(self.runs):
             yield self.add, self.runs[self.num_added]
@@ -65,30 +70,30 @@ class Tune:
         self.scheduler.on_trial_add(self, run)
         run.status = Trial.RUNNING
 
-    def pause(self, run):
-        run.pausing, run.status, run.saved = False, Trial.PAUSED, run.step
+    def report(self, run):
+        run.step += 1
+        if run.step == run.diverges_at or run.step == self.num_steps:
+            run.decision = TrialScheduler.STOP
+            return
+        result = {"step": run.step, VAL_TEXT_NLL: run.losses[run.step]}
+        run.decision = self.scheduler.on_trial_result(self, run, result)
+
+    def saves(self, run):
+        """Its checkpoint is there: now the decision is carried out."""
+        decision, run.decision, run.saved = run.decision, None, run.step
+        if decision == TrialScheduler.STOP:
+            self.stop_trial(run)
+        elif decision == TrialScheduler.PAUSE:
+            run.status = Trial.PAUSED
 
     def die(self, run):
+        """Its process is gone, and with it a checkpoint and a decision that are on their way."""
         run.deaths -= 1
-        run.pausing, run.step, run.status = False, run.saved, Trial.ERROR
+        run.decision, run.step, run.status = None, run.saved, Trial.ERROR
         self.scheduler.on_trial_error(self, run)
         run.status = Trial.PENDING
         self.scheduler.on_trial_add(self, run)
         run.status = Trial.RUNNING
-
-    def report(self, run):
-        run.step += 1
-        result = {"step": run.step, VAL_TEXT_NLL: run.losses[run.step]}
-        if run.step == run.diverges_at or run.step == self.num_steps:
-            self.stop_trial(run)
-            return
-        decision = self.scheduler.on_trial_result(self, run, result)
-        if decision == TrialScheduler.STOP:
-            self.stop_trial(run)
-        elif decision == TrialScheduler.PAUSE:
-            run.pausing = True
-        else:
-            run.saved = run.step
 
     def run(self):
         while True:
@@ -148,25 +153,23 @@ def test_a_bracket_is_cut_as_soon_as_its_last_trial_waits_or_has_ended(last):
         run.diverges_at = None
         tune.add(run)
     first, second, third, _ = tune.runs[:4]
+    for run in (first, second, third):
+        tune.report(run)
+        tune.saves(run)
     for run in (first, second):
         tune.report(run)
-        tune.report(run)
-    tune.pause(first)
-    if last == "ends":
-        tune.pause(second)
-        third.diverges_at = 1
+    tune.saves(first)
+    if last == "waits beside another":  # both are being saved
         tune.report(third)
-    elif last == "waits":
-        tune.pause(second)
-        tune.report(third)
-        tune.report(third)
-    else:  # both are being saved
-        tune.report(third)
-        tune.report(third)
-        assert third.pausing and second.pausing
-        for run in (second, third):
-            tune.pause(run)
+        tune.saves(second)
+        tune.saves(third)
         tune.scheduler.choose_trial_to_run(tune)
+    else:
+        tune.saves(second)
+        if last == "ends":
+            third.diverges_at = 2
+        tune.report(third)
+        tune.saves(third)
     statuses = [run.status for run in (first, second, third)]
     assert statuses.count(Trial.TERMINATED) == 2
     assert len(tune.resumed) == statuses.count(Trial.PAUSED)
@@ -181,10 +184,9 @@ def test_a_resumed_trial_is_compared_by_what_it_had_at_the_rung():
     scheduler.earlier[late.trial_id] = {2: 0.9}
     for run in (late, other):
         tune.add(run)
-    tune.report(late)
-    tune.pause(late)
-    tune.report(other)
-    tune.report(other)
+    for run in (late, other, other):
+        tune.report(run)
+        tune.saves(run)
     assert (late.status, other.status) == (Trial.TERMINATED, Trial.RUNNING)
 
 

@@ -1,5 +1,6 @@
 import json
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
@@ -17,6 +18,7 @@ from higgs_tune.sweep.scheduler import (
     num_checkpoints,
     replay,
 )
+from higgs_tune.sweep.search import steps_behind
 from higgs_tune.sweep.study import RECORD, TrialRecord
 from tests.models import trial as trial_config
 
@@ -80,7 +82,8 @@ def test_baselines_are_neither_judged_nor_compared_with(name):
     scheduler = scheduler_of(name)
     before = scheduler.debug_string()
     for origin, value in (("baseline", 9.0), ("baseline_fixed", 1.0)):
-        trial = SimpleNamespace(trial_id=origin, config={"record": {"origin": origin}})
+        trial = Earlier(origin)
+        trial.config = {"record": {"origin": origin}}
         scheduler.on_trial_add(None, trial)
         for step in (50, 75, 100, 125, 150):
             result = {"step": step, "val/text/nll": value}
@@ -174,6 +177,41 @@ def test_trials_that_ended_in_an_earlier_run_are_not_judged_again_in_another_ord
     assert scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
 
 
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_a_trial_whose_process_died_before_it_was_stopped_is_stopped_when_it_reports_again(name):
+    scheduler, controller = scheduler_of(name), SimpleNamespace()
+    for index, value in enumerate((2.0, 2.1, 2.2)):
+        replay(scheduler, f"earlier-{index}", finished({50: value}), ended=True)
+    trial, result = Earlier("bad"), {"step": 50, "val/text/nll": 9.0}
+    scheduler.on_trial_add(controller, trial)
+    assert scheduler.on_trial_result(controller, trial, result) == TrialScheduler.STOP
+    scheduler.on_trial_error(controller, trial)
+    scheduler.on_trial_add(controller, trial)
+    assert scheduler.on_trial_result(controller, trial, result) == TrialScheduler.STOP
+
+
+def test_the_last_result_of_a_stopped_trial_counts_once_as_it_does_after_a_resume():
+    live, resumed = scheduler_of("median"), scheduler_of("median")
+    others = [{50: value} for value in (1.0, 2.0, 8.0, 9.0)]
+    slow = {50: 3.0, 75: 9.0}  # its mean is 6
+    for scheduler in (live, resumed):
+        for index, values in enumerate(others[:2]):
+            replay(scheduler, f"earlier-{index}", finished(values | {75: 1.0}), ended=True)
+    trial = Earlier("slow")
+    live.on_trial_add(None, trial)
+    for step, value in slow.items():
+        result = {"step": step, "val/text/nll": value}
+        live.on_trial_result(None, trial, result)
+    live._stopped_trials.add(trial)
+    live.on_trial_complete(None, trial, result)
+    replay(resumed, "slow", finished(slow), ended=True)
+    means = [
+        [scheduler._running_mean(one, 75) for one in scheduler._results if one.trial_id == "slow"]
+        for scheduler in (live, resumed)
+    ]
+    assert means == [[6.0], [6.0]]
+
+
 @pytest.mark.parametrize(("best", "expected"), [(1.9, "CONTINUE"), (2.5, "STOP")])
 def test_a_resumed_trial_is_judged_by_its_best_so_far(best, expected):
     scheduler = scheduler_of("median")
@@ -210,6 +248,17 @@ def test_a_population_first_compares_where_nobody_has_been(settings, unfinished,
     config = SweepConfig.model_validate({"tune": {"scheduler": {"name": "pbt", **settings}}})
     scheduler = make_scheduler(config, unfinished)
     assert scheduler._next_perturbation_sync == expected
+
+
+def test_baselines_that_ran_ahead_put_off_no_comparison_of_a_resumed_population():
+    config = trial_config()
+    records = [
+        TrialRecord(f"t{n}", n, f"t{n}", origin, None, config)
+        for n, origin in enumerate(("baseline", "search", "search", "search"))
+    ]
+    steps = {"t0": 125, "t1": 50, "t2": 25}
+    found = steps_behind(records, lambda name: (Path(name), steps[name]) if name in steps else None)
+    assert found == [50, 25]
 
 
 def test_rates_are_drawn_from_their_range_and_again_by_the_same_seed():
