@@ -7,12 +7,14 @@ single runs is partly luck.
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from higgs_tune import metrics as m
 from higgs_tune.report.results import UNFINISHED, Results, Trial
+from higgs_tune.report.wording import nats
 
 ConfirmState = Literal["done", "skipped", "unfinished"]
 
@@ -102,7 +104,8 @@ def choose(results: Results) -> Choice | None:
 
     groups = _groups(results)
     by_id = {trial.id: trial for trial in results.search}
-    held = {key: runs for key, runs in groups.items() if _holds(results, runs)}
+    failed = failed_in_confirm(results)
+    held = {key: runs for key, runs in _complete(results).items() if key not in failed}
     if not held:
         return None
     winner = min(held, key=lambda key: mean_of(held[key], m.VAL_TEXT_NLL))
@@ -149,13 +152,33 @@ def _groups(results: Results) -> dict[str, tuple[Trial, ...]]:
     return groups
 
 
-def _holds(results: Results, runs: tuple[Trial, ...]) -> bool:
-    """All seeds are there, each ran the full budget, and the mean audio loss is within the limit."""
-    limit = results.audio_limit
-    all_there = len(runs) >= results.sweep.confirm.num_seeds
-    if limit is None or not all_there or not all(run.full_budget for run in runs):
-        return False
-    return mean_of(runs, m.VAL_AUDIO_NLL) <= limit
+def _complete(results: Results) -> dict[str, tuple[Trial, ...]]:
+    """Those whose seeds are all there."""
+    num_seeds = results.sweep.confirm.num_seeds
+    return {key: runs for key, runs in _groups(results).items() if len(runs) >= num_seeds}
+
+
+def failed_in_confirm(results: Results) -> dict[str, str]:
+    """Trials of the search whose confirm runs have ended and forbid their choice, and why.
+
+    Each run has to reach the full budget, and their mean audio loss to be within the limit.
+    """
+    failed = {}
+    for trial_id, runs in _complete(results).items():
+        broken = Counter(run.status for run in runs if not run.full_budget)
+        if broken:
+            ends = ", ".join(f"{count} {status}" for status, count in sorted(broken.items()))
+            failed[trial_id] = (
+                f"not all of its {len(runs)} confirm runs reached the full budget ({ends})"
+            )
+        elif results.audio_limit is None:
+            failed[trial_id] = "the limit for audio is unknown"
+        elif (audio := mean_of(runs, m.VAL_AUDIO_NLL)) > results.audio_limit:
+            failed[trial_id] = (
+                f"its audio loss, {nats(audio)} over {len(runs)} seeds, is beyond the limit of "
+                f"{nats(results.audio_limit)}"
+            )
+    return failed
 
 
 def _choice(

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from higgs_tune import metrics as m
-from higgs_tune.report.choose import Choice, Stat, choose, leader, mean_of
+from higgs_tune.report.choose import Choice, Stat, choose, failed_in_confirm, leader, mean_of
 from higgs_tune.report.importance import (
     MIN_TRIALS,
     NAMES,
@@ -187,6 +187,11 @@ def _notes(results: Results, choice: Choice | None) -> list[str]:
             f"Confirm runs without an end: {open_ends}. A configuration without all its runs counts "
             "as not confirmed; --resume goes on with them."
         )
+    if choice is None or choice.confirm == "done":
+        notes += [
+            f"{trial_id} was confirmed and cannot be chosen: {why}."
+            for trial_id, why in failed_in_confirm(results).items()
+        ]
     notes += _crowded_out(results)
     if results.baseline is not None:
         notes += _broken_off(results.baseline)

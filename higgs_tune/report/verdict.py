@@ -42,6 +42,10 @@ def headline(results: Results, choice: Choice | None, outcome: Outcome) -> str:
     if choice is None or results.base is None:
         if not any(trial.full_budget for trial in results.search):
             return "No trial has run its full budget"
+        if results.base is None:
+            return "The limit for audio loss is unknown"
+        if any(trial.full_budget and results.feasible(trial) for trial in results.search):
+            return "No configuration held up in the confirm stage"
         return "No configuration kept audio within its limit over a full run"
     start, end = results.base[m.VAL_TEXT_NLL], mean_of(choice.runs, m.VAL_TEXT_NLL)
     verb = "fell" if end < start else "rose"

@@ -124,6 +124,39 @@ def test_a_trial_0_that_failed_its_confirm_runs_only_is_said_to_have_done_that(
     assert said.startswith("None of trial 0's confirm runs reached the full budget")
 
 
+@pytest.mark.parametrize("who", [("t001",), ("t000", "t001")])
+def test_what_broke_in_the_confirm_stage_is_said_to_be_out_for_that(
+    tmp_path: Path, who: tuple[str, ...]
+) -> None:
+    builder = Builder(tmp_path).start()
+    for trial_id, text in (("t000", 3.0), ("t001", 2.0)):
+        origin = "baseline" if trial_id == "t000" else "search"
+        builder.trial(trial_id, CONFIG, curve(CONFIG, text, 0.4, 3.9, 150), origin=origin)
+        for seed in range(2):
+            config = trial_config(seed=100 + seed)
+            rows, status = curve(config, text, 0.4, 3.9, 150), "completed"
+            if trial_id in who and seed == 1:
+                rows, status = rows[:3], "diverged"
+            run_id = f"c{10 * int(trial_id[1:]) + seed:03d}"
+            builder.trial(run_id, config, rows, origin="confirm", confirms=trial_id, status=status)
+    found = findings(tmp_path)
+    reason = "not all of its 2 confirm runs reached the full budget (1 diverged)"
+    for trial_id in ("t000", "t001"):
+        note = f"{trial_id} was confirmed and cannot be chosen: {reason}."
+        assert (note in found.notes) == (trial_id in who)
+    if "t000" in who:
+        assert found.headline == "No configuration held up in the confirm stage"
+    else:
+        assert found.outcome == "baseline_best"
+
+
+def test_audio_that_rose_in_the_confirm_runs_is_said(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1], baseline_audio=5.0)
+    reason = f"its audio loss, 5.00 over 2 seeds, is beyond the limit of {3.93 * 1.05:.2f}"
+    note = f"t000 was confirmed and cannot be chosen: {reason}."
+    assert note in found.notes
+
+
 def test_text_loss_that_rose_is_not_said_to_have_fallen(tmp_path: Path) -> None:
     found = pairs(tmp_path, [9.0, 9.1], [8.0, 8.1], gain=0.0)
     assert "fell" not in sentence(found, "listening")
