@@ -224,3 +224,24 @@ def test_no_trial_is_lost_when_the_worker_dies(tmp_path, name):
 def test_several_workers_share_paused_trials(tmp_path, name):
     workers = {"num_workers": 2, "slots_per_worker": 2, "cpus_per_worker": 1}
     check_nobody_was_lost(run(tmp_path, tune=tune(EVERY[name], **workers)).results)
+
+
+@pytest.mark.parametrize("name", ["asha", "median", "hyperband"])
+def test_a_trial_whose_process_dies_before_it_is_stopped_trains_no_further(
+    tmp_path, monkeypatch, name
+):
+    original = SweepCallback.on_trial_result
+    stopped: list[tuple[str, int]] = []
+
+    def noted(self, iteration, trials, trial, result, **info):
+        if not stopped and result["done"] and result["status"] == "running":
+            stopped.append((trial.config["id"], result["step"]))
+            os.kill(result["pid"], signal.SIGKILL)  # its checkpoint is on its way
+        original(self, iteration, trials, trial, result, **info)
+
+    monkeypatch.setattr(SweepCallback, "on_trial_result", noted)
+    outcome = run(tmp_path, tune=tune({"name": name}, num_trials=12, slots_per_worker=2))
+    ((trial_id, step),) = stopped
+    end = trials_of(outcome.results)[trial_id]["status"]
+    assert (end["status"], end["step"]) == ("pruned", step)
+    check_nobody_was_lost(outcome.results, 12)
