@@ -69,7 +69,10 @@ class Recogniser:
                 f"--asr {path}: not a speech recognition checkpoint that transformers can load: "
                 f"{error}"
             ) from error
-        self._rate_hz: int = self._pipeline.feature_extractor.sampling_rate
+        extractor = self._pipeline.feature_extractor
+        self._rate_hz: int = extractor.sampling_rate
+        is_whisper = self._pipeline.type == "seq2seq_whisper"
+        self._at_once: float = extractor.n_samples if is_whisper else float("inf")
         self._arguments = {"generate_kwargs": {"language": language}} if language else {}
         if language:
             try:  # what it knows, each kind of recogniser says at its first clip only
@@ -84,7 +87,10 @@ class Recogniser:
         if not len(wave):
             return ""
         heard = resample(wave, rate_hz, self._rate_hz)
-        result = self._pipeline({"raw": heard, "sampling_rate": self._rate_hz}, **self._arguments)
+        arguments: dict[str, Any] = dict(self._arguments)
+        if len(heard) > self._at_once:  # Whisper goes on after 30 s only by its own time stamps
+            arguments["return_timestamps"] = True
+        result = self._pipeline({"raw": heard, "sampling_rate": self._rate_hz}, **arguments)
         return result["text"]
 
     def error_rate(self, heard: str, target: str) -> float | None:

@@ -96,14 +96,26 @@ def test_any_recogniser_of_transformers_is_asked_at_its_own_rate(recogniser_path
 
 
 class FakeWhisper:
-    """Refuses languages as Whisper does: when it hears."""
+    """Refuses languages and long clips as transformers' pipeline of Whisper does: when it hears."""
 
-    feature_extractor = SimpleNamespace(sampling_rate=16_000)
+    type = "seq2seq_whisper"
+    feature_extractor = SimpleNamespace(sampling_rate=16_000, n_samples=480_000)
 
-    def __call__(self, clip, generate_kwargs):
-        if generate_kwargs["language"] != "arabic":
-            raise ValueError(f"Unsupported language: {generate_kwargs['language']}")
+    def __call__(self, clip, generate_kwargs=None, return_timestamps=False):
+        language = (generate_kwargs or {}).get("language", "arabic")
+        if language != "arabic":
+            raise ValueError(f"Unsupported language: {language}")
+        if len(clip["raw"]) > 480_000 and not return_timestamps:
+            raise ValueError("You have passed more than 3000 mel input features (> 30 seconds)")
         return {"text": "نعم"}
+
+
+@pytest.mark.parametrize("language", [None, "arabic"])
+@pytest.mark.parametrize("seconds", [30, 31])
+def test_whisper_hears_clips_of_any_length(monkeypatch, language, seconds):
+    monkeypatch.setattr(voices, "pipeline", lambda *_, **__: FakeWhisper())
+    wave = np.ones(seconds * 16_000, np.float32)
+    assert Recogniser("whisper", CPU, None, language).text_of(wave, 16_000) == "نعم"
 
 
 def test_a_language_that_a_recogniser_does_not_know_is_told_before_anything_is_heard(monkeypatch):
