@@ -43,11 +43,13 @@ def locate(root: Path, name: str) -> Path:
         path = as_stored(root, name).resolve()
         if not path.is_relative_to(root):
             raise DataError(
-                f"audio {shown} is outside the data root {root}: move it inside or set --data-root"
+                f"audio {shown!r} is outside the data root {root}: move it inside or set --data-root"
             )
         if not path.is_file():
             state = "is not a file" if path.exists() else _ABSENT
-            raise DataError(f"audio {shown} {state} (looked in {root})")
+            raise DataError(
+                f"audio {shown!r} {state} (looked in {root}): mend the path or set --data-root"
+            )
     except (OSError, ValueError, RuntimeError) as error:
         detail = getattr(error, "strerror", None) or error
         raise DataError(f"audio {shown!r} is not a usable path ({detail})") from None

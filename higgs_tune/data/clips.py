@@ -65,11 +65,15 @@ def clip_coder(codec: Codec, rules: ClipRules) -> Callable[[Names], Outcome]:
             for name in names:
                 found.append(codes(name))
         except DataError as problem:
-            # A rejection has the path of the first recording.
-            return f"{names[len(found)]}: {problem}" if found else str(problem)
+            return reason_of(names, len(found), problem)
         return tuple(found)
 
     return outcome
+
+
+def reason_of(names: Names, place: int, problem: Exception) -> str:
+    """Why a row is rejected; the rejection has the path of its first recording only."""
+    return f"{names[place]!r}: {problem}" if place else str(problem)
 
 
 def code_here(

@@ -16,13 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.data.audio import can_be_opened, is_passing, locate
 from higgs_tune.data.clips import ClipRules, Names, Outcome, code_here
 from higgs_tune.data.codec import Codec, load_codec, weights_digest
 from higgs_tune.data.files import writing
 from higgs_tune.data.manifest import open_manifest
 from higgs_tune.data.options import PrepareOptions
 from higgs_tune.data.progress import Advance, progress
+from higgs_tune.data.restart import claim, holds_rows, look_up, read_record, write_record
 from higgs_tune.data.row_table import RowTable, Stage
 from higgs_tune.data.rows import ManifestRow, Rejection
 from higgs_tune.data.shards import (
@@ -31,16 +31,14 @@ from higgs_tune.data.shards import (
     DatasetInfo,
     Row,
     finish_dataset,
-    list_shards,
     shard_path,
     write_shard,
 )
 from higgs_tune.data.splits import divide
 from higgs_tune.device import resolve_device
 from higgs_tune.errors import DataError
-from higgs_tune.files import write_json, write_json_lines
+from higgs_tune.files import write_json_lines
 
-JOB_NAME = "prepare.json"
 REJECTED_NAME = "rejected.jsonl"
 _NUM_SHOWN = 3  # rejections quoted in an error
 
@@ -97,10 +95,14 @@ def prepare(
 
     with open_manifest(manifest, root, options.max_text_chars, options.clips_from_chat) as table:
         num_total = table.num_rows + table.num_rejected()
-        _claim(out, _job(table, facts, options))
+        claim(out, _job(table, facts, options))
         _check_rejected(manifest, out, table, num_total, options)
         split_rule = divide(table, manifest, root, options.val_fraction, options.seed)
-        _encode_shards(table, out, root, facts, code, options.rows_per_shard)
+        to_do = _to_do(table, out, root, options.rows_per_shard)
+        _check_rejected(manifest, out, table, num_total, options)
+        table.forget(Stage.MISSING)
+        if to_do:
+            _encode_shards(table, to_do, out, facts, code, options.rows_per_shard)
         _check_rejected(manifest, out, table, num_total, options)
         num_rejected = table.num_rejected()
     info = finish_dataset(out, facts, num_rejected=num_rejected, split_rule=split_rule)
@@ -124,37 +126,41 @@ def codec_facts(codec: Codec, name: str) -> CodecFacts:
     )
 
 
+def _to_do(table: RowTable, out: Path, root: Path, rows_per_shard: int) -> dict[int, str]:
+    """The shards that are missing or stale, and the fingerprints of their recordings.
+
+    Notes the rejections of the others, and of these the rows whose recording is not there.
+    """
+    to_do: dict[int, str] = {}
+    for index, part in enumerate(table.parts(rows_per_shard)):
+        # Before the audio is read: a file that changes meanwhile makes the record stale.
+        fingerprint, missing = look_up(part, root)
+        rejected = read_record(out, index, fingerprint, part, root)
+        if rejected is None:
+            to_do[index] = fingerprint
+            table.reject(missing, Stage.MISSING)
+        else:
+            table.reject(rejected, Stage.AUDIO)
+    return to_do
+
+
 def _encode_shards(
     table: RowTable,
+    to_do: dict[int, str],
     out: Path,
-    root: Path,
     facts: CodecFacts,
     code: Callable[[Iterable[Names]], Generator[Outcome, None, None]],
     rows_per_shard: int,
 ) -> None:
-    """Write the shards that are missing or stale; note the rejections of all."""
-    to_do: dict[int, str] = {}
-    num_to_do = 0
-    for index, part in enumerate(table.parts(rows_per_shard)):
-        # Before the audio is read: a file that changes meanwhile makes the record stale.
-        fingerprint = _fingerprint(part, root)
-        record = _read_record(out, index, fingerprint)
-        if record is not None and _is_mended(record, part, root):
-            record = None
-        if record is None:
-            to_do[index] = fingerprint
-            num_to_do += len(part)
-        else:
-            table.reject((Rejection(**fields) for fields in record), Stage.AUDIO)
-    if not to_do:
-        return
+    """Write the shards of `to_do`; note their rejections."""
     (out / INFO_NAME).unlink(missing_ok=True)
-    num_rows = table.num_rows
-    title = f"encode ({num_rows - num_to_do} of {num_rows} rows were done before)"
 
     def parts() -> Iterator[tuple[int, list[ManifestRow]]]:
         return ((n, part) for n, part in enumerate(table.parts(rows_per_shard)) if n in to_do)
 
+    num_rows = table.num_rows
+    num_to_do = sum(min(rows_per_shard, num_rows - n * rows_per_shard) for n in to_do)
+    title = f"encode ({num_rows - num_to_do} of {num_rows} rows were done before)"
     names = (row.audio for _, part in parts() for row in part)
     with (
         progress(title if num_to_do < num_rows else "encode", num_to_do) as advance,
@@ -162,10 +168,7 @@ def _encode_shards(
     ):
         for index, part in parts():
             rejected = _write_part(shard_path(out, index), part, outcomes, facts, advance)
-            record = [asdict(rejection) for rejection in rejected]
-            path = _record_path(out, index)
-            with writing(path):
-                write_json(path, {"fingerprint": to_do[index], "rejected": record})
+            write_record(out, index, to_do[index], rejected)
             table.reject(rejected, Stage.AUDIO)
 
 
@@ -192,47 +195,6 @@ def _write_part(
     return rejected
 
 
-def _record_path(out: Path, index: int) -> Path:
-    return shard_path(out, index).with_suffix(".json")
-
-
-def _read_record(out: Path, index: int, fingerprint: str) -> list[dict[str, Any]] | None:
-    """The rejections of a finished shard; None if it has to be encoded."""
-    path = _record_path(out, index)
-    if not (path.is_file() and shard_path(out, index).is_file()):
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}). Delete it and run again.") from None
-    return record["rejected"] if record["fingerprint"] == fingerprint else None
-
-
-def _is_mended(rejected: Sequence[dict[str, Any]], part: Sequence[ManifestRow], root: Path) -> bool:
-    """Whether recordings that could not be opened then, or on another machine, can be now."""
-    rows = {row.number: row for row in part}
-    return any(
-        all(can_be_opened(root, name) for name in rows[rejection["row"]].audio)
-        for rejection in rejected
-        if is_passing(rejection["reason"])
-    )
-
-
-def _fingerprint(part: Sequence[ManifestRow], root: Path) -> str:
-    """Changes with the rows and with the size or time of any of their audio files."""
-    digest = hashlib.sha256()
-    for row in part:
-        digest.update(row.canonical().encode())
-        for name in row.audio:
-            try:
-                stat = locate(root, name).stat()
-                state = f"{stat.st_size} {stat.st_mtime_ns}"
-            except (DataError, OSError):
-                state = "unusable"
-            digest.update(f"\0{state}\0".encode())
-    return digest.hexdigest()
-
-
 def _job(table: RowTable, facts: CodecFacts, options: PrepareOptions) -> dict[str, Any]:
     """What decides the content of the dataset, audio files apart."""
     content = hashlib.sha256()
@@ -247,36 +209,6 @@ def _job(table: RowTable, facts: CodecFacts, options: PrepareOptions) -> dict[st
     }
 
 
-def _claim(out: Path, job: dict[str, Any]) -> None:
-    """Take `out` for this job, or see that it already is this job's.
-
-    Raises:
-        DataError: other data was prepared there; nothing is touched.
-    """
-    path = out / JOB_NAME
-    advice = "Give another --out, or delete the folder to prepare it anew."
-    if not path.is_file():
-        if (out / INFO_NAME).exists() or list_shards(out):
-            raise DataError(f"{out}: holds a dataset that this command did not make. {advice}")
-        with writing(path):
-            write_json(path, job)
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}). {advice}") from None
-    changed = sorted(name for name in job if before.get(name) != job[name])
-    if changed and list_shards(out):
-        raise DataError(
-            f"{out}: was prepared from something else: {', '.join(changed)} changed since. {advice}"
-        )
-    if changed:  # nothing is encoded yet, so nothing could be mixed up
-        with writing(path):
-            write_json(path, job)
-    for half_written in out.rglob("*.tmp"):  # of a run that was killed
-        half_written.unlink()
-
-
 def _check_rejected(
     manifest: Path, out: Path, table: RowTable, num_total: int, options: PrepareOptions
 ) -> None:
@@ -289,7 +221,7 @@ def _check_rejected(
         return
     (out / INFO_NAME).unlink(missing_ok=True)
     how = "Mend the manifest or the recordings"
-    if list_shards(out):  # of the manifest as it is: `_claim` refuses another one
+    if holds_rows(out):  # of the manifest as it is: `claim` refuses another one
         how = "Mend the recordings (what is encoded is kept), give a mended manifest a new --out"
     first = "; ".join(f"row {r.row}: {r.reason}" for r in table.first_rejected(_NUM_SHOWN))
     raise DataError(

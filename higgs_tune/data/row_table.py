@@ -1,10 +1,12 @@
 """The rows of a manifest as a table on the disk: there may be more than memory holds."""
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, fields
 from enum import IntEnum
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,14 +16,16 @@ _FIELDS = [field.name for field in fields(ManifestRow)]
 _AUDIO = _FIELDS.index("audio")
 # Columns of `rows`; `path` and `wanted` are a clip's recording, and the reference without a text.
 _COLUMNS = [*_FIELDS, "path", "wanted"]
+_PARTICULARS = re.compile(r"""(?<!\w)'[^']*'|"[^"]*"|\d+""")  # quoted names, and numbers
 
 
 class Stage(IntEnum):
     """When a row was rejected."""
 
     MANIFEST = 0
-    AUDIO = 1
-    SPLIT = 2  # left out of a drawn split: no fault of the row
+    MISSING = 1  # no recording, seen before anything is coded; coding says it again
+    AUDIO = 2
+    SPLIT = 3  # left out of a drawn split: no fault of the row
 
 
 class RowTable:
@@ -29,6 +33,7 @@ class RowTable:
 
     def __init__(self, database: sqlite3.Connection):
         self.database = database
+        database.create_function("kind", 1, partial(_PARTICULARS.sub, ""), deterministic=True)
         columns = ", ".join(_COLUMNS).replace("number", "number INTEGER PRIMARY KEY")
         database.execute(f"CREATE TABLE rows ({columns})")
         database.execute(
@@ -52,6 +57,10 @@ class RowTable:
             "INSERT INTO rejected VALUES (?, ?, ?, ?, ?)",
             ((r.row, r.id, r.path, r.reason, stage) for r in rejections),
         )
+
+    def forget(self, stage: Stage) -> None:
+        """Take back what was rejected in one stage."""
+        self.database.execute("DELETE FROM rejected WHERE stage = ?", (stage,))
 
     def drop_rejected(self) -> None:
         """Remove the rows that are rejected."""
@@ -97,10 +106,13 @@ class RowTable:
         return (Rejection(*values) for values in found)
 
     def first_rejected(self, count: int) -> list[Rejection]:
-        """The first row of each reason for which some were rejected, in order, none just left out."""
+        """The first row of each kind of reason, in order; rows that were just left out are none.
+
+        Reasons that differ in the names and numbers that they hold are of one kind.
+        """
         found = self.database.execute(
             "SELECT min(number), id, path, reason FROM rejected WHERE stage < ? "
-            "GROUP BY reason ORDER BY 1 LIMIT ?",
+            "GROUP BY kind(reason) ORDER BY 1 LIMIT ?",
             (Stage.SPLIT, count),
         )
         return [Rejection(*values) for values in found]

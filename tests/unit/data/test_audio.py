@@ -171,9 +171,11 @@ def test_paths_lead_into_the_data_root_only(tmp_path: Path):
     for name in ("../b.wav", str(outside), "link.wav"):
         with pytest.raises(DataError, match="is outside the data root"):
             locate(root, name)
-    with pytest.raises(DataError, match=r"audio missing\.wav does not exist"):
+    with pytest.raises(
+        DataError, match=r"audio 'missing\.wav' does not exist .*: mend the path or set --data"
+    ):
         locate(root, "missing.wav")
-    with pytest.raises(DataError, match="audio sub is not a file"):
+    with pytest.raises(DataError, match="audio 'sub' is not a file"):
         locate(root, "sub")
     for name in ("loop.wav", "a\0.wav", "x" * 5000):
         with pytest.raises(DataError, match=r"not a usable path|does not exist"):

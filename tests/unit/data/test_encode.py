@@ -1,6 +1,7 @@
 """Preparing a dataset: what comes out, and what is rejected."""
 
 import argparse
+import re
 import signal
 import sys
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_a_bad_recording_behind_a_good_one_is_named(tmp_path: Path, run):
     run([*rows, {"id": "chat", "messages": messages}], max_rejected=2, val_fraction=0)
     found = rejected(tmp_path / "out")
     assert found.keys() == {"c1", "chat"}
-    assert all(reason.startswith("voice.wav: audio cannot be read") for reason in found.values())
+    assert all(reason.startswith("'voice.wav': audio cannot be read") for reason in found.values())
 
 
 @pytest.mark.parametrize("val_fraction", [0, 0.3])
@@ -128,7 +129,10 @@ def test_rows_that_repeat_a_clip_are_counted_in_a_warning(
 @pytest.mark.parametrize("stage", ["manifest", "audio"])
 def test_too_many_rejected_rows_leave_shards_but_no_dataset(tmp_path: Path, run, stage: str):
     rows = make_root(tmp_path / "root", 8)
-    rows[2] |= {"text": ""} if stage == "manifest" else {"path": "nowhere.wav"}
+    if stage == "manifest":
+        rows[2]["text"] = ""
+    else:
+        (tmp_path / "root" / "2.wav").write_bytes(b"no audio")
     with pytest.raises(
         DataError, match=r"1 of 8 rows are rejected, 0 are allowed .*row 3: .*rejected\.jsonl"
     ) as caught:
@@ -150,13 +154,44 @@ def test_too_many_rejected_rows_leave_shards_but_no_dataset(tmp_path: Path, run,
     assert run(rows, max_rejected=1).num_rows == 7
 
 
-def test_the_first_rejected_rows_of_each_reason_are_named(tmp_path: Path, run):
-    rows = make_root(tmp_path / "root", 8)
-    gone, empty = {"path": "no.wav"}, {"text": ""}
-    for number, fault in {1: gone, 2: empty, 3: empty, 5: {"path": "nor.wav"}}.items():
+def test_the_first_rejected_row_of_each_reason_is_named_whatever_the_file(tmp_path: Path, run):
+    rows = make_root(tmp_path / "root", 10)
+    faults = {1: {"path": "no.wav"}, 2: {"text": ""}, 3: {"text": ""}, 5: {"path": "it's.wav"}}
+    faults[6] = {"ref_audio": "nor.wav", "ref_text": "x"}
+    faults[7] = {"ref_audio": "neither.wav", "ref_text": "x"}
+    for number, fault in faults.items():
         rows[number] |= fault
-    with pytest.raises(DataError, match=r"row 2: audio no.*; row 3: text is[^;]*; row 6: audio"):
+    with pytest.raises(DataError, match="6 of 10 rows") as caught:
         run(rows, max_rejected=2)
+    found = re.findall(r"row (\d+): (?:'[a-z.]*': )?([a-z]*)", str(caught.value))
+    assert found == [("2", "audio"), ("3", "text"), ("7", "audio")]
+
+
+def test_recordings_that_are_not_there_are_told_before_anything_is_coded(
+    tmp_path: Path, run, monkeypatch
+):
+    rows = make_root(tmp_path / "root", 12)
+    wrong = [row | {"path": f"audio/{row['path']}"} for row in rows[8:]]
+    seen = spy(monkeypatch)
+    with pytest.raises(
+        DataError, match=r"4 of 12 rows are rejected, 3 are allowed .*row 9: .* or set --data-root"
+    ):
+        run([*rows[:8], *wrong], max_rejected=3)
+    assert not seen
+    assert list_shards(tmp_path / "out") == []
+    assert list(rejected(tmp_path / "out")) == ["c8", "c9", "c10", "c11"]
+    assert run(rows, max_rejected=3).num_rows == 12, "of a mended manifest, into the same folder"
+    assert rejected(tmp_path / "out") == {}
+
+
+def test_as_many_missing_recordings_as_are_allowed_are_left_out(tmp_path: Path, run):
+    rows = make_root(tmp_path / "root", 12)
+    rows[9]["path"], rows[10]["path"] = "no.wav", "nor.wav"
+    assert run(rows, max_rejected=2).num_rows == 10
+    before = rejected(tmp_path / "out")
+    assert list(before) == ["c9", "c10"]
+    assert run(rows, max_rejected=2).num_rows == 10
+    assert rejected(tmp_path / "out") == before
 
 
 def test_a_dataset_of_rejected_rows_only_is_refused(tmp_path: Path, run):

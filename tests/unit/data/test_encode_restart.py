@@ -20,14 +20,14 @@ def test_what_is_encoded_is_kept_for_mended_recordings_and_not_for_a_mended_mani
     tmp_path: Path, run, monkeypatch
 ):
     rows = make_root(tmp_path / "root", 8)
-    rows[2] |= {"path": "late.wav"}
+    (tmp_path / "root" / "2.wav").write_bytes(b"no audio")
     with pytest.raises(DataError, match="1 of 8 rows are rejected"):
         run(rows, max_rejected=0)
     before = content(tmp_path / "out")
     with pytest.raises(DataError, match=r"manifest rows changed since\. Give another --out"):
         run([*rows[:2], *rows[3:]], max_rejected=0)
     assert content(tmp_path / "out") == before
-    soundfile.write(tmp_path / "root" / "late.wav", speech(9), RATE_HZ)
+    soundfile.write(tmp_path / "root" / "2.wav", speech(9), RATE_HZ)
     seen = spy(monkeypatch)
     assert run(rows, max_rejected=0).num_rows == 8
     assert len(seen) == 4, "the other shard is not touched"
@@ -38,6 +38,37 @@ def test_a_mended_manifest_is_prepared_where_nothing_was_encoded_yet(tmp_path: P
     with pytest.raises(DataError, match="1 of 6 rows are rejected"):
         run([rows[0] | {"text": ""}, *rows[1:]], max_rejected=0)
     assert run(rows, max_rejected=0).num_rows == 6
+
+
+def test_a_mended_manifest_is_prepared_where_every_recording_was_unusable(tmp_path: Path, run):
+    rows = make_root(tmp_path / "root", 10)
+    bad = [row | {"path": f"bad{row['path']}"} for row in rows]
+    for row in bad:
+        (tmp_path / "root" / row["path"]).write_bytes(b"no audio")
+    with pytest.raises(DataError, match=r"10 of 10 rows .* Mend the manifest or the recordings"):
+        run(bad, max_rejected=0)
+    assert len(list_shards(tmp_path / "out")) == 3
+    run(rows[:6], "fresh", max_rejected=0)
+    assert run(rows[:6], max_rejected=0).num_rows == 6
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+def test_recordings_that_are_away_for_a_while_leave_what_is_encoded(
+    tmp_path: Path, run, monkeypatch
+):
+    rows = make_root(tmp_path / "root", 8)
+    run(rows)
+    before = content(tmp_path / "out")
+    for row in rows:
+        (tmp_path / "root" / row["path"]).rename(tmp_path / row["path"])
+    with pytest.raises(DataError, match="8 of 8 rows are rejected"):
+        run(rows)
+    for row in rows:
+        (tmp_path / row["path"]).rename(tmp_path / "root" / row["path"])
+    seen = spy(monkeypatch)
+    run(rows)
+    assert not seen
+    assert content(tmp_path / "out") == before
 
 
 def test_a_recording_that_was_mended_is_encoded_on_the_next_run(tmp_path: Path, run, monkeypatch):

@@ -1,0 +1,120 @@
+"""What a run that stopped left behind: whose folder it is, and which of its shards are done."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from higgs_tune.data.audio import can_be_opened, is_passing, locate
+from higgs_tune.data.clips import reason_of
+from higgs_tune.data.files import writing
+from higgs_tune.data.rows import ManifestRow, Rejection
+from higgs_tune.data.shards import INFO_NAME, ShardFile, list_shards, shard_path
+from higgs_tune.errors import DataError
+from higgs_tune.files import write_json
+
+JOB_NAME = "prepare.json"
+
+
+def claim(out: Path, job: dict[str, Any]) -> None:
+    """Take `out` for this job, or see that it already is this job's.
+
+    Raises:
+        DataError: other data was prepared there; nothing is touched.
+    """
+    path = out / JOB_NAME
+    advice = "Give another --out, or delete the folder to prepare it anew."
+    if not path.is_file():
+        if (out / INFO_NAME).exists() or list_shards(out):
+            raise DataError(f"{out}: holds a dataset that this command did not make. {advice}")
+        with writing(path):
+            write_json(path, job)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}). {advice}") from None
+    changed = sorted(name for name in job if before.get(name) != job[name])
+    if changed and holds_rows(out):
+        raise DataError(
+            f"{out}: was prepared from something else: {', '.join(changed)} changed since. {advice}"
+        )
+    if changed:  # nothing is encoded yet, so nothing could be mixed up
+        with writing(path):
+            for empty in list_shards(out):  # or more of them than the job has
+                empty.unlink()
+                empty.with_suffix(".json").unlink(missing_ok=True)
+            write_json(path, job)
+    for half_written in out.rglob("*.tmp"):  # of a run that was killed
+        half_written.unlink()
+
+
+def holds_rows(out: Path) -> bool:
+    """Whether something is encoded in `out`: a shard whose rows were all rejected holds nothing."""
+    # No codes are read, so their number of codebooks does not matter.
+    return any(ShardFile(path, num_codebooks=1).group_starts[-1] for path in list_shards(out))
+
+
+def look_up(part: Sequence[ManifestRow], root: Path) -> tuple[str, list[Rejection]]:
+    """The state of a shard's recordings before they are read.
+
+    Returns:
+        A fingerprint, which changes with the rows and with the size or time of any of their audio
+        files, and the rows that cannot be coded because a file is not there.
+    """
+    digest = hashlib.sha256()
+    missing: list[Rejection] = []
+    for row in part:
+        digest.update(row.canonical().encode())
+        reasons: list[str] = []
+        for place, name in enumerate(row.audio):
+            try:
+                stat = locate(root, name).stat()
+                state = f"{stat.st_size} {stat.st_mtime_ns}"
+            except (DataError, OSError) as problem:
+                state = "unusable"
+                reasons.append(reason_of(row.audio, place, problem))
+            digest.update(f"\0{state}\0".encode())
+        if reasons:
+            missing.append(Rejection(row.number, row.id, row.audio[0], reasons[0]))
+    return digest.hexdigest(), missing
+
+
+def read_record(
+    out: Path, index: int, fingerprint: str, part: Sequence[ManifestRow], root: Path
+) -> list[Rejection] | None:
+    """The rejections of a finished shard; None if it has to be encoded."""
+    path = _record_path(out, index)
+    if not (path.is_file() and shard_path(out, index).is_file()):
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Delete it and run again.") from None
+    rejected = [Rejection(**fields) for fields in record["rejected"]]
+    if record["fingerprint"] != fingerprint or _is_mended(rejected, part, root):
+        return None
+    return rejected
+
+
+def write_record(out: Path, index: int, fingerprint: str, rejected: Sequence[Rejection]) -> None:
+    """Note that a shard is done."""
+    path = _record_path(out, index)
+    with writing(path):
+        write_json(path, {"fingerprint": fingerprint, "rejected": list(map(asdict, rejected))})
+
+
+def _record_path(out: Path, index: int) -> Path:
+    return shard_path(out, index).with_suffix(".json")
+
+
+def _is_mended(rejected: Sequence[Rejection], part: Sequence[ManifestRow], root: Path) -> bool:
+    """Whether recordings that could not be opened then, or on another machine, can be now."""
+    rows = {row.number: row for row in part}
+    return any(
+        all(can_be_opened(root, name) for name in rows[rejection.row].audio)
+        for rejection in rejected
+        if is_passing(rejection.reason)
+    )
