@@ -40,7 +40,10 @@ def chat_row(fields: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest
         role = message.get("role")
         if role not in ROLES:
             raise DataError(f"message {number} has role {role!r}, needed one of {', '.join(ROLES)}")
-        turns.append({"role": role, "parts": _parts(message.get("content"), number, audio, queue)})
+        content = message.get("content")
+        if role == "assistant" and isinstance(content, list):
+            content = _joined(content)
+        turns.append({"role": role, "parts": _parts(content, number, audio, queue)})
     if queue:
         raise DataError(f"audios has {len(queue)} more paths than messages have {_PLACEHOLDER}")
     if not audio:
@@ -70,6 +73,22 @@ def _start_index(value: Any, turns: list[dict[str, Any]]) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(turns):
         raise DataError(f"start_index is {value!r}, needed a number from 0 to {len(turns) - 1}")
     return value
+
+
+def _joined(content: list[Any]) -> list[Any]:
+    """Content with neighbouring texts as one, so that the spaces between them are learnt.
+
+    Other messages are read as the native chat template writes them: each of their texts is stripped.
+    """
+    joined: list[Any] = []
+    for part in content:
+        is_text = isinstance(part, Mapping) and part.get("type") == "text"
+        text = part.get("text") if is_text else part
+        if isinstance(text, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += text
+        else:
+            joined.append(text if isinstance(text, str) else part)
+    return joined
 
 
 def _parts(

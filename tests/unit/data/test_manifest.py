@@ -148,6 +148,21 @@ def test_chat_content_in_each_shape_of_text(tmp_path: Path, content: Any):
     assert (row.text, row.audio, row.start_index) == ("hello", ("a.wav",), 1)
 
 
+def test_texts_of_an_answer_keep_the_spaces_between_them(tmp_path: Path):
+    pieces = [" good", {"type": "text", "text": " morning"}, " al", "l\n"]
+    answer = [*pieces, SPOKEN[1], " Bye ", " now"]
+    row = chat(("user", pieces), ("assistant", answer))
+    (found,) = jsonl(tmp_path, row).rows
+    assert texts_of(found.text, found.turns) == [
+        *("good", "morning", "al", "l"),  # as the native template trims a user's
+        *("good morning all", "Bye  now"),
+    ]
+    pieces = [{"type": "text", "text": "e"}, "\u0301t\u00e9", {"type": "text", "text": None}]
+    assert "without text" in reason(jsonl(tmp_path, chat(("user", "x"), ("assistant", pieces))))
+    (found,) = jsonl(tmp_path, chat(("user", [SPOKEN[1]]), ("assistant", pieces[:2]))).rows
+    assert found.text == "\u00e9t\u00e9"
+
+
 @pytest.mark.parametrize(
     "part",
     [
