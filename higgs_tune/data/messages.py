@@ -5,10 +5,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from higgs_tune.data.rows import ManifestRow, audio_path, field, refuse_segment, text_field
+from higgs_tune.data.rows import (
+    ManifestRow,
+    audio_path,
+    field,
+    is_blank,
+    refuse_segment,
+    text_field,
+)
 from higgs_tune.errors import DataError
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "scene")
 _PLACEHOLDER = "<audio>"
 _AUDIO_KEYS = ("audio_url", "audio", "path", "url", "file")
 _RAW_KEYS = ("raw_audio", "input_audio", "bytes")
@@ -21,7 +28,7 @@ def chat_row(fields: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest
     is, so that reference audio in an earlier one stays a prompt.
 
     Raises:
-        DataError: an unknown role or part, no audio, nothing to learn.
+        DataError: an unknown role or part, an empty message, no audio, nothing to learn.
     """
     messages = fields["messages"]
     if not isinstance(messages, list) or not messages:
@@ -31,27 +38,18 @@ def chat_row(fields: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest
         raise DataError(f"audios is {type(listed).__name__}, needed a list of paths")
     queue = list(listed) if listed else None
     audio: list[str] = []
-    turns: list[dict[str, Any]] = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise DataError(
-                f"message {number} is {type(message).__name__}, needed role and content"
-            )
-        role = message.get("role")
-        if role not in ROLES:
-            raise DataError(f"message {number} has role {role!r}, needed one of {', '.join(ROLES)}")
-        content = message.get("content")
-        if role == "assistant" and isinstance(content, list):
-            content = _joined(content)
-        turns.append({"role": role, "parts": _parts(content, number, audio, queue)})
+    turns, numbers = _turns(messages, audio, queue)
     if queue:
         raise DataError(f"audios has {len(queue)} more paths than messages have {_PLACEHOLDER}")
     if not audio:
         raise DataError("messages have no audio part")
-    start = _start_index(fields.get("start_index"), turns)
+    first_learnt = _start_index(fields.get("start_index"), messages)
+    start = sum(number < first_learnt for number in numbers)
     targets = [turn for turn in turns[start:] if turn["role"] == "assistant" and turn["parts"]]
     if not targets:
-        raise DataError(f"no assistant message from start_index {start} on: nothing to learn")
+        raise DataError(
+            f"no assistant message from start_index {first_learnt} on: nothing to learn"
+        )
     return ManifestRow(
         **identity,
         kind="chat",
@@ -62,17 +60,76 @@ def chat_row(fields: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest
     )
 
 
-def _start_index(value: Any, turns: list[dict[str, Any]]) -> int:
+def _start_index(value: Any, messages: list[Any]) -> int:
     if value is None or value != value:  # NaN, pandas' missing number
-        answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             raise DataError("messages have no assistant message: nothing to learn")
         return answers[-1]
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas writes a column of them so where one is missing
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(turns):
-        raise DataError(f"start_index is {value!r}, needed a number from 0 to {len(turns) - 1}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(messages):
+        raise DataError(f"start_index is {value!r}, needed a number from 0 to {len(messages) - 1}")
     return value
+
+
+def _turns(
+    messages: list[Any], audio: list[str], queue: list[Any] | None
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """The turns, and the number of the message that each is from.
+
+    An empty system message is none, a scene becomes part of the system turn.
+    """
+    turns: list[dict[str, Any]] = []
+    numbers: list[int] = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise DataError(
+                f"message {number} is {type(message).__name__}, needed role and content"
+            )
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise DataError(f"message {number} has role {role!r}, needed one of {', '.join(ROLES)}")
+        if role == "assistant" and isinstance(content, list):
+            content = _joined(content)
+        parts = _parts(content, number, audio, queue)
+        blank = [part for part in parts if part["type"] == "text" and is_blank(part["text"])]
+        if role == "system" and parts == blank:
+            continue
+        if not parts:
+            raise DataError(f"message {number} is empty")
+        if blank:
+            raise DataError(f"message {number}: text is empty")
+        if role == "scene":
+            if number > 1 or (number == 1 and messages[0]["role"] != "system"):
+                raise DataError(
+                    f"message {number} has role 'scene', which is the first message, or the second "
+                    "behind a system message: move it there"
+                )
+            system = [*turns.pop()["parts"], "\n\n"] if turns else []
+            numbers.clear()
+            role, parts = "system", _with_scene(system, parts)
+        turns.append({"role": role, "parts": parts})
+        numbers.append(number)
+    return turns, numbers
+
+
+def _with_scene(system: list[Any], scene: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of a system turn with its scene, as the native chat template writes them.
+
+    Source: CHAT_TEMPLATE of convert_higgs_audio_v2_to_hf.py, transformers 5.23.
+    """
+    pieces = [*system, "<|scene_desc_start|>\n"]
+    for place, part in enumerate(scene):
+        following = scene[place + 1]["type"] if place + 1 < len(scene) else None
+        if part["type"] == "audio":
+            pieces += [" ", part] + ["\n"] * (following is not None)
+        elif place == 0:
+            pieces += [part, "\n\n"] if following else [part]
+        else:
+            pieces += [part, "\n"] if following == "text" else [part]
+    joined = _joined([*pieces, "\n<|scene_desc_end|>"])
+    return [{"type": "text", "text": one} if isinstance(one, str) else one for one in joined]
 
 
 def _joined(content: list[Any]) -> list[Any]:
@@ -122,8 +179,6 @@ def _parts(
             raise DataError(
                 f"message {number} has a part of type {part.get('type')!r}, needed text or audio"
             )
-    if not parts:
-        raise DataError(f"message {number} is empty")
     return parts
 
 

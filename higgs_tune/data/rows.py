@@ -142,9 +142,14 @@ def refuse_segment(fields: Mapping[str, Any]) -> None:
             )
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen."""
+    return not visible(text).strip()
+
+
 def text_problem(text: str, max_chars: int) -> str | None:
     """Why a text cannot be used, or None."""
-    if not visible(text).strip():
+    if is_blank(text):
         return "text is empty"
     if len(text) > max_chars:
         return f"text has {len(text)} characters, limit is {max_chars} (max_text_chars)"

@@ -11,29 +11,7 @@ import pytest
 
 from higgs_tune.data.tasks import texts_of
 from higgs_tune.errors import DataError
-from tests.unit.data.manifests import Manifest, read_manifest
-
-
-def read(path: Path, content: str | bytes, max_text_chars: int = 2000) -> Manifest:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return read_manifest(path, path.parent, max_text_chars)
-
-
-def jsonl(tmp_path: Path, *rows: Any) -> Manifest:
-    return read(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def reason(manifest: Manifest) -> str:
-    assert not manifest.rows
-    (rejection,) = manifest.rejected
-    return rejection.reason
-
-
-def chat(*messages: tuple[str, Any], **fields: Any) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": content} for role, content in messages]} | fields
-
-
-SPOKEN = ("assistant", {"type": "audio", "audio_url": "a.wav"})
+from tests.unit.data.manifests import SPOKEN, chat, jsonl, read, read_manifest, reason
 
 
 def test_metadata_json_with_transcript_files_and_references(tmp_path: Path):
@@ -129,113 +107,6 @@ def test_parquet_and_flat_jsonl_hold_the_same_fields(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        "hello",
-        {"type": "text", "text": "hello"},
-        [{"type": "text", "text": "hello"}],
-        ["hello"],
-    ],
-)
-def test_chat_content_in_each_shape_of_text(tmp_path: Path, content: Any):
-    (row,) = jsonl(tmp_path, chat(("user", content), SPOKEN)).rows
-    assert row.kind == "chat"
-    assert row.turns is not None
-    assert json.loads(row.turns) == [
-        {"role": "user", "parts": [{"type": "text", "text": "hello"}]},
-        {"role": "assistant", "parts": [{"type": "audio", "audio": 0}]},
-    ]
-    assert (row.text, row.audio, row.start_index) == ("hello", ("a.wav",), 1)
-
-
-def test_texts_of_an_answer_keep_the_spaces_between_them(tmp_path: Path):
-    pieces = [" good", {"type": "text", "text": " morning"}, " al", "l\n"]
-    answer = [*pieces, SPOKEN[1], " Bye ", " now"]
-    row = chat(("user", pieces), ("assistant", answer))
-    (found,) = jsonl(tmp_path, row).rows
-    assert texts_of(found.text, found.turns) == [
-        *("good", "morning", "al", "l"),  # as the native template trims a user's
-        *("good morning all", "Bye  now"),
-    ]
-    pieces = [{"type": "text", "text": "e"}, "\u0301t\u00e9", {"type": "text", "text": None}]
-    assert "without text" in reason(jsonl(tmp_path, chat(("user", "x"), ("assistant", pieces))))
-    (found,) = jsonl(tmp_path, chat(("user", [SPOKEN[1]]), ("assistant", pieces[:2]))).rows
-    assert found.text == "\u00e9t\u00e9"
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        {"type": "audio", "audio_url": "a b.wav"},
-        {"type": "audio", "audio": "a b.wav"},
-        {"type": "audio", "path": "a b.wav"},
-        {"type": "audio", "audio": {"path": "a b.wav"}},
-        {"type": "audio_url", "audio_url": {"url": "file://a%20b.wav"}},
-        {"type": "audio", "audio_url": "a b.wav", "raw_audio": None, "duration": None},
-    ],
-)
-def test_chat_audio_in_each_shape(tmp_path: Path, part: dict[str, Any]):
-    (row,) = jsonl(tmp_path, chat(("user", [part]), ("assistant", "it says so"))).rows
-    assert (row.audio, row.text) == (("a b.wav",), "it says so")
-
-
-def test_chat_with_placeholders_and_a_list_of_audios(tmp_path: Path):
-    messages = [("user", "<audio>Repeat: <audio>"), ("assistant", "<audio>")]
-    (row,) = jsonl(tmp_path, chat(*messages, audios=["a.wav", "b.wav", "c.wav"])).rows
-    assert row.turns is not None
-    parts = [part for turn in json.loads(row.turns) for part in turn["parts"]]
-    assert [part.get("text", part.get("audio")) for part in parts] == [0, "Repeat:", 1, 2]
-    assert row.audio == ("a.wav", "b.wav", "c.wav")
-
-
-def test_only_the_last_answer_is_learnt_unless_start_index_says_more(tmp_path: Path):
-    messages = [("user", "ref"), SPOKEN, ("user", "say this"), SPOKEN]
-    first, second = jsonl(tmp_path, chat(*messages), chat(*messages, start_index=0)).rows
-    assert (first.start_index, second.start_index) == (3, 0)
-    assert first.text == "say this"
-
-
-@pytest.mark.parametrize("system", [[], [("system", "Generate audio.")]])
-def test_chats_that_only_wrap_a_recording_become_clips(tmp_path: Path, system: list[Any]):
-    def audio(name: str) -> dict[str, str]:
-        return {"type": "audio", "audio_url": name}
-
-    rows = [
-        chat(*system, ("user", "say"), ("assistant", audio("a.wav"))),
-        chat(*system, ("user", audio("b.wav")), ("assistant", "said")),
-        chat(
-            *system,
-            *(("user", "ref"), ("assistant", audio("r.wav"))),
-            *(("user", "say"), ("assistant", audio("c.wav"))),
-        ),
-    ]
-    path = tmp_path / "m.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = read_manifest(path, tmp_path, 2000, clips_from_chat=True).rows
-    assert {row.kind for row in found} == {"clip"}
-    assert [row.text for row in found] == ["say", "said", "say"]
-    assert [row.audio for row in found] == [("a.wav",), ("b.wav",), ("c.wav", "r.wav")]
-    assert [row.ref_text for row in found] == [None, None, "ref"]
-    assert {row.kind for row in read_manifest(path, tmp_path, 2000).rows} == {"chat"}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        chat(("user", ["Who?", SPOKEN[1]]), ("assistant", "Anna")),
-        chat(("user", "hi"), SPOKEN, ("user", "and"), SPOKEN, start_index=0),
-        chat(("system", ["voice", SPOKEN[1]]), ("user", "say"), SPOKEN),
-        chat(("user", "say"), ("assistant", ["Sure.", SPOKEN[1]])),
-    ],
-)
-def test_chats_that_are_more_than_a_clip_stay_chats(tmp_path: Path, row: dict[str, Any]):
-    path = tmp_path / "m.jsonl"
-    path.write_text(json.dumps(row))
-    (found,) = read_manifest(path, tmp_path, 2000, clips_from_chat=True).rows
-    assert found.kind == "chat"
-
-
-@pytest.mark.parametrize(
     "row, message",
     [
         (chat(("tool", "x"), SPOKEN), "message 0 has role 'tool', needed one of system, user"),
@@ -244,7 +115,14 @@ def test_chats_that_are_more_than_a_clip_stay_chats(tmp_path: Path, row: dict[st
         (chat(("user", "x"), SPOKEN, start_index=2), "start_index is 2, needed a number from 0 to"),
         (chat(("user", "x"), SPOKEN, ("user", "y"), start_index=2), "nothing to learn"),
         (chat(("user", "x"), SPOKEN, start_index="1"), "start_index is '1'"),
-        (chat(("user", ""), SPOKEN), "text is empty"),
+        (chat(("user", "x"), ("user", ["\u200f", "y"]), SPOKEN), "message 1: text is empty"),
+        (chat(("system", "x"), ("scene", " "), SPOKEN), "message 1: text is empty"),
+        (chat(("system", ["x", " "]), SPOKEN), "message 0: text is empty"),
+        (
+            chat(("user", "x"), ("scene", "y"), SPOKEN),
+            "message 1 has role 'scene', which is the first",
+        ),
+        (chat(("scene", "x"), ("scene", "y"), SPOKEN), "message 1 has role 'scene', which is the"),
         (chat(("user", []), SPOKEN), "message 0 is empty"),
         (chat(("user", [{"type": "image"}]), SPOKEN), "part of type 'image'"),
         (chat(("user", 3), SPOKEN), "message 0 has a int"),
@@ -335,12 +213,6 @@ def test_a_recording_is_not_its_own_reference(tmp_path: Path, other: str):
     row = {"path": "a.wav", "text": "x", "ref_text": "x", "ref_audio": other.format(root=tmp_path)}
     assert "has itself as its reference recording" in reason(jsonl(tmp_path, row))
     assert len(jsonl(tmp_path, row | {"ref_audio": "b.wav"}).rows) == 1
-
-
-def test_a_start_index_that_pandas_wrote_as_a_float_is_read(tmp_path: Path):
-    first, missing = (chat(("user", "say"), SPOKEN, start_index=at) for at in (1.0, float("nan")))
-    assert [row.start_index for row in jsonl(tmp_path, first, missing).rows] == [1, 1]
-    assert "start_index is 0.5" in reason(jsonl(tmp_path, first | {"start_index": 0.5}))
 
 
 def test_speakers_that_look_equal_are_one_voice(tmp_path: Path):
