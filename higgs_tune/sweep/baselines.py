@@ -37,9 +37,8 @@ class SparesBaselines(TrialScheduler):
         if trial in self._told_to_stop:
             return TrialScheduler.STOP
         decision = super().on_trial_result(tune_controller, trial, result)
-        if (
-            decision == TrialScheduler.STOP and tune_controller is not None
-        ):  # None: a replay, of all it had
+        is_replay = tune_controller is None  # which shows all that a trial had
+        if decision == TrialScheduler.STOP and not is_replay:
             self._told_to_stop.add(trial)
         return decision
 

@@ -115,9 +115,8 @@ class HyperBand(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The next trial of the earliest bracket that may go on, or has not started."""
-        for (
-            bracket
-        ) in self._brackets:  # a pause may have come into effect, or the search to its end
+        # a pause may have come into effect, or the search to its end
+        for bracket in self._brackets:
             self._cut_if_due(tune_controller, bracket)
         return next(self._ready(), None)
 
