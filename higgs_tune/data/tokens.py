@@ -29,6 +29,7 @@ CONTROL_TOKENS = {
     "audio_delay": "<|reserved_special_token_6|>",
 }
 """Fields of `Vocabulary` → the token's name in every tokenizer of this model."""
+AUDIO_IN_BOS = "<|audio_bos|>"  # in that of the published checkpoint, too
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ class Vocabulary:
     stream_eos: int
     num_codebooks: int
     encode_text: Callable[[str], Sequence[int]]  # without special tokens
+    audio_in_bos: int | None = None  # before audio of a user; None: `audio_bos`
     unknown: int | None = None  # what a text without a token of its own becomes, if anything does
 
     @property
     def control_ids(self) -> dict[int, str]:
         """Id → name of the control tokens."""
-        return {getattr(self, name): token for name, token in CONTROL_TOKENS.items()}
+        ids = {getattr(self, name): token for name, token in CONTROL_TOKENS.items()}
+        return ids if self.audio_in_bos is None else {**ids, self.audio_in_bos: AUDIO_IN_BOS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +146,8 @@ def encode_conversation(conversation: Conversation, vocabulary: Vocabulary) -> E
                 delayed_AC = _delayed_part(part, conversation.key, voc)
                 num_rows = len(delayed_AC)
                 num_delay = voc.num_codebooks - 1
-                ids.append(voc.audio_bos)
+                heard_bos = voc.audio_in_bos if turn.role == "user" else None
+                ids.append(voc.audio_bos if heard_bos is None else heard_bos)
                 audio_rows.append(np.arange(len(ids), len(ids) + num_rows))
                 ids += [voc.audio] * (num_rows - num_delay) + [voc.audio_delay] * num_delay
                 ids.append(voc.audio_eos)

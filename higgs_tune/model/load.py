@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from higgs_tune.base_source import local_folder
 from higgs_tune.config import BaseSettings
-from higgs_tune.data.tokens import CONTROL_TOKENS, Vocabulary
+from higgs_tune.data.tokens import AUDIO_IN_BOS, CONTROL_TOKENS, Vocabulary
 from higgs_tune.device import resolve_device
 from higgs_tune.errors import ConfigError, ModelError, NoMemoryError, is_out_of_memory
 from higgs_tune.model import boson
@@ -100,6 +100,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: HiggsAudioV2Config
         stream_eos=config.audio_stream_eos_id,
         num_codebooks=config.num_codebooks,
         encode_text=lambda text: tokenizer.encode(text, add_special_tokens=False),
+        audio_in_bos=known.get(AUDIO_IN_BOS),
         unknown=tokenizer.unk_token_id,  # type: ignore[arg-type]  # a list only of several tokens
     )
 

@@ -38,6 +38,20 @@ def test_delay_pattern_matches_the_stock_processor(num_frames):
 
 
 @pytest.mark.parametrize("task", ["transcribe", "speak", "clone"])
+def test_audio_of_a_user_begins_with_a_token_of_its_own_where_there_is_one(task):
+    """As in boson_multimodal's prepare_chatml_sample; nothing else differs."""
+    talk, own = conversation(task, 3), 999
+    plain = encode_conversation(talk, vocabulary())
+    found = encode_conversation(talk, replace(vocabulary(), audio_in_bos=own))
+    differs = plain.ids_L != found.ids_L
+    assert differs.sum() == (task == "transcribe")
+    assert set(found.ids_L[differs]) <= {own}
+    assert set(plain.ids_L[differs]) <= {vocabulary().audio_bos}
+    for name in ("audio_rows_A", "codes_AC", "text_labels_L", "audio_labels_AC"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(found, name))
+
+
+@pytest.mark.parametrize("task", ["transcribe", "speak", "clone"])
 def test_every_label_is_the_next_rows_input(task):
     one = example(task, 5)
     for row in np.flatnonzero(one.text_labels_L != IGNORE):

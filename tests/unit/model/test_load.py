@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import HiggsAudioV2ForConditionalGeneration
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.config import BaseSettings
 from higgs_tune.errors import ConfigError, ModelError
 from higgs_tune.model.audio_attention import with_cross_attention
-from higgs_tune.model.load import load_base, load_checkpoint
+from higgs_tune.model.load import load_base, load_checkpoint, vocabulary_of
 from tests.checkpoints import boson_config, boson_names, tokenizer, write_boson, write_native
 from tests.models import NUM_CODES, example, stock_inputs, tiny_base
 
@@ -272,6 +272,18 @@ def test_a_codebook_that_cannot_hold_the_end_of_stream_is_a_model_error(tmp_path
         ModelError, match=f"codebook_size {eos} cannot hold EOS .* set it to {eos + 1}"
     ):
         load_base(settings(folder))
+
+
+@pytest.mark.parametrize("token", ["<|audio_bos|>", None])
+def test_the_token_before_audio_of_users_is_taken_where_the_tokenizer_has_it(token):
+    found = tokenizer()
+    if token is not None:
+        found.add_special_tokens({"extra_special_tokens": [token]})
+    config = HiggsAudioV2Config.from_dict(
+        {**tiny_base().model.config.to_dict(), "vocab_size": len(found)}
+    )
+    expected = None if token is None else found.convert_tokens_to_ids(token)
+    assert vocabulary_of(found, config).audio_in_bos == expected
 
 
 def test_a_template_that_writes_other_sequences_is_a_model_error(folder):
