@@ -22,6 +22,7 @@ from higgs_tune.config_space import (
     PositiveRank,
     Settings,
     SpaceSettings,
+    SystemText,
     TargetPath,
 )
 from higgs_tune.errors import did_you_mean
@@ -72,8 +73,8 @@ class DataSettings(Settings):
     max_rows: int | None = Field(default=None, ge=16)
     # validation clips, drawn once, the same for every trial
     num_val_clips: int = Field(default=48, ge=2)
-    # a system turn before every clip; chat rows have their own
-    system_text: str | None = Field(default=None, min_length=1)
+    # a system turn before every clip that is spoken; chat rows have their own
+    system_text: SystemText | None = None
 
 
 class TrainSettings(Settings):

@@ -1,6 +1,5 @@
 """The fixed validation conversations of a dataset."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,18 +60,14 @@ def validation_sets(
     rows, groups = [rows[place] for place in kept], [groups[place] for place in kept]
     lengths, languages = [row.num_frames[0] for row in rows], [row.language for row in rows]
     others = swaps(groups, lengths, languages)
-
-    def talks(each: Iterable[Conversation]) -> tuple[Conversation, ...]:
-        return tuple(tasks.introduced(talk, system_text) for talk in each)
-
     return ValidationSets(
         rows=tuple(drawn[place] for place in kept),
-        transcribe=talks(tasks.transcribe(row) for row in rows),
-        transcribe_swapped=talks(
+        transcribe=tuple(tasks.transcribe(row) for row in rows),
+        transcribe_swapped=tuple(
             tasks.transcribe(row, audio_of=rows[other])
             for row, other in zip(rows, others, strict=True)
         ),
-        speak=talks(tasks.speak(row) for row in rows),
+        speak=tuple(tasks.introduced(tasks.speak(row), system_text) for row in rows),
     )
 
 

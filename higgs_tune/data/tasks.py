@@ -73,8 +73,11 @@ def chat(row: Row) -> Conversation:
 
 
 def introduced(talk: Conversation, system_text: str | None) -> Conversation:
-    """A clip's conversation after a system turn, if there is a text for one; a chat has its own."""
-    if system_text is None or talk.task == "chat":
+    """A clip's speech after a system turn, if there is a text for one.
+
+    A chat has its own, and the published base's tells to speak: not to write down.
+    """
+    if system_text is None or talk.task not in ("speak", "clone"):
         return talk
     return replace(talk, turns=(Turn("system", (TextPart(system_text),)), *talk.turns))
 

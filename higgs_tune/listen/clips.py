@@ -31,11 +31,6 @@ class Clip:
         talk = tasks.speak(self.row) if alone else tasks.clone(self.row, self.reference)
         return tasks.introduced(talk, self.system_text)
 
-    @property
-    def written(self) -> Conversation:
-        """The conversation whose last turn is its text."""
-        return tasks.introduced(tasks.transcribe(self.row), self.system_text)
-
 
 def choose_clips(
     dataset: Dataset,

@@ -12,6 +12,7 @@ import numpy as np
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune import metrics as m
+from higgs_tune.data import tasks
 from higgs_tune.data.codec import Codec
 from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.listen.clips import Clip
@@ -175,7 +176,8 @@ def _speech(
 
 def _transcription(base: Base, model: HiggsAudioV2ForConditionalGeneration, clip: Clip) -> Written:
     """The text that the model writes after the recording, at most twice as long as it should be."""
-    prompt = prompt_before_text(encode_conversation(clip.written, base.vocabulary))
+    talk = tasks.transcribe(clip.row)
+    prompt = prompt_before_text(encode_conversation(talk, base.vocabulary))
     room = model.config.max_position_embeddings - len(prompt.ids_L)
     num_tokens = len(base.vocabulary.encode_text(clip.row.text))
     return write_text(model, base.vocabulary, prompt, min(2 * num_tokens + 8, room))

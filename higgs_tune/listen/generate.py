@@ -63,7 +63,8 @@ def speak(
     """Say each prompt's text; prompts of any length go through the model together.
 
     The global random state is left as it was. Draws depend on the seed and on which prompts share
-    the batch; with temperature 0 the batch makes no difference but rounding.
+    the batch; with temperature 0 the batch makes no difference but rounding, unless the checkpoint's
+    `ras_win_len` draws repeated codes anew.
 
     Raises:
         DataError: the prompts and `max_frames` do not fit the base's positions.
