@@ -16,13 +16,13 @@ from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from higgs_tune.config_space import Range
 from higgs_tune.metrics import STEP
-from higgs_tune.sweep.baselines import SparesBaselines, is_searched
+from higgs_tune.sweep.guard import Guard, is_searched
 from higgs_tune.sweep.hyperband import HyperBand
 
 RATES = "rates"  # what a population changes, in the config of a Tune trial
 
 
-class Pausing(SparesBaselines):
+class Pausing(Guard):
     """Goes before a scheduler that pauses trials."""
 
     _keeps = False

@@ -20,7 +20,7 @@ from higgs_tune.config import SchedulerSettings, SweepConfig, TrainSettings
 from higgs_tune.config_scheduler import hyperband
 from higgs_tune.metrics import STEP, VAL_TEXT_NLL
 from higgs_tune.sweep import space, study
-from higgs_tune.sweep.baselines import SparesBaselines
+from higgs_tune.sweep.guard import Guard
 from higgs_tune.sweep.pausing import Brackets, Population
 
 
@@ -32,11 +32,11 @@ class Earlier:
     config = {"record": {"origin": "search"}}
 
 
-class Asha(SparesBaselines, AsyncHyperBandScheduler):
+class Asha(Guard, AsyncHyperBandScheduler):
     """Tune's ASHA beside the baselines."""
 
 
-class Median(SparesBaselines, MedianStoppingRule):
+class Median(Guard, MedianStoppingRule):
     """Tune's median rule without trials that cannot be ranked, and with what earlier runs recorded.
 
     A trial that did not end well has no metric in its last result, for which Tune's would fall.

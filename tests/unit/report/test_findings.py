@@ -106,21 +106,26 @@ def test_without_a_confirm_stage_single_runs_are_not_compared(
     assert f"Trial 0 {said}" in sentence(findings(tmp_path), "found")
 
 
-def test_a_trial_0_that_failed_its_confirm_runs_only_is_said_to_have_done_that(
-    tmp_path: Path,
-) -> None:
-    builder = Builder(tmp_path).start()
+def diverged_in_confirm(directory: Path, seeds: dict[str, tuple[int, ...]]) -> Findings:
+    """Trial 0 and a better one, each confirmed with two seeds, of which these diverge, by trial."""
+    builder = Builder(directory).start()
     for trial_id, text in (("t000", 3.0), ("t001", 2.0)):
         origin = "baseline" if trial_id == "t000" else "search"
         builder.trial(trial_id, CONFIG, curve(CONFIG, text, 0.4, 3.9, 150), origin=origin)
         for seed in range(2):
             config = trial_config(seed=100 + seed)
             rows, status = curve(config, text, 0.4, 3.9, 150), "completed"
-            if trial_id == "t000":
+            if seed in seeds.get(trial_id, ()):
                 rows, status = rows[:3], "diverged"
             run_id = f"c{10 * int(trial_id[1:]) + seed:03d}"
             builder.trial(run_id, config, rows, origin="confirm", confirms=trial_id, status=status)
-    said = sentence(findings(tmp_path), "found")
+    return findings(directory)
+
+
+def test_a_trial_0_that_failed_its_confirm_runs_only_is_said_to_have_done_that(
+    tmp_path: Path,
+) -> None:
+    said = sentence(diverged_in_confirm(tmp_path, {"t000": (0, 1)}), "found")
     assert said.startswith("None of trial 0's confirm runs reached the full budget")
 
 
@@ -128,18 +133,7 @@ def test_a_trial_0_that_failed_its_confirm_runs_only_is_said_to_have_done_that(
 def test_what_broke_in_the_confirm_stage_is_said_to_be_out_for_that(
     tmp_path: Path, who: tuple[str, ...]
 ) -> None:
-    builder = Builder(tmp_path).start()
-    for trial_id, text in (("t000", 3.0), ("t001", 2.0)):
-        origin = "baseline" if trial_id == "t000" else "search"
-        builder.trial(trial_id, CONFIG, curve(CONFIG, text, 0.4, 3.9, 150), origin=origin)
-        for seed in range(2):
-            config = trial_config(seed=100 + seed)
-            rows, status = curve(config, text, 0.4, 3.9, 150), "completed"
-            if trial_id in who and seed == 1:
-                rows, status = rows[:3], "diverged"
-            run_id = f"c{10 * int(trial_id[1:]) + seed:03d}"
-            builder.trial(run_id, config, rows, origin="confirm", confirms=trial_id, status=status)
-    found = findings(tmp_path)
+    found = diverged_in_confirm(tmp_path, dict.fromkeys(who, (1,)))
     reason = "not all of its 2 confirm runs reached the full budget (1 diverged)"
     for trial_id in ("t000", "t001"):
         note = f"{trial_id} was confirmed and cannot be chosen: {reason}."

@@ -12,10 +12,10 @@ from higgs_tune.config import SweepConfig
 from higgs_tune.config_scheduler import Rungs, hyperband
 from higgs_tune.metrics import VAL_TEXT_NLL
 from higgs_tune.sweep import hyperband as tested
-from higgs_tune.sweep.baselines import SparesBaselines
+from higgs_tune.sweep.guard import Guard
 
 
-class HyperBand(SparesBaselines, tested.HyperBand):
+class HyperBand(Guard, tested.HyperBand):
     """As `sweep.pausing` has it, without Tune's cache of processes."""
 
 

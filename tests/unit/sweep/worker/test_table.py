@@ -7,7 +7,7 @@ import pytest
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.sweep.seats import Roster, num_seats
-from higgs_tune.sweep.worker.occupancy import num_busy, num_wanted
+from higgs_tune.sweep.worker.occupancy import num_busy
 from higgs_tune.sweep.worker.table import Table
 
 CONFIG = TrialConfig(
@@ -263,52 +263,6 @@ def test_a_trial_that_sits_down_again_takes_its_slot_after_it_was_freed():
     assert changes(table) == (["t0"], ["t0"])
 
 
-@pytest.mark.parametrize("leaves", ["ends", "stopped"])
-def test_who_finds_no_memory_waits_until_somebody_leaves(leaves):
-    table = table_of("t0", "t1", "t2", slots=3)
-    assert table.refused(table.line.seats["t2"], LACKING)
-    assert num_wanted(table) == num_busy(table) == 2  # memory closes the third slot
-    assert table.can_train()
-    assert not table.needs_a_look()
-    assert changes(table) == ([], [])
-    if leaves == "ends":
-        report(table, "t0", at=25, status="completed")
-        deal(table, "t0", ("t1", "t2"))
-        assert changes(table) == ([], ["t2"])
-    else:
-        report(table, "t0", at=25)
-        assert table.next_report() is not None
-        table.drop("t0")
-        table.gone(Roster(2, ("t1", "t2"), 0))
-        assert table.next_report() is None
-        table.line.clock = 30
-        assert changes(table) == (["t0"], ["t2"])
-    assert not table.line.seats["t2"].reports
-
-
-def test_who_finds_no_memory_keeps_no_smaller_one_from_the_slot():
-    table = table_of("t0", "t1", "t2", slots=2)
-    assert table.refused(table.line.seats["t1"], LACKING)
-    assert changes(table) == ([], ["t2"])
-    assert not table.refused(table.line.seats["t2"], LACKING | {"status": "failed"})
-    deal(table, "t2", ("t0", "t1"))
-    assert changes(table) == ([], ["t1"])  # what t2 had is free
-
-
-@pytest.mark.parametrize("status", ["failed", "out_of_memory"])
-def test_who_finds_no_memory_with_nobody_else_there_ends(status):
-    table = table_of("t0", "t1", slots=2)
-    first, second = table.line.seats["t0"], table.line.seats["t1"]
-    assert table.refused(first, LACKING)  # `second` joins with it
-    assert not table.refused(second, LACKING | {"status": status})
-    assert second.ended
-    deal(table, "t1", ("t0",))
-    assert changes(table) == ([], ["t0"])  # now with the pack to itself
-    assert not table.refused(first, LACKING)
-    assert first.ended
-    assert first.reports[0].result == LACKING
-
-
 def test_a_stopped_trial_that_ends_by_itself_is_forgotten():
     table = table_of("t0", "t1", slots=2)
     report(table, "t0", at=25)
@@ -320,37 +274,3 @@ def test_a_stopped_trial_that_ends_by_itself_is_forgotten():
     assert changes(table) == ([], [])
     assert table.next_stop() is None
     assert table.line.leaving == []  # else its checkpoint would stay in memory
-
-
-def test_a_trial_that_is_stopped_while_it_finds_no_memory_is_forgotten():
-    table = table_of("t0", "t1", slots=2)
-    seat = table.line.residents["t1"]
-    table.drop("t1")
-    table.refused(seat, LACKING)
-    table.gone(Roster(2, ("t0",), 0))
-    table.settled()
-    assert changes(table) == ([], [])
-    assert table.line.leaving == []
-
-
-@pytest.mark.parametrize("named", ["before its report", "after its report"])
-def test_a_pack_that_is_empty_before_those_who_wait_are_named_goes_on_at_its_step(named):
-    table = Table(1, strict=True, ahead=5)
-    table.gone(Roster(1, ("t0",), 1, room=1))  # one process while the base loads
-    sit(table, "t0")
-    table.next_report()
-    assert changes(table) == ([], ["t0"])
-
-    def name() -> None:
-        table.gone(Roster(2, ("t0", "t1"), 0, room=2))
-        sit(table, "t1", version=2)
-        table.settled()
-
-    if named == "before its report":
-        name()
-    report(table, "t0", at=25, status="completed")
-    if named == "after its report":
-        assert changes(table) == ([], [])
-        name()
-    joined = changes(table)
-    assert (joined, table.line.clock) == (([], ["t1"]), 25)

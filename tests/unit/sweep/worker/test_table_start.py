@@ -1,5 +1,7 @@
 """The start of a stage: the pack begins with its slots full, and those who are to wait come later."""
 
+import pytest
+
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.worker.table import Table
 from tests.unit.sweep.worker.test_table import LACKING, changes, report, sit, table_of
@@ -82,3 +84,26 @@ def test_without_further_trials_nobody_is_waited_for():
     table.gone(Roster(2, ("t0", "t1"), 0, 2))
     report(table, "t0", at=25)
     assert table.next_report() is not None
+
+
+@pytest.mark.parametrize("named", ["before its report", "after its report"])
+def test_a_pack_that_is_empty_before_those_who_wait_are_named_goes_on_at_its_step(named):
+    table = Table(1, strict=True, ahead=5)
+    table.gone(Roster(1, ("t0",), 1, room=1))  # one process while the base loads
+    sit(table, "t0")
+    table.next_report()
+    assert changes(table) == ([], ["t0"])
+
+    def name() -> None:
+        table.gone(Roster(2, ("t0", "t1"), 0, room=2))
+        sit(table, "t1", version=2)
+        table.settled()
+
+    if named == "before its report":
+        name()
+    report(table, "t0", at=25, status="completed")
+    if named == "after its report":
+        assert changes(table) == ([], [])
+        name()
+    joined = changes(table)
+    assert (joined, table.line.clock) == (([], ["t1"]), 25)

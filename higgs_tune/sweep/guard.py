@@ -1,4 +1,4 @@
-"""What all schedulers have in common: baselines are left alone, and a decision stays what it is."""
+"""What stands before every scheduler: baselines are left alone, and a decision to stop stays one."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 
-class SparesBaselines(TrialScheduler):
+class Guard(TrialScheduler):
     """Goes before a scheduler of Tune: baselines run their whole budget, and it never sees them.
 
     They start first and do badly, as a rule: among the first results at a rung of ASHA, theirs would
