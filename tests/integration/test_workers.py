@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import time
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 import ray
 
 from higgs_tune.errors import ConfigError, NoMemoryError, SweepError
-from higgs_tune.sweep import slots, workers
+from higgs_tune.sweep import driver, slots, workers
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles, read_json
 from tests.integration.test_sweep import run, trials_of
@@ -49,10 +48,30 @@ def test_a_worker_that_is_not_like_the_first_ends_the_sweep(tmp_path, what, erro
     assert {status["status"] for status in ended} <= {"completed", "pruned", "cancelled"}
 
 
-def test_a_worker_that_starts_again_on_a_bad_gpu_gets_another_process(
-    tmp_path, monkeypatch, capsys
-):
+def listen(patch: pytest.MonkeyPatch) -> io.StringIO:
+    """Gets the lines of sweeps; between two of them, Ray may tell standard output who died."""
+    stream = io.StringIO()
+    patch.setattr(driver, "Display", partial(Display, stream))
+    return stream
+
+
+def test_what_others_print_while_a_sweep_runs_is_not_among_its_lines(tmp_path, monkeypatch, capsys):
+    record, text = TrialFiles.result, "a worker died, as Ray prints it"
+
+    def print_as_ray_does(self, trial_id, result):
+        record(self, trial_id, result)
+        print(text)
+
+    monkeypatch.setattr(TrialFiles, "result", print_as_ray_does)
+    run(tmp_path, tune={**ONE_SLOT, "num_trials": 1})
+    printed = capsys.readouterr()
+    assert '"sweep_started"' in printed.out and text not in printed.out
+    assert text in printed.err
+
+
+def test_a_worker_that_starts_again_on_a_bad_gpu_gets_another_process(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PAUSE_S", 0.5)
+    printed = listen(monkeypatch)
     processes, killed = tmp_path / "processes", []
     record = TrialFiles.result
 
@@ -68,7 +87,7 @@ def test_a_worker_that_starts_again_on_a_bad_gpu_gets_another_process(
     ended = {trial["status"]["status"] for trial in trials_of(outcome.results).values()}
     assert ended == {"completed"} and outcome.num_trials == 3
     assert len(set(processes.read_text().split())) == 3  # started, killed by its GPU, well again
-    events = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    events = [json.loads(text) for text in printed.getvalue().splitlines()]
     (said,) = [e["message"] for e in events if "ECC" in e.get("message", "")]
     assert said.endswith("uncorrectable ECC error encountered; it tries again every 0 s")
 
@@ -105,8 +124,8 @@ def test_a_worker_that_is_killed_each_time_it_loads_ends_the_sweep(tmp_path):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, str]:
     """A small sweep whose worker warns: its results and what it printed."""
-    printed = io.StringIO()
-    with redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        printed = listen(patch)
         patch.setattr(workers, "PATIENCE_S", 600.0)  # a busy machine is not what it is to warn of
         tune = {**ONE_SLOT, "num_trials": 2}
         outcome = run(tmp_path_factory.mktemp("whole"), base={"path": "warns"}, tune=tune)
