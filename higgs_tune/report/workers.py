@@ -2,16 +2,19 @@
 
 from higgs_tune.report.results import Results
 
-_LABELS = {
-    "train_s": "in forward, backward and optimizer",
+_COMPUTING = {
+    "train_s": "in forward, backward and optimizer of training",
+    "validate_s": "in forwards of validation",
+}
+_ELSE = {
     "prepare_s": "reading and tokenising",
-    "validate_s": "in validation",
     "join_s": "seating trials",
     "save_s": "taking snapshots",
     "wait_s": "waiting for decisions or processes",
     "idle_s": "without a trial",
     "other_s": "elsewhere",
 }
+_SHOWN = 0.0005  # of all time: smaller shares would read 0.0%
 
 
 def workers_sentence(results: Results) -> str | None:
@@ -20,15 +23,21 @@ def workers_sentence(results: Results) -> str | None:
     wall_s = sum(each["wall_s"] for each in figures)
     if not wall_s:
         return None
-    shares = {kind: sum(each[kind] for each in figures) / wall_s for kind in _LABELS}
-    train, *rest = (
-        f"{share:.1%} {_LABELS[kind]}"
-        for kind, share in shares.items()
-        if share >= 0.0005 or kind == "train_s"
+
+    def share(kind: str) -> float:
+        return sum(each[kind] for each in figures) / wall_s
+
+    def listed(labels: dict[str, str]) -> str:
+        return ", ".join(
+            f"{share(k):.1%} {label}" for k, label in labels.items() if share(k) >= _SHOWN
+        )
+
+    sentence = (
+        f"{sum(map(share, _COMPUTING)):.1%} of {wall_s:.0f} s from first step to last computing "
+        f"({listed(_COMPUTING)})"
     )
-    sentence = f"{train} of {wall_s:.0f} s from first step to last"
-    if rest:
-        sentence += f" ({', '.join(rest)})"
+    if rest := listed(_ELSE):
+        sentence += f", {rest}"
     slot_s = sum(each["wanted_slot_s"] for each in figures)
     if slot_s:
         busy = sum(each["busy_slot_s"] for each in figures) / slot_s

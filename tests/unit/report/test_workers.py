@@ -24,9 +24,9 @@ def test_the_workers_shares_are_of_all_their_time(tmp_path: Path) -> None:
     (tmp_path / "workers.json").write_text(json.dumps(both))
     sentence = workers_sentence(read_results(tmp_path))
     assert sentence == (
-        "87.5% in forward, backward and optimizer of 400 s from first step to last (5.0% in "
-        "validation, 7.5% waiting for decisions or processes); 92.5% of the slots that trials could "
-        "fill were filled."
+        "92.5% of 400 s from first step to last computing (87.5% in forward, backward and optimizer of "
+        "training, 5.0% in forwards of validation), 7.5% waiting for decisions or processes; 92.5% of the "
+        "slots that trials could fill were filled."
     )
     summary = build_report(tmp_path)
     assert sentence in " ".join(summary.text.split())
