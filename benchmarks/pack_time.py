@@ -13,7 +13,7 @@ threads in each operation.
 import argparse
 import os
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gpu_step import compare
@@ -26,9 +26,11 @@ from higgs_tune.config import BaseSettings
 from higgs_tune.model.load import Base, load_base
 
 
-def embedded_base(device: str, *, compile: bool = False) -> Base:
+def embedded_base(
+    device: str, dtype: Literal["float32", "bfloat16"] = "float32", *, compile: bool = False
+) -> Base:
     """The embedded base; a text of random numbers, as random_base.py makes it, is as many ids."""
-    base = load_base(BaseSettings(device=device, compile=compile))
+    base = load_base(BaseSettings(device=device, dtype=dtype, compile=compile))
     vocabulary = base.vocabulary
     first = max(vocabulary.control_ids) + 1
 
@@ -95,6 +97,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rank", type=at_least(1), default=16)
     parser.add_argument("--repeats", type=at_least(1), default=9)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="on both sides"
+    )
     parser.add_argument("--compile", action="store_true", help="base.compile in ours")
     parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
     args = parser.parse_args()
@@ -106,7 +111,7 @@ def main() -> None:
     """Measure, print a line for each pack, write JSON and a picture."""
     args = arguments()
     torch.set_num_threads(args.threads)
-    base = embedded_base(args.device, compile=args.compile)
+    base = embedded_base(args.device, args.dtype, compile=args.compile)
     device = next(base.model.parameters()).device
     packs: list[dict[str, Any]] = []
     result = {"machine": machine(device), "settings": settings_of(args), "packs": packs}
