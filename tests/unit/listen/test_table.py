@@ -10,8 +10,10 @@ LOSSES = {
 }
 
 
-def spoken(**figures: float) -> dict[str, dict[str, float]]:
-    return {f"speech/{name}": {"mean": mean, "num_clips": 2} for name, mean in figures.items()}
+def spoken(num_clips: int = 2, **figures: float) -> dict[str, dict[str, float]]:
+    return {
+        f"speech/{name}": {"mean": mean, "num_clips": num_clips} for name, mean in figures.items()
+    }
 
 
 def test_figures_stand_in_columns_and_those_that_nobody_has_are_left_out():
@@ -36,4 +38,26 @@ def test_figures_stand_in_columns_and_those_that_nobody_has_are_left_out():
         "character errors, recogniser               0.12   0.50           –",
         "losses on 8 held-out clips, speech and text on 2",
         "Left out: one.",
+    ]
+
+
+def test_a_mean_over_fewer_clips_says_over_how_many():
+    """A system that was silent but once may have the highest speaker similarity."""
+    silent = spoken(4, eos_rate=1.0) | spoken(1, speaker_similarity=0.75)
+    loud = spoken(4, eos_rate=1.0, speaker_similarity=0.5)
+    table = figures_table(
+        {
+            "data": {"num_clips": 8},
+            "notes": [],
+            "recording": spoken(3, speaker_similarity=0.875),
+            "systems": [
+                {"name": "base", "losses": LOSSES, "speech": silent},
+                {"name": "a", "losses": LOSSES, "speech": loud},
+            ],
+        }
+    )
+    assert table.splitlines()[-3:] == [
+        "ended by itself                               –      1.00   1.00",
+        "speaker similarity                     0.88 (3)  0.75 (1)   0.50",
+        "losses on 8 held-out clips, speech and text on 4, in brackets: on fewer",
     ]
