@@ -14,7 +14,10 @@ def visible(text: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Text as it sounds: no case, punctuation, Arabic short vowels, invisible marks or doubled spaces."""
+    """Text as it sounds: no case, punctuation, Arabic short vowels, invisible marks or doubled spaces.
+
+    Digits of every script are 0 to 9.
+    """
     text = _ARABIC_MARKS.sub("", unicodedata.normalize("NFKC", text).casefold())
     return " ".join("".join(map(_kept, text)).split())
 
@@ -24,4 +27,6 @@ def _kept(character: str) -> str:
     category = unicodedata.category(character)
     if category == "Cf":
         return ""
+    if category == "Nd":
+        return str(unicodedata.decimal(character))
     return " " if category[0] in "PZC" else character

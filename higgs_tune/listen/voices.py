@@ -96,7 +96,8 @@ class Recogniser:
     def error_rate(self, heard: str, target: str) -> float | None:
         """Character error rate of what was heard; None for a target without letters.
 
-        A recogniser chooses case, punctuation and vowel signs freely: they are no errors of speech.
+        A recogniser chooses case, punctuation, vowel signs and the script of digits freely: they are
+        no errors of speech.
         """
         plain = plain_text(target)
         return character_error_rate(plain_text(heard), plain) if plain else None
