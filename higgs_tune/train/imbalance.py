@@ -5,6 +5,7 @@ its input. The probes ask the running code, not the source: does the loss of a l
 label's own input does, and when the one before it does?
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.errors import LeakError
 
+logger = logging.getLogger(__name__)
 # Rounding of another memory layout is below 1e-4 nats, a leak moves whole nats.
 _TOLERANCE = 1e-3
 NllFn = Callable[[Encoded], tuple[float, float]]
@@ -212,7 +214,7 @@ def causality_probe(
 def preflight(
     nll: NllFn, examples: Sequence[Encoded], num_classes: int, each: Each = map
 ) -> Preflight:
-    """Run the probes on a base and its validation data.
+    """Run the probes on a base and its validation data; warn of a base that knows no such audio.
 
     Args:
         nll: the forward that will train.
@@ -228,10 +230,18 @@ def preflight(
     audio = [audio for _, audio in each(nll, examples)]
     codes = sum(int((e.audio_labels_AC != IGNORE).sum()) for e in examples)
     per_code = sum(audio) / codes if codes else math.nan
-    if per_code > 1.5 * math.log(num_classes):
+    chance = math.log(num_classes)
+    if per_code > 1.5 * chance:
         raise LeakError(
             f"the base scores audio at {per_code:.2f} nats per code, chance is "
-            f"{math.log(num_classes):.2f}. A pretrained base above chance means misaligned labels or "
+            f"{chance:.2f}. A pretrained base above chance means misaligned labels or "
             "codes of another codec. Prepare the data with this base's codec."
         )
-    return Preflight(probed, worst, past, per_code, math.log(num_classes))
+    if per_code > 1.15 * chance:  # up to 1.1 with random weights
+        logger.warning(
+            "the base scores audio at %.2f nats per code, a guess at %.2f: to a pretrained base these are "
+            "codes of another codec of the same shape, or sounds unlike all that it was trained on",
+            per_code,
+            chance,
+        )
+    return Preflight(probed, worst, past, per_code, chance)

@@ -1,6 +1,7 @@
 """The probes pass on our labels and catch the mission's leak."""
 
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -8,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from higgs_tune.config import BaseSettings
+from higgs_tune.data import tasks
 from higgs_tune.data.collate import collate
 from higgs_tune.data.conversation import AudioPart, Conversation, TextPart, Turn
+from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.tokens import IGNORE, encode_conversation
 from higgs_tune.errors import LeakError
 from higgs_tune.model import packed_forward
+from higgs_tune.model.load import load_base
 from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.train.engine import Engine, PackLimits
 from higgs_tune.train.imbalance import causality_probe, preflight
@@ -231,6 +236,24 @@ def test_a_base_above_chance_is_reported_as_misaligned():
     inner = nll_of(tiny_base())
     with pytest.raises(LeakError, match="misaligned labels"):
         preflight(lambda one: (inner(one)[0], 3 * inner(one)[1]), EXAMPLES, NUM_CODES + 2)
+
+
+def test_a_base_that_does_worse_than_a_guess_is_warned_of(caplog):
+    """Codes of another codec of the same shape cost the embedded base 1.25 times chance, no more."""
+    base = load_base(BaseSettings(device="cpu"))
+    nll, rng = nll_of(base), np.random.default_rng(0)
+
+    def probe(codes_of):
+        rows = [Dataset.open("embedded:arabic").row(n) for n in range(2)]
+        talks = [tasks.speak(replace(row, codes=(codes_of(row.codes[0]),))) for row in rows]
+        examples = [encode_conversation(talk, base.vocabulary) for talk in talks]
+        preflight(nll, examples, base.model.config.codebook_size)
+
+    probe(lambda codes_TC: codes_TC)
+    assert not caplog.messages
+    probe(lambda codes_TC: rng.integers(0, 256, codes_TC.shape).astype(np.uint16))
+    (message,) = caplog.messages
+    assert re.match(r"the base scores audio at 6\.\d\d nats per code, a guess at 5\.55", message)
 
 
 def test_a_base_without_a_finite_loss_is_refused():
