@@ -152,10 +152,12 @@ def _judges(
 
 
 def _task_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    alone = {row["clip"] for row in rows if row["system"] == RECORDING and row["task"] == "speak"}
-    if not alone:
+    tasks = [row["task"] for row in rows if row["system"] == RECORDING]
+    num_alone = tasks.count("speak")
+    if not num_alone:
         return []
     return [
-        f"{len(alone)} clips have no other recording of their speaker and were spoken without a "
-        "reference; their speaker similarity is left out."
+        f"{num_alone} of {len(tasks)} clips were spoken without a reference: their speakers have no other "
+        "held-out recording with another text that leaves room for the speech. Their speaker "
+        "similarity is left out."
     ]

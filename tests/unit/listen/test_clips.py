@@ -11,6 +11,7 @@ from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.shards import CodecFacts, Row, write_dataset
 from higgs_tune.listen.clips import Clip, choose_clips
 from higgs_tune.listen.options import EvaluateOptions
+from higgs_tune.listen.run import _task_notes
 
 CODEC = CodecFacts("fake", 24000, 25.0, num_codebooks=2, codebook_size=256)
 
@@ -63,6 +64,24 @@ def test_a_row_with_a_reference_of_its_own_keeps_it(dataset) -> None:
 def test_a_voice_with_one_held_out_clip_speaks_without_a_reference(dataset) -> None:
     clip = chosen(dataset)["r2"]
     assert (clip.reference, clip.spoken.task) == (None, "speak")
+
+
+@pytest.mark.parametrize(("max_rows", "alone"), [(1000, {"r2"}), (100, {"r0", "r1", "r2", "r3"})])
+def test_the_page_says_how_many_speak_without_a_reference_and_claims_no_more(
+    dataset, max_rows: int, alone: set[str]
+) -> None:
+    """ben's other clip trains, and anna's other held-out ones may leave no room."""
+    clips = chosen(dataset, max_rows)
+    rows = [
+        {"clip": name, "system": system, "task": clip.spoken.task}
+        for name, clip in clips.items()
+        for system in ("recording", "base")
+    ]
+    assert {name for name, clip in clips.items() if clip.reference is None} == alone
+    assert _task_notes(rows) == [
+        f"{len(alone)} of 4 clips were spoken without a reference: their speakers have no other held-out "
+        "recording with another text that leaves room for the speech. Their speaker similarity is left out."
+    ]
 
 
 def test_a_reference_that_leaves_no_room_for_the_speech_is_not_taken(dataset) -> None:
