@@ -186,6 +186,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Measure the base and adapters on held-out clips, and write figures and a page."""
     speech = _options(args, SpeechOptions, _SPEECH)
     options = _options(args, EvaluateOptions, _EVALUATE)
+    for name in ("asr_revision", "asr_language"):
+        if getattr(args, name) and not args.asr:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option}: belongs to a recogniser; name one with --asr.")
     base, data, adapters, out = _subject(args, options)
     notes = []
     if args.results is not None and options.task == "clone" and data.tasks.clone == 0:

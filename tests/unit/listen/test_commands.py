@@ -235,6 +235,11 @@ def test_a_sweeps_best_adapter_is_evaluated_and_linked_from_its_report(tmp_path,
             "--results nowhere: found no sweep.yaml, needed the results folder",
         ),
         (("--adapter", "none", "--out", "o", "--num-clips", "1"), "num_clips: Input should be"),
+        (
+            ("--adapter", "none", "--out", "o", "--asr-language", "ar"),
+            "--asr-language: belongs to a recogniser; name one with --asr",
+        ),
+        (("--adapter", "none", "--out", "o", "--asr-revision", "1"), "--asr-revision: belongs to"),
     ],
 )
 def test_an_evaluation_of_nothing_is_one_clear_error(capsys, arguments, message):
