@@ -1,5 +1,6 @@
 """Losses of the base and of adapters on the held-out clips, by the rule that training validates with."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def validation_losses(
 
     Raises:
         DataError, LeakError: see `PackLoop`.
-        ModelError: an adapter cannot be read or does not fit the base.
+        ModelError: an adapter cannot be read, does not fit the base or has losses that are not finite.
     """
     trials = [read_trial(adapter) for adapter in adapters]
     loop = PackLoop(base, dataset, data, PackLimits.of(trials, num_slots=1))
@@ -29,6 +30,13 @@ def validation_losses(
             loop.engine.add("adapter", trial, load_weights(adapter, trial))
         except ValueError as error:
             raise ModelError(f"{adapter}: does not fit the base {base.source}: {error}") from error
-        losses.append(loop.validate(["adapter"])["adapter"])
+        found = loop.validate(["adapter"])["adapter"]
+        broken = next((name for name, value in found.items() if not math.isfinite(value)), None)
+        if broken is not None:
+            raise ModelError(
+                f"{adapter}: its {broken} is {found[broken]}: the training has diverged, or the file is "
+                "damaged. Leave it out, or give an earlier checkpoint."
+            )
+        losses.append(found)
         loop.engine.remove("adapter")
     return losses, len(loop.transcribe)

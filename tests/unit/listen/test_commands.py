@@ -3,16 +3,20 @@
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 from higgs_tune import cli
 from higgs_tune.config import DataSettings
 from higgs_tune.data.dataset import Dataset
+from higgs_tune.errors import ModelError
+from higgs_tune.listen.losses import validation_losses
 from higgs_tune.report.build import build_report
 from higgs_tune.train.checkpoint import adapted, save_adapter
 from higgs_tune.train.engine import Engine, PackLimits
@@ -153,6 +157,21 @@ def test_losses_are_those_that_training_validates_with(evaluated, embedded, stat
     loop.engine.add("a", adapter_config, state)
     assert trained == pytest.approx(loop.validate(["a"])["a"], rel=1e-5)
     assert trained["val/text/nll"] != pytest.approx(base["val/text/nll"], rel=1e-2)
+
+
+def test_an_adapter_that_has_diverged_is_named_before_anything_is_spoken(
+    tmp_path, embedded, adapter
+):
+    broken = shutil.copytree(adapter, tmp_path / "broken")
+    weights = load_file(broken / "adapter_model.safetensors")
+    name = min(weights)
+    weights[name] = torch.full_like(weights[name], torch.nan)
+    save_file(weights, broken / "adapter_model.safetensors", metadata={"format": "pt"})
+    data = DataSettings(num_val_clips=2)
+    with pytest.raises(
+        ModelError, match=r"broken: its val/audio/nll_per_code is nan.* Leave it out, or give"
+    ):
+        validation_losses(embedded, Dataset.open(data.path), data, [adapter, broken])
 
 
 def test_every_clip_has_a_row_and_files_for_recording_reference_and_each_system(evaluated):
