@@ -73,7 +73,8 @@ def _clip(clip: str, rows: Sequence[Mapping[str, Any]]) -> str:
     takes = "".join(_take(row) for row in sorted(own, key=lambda row: order.get(row["system"], 2)))
     return (
         f'<section class="clip"><p class="said" dir="auto">{escape(own[0]["text"])}</p>'
-        f"<p><small>{escape(clip)} · {escape(own[0]['speaker'] or 'speaker unknown')} · "
+        f"<p><small><bdi>{escape(clip)}</bdi> · "
+        f"<bdi>{escape(own[0]['speaker'] or 'speaker unknown')}</bdi> · "
         f"{escape(own[0]['task'])}</small></p>"
         f'<div class="takes">{takes}</div></section>'
     )

@@ -17,6 +17,7 @@ from higgs_tune.config import DataSettings
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.errors import ModelError
 from higgs_tune.listen.losses import validation_losses
+from higgs_tune.listen.page import _clip
 from higgs_tune.report.build import build_report
 from higgs_tune.train.checkpoint import adapted, save_adapter
 from higgs_tune.train.engine import Engine, PackLimits
@@ -211,6 +212,14 @@ def test_the_page_plays_every_clip_and_shows_its_texts(evaluated):
     assert sorted(linked) == sorted([r["wav"] for r in rows] + [r["picture"] for r in rows])
     assert all(row["text"] in page for row in rows)
     assert "http" not in page and "<!--" not in page
+
+
+def test_names_from_right_to_left_keep_their_places():
+    """Else two of them beside each other are one run of text, and the second stands first."""
+    take = {"metrics": {}, "seconds": 1.0, "wav": "a.wav", "picture": "a.png", "system": "base"}
+    row = {"clip": "تسجيل-1", "speaker": "محمد", "task": "speak", "text": "نعم", **take}
+    page = _clip("تسجيل-1", [row])
+    assert "<bdi>تسجيل-1</bdi> · <bdi>محمد</bdi> · speak" in page
 
 
 def test_a_sweeps_best_adapter_is_evaluated_and_linked_from_its_report(tmp_path, adapter, capsys):
