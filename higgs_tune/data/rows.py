@@ -8,7 +8,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from higgs_tune.data.plain_text import visible
-from higgs_tune.data.tokens import CONTROL_TOKENS
+from higgs_tune.data.tokens import AUDIO_IN_BOS, CONTROL_TOKENS
 from higgs_tune.errors import DataError
 
 # The first name is ours, the others are those of common trainers and toolkits.
@@ -153,7 +153,7 @@ def text_problem(text: str, max_chars: int) -> str | None:
         return "text is empty"
     if len(text) > max_chars:
         return f"text has {len(text)} characters, limit is {max_chars} (max_text_chars)"
-    for token in CONTROL_TOKENS.values():
+    for token in (*CONTROL_TOKENS.values(), AUDIO_IN_BOS):
         if token in text:
             return f"text holds the control token {token}: remove it"
     return None

@@ -147,6 +147,7 @@ def test_parquet_and_flat_jsonl_hold_the_same_fields(tmp_path: Path):
         ({"audio": "a.wav", "text": "x \ud800"}, "half a surrogate pair"),
         ({"audio": "a.wav", "text": "x<|eot_id|>"}, "text holds the control token <|eot_id|>"),
         (chat(("user", "<|AUDIO_OUT|>"), SPOKEN), "text holds the control token <|AUDIO_OUT|>"),
+        ({"audio": "a.wav", "text": "<|audio_bos|>x"}, "the control token <|audio_bos|>"),
         ({"audio": {"bytes": "UklG"}, "text": "x"}, "audio inside the manifest"),
         ({"audio": "a.wav", "text": "x", "split": "test"}, "split 'test' is not used"),
         (["a.wav", "x"], "found list, needed an object"),
