@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from higgs_tune.data import tasks
-from higgs_tune.data.plain_text import plain_text
+from higgs_tune.data.plain_text import sound_of
 from higgs_tune.data.shards import DatasetInfo, Row, ShardFile, list_shards, read_info
 from higgs_tune.errors import DataError
 
@@ -175,7 +175,7 @@ def _index_entry(
         kind == "clip",
         kind == "clip" and ref_text is not None,
         _name_number(speaker),
-        _name_number(plain_text(text)),
+        _name_number(sound_of(text)),
         len(text),
         max(own, default=0),
         sum(own),

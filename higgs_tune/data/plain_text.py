@@ -22,6 +22,11 @@ def plain_text(text: str) -> str:
     return " ".join("".join(map(_kept, text)).split())
 
 
+def sound_of(text: str) -> str:
+    """What texts that sound the same have in common: without spaces, too, as marks in a word leave them."""
+    return plain_text(text).replace(" ", "")
+
+
 @cache  # asked of every letter of a dataset
 def _kept(character: str) -> str:
     category = unicodedata.category(character)

@@ -14,7 +14,7 @@ from sqlite3 import Connection
 
 from higgs_tune.data.audio import as_stored
 from higgs_tune.data.messages import taught
-from higgs_tune.data.plain_text import plain_text
+from higgs_tune.data.plain_text import sound_of
 from higgs_tune.data.row_table import RowTable
 
 _SETS = ("drawn", "trained", "held")
@@ -42,7 +42,7 @@ def split_marks(table: RowTable, root: Path, seed: int) -> Iterator[Connection]:
             database.execute("INSERT INTO clips VALUES (?, ?, ?, ?, ?, NULL)", values)
         else:
             texts, recordings = taught(row)
-            marks = [_text_mark(text, seed) for text in texts if plain_text(text)]
+            marks = [_text_mark(text, seed) for text in texts if sound_of(text)]
             marks += [_recording_mark(root, name, seed) for name in recordings]
             database.executemany(
                 "INSERT INTO taught VALUES (?, ?)", ((row.number, mark) for mark in marks)
@@ -59,7 +59,7 @@ def voice_mark(speaker: str, seed: int) -> bytes:
 
 
 def _text_mark(text: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}\0{plain_text(text)}".encode()).digest()
+    return hashlib.sha256(f"{seed}\0{sound_of(text)}".encode()).digest()
 
 
 def _recording_mark(root: Path, name: str, seed: int) -> bytes:

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from higgs_tune.data.plain_text import plain_text
+from higgs_tune.data.plain_text import sound_of
 
 
 def spread(texts: np.ndarray, speakers: np.ndarray, count: int, seed: int) -> list[int]:
@@ -40,7 +40,7 @@ def alike(texts: list[str], recordings: list[bytes]) -> list[str]:
     the same are one.
     """
     label = list(range(len(texts)))  # of a clip: the first one of its group
-    for names in ([plain_text(text) for text in texts], recordings):
+    for names in ([sound_of(text) for text in texts], recordings):
         first: dict[str | bytes, int] = {}
         for place, name in enumerate(names):
             ours, theirs = label[place], label[first.setdefault(name, place)]

@@ -145,7 +145,7 @@ def normal(text: str) -> str:
         for letter in unicodedata.normalize("NFKC", text).casefold()
         if not unicodedata.name(letter, "").startswith(("ARABIC FATHA", "ARABIC TATWEEL"))
     ]
-    return " ".join("".join(kept).split())
+    return "".join("".join(kept).split())
 
 
 def kin(rows: list[dict[str, Any]], seed: int) -> list[str]:

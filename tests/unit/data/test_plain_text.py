@@ -2,7 +2,7 @@
 
 import pytest
 
-from higgs_tune.data.plain_text import plain_text, visible
+from higgs_tune.data.plain_text import plain_text, sound_of, visible
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,8 @@ def test_plain_text_drops_what_may_be_left_out(text: str, plain: str):
 def test_invisible_marks_inside_a_word_are_no_space(mark: str):
     assert plain_text(f"كتا{mark}ب") == "كتاب"
     assert visible(f"{mark}كتا{mark}ب") == "كتاب"
+
+
+@pytest.mark.parametrize("text", ["U.S.", "e-mail,", "«don’t»", "你好,世界", "مدرسه\u200cها"])
+def test_a_text_sounds_the_same_without_the_marks_inside_its_words(text: str):
+    assert sound_of(text) == sound_of("".join(filter(str.isalpha, text)))

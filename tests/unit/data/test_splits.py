@@ -143,6 +143,15 @@ def test_spellings_of_a_sentence_and_rows_of_a_recording_stay_together(seed: int
     assert 0.1 < sides.count("validation") / len(sides) < 0.3
 
 
+@pytest.mark.parametrize("marked, bare", [("U.S.", "US"), ("e-mail", "email"), ("你好,", "你好")])
+def test_a_mark_inside_a_word_makes_no_other_text(marked: str, bare: str):
+    rows = [row(n, f"{(bare, marked)[n % 2]}世界 {n // 2}") for n in range(40)]
+    kept, _, _ = assign_splits(rows, 0.2, 0)
+    sides = [one.split for one in kept]
+    assert sides[::2] == sides[1::2]
+    assert {"train", "validation"} == set(sides)
+
+
 def test_clips_joined_in_a_long_chain_stay_together():
     rows = [row(n, f"text {n // 2}", path=f"{(n + 1) // 2}.wav") for n in range(200)]
     rows += [row(200 + n, f"other {n}") for n in range(2)]
