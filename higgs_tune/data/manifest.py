@@ -14,7 +14,7 @@ from typing import Any
 from higgs_tune.data.audio import as_stored
 from higgs_tune.data.files import scratch_database
 from higgs_tune.data.manifest_files import encoding_of, read_fields
-from higgs_tune.data.messages import chat_row, clip_from_chat
+from higgs_tune.data.messages import chat_row, clip_from_chat, learnt_again
 from higgs_tune.data.plain_text import visible
 from higgs_tune.data.row_table import RowTable, Stage
 from higgs_tune.data.rows import (
@@ -112,6 +112,11 @@ def _problem(row: ManifestRow, data_root: Path, max_text_chars: int) -> str | No
         return (
             "has itself as its reference recording, which teaches to copy: name another recording of "
             "this speaker, or none, and one is drawn"
+        )
+    if (copied := learnt_again(row, data_root)) is not None:
+        return (
+            f"learns {copied}, which stands before that in the same chat: it teaches to copy. Name "
+            "another recording there"
         )
     texts = texts_of(row.text, row.turns, row.ref_text)
     if row.kind == "chat":  # has no empty message; a scene's line break between recordings may stay

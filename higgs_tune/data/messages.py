@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from os.path import normpath
+from pathlib import Path
 from typing import Any
 
 from higgs_tune.data.rows import (
@@ -242,6 +244,20 @@ def taught(row: ManifestRow) -> tuple[list[str], list[str]]:
                 recordings += heard + (asked_audio if said else [])
             asked_texts, asked_audio = [], []
     return texts, recordings
+
+
+def learnt_again(row: ManifestRow, data_root: Path) -> str | None:
+    """The first recording that a chat row learns although the chat has it before, as a prompt or learnt."""
+    before: set[str] = set()
+    for index, turn in enumerate(json.loads(row.turns or "[]")):
+        for part in turn["parts"]:
+            if part["type"] == "audio":
+                name = row.audio[part["audio"]]
+                path = normpath(data_root / name)
+                if path in before and turn["role"] == "assistant" and index >= row.start_index:
+                    return name
+                before.add(path)
+    return None
 
 
 _READ_ALOUD = (("user", "text"), ("assistant", "audio"))

@@ -46,3 +46,4 @@ def chat(*messages: tuple[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 SPOKEN = ("assistant", {"type": "audio", "audio_url": "a.wav"})
+SPOKEN_BEFORE = ("assistant", {"type": "audio", "audio_url": "b.wav"})

@@ -135,6 +135,8 @@ def test_parquet_and_flat_jsonl_hold_the_same_fields(tmp_path: Path):
             chat(("user", "<audio>"), ("user", "and <audio>"), SPOKEN, audios=["a"]),
             "message 1 has more <audio> than audios",
         ),
+        (chat(("user", "x"), SPOKEN, ("user", "x"), SPOKEN), "learns a.wav, which stands before"),
+        (chat(("user", {"type": "audio", "path": "b/../a.wav"}), SPOKEN), "learns a.wav, which"),
         ({"messages": []}, "messages is not a list"),
         ({"messages": ["x"]}, "message 0 is str, needed role and content"),
         ({"text": "x"}, "has no audio: needed one of the fields path"),
@@ -155,6 +157,11 @@ def test_parquet_and_flat_jsonl_hold_the_same_fields(tmp_path: Path):
 )
 def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, row: Any, message: str):
     assert message in reason(jsonl(tmp_path, row))
+
+
+def test_a_chat_may_hear_again_what_it_has_said(tmp_path: Path):
+    turns = (("user", "x"), SPOKEN, ("user", SPOKEN[1]), ("assistant", "y"))
+    assert len(jsonl(tmp_path, chat(*turns, start_index=1)).rows) == 1
 
 
 def test_rejections_carry_line_id_and_path(tmp_path: Path):

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from higgs_tune.data.tasks import texts_of
-from tests.unit.data.manifests import SPOKEN, chat, jsonl, read_manifest, reason
+from tests.unit.data.manifests import (
+    SPOKEN,
+    SPOKEN_BEFORE,
+    chat,
+    jsonl,
+    read_manifest,
+    reason,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,7 @@ SCENE = "<|scene_desc_start|>\n{}\n<|scene_desc_end|>"
 )
 def test_a_scene_is_a_part_of_the_system_turn(tmp_path: Path, before: list[Any], system: str):
     """The native chat template writes so (convert_higgs_audio_v2_to_hf.py of transformers)."""
-    talk = [("user", "one"), SPOKEN, ("user", "two"), SPOKEN]
+    talk = [("user", "one"), SPOKEN_BEFORE, ("user", "two"), SPOKEN]
     first = ("system", system.format("A quiet room."))
     wanted = [first, ("user", "one"), ("assistant", 0), ("user", "two"), ("assistant", 1)]
     assert turns_of(tmp_path, chat(*before, *talk)) == (wanted, 4)
@@ -79,7 +86,7 @@ def test_a_scene_is_a_part_of_the_system_turn(tmp_path: Path, before: list[Any],
 
 
 def test_a_scene_describes_speakers_by_texts_and_recordings(tmp_path: Path):
-    audio = SPOKEN[1]
+    audio = SPOKEN_BEFORE[1]
     start, end = SCENE.split("{}")
 
     def scene(*parts: Any) -> tuple[Any, ...]:
@@ -132,7 +139,7 @@ def test_chat_with_placeholders_and_a_list_of_audios(tmp_path: Path):
 
 
 def test_only_the_last_answer_is_learnt_unless_start_index_says_more(tmp_path: Path):
-    messages = [("user", "ref"), SPOKEN, ("user", "say this"), SPOKEN]
+    messages = [("user", "ref"), SPOKEN_BEFORE, ("user", "say this"), SPOKEN]
     first, second = jsonl(tmp_path, chat(*messages), chat(*messages, start_index=0)).rows
     assert (first.start_index, second.start_index) == (3, 0)
     assert first.text == "say this"
@@ -166,8 +173,8 @@ def test_chats_that_only_wrap_a_recording_become_clips(tmp_path: Path, system: l
     "row",
     [
         chat(("user", ["Who?", SPOKEN[1]]), ("assistant", "Anna")),
-        chat(("user", "hi"), SPOKEN, ("user", "and"), SPOKEN, start_index=0),
-        chat(("system", ["voice", SPOKEN[1]]), ("user", "say"), SPOKEN),
+        chat(("user", "hi"), SPOKEN_BEFORE, ("user", "and"), SPOKEN, start_index=0),
+        chat(("system", ["voice", SPOKEN_BEFORE[1]]), ("user", "say"), SPOKEN),
         chat(("user", "say"), ("assistant", ["Sure.", SPOKEN[1]])),
     ],
 )
