@@ -110,7 +110,9 @@ def read_clip(
             if file.frames >= _UNKNOWN_FRAMES:
                 raise DataError(f"audio's header states no length: {_USE_OTHER}")
             _check_length(file.frames / rate_hz, min_seconds, max_seconds)
-            wave = file.read(dtype="float32", always_2d=True).mean(axis=1)
+            # with their number, without which it must be able to seek
+            samples = file.read(file.frames, dtype="float32", always_2d=True)
+            wave = samples.mean(axis=1)
             is_mp3 = file.format == "MP3"
     except (soundfile.LibsndfileError, OSError) as error:
         detail = str(error).split(": ", 1)[-1] if path.stat().st_size else "the file is empty"

@@ -42,6 +42,14 @@ def test_usual_rates_and_formats_are_read(tmp_path: Path, rate_hz: int, ending: 
     assert (len(wave), found_hz) == (round(0.3 * rate_hz), rate_hz)
 
 
+@pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "ALAW", "IMA_ADPCM"])
+def test_codings_of_telephones_are_read(tmp_path: Path, subtype: str):
+    """In the first two libsndfile cannot seek."""
+    wave, rate_hz = read(store(tmp_path / "a.wav", tone(1, 8000), 8000, subtype))
+    assert rate_hz == 8000
+    assert 8000 <= len(wave) < 8800, "whole blocks"
+
+
 @pytest.mark.parametrize(
     "wave, message",
     [
