@@ -19,7 +19,7 @@ _MIN_RATE_HZ, _MAX_RATE_HZ = 4_000, 400_000  # others are a header's mistake
 # torchaudio's resampling kernel has about this many numbers per pair of rates without common factor.
 _MAX_KERNEL = 50_000_000
 # What libsndfile notes about a chunk of samples that ends before its header says.
-_CUT_CHUNK = re.compile(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
+_CUT_CHUNK = re.compile(r"^\s*(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _STREAM_BYTES = 0x7FFF0000  # sizes from here on are written before a recording's length is known
 _UNKNOWN_FRAMES = 2**62  # of a FLAC that was written to a pipe
 _MAX_MISSING_S = 0.1  # less is no word; some encoders count a frame too many

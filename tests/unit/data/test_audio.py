@@ -118,7 +118,7 @@ def test_bytes_that_look_like_a_frame_are_none_unless_another_follows():
     assert mp3_seconds(b"RIFF" + bytes(500)) == 0
 
 
-@pytest.mark.parametrize("ending", ["wav", "aiff", "mp3"])
+@pytest.mark.parametrize("ending", ["wav", "aiff", "au", "mp3"])
 def test_a_recording_that_was_cut_off_is_refused(tmp_path: Path, ending: str):
     path = tmp_path / f"a.{ending}"
     soundfile.write(path, tone(3), 24000)
