@@ -94,6 +94,8 @@ def read_clip(
             too short or long, silent, not finite, or at a rate that is none or cannot be resampled
             to `target_rate_hz`.
     """
+    if path.suffix.lower() == ".raw":  # soundfile would ask for a rate, whatever is in it
+        raise DataError(f"audio cannot be read: a .raw file has no header: {_USE_OTHER}")
     try:
         path.open("rb").close()  # libsndfile does not say why it cannot
     except OSError as error:

@@ -81,6 +81,13 @@ def test_files_that_are_no_audio(tmp_path: Path, content: bytes, message: str):
         read(tmp_path / "a.wav")
 
 
+@pytest.mark.parametrize("name", ["a.raw", "a.RAW"])
+def test_samples_without_a_header_say_what_to_do(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(bytes(48000))
+    with pytest.raises(DataError, match="has no header: convert it to WAV or FLAC"):
+        read(tmp_path / name)
+
+
 @pytest.mark.parametrize("rate_hz", [8000, 11025, 16000, 24000, 44100, 48000])
 @pytest.mark.parametrize("mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
 def test_a_whole_mp3_is_read(tmp_path: Path, rate_hz: int, mode: str):
