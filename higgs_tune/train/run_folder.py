@@ -189,9 +189,9 @@ def mend_best(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
     if step == held:
         return
     with writing(out):
-        kept = out / KEPT / f"step-{step or 0:06d}"
-        if kept.exists():
-            _copy_best(out, kept, step)
+        checkpoint = None if step is None else _checkpoint_of(out, step)
+        if checkpoint is not None:
+            _copy_best(out, checkpoint, step)
         elif held is not None:
             shutil.rmtree(out / BEST)
             logger.warning(
@@ -202,6 +202,14 @@ def mend_best(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
                 run.audio_tolerance,
                 "none" if step is None else f"step {step}",
             )
+
+
+def _checkpoint_of(out: Path, step: int) -> Path | None:
+    """The newest checkpoint, or one that is kept, if it is of this step."""
+    if read_step(out / ADAPTER) == step:
+        return out / ADAPTER
+    kept = out / KEPT / f"step-{step:06d}"
+    return kept if kept.exists() else None
 
 
 def _copy_best(out: Path, checkpoint: Path, step: int | None) -> None:

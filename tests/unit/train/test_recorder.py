@@ -130,6 +130,18 @@ def test_best_adapter_follows_the_tolerance_of_a_resume(run_single, caplog):
     assert "was of step 20; by run.audio_tolerance 0 the best is step 5" in caplog.text
 
 
+def test_the_newest_checkpoint_can_be_the_best_that_a_looser_tolerance_asks_for(run_single, caplog):
+    run, _, out = run_single
+    run(trial=trial(**FASTER), audio_tolerance=0.0)
+    assert best_of(out)[0] == 5
+    mend_best(out, read_lines(out / "metrics.jsonl"), RunSettings(audio_tolerance=10.0))
+    step, weights = best_of(out)
+    assert step == checkpoint.read_step(out / "adapter") == 20
+    newest = load_file(out / "adapter" / "adapter_model.safetensors")
+    torch.testing.assert_close(weights, newest, rtol=0, atol=0)
+    assert not caplog.records
+
+
 def test_best_adapter_is_none_of_a_future_that_was_given_up(run_single):
     run, _, out = run_single
     settings = RunSettings(keep_checkpoints=4, audio_tolerance=10.0)
