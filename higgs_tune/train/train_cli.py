@@ -62,6 +62,9 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]
         if section not in SECTIONS:
             raise ConfigError(f"--set {text}: {_unknown(section)}")
     raw = apply_overrides(raw, args.set)
+    for name in ("data", "trial"):
+        if not isinstance(raw[name], dict):  # `--set data=DIR`, which this refuses
+            validate(SECTIONS[name], raw[name], f"{args.config}, {name}")
     expected = raw["data"].pop("content_hash", None)
     if args.data:
         raw["data"]["path"] = args.data
