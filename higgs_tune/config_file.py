@@ -174,7 +174,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, 
 
 def _yaml_value(text: str, where: str) -> Any:
     value = _parse(text, where)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+    if value == text.strip():  # a string without quotes, as which YAML 1.1 reads 1e-4, too
         try:
             return float(value)
         except ValueError:

@@ -195,6 +195,15 @@ def test_merge_keys_may_be_overridden(tmp_path):
     assert raw["again"] == raw["tune"] | {"name": "asha", "grace_fraction": 0.5, "seed": 3}
 
 
+@pytest.mark.parametrize("digits", ["1234567", "12e4567", "1e5"])
+def test_a_revision_of_digits_is_taken_in_quotes(tmp_path, digits):
+    (tmp_path / "a.yaml").write_text("{}")
+    config = load_sweep(tmp_path / "a.yaml", [f'base.revision="{digits}"'])
+    assert config.base.revision == digits
+    with pytest.raises(ConfigError, match=r"base\.revision: .*put it in quotes"):
+        load_sweep(tmp_path / "a.yaml", [f"base.revision={digits}"])
+
+
 def test_overrides_use_the_yamls_names_and_yaml_values(tmp_path):
     config = loaded(
         tmp_path,
