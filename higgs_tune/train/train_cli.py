@@ -119,8 +119,11 @@ def run(args: argparse.Namespace) -> int:
             )
         return 128 + result["signal"]
     if world.is_main:
-        print(f"adapter: {args.out / 'adapter'}")
-        best = args.out / "best_adapter"
+        if result["status"] != "completed":
+            ended = f"{result['status']} at step {result['step']}: {result['reason']}"
+            print(f"error: {ended}", file=sys.stderr)
+        adapter, best = args.out / "adapter", args.out / "best_adapter"
+        print(f"adapter: {adapter if adapter.is_dir() else 'none: no checkpoint was reached'}")
         tolerance = settings["run"].audio_tolerance
         none = f"none: no report kept audio within run.audio_tolerance ({tolerance:g})"
         print(f"best adapter: {best if best.is_dir() else none}")

@@ -120,23 +120,43 @@ def test_the_audio_tolerance_of_the_sweep_holds_unless_another_is_set(read, tmp_
     assert settings["run"].audio_tolerance == 0.01
 
 
-@pytest.mark.parametrize("has_best", [True, False])
-def test_a_run_ends_with_where_its_adapters_are(tmp_path, monkeypatch, capsys, has_best):
-    def train(*_, out, **__):
-        if has_best:
-            (out / "best_adapter").mkdir(parents=True)
-        return {"status": "completed"}
+@pytest.fixture
+def end_with(tmp_path, monkeypatch):
+    """Ends the command with a result and some folders in `--out`; returns the exit code and `--out`."""
 
-    monkeypatch.setattr("higgs_tune.train.single.train_single", train)
-    path, out = tmp_path / "best_config.yaml", tmp_path / "trained"
-    path.write_text(yaml.safe_dump(BEST))
-    parser = argparse.ArgumentParser()
-    train_cli.add_arguments(parser)
-    arguments = ["--config", str(path), "--out", str(out), "--set", "run.audio_tolerance=0.1"]
-    assert train_cli.run(parser.parse_args(arguments)) == 0
+    def end(result: dict, *folders: str):
+        def train(*_, out, **__):
+            for name in folders:
+                (out / name).mkdir(parents=True)
+            return result
+
+        monkeypatch.setattr("higgs_tune.train.single.train_single", train)
+        path, out = tmp_path / "best_config.yaml", tmp_path / "trained"
+        path.write_text(yaml.safe_dump(BEST))
+        parser = argparse.ArgumentParser()
+        train_cli.add_arguments(parser)
+        arguments = ["--config", str(path), "--out", str(out), "--set", "run.audio_tolerance=0.1"]
+        return train_cli.run(parser.parse_args(arguments)), out
+
+    return end
+
+
+@pytest.mark.parametrize("has_best", [True, False])
+def test_a_run_ends_with_where_its_adapters_are(end_with, capsys, has_best):
+    folders = ["adapter", "best_adapter"] if has_best else ["adapter"]
+    code, out = end_with({"status": "completed"}, *folders)
+    assert code == 0
     adapter, best = capsys.readouterr().out.splitlines()[-2:]
     assert adapter == f"adapter: {out / 'adapter'}"
     assert best.startswith(
         f"best adapter: {out / 'best_adapter' if has_best else 'none: no report'}"
     )
     assert has_best or "run.audio_tolerance (0.1)" in best
+
+
+def test_a_run_that_diverged_at_once_says_so_and_names_no_adapter(end_with, capsys):
+    reason = "a gradient was not finite"
+    assert end_with({"status": "diverged", "step": 3, "reason": reason})[0] == 1
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == f"error: diverged at step 3: {reason}"
+    assert "adapter: none: no checkpoint was reached" in printed.out.splitlines()
