@@ -87,9 +87,11 @@ def _with_null(value: Any) -> Any:
 
 
 def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
-    """Append what `json_line` makes of it."""
+    """Append what `json_line` makes of it; on the disk itself before what is written after it."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json_line(content) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -173,6 +173,32 @@ def test_a_crash_goes_on_from_the_last_checkpoint_between_validations(run_single
     assert_same_run(out, uninterrupted)
 
 
+def test_a_power_cut_leaves_the_lines_that_lead_to_the_checkpoint(
+    run_single, uninterrupted, monkeypatch
+):
+    run, _, out = run_single
+    fsync, on_disk = os.fsync, {}  # metrics.jsonl as far as the disk surely has it
+
+    def note(handle):
+        fsync(handle)
+        path = Path(f"/proc/self/fd/{handle}").resolve()
+        if path == out / "metrics.jsonl":
+            on_disk["lines"] = path.read_text()
+
+    def cut(line):
+        if line["step"] == 10:
+            raise RuntimeError("no power")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", note)
+        with pytest.raises(RuntimeError, match="no power"):
+            run(report=cut)
+    assert checkpoint.read_step(out / "adapter") == 10
+    (out / "metrics.jsonl").write_text(on_disk.get("lines", ""))
+    run(resume=True)
+    assert_same_run(out, uninterrupted)
+
+
 def test_a_crash_before_the_first_checkpoint_starts_anew(run_single, uninterrupted):
     run, lines, out = run_single
     with pytest.raises(RuntimeError, match="the machine stopped"):
