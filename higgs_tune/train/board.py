@@ -7,6 +7,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
+from tensorboardX.writer import FileWriter
 
 from higgs_tune import metrics
 from higgs_tune.train.samples import Sample
@@ -24,18 +25,22 @@ class Board:
             purge_step=next_step,
             filename_suffix=f".{next_step}",
             flush_secs=FLUSH_S,
+            max_queue=0,  # no limit: behind a thread that has died nobody empties it, and `put` would wait
         )
 
     def add_settings(self, settings: Mapping[str, Any], figures: Sequence[str]) -> None:
         """Let the HParams page show this run: its settings, and which of its figures are results."""
         experiment, session, _ = hparams(dict(settings), dict.fromkeys(figures))
-        file_writer = self._writer.file_writer
-        assert file_writer is not None
         for summary in (experiment, session):
-            file_writer.add_summary(summary)
+            self._files().add_summary(summary)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Write the finite figures of a line of metrics."""
+        """Write the finite figures of a line of metrics.
+
+        Raises:
+            OSError: what was written earlier did not reach the disk.
+        """
+        self._files()
         for name, value in line.items():
             if name != metrics.STEP and isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(name, value, line[metrics.STEP])
@@ -48,6 +53,16 @@ class Board:
             *(f"| {s.target} | {s.predicted.replace('|', ' ')} |" for s in samples),
         ]
         self._writer.add_text("samples", "\n".join(rows), step)
+
+    def _files(self) -> FileWriter:
+        """Where events go; an OSError if the thread that writes them has died of one."""
+        files = self._writer.file_writer
+        assert isinstance(files, FileWriter)
+        thread = files.event_writer._worker
+        assert thread is not None, "closed"
+        if not thread.is_alive():
+            raise OSError("TensorBoard's events could not be written, see above")
+        return files
 
     def close(self) -> None:
         """Write out what is left."""

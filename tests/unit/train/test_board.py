@@ -1,0 +1,32 @@
+"""What TensorBoard is told of a run."""
+
+import threading
+import time
+
+import pytest
+
+from higgs_tune.metrics import STEP
+from higgs_tune.train.board import Board
+from tests.full_disk import largest_file
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_figures_that_the_disk_does_not_take_are_an_error_and_no_endless_wait(tmp_path):
+    board, errors = Board(tmp_path, next_step=0), []
+    figures = {f"figure {number}": 1.0 for number in range(30)}
+
+    def write():
+        try:
+            for step in range(10_000):
+                board.add({STEP: step} | figures)
+                time.sleep(0.01)
+        except OSError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=write, daemon=True)
+    with largest_file(100):
+        thread.start()
+        thread.join(30)
+    assert not thread.is_alive()
+    assert errors == ["TensorBoard's events could not be written, see above"]
+    board.close()
