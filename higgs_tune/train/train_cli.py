@@ -10,12 +10,17 @@ from higgs_tune.config_file import apply_overrides, read_yaml, validate
 from higgs_tune.errors import ConfigError, did_you_mean
 from higgs_tune.local_path import local_path
 
-SECTIONS: dict[str, type[Settings]] = {
-    "base": BaseSettings,
-    "data": DataSettings,
-    "trial": TrialConfig,
-    "run": RunSettings,
-}
+
+class _Training(Settings):
+    """What a file for this command holds."""
+
+    base: BaseSettings
+    data: DataSettings
+    trial: TrialConfig
+    run: RunSettings
+
+
+SECTIONS = tuple(_Training.model_fields)
 # What best_config.yaml says beside them, about the sweep that found it; nothing here is trained by it.
 RECORDS = ("higgs_tune", "lora_config", "results", "command")
 
@@ -62,18 +67,15 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]
         if section not in SECTIONS:
             raise ConfigError(f"--set {text}: {_unknown(section)}")
     raw = apply_overrides(raw, args.set)
-    for name in ("data", "trial"):
-        if not isinstance(raw[name], dict):  # `--set data=DIR`, which this refuses
-            validate(SECTIONS[name], raw[name], f"{args.config}, {name}")
-    expected = raw["data"].pop("content_hash", None)
-    if args.data:
-        raw["data"]["path"] = args.data
-    if args.seed is not None:
-        raw["trial"]["seed"] = args.seed
-    return {
-        name: validate(model, raw.get(name) or {}, f"{args.config}, {name}")
-        for name, model in SECTIONS.items()
-    }, expected
+    data, trial = raw["data"], raw["trial"]
+    expected = None
+    if isinstance(data, dict):  # else it is refused below, as is `trial`
+        expected = data.pop("content_hash", None)
+        data |= {"path": args.data} if args.data else {}
+    if isinstance(trial, dict) and args.seed is not None:
+        trial["seed"] = args.seed
+    given = {name: raw.get(name) for name in SECTIONS} | {"run": raw.get("run") or {}}
+    return dict(validate(_Training, given, str(args.config))), expected
 
 
 def _unknown(section: object) -> str:

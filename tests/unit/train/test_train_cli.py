@@ -69,8 +69,10 @@ def test_a_run_section_is_read_and_overridden(read):
         ("run.num_sample=1", r"num_sample: unknown setting, did you mean 'num_samples'\?"),
         ("run.early_stop_patience=0", r"early_stop_patience: .*greater than or equal to 1"),
         ("num_samples", r"unknown section 'num_samples'"),
-        ("data=recordings", r"data:\n  Input should be a section with path, .*found 'recordings'"),
-        ("trial=9", r"trial:\n  Input should be a section with rank, .*found 9"),
+        ("data=recordings", r"data: Input should be a section with path, .*found 'recordings'"),
+        ("trial=9", r"yaml:\n  trial: Input should be a section with rank, .*found 9"),
+        ("data=", r"data: Input should be a section with path, .*found None"),
+        ("base.revision=1234567", r"base\.revision: .* with --set 'base\.revision="),
     ],
 )
 def test_a_mistaken_setting_is_named(read, argument, message):
