@@ -17,7 +17,7 @@ from higgs_tune.config import SweepConfig
 from higgs_tune.sweep import runtime, space, study
 from higgs_tune.sweep.confirm import unconfirmed
 from higgs_tune.sweep.control import Control
-from higgs_tune.sweep.folder import disk_fault, open_folder, record_slots
+from higgs_tune.sweep.folder import TUNE, disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.nodes import idle_gpus, refuse_more_than_here
 from higgs_tune.sweep.places import refuse_absent
@@ -120,7 +120,7 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
     if control.error is not None and control.request.number is None:
         raise control.error
     outcome = _outcome(results, found, control)
-    shutil.rmtree(results / "ray", ignore_errors=True)
+    shutil.rmtree(results / TUNE, ignore_errors=True)
     return outcome
 
 

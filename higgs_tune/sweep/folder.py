@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +20,10 @@ from higgs_tune.files import write_json, write_text
 from higgs_tune.sweep.records import read_json
 
 LOCK = ".lock"  # held by the process that runs the sweep; the system frees it when that ends
+TUNE = "ray"  # what Ray Tune stores; gone once a sweep has come to its end
 # What a sweep that ended before its first result leaves; a new one of that name starts without.
 FILES = (
-    "trials", "ray", "study.journal", "base.json", "env.json", "workers.json", "tune.log",
+    "trials", TUNE, "study.journal", "base.json", "env.json", "workers.json", "tune.log",
     "workers.log", "sweep.yaml", "tensorboard",
 )  # fmt: skip
 _SECRET = re.compile(r"(://)\S*@")  # user and password of tune.storage
@@ -62,8 +63,8 @@ def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Ite
             ) from None
         _check(folder, config, resume)  # a sweep may have ended here since
         try:
-            if not resume:
-                _clear(folder)
+            # Tune writes over the checkpoints of a former run, to whose files the adapters are links
+            _clear(folder, (TUNE,) if resume else FILES)
             probe(folder)
             write_text(folder / "sweep.yaml", to_yaml(config))
             _record_environment(folder / "env.json", command)
@@ -137,8 +138,8 @@ def _has_begun(folder: Path) -> bool:
     return any(path.stat().st_size for path in folder.glob("trials/*/metrics.jsonl"))
 
 
-def _clear(folder: Path) -> None:
-    for name in FILES:
+def _clear(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

@@ -24,7 +24,7 @@ from higgs_tune.sweep.basis import difference
 from higgs_tune.sweep.boards import Boards
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.control import Control
-from higgs_tune.sweep.folder import disk_error, disk_fault
+from higgs_tune.sweep.folder import TUNE, disk_error, disk_fault
 from higgs_tune.sweep.later import Later
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles, read_json
@@ -203,7 +203,7 @@ class Sweep:
             ),
             run_config=RunConfig(
                 name=stage,
-                storage_path=str(self.results / "ray"),
+                storage_path=str(self.results / TUNE),
                 stop=_Stop(self._control),
                 callbacks=[callback],
                 failure_config=FailureConfig(max_failures=tune.max_failures),

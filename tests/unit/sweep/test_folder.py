@@ -11,6 +11,8 @@ from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.sweep import folder as folders
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.driver import run_sweep
+from higgs_tune.sweep.records import TrialFiles
+from higgs_tune.sweep.seats import CHECKPOINT_INFO
 
 
 def give_result(folder):
@@ -127,6 +129,20 @@ def test_a_resumed_sweep_may_have_more_trials_and_other_resources(make_config):
     environment = json.loads((folder / "env.json").read_text())
     assert environment["started_at"] == first["started_at"]
     assert len(environment["resumed_at"]) == 1
+
+
+def test_a_resumed_sweep_writes_over_no_checkpoint_that_an_adapter_is_a_link_to(make_config):
+    folder = opened(make_config())
+    give_result(folder)
+    stored = folder / "ray/search/t000/checkpoint_000000"  # the first one of a run
+    stored.mkdir(parents=True)
+    (stored / CHECKPOINT_INFO).write_text('{"step": 25}')
+    files = TrialFiles(folder)
+    files.checkpoint("t000", stored)
+    with folders.open_folder(make_config(), resume=True, command=[]):
+        stored.mkdir(parents=True, exist_ok=True)
+        (stored / CHECKPOINT_INFO).write_text('{"step": ')  # Tune is killed meanwhile
+    assert files.checkpoint_of("t000") == (folder / "trials/t000/adapter", 25)
 
 
 def test_a_folder_whose_sweep_runs_is_refused_and_left_as_it_is(make_config):
