@@ -240,12 +240,12 @@ class StudySearcher(TrialSource):
     def _resume(self, tune_id: str, old: FrozenTrial) -> dict[str, Any]:
         record = studies.record_of(old)
         trial = self._ask_fixed(old.params or None)
-        self._store(trial, record)
         checkpoint = self._checkpoint_of(record.trial_id)
         steps = 0 if checkpoint is None else checkpoint[1]
         known = {s: v for s, v in sorted(old.intermediate_values.items()) if s <= steps}
         for step, value in known.items():
             trial.report(value, step)
+        self._store(trial, record)  # from here on the former entry counts no more
         self._on_resume(tune_id, self._study.get_trials(deepcopy=False)[trial.number])
         config = self._seat(tune_id, record, trial, checkpoint)
         self.live[tune_id].reported.update(known)
