@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import re
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +41,7 @@ AGENT_PORTS = (
 )
 PORTS = range(20_000, 32_768)  # above Ray's workers', below those that Linux gives to anybody
 NICENESS = 10  # of what was put off
+ADDRESS = re.compile(r"auto|local|[^/\s]+:\d+")  # not of Ray Client (ray://), nor of jobs (http://)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
 
     Args:
         environment: variables that Ray's processes get, unless the user has set them.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names no cluster, or one that does not answer.
     """
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -164,7 +169,18 @@ def starts_own() -> bool:
 
 
 def _address() -> str:
-    return os.environ.get("RAY_ADDRESS") or head_address() or "local"
+    """Where Ray is, or is to start.
+
+    Raises:
+        ConfigError: RAY_ADDRESS is for something else, such as Ray Client, whose Tune runs on the head.
+    """
+    address = os.environ.get("RAY_ADDRESS") or head_address() or "local"
+    if ADDRESS.fullmatch(address) is None:
+        raise ConfigError(
+            f"RAY_ADDRESS is {address}. Needed is HOST:PORT of a cluster's head (port 6379, as a rule), "
+            "auto or local. Run the command on a machine of that cluster, where it need not be set."
+        )
+    return address
 
 
 def head_address() -> str | None:

@@ -14,6 +14,7 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 
 from higgs_tune import cluster
+from higgs_tune.errors import ConfigError
 
 ROOT = str(Path(cluster.__file__).parents[1])
 
@@ -160,6 +161,18 @@ def test_a_cluster_is_joined_as_it_is(join):
     assert not joined.is_own
     assert given["address"] == "10.0.0.1:6379"
     assert "dashboard_host" not in given
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://127.0.0.1:8265", "head"])
+def test_an_address_at_which_no_driver_can_join_is_refused(join, address):
+    with pytest.raises(ConfigError, match=rf"^RAY_ADDRESS is {address}\. Needed is HOST:PORT"):
+        join(RAY_ADDRESS=address)
+
+
+@pytest.mark.parametrize("address", ["auto", "[fd00::1]:6379"])
+def test_every_address_of_a_head_is_joined(join, address):
+    joined, given, _ = join(RAY_ADDRESS=address)
+    assert not joined.is_own and given["address"] == address
 
 
 def test_the_mode_of_tokens_is_explicit_and_the_users_own_goes_first(join):
