@@ -41,6 +41,7 @@ AGENT_PORTS = (
 )
 PORTS = range(20_000, 32_768)  # above Ray's workers', below those that Linux gives to anybody
 NICENESS = 10  # of what was put off
+KNOCK_S = 10.0  # in which a head takes a connection
 ADDRESS = re.compile(r"auto|local|[^/\s]+:\d+")  # not of Ray Client (ray://), nor of jobs (http://)
 
 
@@ -70,6 +71,7 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
         return
     address = _address()
     try:
+        _knock(address)
         with _in_parts() as (start_rest, has_died):
             context = _connect(address)
     except ConnectionError:
@@ -190,6 +192,17 @@ def head_address() -> str | None:
     """
     noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     return noted.read_text().strip() if noted.exists() else None
+
+
+def _knock(address: str) -> None:
+    """ConnectionError if nobody listens there: Ray itself would try for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    if not host:  # auto, or a cluster of our own
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+    except OSError as error:  # also of a name that does not resolve
+        raise ConnectionError from error
 
 
 def _connect(address: str) -> Any:

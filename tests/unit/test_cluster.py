@@ -23,7 +23,7 @@ ROOT = str(Path(cluster.__file__).parents[1])
 def join(tmp_path, monkeypatch):
     """Join a cluster with an environment; gives the cluster, ray.init's arguments and the environment."""
 
-    def with_environment(**variables):
+    def with_environment(connect=lambda *_: socket.socket(), **variables):
         environment = {"RAY_TMPDIR": str(tmp_path), **variables}
         monkeypatch.setattr(os, "environ", environment)
         given = {}
@@ -35,6 +35,7 @@ def join(tmp_path, monkeypatch):
         monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
         monkeypatch.setattr(cluster.ray, "init", init)
         monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+        monkeypatch.setattr(socket, "create_connection", connect)
         starts_own = cluster.starts_own()
         with cluster.join_cluster() as joined:
             assert joined.is_own == starts_own
@@ -173,6 +174,16 @@ def test_an_address_at_which_no_driver_can_join_is_refused(join, address):
 def test_every_address_of_a_head_is_joined(join, address):
     joined, given, _ = join(RAY_ADDRESS=address)
     assert not joined.is_own and given["address"] == address
+
+
+@pytest.mark.parametrize("error", [socket.gaierror, TimeoutError, ConnectionRefusedError])
+def test_a_cluster_that_does_not_answer_is_told_at_once(join, error):
+    def connect(address, timeout):
+        assert address == ("fd00::1", 6379) and timeout
+        raise error
+
+    with pytest.raises(ConfigError, match=r"^No Ray cluster answers at \[fd00::1\]:6379\. Start"):
+        join(connect, RAY_ADDRESS="[fd00::1]:6379")
 
 
 def test_the_mode_of_tokens_is_explicit_and_the_users_own_goes_first(join):
