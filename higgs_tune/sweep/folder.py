@@ -61,6 +61,11 @@ def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Ite
                 f"{folder}: a sweep is running here. Wait for its end, or give --name NAME for "
                 "another one."
             ) from None
+        except OSError as error:  # such as Lustre that is mounted without it
+            raise ConfigError(
+                f"{folder}: this file system cannot lock a file ({error.strerror}), which keeps a second "
+                "sweep out. Give --set results_dir=FOLDER with one on another disk."
+            ) from None
         _check(folder, config, resume)  # a sweep may have ended here since
         try:
             # Tune writes over the checkpoints of a former run, to whose files the adapters are links

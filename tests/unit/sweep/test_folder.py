@@ -155,6 +155,15 @@ def test_a_folder_whose_sweep_runs_is_refused_and_left_as_it_is(make_config):
     assert opened(config, resume=True) == folder
 
 
+def test_a_file_system_without_locks_is_one_clear_error(make_config, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match=r"cannot lock a file .Function not.*results_dir=FOLDER"):
+        opened(make_config())
+
+
 def test_there_must_be_something_to_resume(make_config):
     with pytest.raises(ConfigError, match="holds no sweep to resume"):
         opened(make_config(), resume=True)
