@@ -2,9 +2,15 @@
 
 from types import SimpleNamespace
 
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 DEAD = ActorUnavailableError("its node is gone", None)
+# as Ray tells of a machine without this package
+NOT_INSTALLED = RayActorError(
+    error_msg="The actor died because of an error raised in its creation task, \x1b[36mray::W.__init__()\n"
+    "    ^^^^^^^\nModuleNotFoundError: No module named 'higgs_tune'\n",
+    actor_init_failed=True,
+)
 
 
 class Actor:

@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import ray
+from ray.exceptions import RayActorError
 
 from higgs_tune.config import TuneSettings
-from higgs_tune.errors import ConfigError
+from higgs_tune.errors import ConfigError, SweepError
 
 PATIENCE_S = 15.0  # after that a person is told that a process has found no node
 
@@ -87,6 +88,15 @@ def shortage(who: str, num_cpus: int, num_gpus: int) -> str:
         f"waiting for {who}: it needs {num_cpus} CPU, {num_gpus} GPU; "
         f"the cluster has {_amount(_total(nodes))} in all, its largest node "
         f"{'with GPUs ' if with_gpus else ''}{_amount(largest)}"
+    )
+
+
+def start_error(who: str, error: RayActorError) -> SweepError:
+    """What to tell a person of a process that has ended for good before it did anything."""
+    cause = str(error).strip().splitlines()[-1].strip().rstrip(".")
+    return SweepError(
+        f"{who} cannot start: {cause}. Every machine of the cluster needs this package and what it "
+        "needs, in the same versions, and memory for it."
     )
 
 

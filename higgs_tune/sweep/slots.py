@@ -5,12 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import ConfigError
 from higgs_tune.sweep.control import Control
-from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, most_on_one_node, shortage
+from higgs_tune.sweep.nodes import (
+    PATIENCE_S,
+    cpus_of_worker,
+    most_on_one_node,
+    shortage,
+    start_error,
+)
 from higgs_tune.sweep.places import whole_paths
 
 
@@ -34,6 +40,7 @@ def resolve_slots(
 
     Raises:
         ConfigError: not even one trial fits.
+        SweepError: the actor cannot start, or dies again and again.
         ModelError: the base's configuration cannot be read.
     """
     tune = config.tune
@@ -74,6 +81,8 @@ def _ask_a_machine(
         return ray.get(answer)
     except RayTaskError as error:
         raise error.cause from None
+    except RayActorError as error:
+        raise start_error("the process that counts tune.slots_per_worker", error) from None
     finally:
         ray.kill(counter)  # the workers need what it holds
 

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import HiggsTuneError, NoMemoryError, SweepError
 from higgs_tune.sweep.member import Member, is_there
-from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, shortage
+from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, shortage, start_error
 from higgs_tune.sweep.places import whole_paths
 from higgs_tune.sweep.seats import Roster, num_seats
 from higgs_tune.sweep.slots import slots_of
@@ -121,7 +121,7 @@ class Workers:
                 answer = ray.get(member.answer)
             except RayActorError as error:
                 if error.actor_init_failed:
-                    raise SweepError(f"{member.name} cannot start: {error}") from None
+                    raise start_error(member.name, error) from None
                 self._died(member, tell)
                 continue
             except RayTaskError as error:

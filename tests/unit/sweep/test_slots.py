@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from higgs_tune.errors import ConfigError
+from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.sweep import nodes, slots
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import record_slots
 from higgs_tune.train import capacity
+from tests.crew import NOT_INSTALLED
 
 AUTO = {"slots_per_worker": "auto", "num_workers": 2, "num_trials": 40, "gpus_per_worker": 1}
 
@@ -129,6 +130,16 @@ def test_ctrl_c_ends_the_wait_for_the_count_within_a_second(make_config, fake_ra
     fake_ray.happens[7.0] = interrupt
     assert resolve(config, control) is config
     assert fake_ray.now == 7.0
+    assert fake_ray.killed == 1
+
+
+def test_a_machine_on_which_nothing_can_count_is_one_clear_error(make_config, fake_ray):
+    def get(_):
+        raise NOT_INSTALLED
+
+    fake_ray.get = get
+    with pytest.raises(SweepError, match=r"counts tune\.\S+ cannot start: ModuleNotFoundError"):
+        resolve(make_config(tune=AUTO))
     assert fake_ray.killed == 1
 
 

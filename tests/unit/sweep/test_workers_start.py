@@ -4,7 +4,7 @@ import pytest
 
 from higgs_tune.errors import SweepError
 from higgs_tune.sweep.workers import LOADING_S, MAX_DEATHS, PATIENCE_S, PAUSE_S
-from tests.crew import DEAD
+from tests.crew import DEAD, NOT_INSTALLED
 
 
 def test_a_person_is_told_once_which_process_is_missing_and_what_it_needs(crew):
@@ -45,6 +45,13 @@ def test_a_worker_that_came_late_and_loads_for_very_long_is_told_both(crew):
     missing, loading = crew.heard.waits
     assert missing.startswith("waiting for worker-1 (of 2): it needs")
     assert loading == "worker-1 (of 2) has been loading base and data for 15 minutes"
+
+
+def test_a_machine_without_this_package_ends_the_sweep_with_one_line(crew):
+    crew.actors[1].answer("describe", NOT_INSTALLED)
+    cause = "ModuleNotFoundError: No module named 'higgs_tune'"
+    with pytest.raises(SweepError, match=rf"^worker-1 cannot start: {cause}\. Every machine .*$"):
+        crew.hear()
 
 
 def kill_loading(crew, actor):
