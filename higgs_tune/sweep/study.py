@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from higgs_tune.config import TrialConfig
@@ -67,7 +67,7 @@ def open_study(name: str, folder: Path, storage_url: str | None) -> optuna.Study
         path = folder / JOURNAL
         drop_torn_line(path)
         # One process owns the journal: a lock older than this belonged to a killed one.
-        lock = JournalFileSymlinkLock(str(path), grace_period=5)
+        lock = JournalFileOpenLock(str(path), grace_period=5)
         storage = JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     else:
         storage = open_storage(storage_url)

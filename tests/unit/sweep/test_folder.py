@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -162,6 +163,16 @@ def test_a_file_system_without_locks_is_one_clear_error(make_config, monkeypatch
     monkeypatch.setattr(folders.fcntl, "flock", flock)
     with pytest.raises(ConfigError, match=r"cannot lock a file .Function not.*results_dir=FOLDER"):
         opened(make_config())
+
+
+def test_a_study_lies_on_a_file_system_without_links_too(make_config, monkeypatch):
+    def none(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")  # as exFAT and SMB shares say
+
+    monkeypatch.setattr(os, "symlink", none)
+    monkeypatch.setattr(os, "link", none)
+    study = studies.open_study("s", opened(make_config()), None)
+    assert study.ask().number == 0
 
 
 def test_there_must_be_something_to_resume(make_config):
