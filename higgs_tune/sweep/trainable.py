@@ -33,14 +33,8 @@ class PackTrial(Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Lease a slot, preferably on the worker that the driver chose."""
-        self._reset_error: Exception | None = None
-        self._trial_id: str = config["id"]
-        self._name: str = config["name"]
-        self._status = "running"
-        files = None
-        if config["restore_from"]:  # stored once, however often workers are asked
-            files = ray.put(read_files(Path(config["restore_from"])))
-        self._worker, self._sits_at = self._lease(files)
+        self.reset_config(config)
+        self._sit_down()
 
     def __repr__(self) -> str:
         """The name that the Ray dashboard shows for this process."""
@@ -48,7 +42,7 @@ class PackTrial(Trainable):
 
     def step(self) -> dict[str, Any]:
         """Wait for the trial's next report."""
-        self._raise_reset_error()
+        self._sit_down()
         call = self._worker.next_result.options(name=f"{self._name} · next result")
         result: dict[str, Any] = self._answer(call.remote(self._trial_id))
         self._status = result["status"]
@@ -62,7 +56,7 @@ class PackTrial(Trainable):
 
         A trial that ended badly has nothing to keep: its folder stays empty.
         """
-        self._raise_reset_error()
+        self._sit_down()
         if self._status not in HEALTHY:
             return
         (reference,) = self._answer(self._worker.save.remote(self._trial_id))
@@ -72,24 +66,30 @@ class PackTrial(Trainable):
     def load_checkpoint(self, checkpoint: dict[str, Any] | str | None) -> None:
         """Send a checkpoint back to the worker."""
         assert isinstance(checkpoint, str)
-        self._raise_reset_error()
+        self._sit_down()
         files = read_files(Path(checkpoint))
         self._answer(self._worker.restore.remote(self._trial_id, files))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Become another trial in the same process.
+        """Become another trial in the same process, which sits down once Tune lets it run.
 
-        An error waits until the trial runs: Tune does not try a trial again whose reset failed.
+        Tune does not try a trial again whose reset failed, or whose process died in it: a slot may be
+        waited for during hours.
         """
-        try:
-            self.setup(new_config)
-        except Exception as error:  # raised by the next call, as whatever it is
-            self._reset_error = error
+        self._trial_id: str = new_config["id"]
+        self._name: str = new_config["name"]
+        self._status = "running"
+        self._worker: Any = None
         return True
 
-    def _raise_reset_error(self) -> None:
-        if self._reset_error is not None:
-            raise self._reset_error
+    def _sit_down(self) -> None:
+        """Lease a slot, if it has none yet."""
+        if self._worker is not None:
+            return
+        files = None
+        if self.config["restore_from"]:  # stored once, however often workers are asked
+            files = ray.put(read_files(Path(self.config["restore_from"])))
+        self._worker, self._sits_at = self._lease(files)
 
     def _answer(self, reference: Any) -> Any:
         """What the worker answers; its death is this trial's failure, not this process's own."""

@@ -82,7 +82,7 @@ def reporting(make_config, monkeypatch, result) -> trainable.PackTrial:
     made, _ = trial(make_config, monkeypatch, lambda name, now: None)
     call = SimpleNamespace(remote=lambda trial_id: ("w0", "next_result"))
     made._worker = SimpleNamespace(next_result=SimpleNamespace(options=lambda name: call))
-    made._sits_at, made._reset_error = 0, None
+    made._sits_at = 0
     monkeypatch.setattr(trainable.ray, "get", lambda call: dict(result))
     return made
 
@@ -161,3 +161,15 @@ def test_an_error_of_a_reset_is_the_running_trials(make_config, monkeypatch):
     ):
         with pytest.raises(SweepError, match="t001: no worker had a free slot"):
             call()
+
+
+def test_a_reset_waits_for_no_slot(make_config, monkeypatch):
+    """Tune gives a trial up at once whose process dies in it."""
+    made, clock = trial(
+        make_config, monkeypatch, lambda name, now: "seated" if now >= 300 else NOT_READY
+    )
+    made.config = {**made.config, "id": "t001", "name": "t001", "restore_from": ""}
+    assert made.reset_config(made.config)
+    assert clock.now == 0
+    made._sit_down()
+    assert clock.now >= 300 and made._worker.name == "w1"
