@@ -18,6 +18,10 @@ from ray import _raylet
 from ray._private import services
 from ray._private.node import Node
 
+# Its colorama ends with an escape to the standard output of its import: later that is a table's, which
+# shows it as text.
+from ray.autoscaler._private import cli_logger  # noqa: F401
+
 import higgs_tune
 from higgs_tune.errors import ConfigError
 

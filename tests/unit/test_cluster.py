@@ -1,6 +1,7 @@
 """How Ray is joined or started; nothing starts here."""
 
 import os
+import pty
 import socket
 import subprocess
 import sys
@@ -195,3 +196,32 @@ def test_the_mode_of_tokens_is_explicit_and_the_users_own_goes_first(join):
 def test_rays_processes_can_import_a_package_that_is_not_installed(join):
     assert join()[2]["PYTHONPATH"] == ROOT
     assert join(PYTHONPATH="/mine")[2]["PYTHONPATH"] == f"{ROOT}{os.pathsep}/mine"
+
+
+def test_ray_leaves_no_mark_behind_the_table_of_a_terminal():
+    """Its colorama ends with an escape to the standard output of its import: text, if that is a table's."""
+    code = """
+import logging, sys
+from contextlib import redirect_stdout
+from rich.console import Console
+from rich.live import Live
+from higgs_tune import cluster
+with Live("a table", console=Console(), auto_refresh=False), redirect_stdout(sys.stderr):
+    import ray.autoscaler.v2.utils
+    logging.getLogger("ray").addHandler(logging.StreamHandler())
+"""
+    terminal, of_process = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": ROOT}
+    subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=of_process,
+        stderr=of_process,
+        env=environment,
+        check=True,
+        timeout=120,
+    )
+    os.close(of_process)
+    shown = os.read(terminal, 4096).decode()
+    os.close(terminal)
+    assert "a table" in shown
+    assert "\033[1m[" not in shown
