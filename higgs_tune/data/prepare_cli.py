@@ -8,6 +8,7 @@ from types import FrameType
 
 from higgs_tune.config_file import validate
 from higgs_tune.data.options import PrepareOptions
+from higgs_tune.errors import ConfigError
 from higgs_tune.local_path import local_path
 
 _OPTIONS = {
@@ -19,13 +20,6 @@ _OPTIONS = {
     "seed": "seed of the split",
     "rows_per_shard": "rows in one shard: what is lost when the run is cut off",
 }
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=int,
         default=1,
         help="processes with a codec each; 1 codes in this one, more start (or join) Ray and share "
         "the GPUs, or else take a CPU each (default: 1)",
@@ -66,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     raw = {name: getattr(args, name) for name in _OPTIONS}
     raw["clips_from_chat"] = args.clips_from_chat
     options = validate(PrepareOptions, raw, "data prepare")
+    if args.workers < 1:
+        raise ConfigError(f"--workers: found {args.workers}, needed at least 1.")
     from higgs_tune.data.encode import REJECTED_NAME, prepare  # torch: seconds to import
 
     def say(number: int, frame: FrameType | None) -> None:

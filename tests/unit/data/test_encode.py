@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from higgs_tune import cli
 from higgs_tune.config import TaskMix
 from higgs_tune.data import encode, prepare_cli
 from higgs_tune.data.codec import encode_clip, load_codec
@@ -228,6 +229,15 @@ def test_the_command_prepares_and_reports(
     assert Dataset.open(str(tmp_path / "out")).info.splits == {"train": 4, "validation": 2}
     with pytest.raises(ConfigError, match=r"val_fraction: .*less than or equal to 0\.5"):
         prepare_cli.run(parser.parse_args([*words, "--val-fraction", "0.9"]))
+
+
+def test_a_number_of_workers_that_is_none_is_said_in_plain_words(tmp_path, capsys):
+    words = ["data", "prepare", "m.csv", "--out", str(tmp_path / "out"), "--workers"]
+    assert cli.main([*words, "0"]) == 2
+    assert "--workers: found 0, needed at least 1." in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main([*words, "x"])
+    assert "argument --workers: invalid int value: 'x'" in capsys.readouterr().err
 
 
 def test_an_interruption_is_said_before_the_workers_end(tmp_path: Path, capsys, monkeypatch):
