@@ -4,7 +4,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 
 def _read(directory: Path) -> Iterator[Event]:
@@ -20,9 +20,17 @@ def events(directory: Path) -> dict[str, dict[int, float]]:
     """Tag → step → value of the event files, as TensorBoard reads them."""
     found: dict[str, dict[int, float]] = {}
     for event in _read(directory):
+        if event.session_log.status == SessionLog.START:  # hides what was written from its step on
+            for tag, steps in found.items():
+                found[tag] = {step: value for step, value in steps.items() if step < event.step}
         for value in event.summary.value:
             found.setdefault(value.tag, {})[event.step] = value.simple_value
     return found
+
+
+def count(directory: Path, tag: str) -> int:
+    """How often something was written."""
+    return sum(value.tag == tag for event in _read(directory) for value in event.summary.value)
 
 
 def plugin_data(directory: Path, plugin: str) -> dict[str, bytes]:

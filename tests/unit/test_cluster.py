@@ -47,10 +47,26 @@ def join(tmp_path, monkeypatch):
 
 def test_only_a_cluster_that_was_started_for_sharing_is_joined(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     assert cluster.head_address() is None
+    assert cluster.starts_own()
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")
     assert cluster.head_address() == "10.0.0.1:6379"
+    assert not cluster.starts_own()
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # what is said goes first
+    assert cluster.starts_own()
+
+
+def test_a_ray_that_this_process_has_is_used_and_left_on(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(cluster.ray, name, lambda **_: pytest.fail("it is not ours"))
+    assert not cluster.starts_own()
+    with cluster.join_cluster(environment={}) as joined:
+        assert not joined.is_own
 
 
 def test_a_ray_of_our_own_shows_its_dashboard_on_loopback_only(join):

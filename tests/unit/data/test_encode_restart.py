@@ -83,6 +83,26 @@ def test_a_recording_that_was_mended_is_encoded_on_the_next_run(tmp_path: Path, 
     assert rejected(tmp_path / "out") == {}
 
 
+def test_what_has_changed_or_is_gone_is_encoded_anew(tmp_path: Path, run, monkeypatch):
+    rows = make_root(tmp_path / "root", 12)
+    first, second = (tmp_path / "root" / name for name in ("0.wav", "4.wav"))
+    run(rows)
+    stat = second.stat()
+    soundfile.write(first, speech(20), RATE_HZ)  # as long as before
+    soundfile.write(second, speech(21, 0.3), RATE_HZ)
+    os.utime(second, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as old as before
+    seen = spy(monkeypatch)
+    run(rows)
+    assert len(seen) == 8, "the last shard is not touched"
+    run(rows, "fresh")
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+    seen.clear()
+    list_shards(tmp_path / "out")[2].unlink()
+    run(rows)
+    assert len(seen) == 4
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
 def test_a_recording_that_could_not_be_opened_for_a_while_is_read_on_the_next_run(
     tmp_path: Path, run, monkeypatch
 ):

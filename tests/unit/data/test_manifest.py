@@ -124,6 +124,10 @@ def test_parquet_and_flat_jsonl_hold_the_same_fields(tmp_path: Path):
         ),
         (chat(("scene", "x"), ("scene", "y"), SPOKEN), "message 1 has role 'scene', which is the"),
         (chat(("user", []), SPOKEN), "message 0 is empty"),
+        (
+            {"path": "a.wav", "text": "x", "ref_audio": "b.wav", "ref_text": 2001 * "x"},
+            "text has 2001 characters",
+        ),
         (chat(("user", [{"type": "image"}]), SPOKEN), "part of type 'image'"),
         (chat(("user", 3), SPOKEN), "message 0 has a int"),
         (chat(("user", {"type": "audio", "raw_audio": "UklG"}), SPOKEN), "inside the manifest"),

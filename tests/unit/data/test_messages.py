@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from higgs_tune.data.messages import taught
 from higgs_tune.data.tasks import texts_of
 from tests.unit.data.manifests import (
     SPOKEN,
@@ -143,6 +144,26 @@ def test_only_the_last_answer_is_learnt_unless_start_index_says_more(tmp_path: P
     first, second = jsonl(tmp_path, chat(*messages), chat(*messages, start_index=0)).rows
     assert (first.start_index, second.start_index) == (3, 0)
     assert first.text == "say this"
+    heard = ("user", [SPOKEN[1]])
+    messages = [heard, ("assistant", "one"), heard, ("assistant", "two")]
+    first, second = jsonl(tmp_path, chat(*messages), chat(*messages, start_index=0)).rows
+    assert (first.text, second.text) == ("two", "one\ntwo")
+
+
+@pytest.mark.parametrize(
+    "start, texts, recordings", [(5, "d", "3"), (3, "cd", "23"), (1, "bcd", "23")]
+)
+def test_a_chat_teaches_what_is_learnt_and_what_that_answers(
+    tmp_path: Path, start: int, texts: str, recordings: str
+):
+    first, second, third = ({"type": "audio", "path": number} for number in "123")
+    asked, told = [("user", "a"), ("user", ["c", first]), ("user", [third])], ["b", second, "d"]
+    messages = [
+        one for ask, tell in zip(asked, told, strict=True) for one in (ask, ("assistant", tell))
+    ]
+    (row,) = jsonl(tmp_path, chat(*messages, start_index=start)).rows
+    said, heard = taught(row)
+    assert (set(said) - {row.text}, set(heard)) == (set(texts) - {row.text}, set(recordings))
 
 
 @pytest.mark.parametrize("system", [[], [("system", "Generate audio.")]])

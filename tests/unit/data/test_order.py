@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from higgs_tune.config import TaskMix
+from higgs_tune.config import DataSettings, TaskMix
 from higgs_tune.data import tasks
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.order import TrainOrder
@@ -117,6 +117,11 @@ def test_chat_rows_keep_their_turns(tmp_path: Path):
     assert conversation.task == "chat"
     assert [turn.target for turn in conversation.turns] == [False, False, False, True]
     assert [len(audio(conversation, 1)), len(audio(conversation, 2))] == [3, 4]
+    learnt = [
+        [turn.target for turn in tasks.chat(replace(chat(0), start_index=start)).turns]
+        for start in range(4)
+    ]
+    assert learnt == 2 * [[False, True, False, True]] + 2 * [[False, False, False, True]]
 
 
 def test_rows_over_the_limits_are_skipped_and_counted(tmp_path: Path):
@@ -149,6 +154,14 @@ def test_the_estimate_of_rows_is_never_below_the_encoded_ones(tmp_path: Path):
             if row.ref_text is not None:
                 both = most + sizes["reference_rows"][index]
             assert encoded_rows(tasks.clone(row, dataset.row(other))) <= both
+
+
+def test_the_longest_conversation_is_the_longest_clip_cloned_from_another():
+    data = DataSettings(max_frames=60, max_text_tokens=20, system_text=40 * "s")
+    one, other = (clip(number, num_frames=60, text=20 * "x") for number in range(2))
+    rows = encoded_rows(tasks.introduced(tasks.clone(one, other), data.system_text))
+    assert rows <= tasks.longest_conversation(data, 2, positions=1000) <= 1.1 * rows
+    assert tasks.longest_conversation(data, 2, positions=100) == 100
 
 
 def test_what_the_base_cannot_hold_is_skipped_before_training(tmp_path: Path):

@@ -286,8 +286,9 @@ def test_the_token_before_audio_of_users_is_taken_where_the_tokenizer_has_it(tok
     assert vocabulary_of(found, config).audio_in_bos == expected
 
 
-def test_a_template_that_writes_other_sequences_is_a_model_error(folder):
-    other = tokenizer().chat_template.replace("<|eot_id|>", "<|eot_id|>\n\n")
+@pytest.mark.parametrize("end", ["<|eot_id|>\n\n", "<|begin_of_text|>"])
+def test_a_template_that_writes_other_sequences_is_a_model_error(folder, end):
+    other = tokenizer().chat_template.replace("<|eot_id|>", end)
     tokenizer(template=other).save_pretrained(folder)
     with pytest.raises(ModelError, match=r"chat template .* where\s+training writes"):
         load_base(settings(folder))

@@ -99,9 +99,10 @@ def test_baseline_can_stay_the_best(tmp_path: Path) -> None:
     assert choice.difference is None
 
 
-def test_interrupted_confirm_falls_back_to_the_search(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", ["cancelled", None])
+def test_interrupted_confirm_falls_back_to_the_search(tmp_path: Path, status: str | None) -> None:
     losses = {"t000": (3.0, 3.2), "t002": (2.1, 2.2), "t001": (2.6, 2.5)}
-    confirmed(tmp_path, losses, status="cancelled")
+    confirmed(tmp_path, losses, status=status)
     choice = chosen(tmp_path)
     assert (choice.trial.id, choice.confirm) == ("t001", "unfinished")
 

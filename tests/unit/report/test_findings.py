@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from higgs_tune.report.findings import Findings, find
+from higgs_tune.report.findings import Findings, comparison, find
 from higgs_tune.report.results import read_results
 from tests.unit.report.builder import (
     Builder,
@@ -58,7 +58,21 @@ def pairs(
 def test_clear_difference_is_called_better(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
     assert found.outcome == "better"
-    assert "1.00 nats per token lower than trial 0's" in sentence(found, "found")
+    said = "1.00 nats per token lower than trial 0's (95% interval −1.000 to −1.000, 2 seeds)."
+    assert said in sentence(found, "found")
+
+
+def test_losses_are_told_against_base_and_trial_0(tmp_path: Path) -> None:
+    found = pairs(tmp_path / "low", [3.0, 3.1], [2.0, 2.1])
+    _, text, audio, *_ = found.answers
+    assert (text.figure, text.tone) == ("7.72 → 2.05", "good")
+    said = "−5.67 nats per token against the untouched base; trial 0 ended at 3.05."
+    assert text.sentence == said
+    assert audio.figure == "3.93 → 3.90"
+    assert audio.sentence == "−0.8%; a rise of 5.0% is allowed."
+    _, text, *_ = pairs(tmp_path / "high", [8.0, 8.1], [8.4, 8.5]).answers
+    assert (text.figure, text.tone) == ("7.72 → 8.05", "poor")
+    assert text.sentence == "+0.33 nats per token against the untouched base."  # it is trial 0
 
 
 @pytest.mark.parametrize(
@@ -80,7 +94,8 @@ def test_trial_1_is_by_hand_itself(
 def test_difference_inside_the_noise_is_called_that(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.3], [2.9, 3.1])
     assert found.outcome == "within_noise"
-    assert "beyond the noise" in sentence(found, "found")
+    said = "beyond the noise of the seeds (95% interval −0.79 to +0.49, 2 seeds)."
+    assert said in sentence(found, "found")
     assert "Two seeds mostly miss" in sentence(found, "found")
     found = pairs(tmp_path / "3", [3.0, 3.3, 3.2], [2.9, 3.1, 3.3])
     assert found.outcome == "within_noise"
@@ -104,6 +119,26 @@ def test_without_a_confirm_stage_single_runs_are_not_compared(
     builder.trial("t000", CONFIG, rows, origin="baseline")
     builder.trial("t001", trial_config(seed=7), curve(CONFIG, 2.0, 0.4, 3.9, 150))
     assert f"Trial 0 {said}" in sentence(findings(tmp_path), "found")
+
+
+def test_a_single_pair_of_runs_is_compared_and_said_to_be_that(tmp_path: Path) -> None:
+    builder = Builder(tmp_path, sweep_config(confirm={"num_configs": 0})).start()
+    for trial_id, text, origin in (("t000", 3.0, "baseline"), ("t001", 2.0, "search")):
+        builder.trial(trial_id, CONFIG, curve(CONFIG, text, 0.4, 3.9, 150), origin=origin)
+    said = "Its text loss is 1.00 nats per token lower than trial 0's in one pair of runs."
+    assert said in sentence(findings(tmp_path), "found")
+
+
+def test_means_stand_beside_means(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [3.0, 3.2], [2.0, 2.2], origin="baseline_fixed")
+    rows = comparison(read_results(tmp_path), found.choice)
+    texts = {label: (round(text.mean, 2), text.n) for label, (text, *_) in rows if text is not None}
+    assert texts == {
+        "base": (7.72, 1),
+        "t000 off, by hand, 2 seeds": (3.1, 2),
+        "t001 off, by hand": (1.9, 1),
+        "t001 best, 2 seeds": (2.1, 2),
+    }
 
 
 def diverged_in_confirm(directory: Path, seeds: dict[str, tuple[int, ...]]) -> Findings:
@@ -216,7 +251,9 @@ def test_the_gain_of_a_single_run_has_no_range(tmp_path: Path) -> None:
 
 
 def test_audio_beyond_the_limit_says_what_to_change(tmp_path: Path) -> None:
-    Builder(tmp_path).start().trial("t000", CONFIG, curve(CONFIG, 2.0, 0.4, 5.0, 150))
+    builder = Builder(tmp_path).start()
+    for trial_id, audio in (("t000", 5.0), ("t001", 5.5)):
+        builder.trial(trial_id, CONFIG, curve(CONFIG, 2.0, 0.4, audio, 150))
     found = findings(tmp_path)
     assert found.outcome == "no_feasible"
     assert "t000, +27.2%" in sentence(found, "found")

@@ -113,6 +113,7 @@ def test_setting_that_decides_is_named_alone(tmp_path: Path, stops: bool) -> Non
     assert next(iter(info.shares)) == "target_set"
     answer = find(read_results(tmp_path)).answers[-1]
     assert answer.figure == f"target set {100 * info.shares['target_set']:.0f}%"
+    assert "Of the others these trials cannot tell." in answer.sentence
     assert "Median text loss with target_set all_linear" in answer.sentence
 
 

@@ -1,14 +1,21 @@
 """What the findings say of a sweep that has not come to its end."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from higgs_tune.report.findings import trial_counts
+from higgs_tune.report.findings import comparison, trial_counts
 from higgs_tune.report.results import read_results
 from higgs_tune.report.summary import summary_text
 from tests.unit.report.builder import Builder, curve, report_row, sweep_config, trial_config
-from tests.unit.report.test_findings import CONFIG, findings, pairs, sentence
+from tests.unit.report.test_findings import (
+    CONFIG,
+    diverged_in_confirm,
+    findings,
+    pairs,
+    sentence,
+)
 
 
 def test_no_full_run_is_said(tmp_path: Path) -> None:
@@ -17,6 +24,8 @@ def test_no_full_run_is_said(tmp_path: Path) -> None:
     found = findings(tmp_path)
     assert "No trial has run all 150 steps" in sentence(found, "found")
     assert any("Trial 0 ended pruned at step 100" in note for note in found.notes)
+    labels = [label for label, _ in comparison(read_results(tmp_path), None)]
+    assert labels == ["base", "t000 off, by hand, pruned at 100"]
 
 
 def test_a_sweep_cut_short_says_who_is_ahead(tmp_path: Path) -> None:
@@ -57,7 +66,7 @@ def test_trial_0_is_said_to_have_ended_once_it_has(
 def test_nothing_reported_is_said(tmp_path: Path) -> None:
     Builder(tmp_path, base=None).start()
     found = findings(tmp_path)
-    assert found.outcome == "no_trials"
+    assert (found.outcome, found.notes) == ("no_trials", ())
     assert summary_text(read_results(tmp_path), found).startswith("Sweep quick: No trial")
 
 
@@ -96,7 +105,21 @@ def test_a_confirm_run_without_an_end_is_said(
 
 def test_a_finished_confirm_stage_needs_no_note(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
-    assert not [note for note in found.notes if "onfirm" in note]
+    short = "The search ended after 2 of 16 trials."
+    assert found.notes == (short,)
+    shutil.rmtree(tmp_path / "trials" / "c010" / "adapter")  # of the run that would be exported
+    lost = "c010 left no adapter; train it again to get one."
+    assert findings(tmp_path).notes == (short, lost)
+
+
+def test_a_choice_by_the_search_alone_is_said_and_excludes_nobody(tmp_path: Path) -> None:
+    diverged_in_confirm(tmp_path, {"t001": (0, 1)})
+    (tmp_path / "trials" / "c000" / "status.json").unlink()  # a confirm run of trial 0 goes on
+    found = findings(tmp_path)
+    assert found.choice is not None and found.choice.trial.id == "t001"
+    said = "The confirm stage has not finished; the choice rests on the search alone."
+    assert said in found.notes
+    assert not [note for note in found.notes if "cannot be chosen" in note]
 
 
 def test_a_search_that_ended_before_its_last_trial_is_said(tmp_path: Path) -> None:

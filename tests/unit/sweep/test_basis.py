@@ -19,6 +19,12 @@ def test_what_another_device_rounds_is_the_same():
     assert difference(KNOWN, found(nll=9.08, audio_gain=-0.008)) is None
 
 
+def test_only_losses_that_were_finite_tell_one_base_from_another():
+    beside = {"val/audio/nll_per_code": None, "tokens_per_s": 100.0}  # null in base.json
+    known = KNOWN | {"metrics": KNOWN["metrics"] | beside}
+    assert difference(known, found()) is None
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [

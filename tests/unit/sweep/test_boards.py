@@ -10,7 +10,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from higgs_tune.sweep.boards import BOARDS, Boards
 from higgs_tune.sweep.study import TrialRecord
-from tests.boards import events, plugin_data
+from tests.boards import count, events, plugin_data
 from tests.workers import trial
 
 SEARCHED = ("rank", "learning_rate", "cross_attention")
@@ -46,10 +46,12 @@ def shown(tmp_path, monkeypatch):
     return show
 
 
-def test_a_board_has_each_report_of_its_own_trial(shown):
+def test_a_board_has_each_report_of_its_own_trial_once(shown, tmp_path):
     assert shown(record("t000"), [(25, 4.0)]) == {25: 4.0}
     assert shown(record("t001"), [(25, 3.0)]) == {25: 3.0}
-    assert shown(record("t000"), [(25, 4.0), (50, 2.0)]) == {25: 4.0, 50: 2.0}
+    for lines in ([(25, 4.0), (50, 2.0)], [(25, 4.0), (50, 2.0), (75, 1.0)]):
+        assert shown(record("t000"), lines) == dict(lines)
+        assert count(tmp_path / BOARDS / "t000", "val/text/nll") == len(lines)
 
 
 def test_what_is_not_finite_is_not_drawn(shown):
@@ -59,6 +61,7 @@ def test_what_is_not_finite_is_not_drawn(shown):
 def test_a_trial_that_goes_on_from_its_checkpoint_shows_what_it_did_then(shown):
     shown(record("t000"), [(25, 4.0), (50, 3.0)])
     assert shown(record("t000"), [(25, 4.0), (50, 2.5)]) == {25: 4.0, 50: 2.5}
+    assert shown(record("t000"), [(25, 4.0)]) == {25: 4.0}
 
 
 def test_a_resumed_sweeps_board_has_the_whole_history(shown, tmp_path):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import HyperBandScheduler, TrialScheduler
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.config_scheduler import Rungs, hyperband
@@ -31,6 +31,8 @@ class Run:
         self.losses = {step: rng.random() for step in range(1, num_steps + 1)}
         self.diverges_at = rng.choice([None, None, None, rng.randint(1, num_steps)])
         self.deaths = rng.choice([0, 0, 1, 2])
+        self.comes_back = rng.random() < 0.7  # from its last death, too
+        self.judged = 0  # the last step at which it was not told to wait, or has waited to the end
 
 
 class Tune:
@@ -60,7 +62,7 @@ class Tune:
         busy = [run for run in there if run.status == Trial.RUNNING]
         for run in busy:
             yield (self.report if run.decision is None else self.saves), run
-            if run.deaths:
+            if run.deaths and (run.decision == TrialScheduler.PAUSE or self.rng.random() < 0.1):
                 yield self.die, run
         if len(busy) < self.num_slots and self.num_added < len(self.runs):
             yield self.add, self.runs[self.num_added]
@@ -77,6 +79,8 @@ class Tune:
             return
         result = {"step": run.step, VAL_TEXT_NLL: run.losses[run.step]}
         run.decision = self.scheduler.on_trial_result(self, run, result)
+        if run.decision != TrialScheduler.PAUSE:
+            run.judged = max(run.judged, run.step)
 
     def saves(self, run):
         """Its checkpoint is there: now the decision is carried out."""
@@ -89,6 +93,10 @@ class Tune:
     def die(self, run):
         """Its process is gone, and with it a checkpoint and a decision that are on their way."""
         run.deaths -= 1
+        if not run.deaths and not run.comes_back:
+            self.scheduler.on_trial_error(self, run)
+            run.diverges_at, run.status = run.judged + 1, Trial.ERROR
+            return
         run.decision, run.step, run.status = None, run.saved, Trial.ERROR
         self.scheduler.on_trial_error(self, run)
         run.status = Trial.PENDING
@@ -103,7 +111,8 @@ class Tune:
                 num_busy = sum(r.status == Trial.RUNNING for r in self.runs)
                 if num_busy < self.num_slots:
                     self.resumed.discard(chosen.trial_id)
-                    chosen.status, chosen.step = Trial.RUNNING, chosen.saved
+                    chosen.status = Trial.RUNNING
+                    chosen.step = chosen.judged = chosen.saved
                     continue
             events = list(self.events())
             if not events:
@@ -132,7 +141,8 @@ def test_brackets_are_cut_by_their_losses_at_equal_steps_whatever_happens_in_whi
     band = hyperband(num_steps, 1, rng.choice([2.0, 3.0]))
     tune = Tune(HyperBand(band, VAL_TEXT_NLL), 34, num_slots, num_steps, rng)
     tune.run()
-    assert {run.status for run in tune.runs} == {Trial.TERMINATED}
+    lost = {run.trial_id: run.step for run in tune.runs if run.status == Trial.ERROR}
+    assert {run.status for run in tune.runs if run.trial_id not in lost} == {Trial.TERMINATED}
     first, number = 0, 0
     while first < len(tune.runs):
         rungs = band[number % len(band)]
@@ -141,6 +151,7 @@ def test_brackets_are_cut_by_their_losses_at_equal_steps_whatever_happens_in_whi
         expected = {run.trial_id: run.diverges_at or num_steps for run in members}
         for step, _, cut in survivors(members, rungs):
             expected |= {run.trial_id: step for run in cut}
+        expected |= {run.trial_id: run.step for run in members if run.trial_id in lost}
         assert {run.trial_id: run.step for run in members} == expected
 
 
@@ -216,6 +227,22 @@ def test_the_brackets_are_those_of_the_paper():
         (5, ()),
     ]
     assert band[0].survivors == (27, 9, 3, 1)
+
+
+@pytest.mark.parametrize("factor", [2.0, 2.5, 3.0, 4.0])
+def test_the_brackets_are_tunes(factor):
+    for budget in range(1, 100):
+        tune = HyperBandScheduler(max_t=budget, reduction_factor=factor)
+        expected = []
+        for num_cuts in reversed(range(tune._s_max_1)):
+            if tune._get_r0(num_cuts) > 0:
+                bracket, steps, survivors = tune._create_bracket(num_cuts), [], []
+                for _ in range(num_cuts):
+                    steps.append(7 * bracket._r)
+                    bracket.successive_halving("", 1.0)
+                    survivors.append(bracket._n)
+                expected.append(Rungs(bracket._n0, tuple(steps), tuple(survivors)))
+        assert hyperband(7 * budget + 6, 7, factor) == tuple(expected)
 
 
 @pytest.mark.parametrize(

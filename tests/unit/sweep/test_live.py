@@ -47,8 +47,12 @@ def test_the_table_shows_what_a_person_asks_for(record):
                      "25/150", "2.345", "0.250", "0/1 ended", "so far"):  # fmt: skip
         assert expected in text
     assert "best" not in text
+    board.to_come = 3
+    board.result("t000", {"step": 50, "val/text/nll": 2.1})
+    board.result("t000", {"step": 75})
     board.end("t000", "completed", is_feasible=True)
-    assert "1/1 ended · best t000 2.345" in drawn(board)
+    board.end("t001", "cancelled")  # before it has started
+    assert "1/4 ended · best t000 2.100" in drawn(board)
 
 
 def test_a_screen_too_small_for_all_trials_shows_those_that_run_the_best_and_the_state(crowd):
@@ -83,6 +87,11 @@ def test_the_whole_table_fits_the_terminal_until_the_end(crowd, monkeypatch):
     shown = screen.getvalue()
     assert "27/30 ended" in shown and "t029" in shown and "t010" not in shown
     assert shown.count("\n") < 20
+    crowd.stage = "confirm"
+    display.refresh()  # too soon
+    assert screen.getvalue() == shown
+    display.refresh(force=True)
+    assert "confirm · 27/30 ended" in screen.getvalue()
     display.close()
     assert "t010" in screen.getvalue()
 
@@ -100,12 +109,12 @@ def test_before_there_is_anything_to_show_no_table_stands_above_the_state():
     assert line.startswith("starting")
 
 
-def test_outside_a_terminal_each_event_is_one_json_line():
-    stream = io.StringIO()
+def test_outside_a_terminal_each_event_is_one_json_line_at_once(tmp_path):
+    stream = (tmp_path / "log").open("w+")
     display = Display(stream)
     display.event("result", trial="t000", step=25, best={"val/text/nll": float("inf")})
     display.refresh(force=True)
     display.close()
-    line = json.loads(stream.getvalue(), parse_constant=pytest.fail)
+    line = json.loads((tmp_path / "log").read_text(), parse_constant=pytest.fail)
     assert line.pop("time") > 0
     assert line == {"event": "result", "trial": "t000", "step": 25, "best": {"val/text/nll": None}}

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import optuna
 import pytest
 from pydantic import ValidationError
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from higgs_tune.config import SchedulerSettings, SweepConfig, TrainSettings
+from higgs_tune.config_scheduler import hyperband
 from higgs_tune.config_space import Range
 from higgs_tune.sweep.pausing import draw, seeded
 from higgs_tune.sweep.scheduler import (
@@ -51,6 +53,7 @@ def decide(scheduler, tune_id, step, value):
         (0.1, 0.5, 150, 100),
         (1.0, 0.1, 150, 150),
         (1.0, 0.1, 160, 150),
+        (1.0, 0.1, 140, 140),  # the last step is reported
     ],
 )
 def test_the_first_rung_is_a_reported_step_beyond_warmup(fraction, warmup, num_steps, expected):
@@ -66,6 +69,15 @@ def test_rungs_are_rebuilt_from_the_study():
         scheduler.on_trial_add(None, Earlier("new"))
     assert decide(fresh, "new", 50, 4.0) == TrialScheduler.CONTINUE
     assert decide(rebuilt, "new", 50, 4.0) == TrialScheduler.STOP
+
+
+def test_a_trial_that_came_first_to_a_rung_keeps_its_place_at_the_next_whoever_is_replayed_first():
+    scheduler = scheduler_of(reduction_factor=2)
+    for index, values in enumerate([{50: 2.0}, {50: 2.1}, {50: 9.0, 75: 5.0, 100: 1.0}]):
+        replay(scheduler, f"earlier-{index}", finished(values), ended=True)
+    scheduler.on_trial_add(None, Earlier("new"))
+    assert decide(scheduler, "new", 50, 1.9) == TrialScheduler.CONTINUE
+    assert decide(scheduler, "new", 100, 1.1) == TrialScheduler.STOP
 
 
 def test_a_resumed_trial_is_not_judged_again_at_a_rung_it_passed():
@@ -89,6 +101,9 @@ def test_baselines_are_neither_judged_nor_compared_with(name):
             result = {"step": step, "val/text/nll": value}
             assert scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
         scheduler.on_trial_complete(None, trial, result)
+        trial.status = Trial.RUNNING  # and another ends as its process dies, or as the sweep does
+        scheduler.on_trial_error(None, trial)
+        scheduler.on_trial_remove(None, trial)
     assert scheduler.debug_string() == before
 
 
@@ -106,6 +121,12 @@ def test_a_diverged_trial_without_its_metric_leaves_the_rungs_alone():
     scheduler.on_trial_add(None, trial)
     scheduler.on_trial_complete(None, trial, {"step": 50, "status": "diverged"})
     assert scheduler.debug_string() == before
+
+
+def test_brackets_hear_what_a_resumed_trial_had():
+    scheduler = scheduler_of("hyperband")
+    replay(scheduler, "resumed", finished({25: 9.0, 50: 8.0}), ended=False)
+    assert scheduler.earlier == {"resumed": {25: 9.0, 50: 8.0}}
 
 
 def test_no_early_stopping_when_it_is_switched_off():
@@ -130,6 +151,12 @@ def test_a_setting_that_does_not_act_is_refused(name, setting):
     SchedulerSettings.model_validate({"name": "none", **setting})
 
 
+def test_a_setting_that_acts_reaches_its_scheduler():
+    band = scheduler_of("hyperband", reduction_factor=2)._band
+    assert band == hyperband(150, 25, 2.0) != hyperband(150, 25, 3.0)
+    assert scheduler_of("pbt", quantile_fraction=0.4)._quantile_fraction == 0.4
+
+
 def test_rungs_that_would_fall_together_are_refused():
     with pytest.raises(ValidationError, match="reduction_factor must be 2 or more"):
         SchedulerSettings(name="hyperband", reduction_factor=1.5)
@@ -150,16 +177,21 @@ def test_a_population_that_cannot_be_is_refused(tune, message):
         SweepConfig.model_validate({"tune": tune})
 
 
-def median_of(values):
-    scheduler = scheduler_of("median")
+def median_of(values, **settings):
+    scheduler = scheduler_of("median", **settings)
     for index, value in enumerate(values):
         replay(scheduler, f"earlier-{index}", finished({25: 9.0, 50: value}), ended=True)
     return scheduler
 
 
-@pytest.mark.parametrize(("value", "expected"), [(2.2, "STOP"), (2.0, "CONTINUE")])
-def test_the_median_of_earlier_runs_counts(value, expected):
-    scheduler = median_of([2.0, 2.1, 2.2])  # their averages from the grace on, whose median is 2.1
+@pytest.mark.parametrize(
+    ("value", "min_samples", "expected"),
+    [(2.2, 3, "STOP"), (2.0, 3, "CONTINUE"), (9.0, 4, "CONTINUE")],
+)
+def test_the_median_of_earlier_runs_counts(value, min_samples, expected):
+    scheduler = median_of(
+        [2.0, 2.1, 2.2], min_samples=min_samples
+    )  # their averages from the grace on, whose median is 2.1
     trial = Earlier("new")
     scheduler.on_trial_add(None, trial)
     result = {"step": 50, "val/text/nll": value}

@@ -75,7 +75,7 @@ def test_the_largest_step_follows_the_limits_of_the_sweep(config, shape):
     assert largest_step(roomy, shape).num_clips == 5
 
 
-@pytest.mark.parametrize("max_rows", [37, 100, 128, 200, 256])
+@pytest.mark.parametrize("max_rows", [37, 60, 100, 128, 200, 256])
 def test_no_batch_of_a_sweep_has_more_rows_than_the_largest_step(config, shape, max_rows):
     """By the cut that training makes of every choice of equal lengths; they fill a forward best."""
     searched = load_sweep(QUICK, [*SMALL, f"data.max_rows={max_rows}", "space.batch_clips=[5]"])
@@ -95,11 +95,9 @@ def test_one_long_conversation_is_the_largest_step_of_a_small_budget(config, sha
     assert (largest_step(short, shape).num_clips, largest_step(short, shape).num_rows) == (1, 300)
 
 
-def test_masks_of_dropout_are_counted(config, shape, by_slots):
-    searched = load_sweep(
-        QUICK,
-        [*SMALL, "space.dropout={low: 0, high: 0.1}"],
-    )
+@pytest.mark.parametrize("dropout", ["{low: 0, high: 0.1}", "[0, 0.1]"])
+def test_masks_of_dropout_are_counted(config, shape, by_slots, dropout):
+    searched = load_sweep(QUICK, [*SMALL, f"space.dropout={dropout}"])
     (with_masks,) = predict_modes(searched, shape, 1, largest_step(searched, shape))
     assert with_masks.activations > by_slots[1].activations
     assert with_masks.adapters == by_slots[1].adapters

@@ -45,6 +45,10 @@ def test_early_stop_waits_for_its_patience():
     assert reason is not None
     assert "was 3.0000 at step 10 and not better in 2 validations" in reason
     assert early_stop_reason(history(8, 3, 4, 5), RunSettings()) is None
+    patient = RunSettings(early_stop_patience=2)
+    assert early_stop_reason(history(8, 3, 3, 3), patient) is not None
+    assert early_stop_reason(history(8, 3, 4, 2, 5), patient) is None  # it waits anew
+    assert early_stop_reason(history(1, 9, 8), patient) is None  # the base is none to be beaten
 
 
 def test_a_run_without_progress_ends_early_and_goes_on_with_more_patience(
