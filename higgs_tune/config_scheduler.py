@@ -48,7 +48,7 @@ def hyperband(num_steps: int, unit_steps: int, factor: float) -> tuple[Rungs, ..
             left = math.ceil(left / factor)
             steps.append(rung * unit_steps)
             survivors.append(left)
-            rung = int(min(rung * factor, budget))
+            rung = int(rung * factor)
         brackets.append(Rungs(size, tuple(steps), tuple(survivors)))
     return tuple(brackets)
 

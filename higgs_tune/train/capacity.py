@@ -8,7 +8,7 @@ import torch
 
 from higgs_tune.config import CrossAttention, SweepConfig
 from higgs_tune.config_space import Range
-from higgs_tune.data.tasks import longest_conversation, most_rows, system_rows
+from higgs_tune.data.tasks import longest_conversation
 from higgs_tune.model.targets import account
 from higgs_tune.train.memory import (
     RESERVE,
@@ -34,12 +34,10 @@ def largest_step(config: SweepConfig, shape: "HiggsAudioV2Config") -> StepShape:
     """
     data, clips = config.data, max(config.space.batch_clips)
     longest = longest_conversation(data, shape.num_codebooks, shape.max_position_embeddings)
-    clip = most_rows([data.max_frames], [data.max_text_tokens], 2, shape.num_codebooks)
-    clip += system_rows(data.system_text)  # its letters: no fewer than its tokens
     # one conversation may exceed the budget; several fill it best when it divides among them
     budget = config.train.token_budget
     lengths = {min(longest, max(1, budget // number)) for number in range(1, clips + 1)}
-    steps = (StepShape.of(clips, rows, budget) for rows in {*lengths, min(clip, longest), longest})
+    steps = (StepShape.of(clips, rows, budget) for rows in {*lengths, longest})
     return max(steps, key=lambda step: (step.num_rows, step.num_clips))
 
 
