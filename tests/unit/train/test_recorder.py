@@ -191,6 +191,7 @@ def test_samples_of_every_validation_are_written_once(run_single):
     assert [s["step"] for s in samples] == [5] * 3 + [10] * 3 + [15] * 3 + [20] * 3
     assert len({s["key"] for s in samples}) == 3
     assert all(s["target"] for s in samples)
+    assert max(len(s["predicted"]) for s in samples) <= 5
     assert set(events(out / "tensorboard")["samples/text_summary"]) == {5, 10, 15, 20}
 
 
