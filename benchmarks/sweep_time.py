@@ -51,6 +51,7 @@ def settings_file(folder: Path, args: argparse.Namespace) -> Path:
         "train.num_steps": args.num_steps,
         "train.report_every_steps": args.report_every,
         "tune.num_trials": args.trials,
+        "tune.num_workers": args.workers,
         "tune.slots_per_worker": args.slots,
         "tune.gpus_per_worker": args.gpus,
         "base.device": "cuda" if args.gpus else "cpu",  # of every way
@@ -216,7 +217,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--report-every", type=at_least(1), default=20)
     parser.add_argument("--clips", type=at_least(1), default=3, help="of a step")
     parser.add_argument("--val-clips", type=at_least(1), default=16)
-    parser.add_argument("--slots", type=at_least(1), default=4, help="of our worker")
+    parser.add_argument("--workers", type=at_least(1), default=1, help="of ours")
+    parser.add_argument("--slots", type=at_least(1), default=4, help="of each of our workers")
     parser.add_argument(
         "--processes", type=at_least(1), default=num_cpus(), help="of the other ways"
     )

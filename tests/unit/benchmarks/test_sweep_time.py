@@ -12,7 +12,7 @@ from higgs_tune.config_file import load_sweep
 from higgs_tune.metrics import STEP, VAL_TEXT_NLL
 
 ARGS = argparse.Namespace(
-    clips=2, num_steps=40, report_every=20, trials=5, slots=2, gpus=0, seed=7, scheduler="asha",
+    clips=2, num_steps=40, report_every=20, trials=5, workers=1, slots=2, gpus=0, seed=7, scheduler="asha",
     val_clips=6,
 )  # fmt: skip
 
