@@ -147,7 +147,7 @@ def arguments() -> argparse.Namespace:
             f"--processes it takes {most + 1}"
         )
     small = {"num_steps": 8, "report_every": 4, "clips": 3, "val_clips": 4, "scheduler": "none"}
-    return argparse.Namespace(**vars(args), **small)
+    return argparse.Namespace(**vars(args), **small, workers=1)
 
 
 def main() -> None:

@@ -25,6 +25,13 @@ def test_our_sweep_has_nothing_that_a_stock_model_lacks(tmp_path):
     assert (config.tune.num_trials, config.train.num_steps, config.tune.seed) == (5, 40, 7)
 
 
+@pytest.mark.parametrize("script", [sweep_time, fixed_costs])
+def test_each_command_line_makes_a_sweep_of_one_worker(script, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script"])
+    tune = load_sweep(sweep_time.settings_file(tmp_path, script.arguments())).tune
+    assert (tune.num_workers, tune.slots_per_worker) == (1, 4)
+
+
 @pytest.mark.parametrize("gpus, device", [(0, "cpu"), (1, "cuda")])
 def test_all_ways_run_on_the_same_device_with_the_same_share_of_it(
     gpus, device, tmp_path, monkeypatch
