@@ -31,7 +31,8 @@ from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tokens import Encoded, encode_conversation
 from higgs_tune.model.load import Base, load_base
-from higgs_tune.train.engine import AdapterState, Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import AdapterState, PackLimits
 
 
 def side(base: Base, rank: int) -> Callable[[list[Encoded]], tuple[torch.Tensor, torch.Tensor]]:

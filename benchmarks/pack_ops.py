@@ -28,8 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from higgs_tune.config import ALL_LINEAR, TargetPath, TrialConfig
 from higgs_tune.data.collate import count_targets
 from higgs_tune.model.load import Base
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
 from higgs_tune.train.memory import empty_model
+from higgs_tune.train.residents import PackLimits
 
 _MAKES_NO_KERNEL = {
     "aten::empty",

@@ -16,9 +16,10 @@ from higgs_tune.data.collate import count_targets, to_device
 from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.model.load import Base
 from higgs_tune.model.targets import linear_modules, lora_regex
-from higgs_tune.train.engine import AdapterState, Engine, PackLimits
+from higgs_tune.train.engine import Engine
 from higgs_tune.train.gradients import rows_of
 from higgs_tune.train.memory import Memory, StepShape, memory_of_slots, predict
+from higgs_tune.train.residents import AdapterState, PackLimits
 
 Step = Callable[[Sequence[Sequence[Encoded]]], Tensor]
 """Trains every adapter for a step on its examples; returns the losses, (K,), unread."""

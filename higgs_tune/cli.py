@@ -219,8 +219,8 @@ def run_report(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     """Probe, and print what the probes and the base's validation say."""
-    from higgs_tune.train.engine import PackLimits
     from higgs_tune.train.loop import PackLoop
+    from higgs_tune.train.residents import PackLimits
 
     named = {
         "path": args.base,

@@ -16,7 +16,7 @@ from transformers import HiggsAudioV2Config
 
 from higgs_tune.config import CrossAttention, TargetPath
 from higgs_tune.train import memory
-from higgs_tune.train.engine import PackLimits
+from higgs_tune.train.residents import PackLimits
 
 MODES: tuple[CrossAttention, ...] = ("off", "audio_self", "text_to_audio")
 LIMITS = PackLimits(len(MODES), max_rank=16, paths=frozenset(get_args(TargetPath)))

@@ -4,7 +4,8 @@ import torch
 
 from higgs_tune.config import ALL_LINEAR
 from higgs_tune.data.collate import count_targets
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.models import example, tiny_base, trial
 
 TRIALS = {

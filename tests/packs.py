@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from higgs_tune import metrics
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
 from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.residents import PackLimits
 from higgs_tune.train.room import Room
 from tests.models import DATA, tiny_base, trial
 

@@ -9,8 +9,8 @@ from higgs_tune.data.dataset import Dataset
 from higgs_tune.errors import ModelError
 from higgs_tune.model.load import Base
 from higgs_tune.train.checkpoint import load_weights, read_trial
-from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.residents import PackLimits
 
 
 def validation_losses(

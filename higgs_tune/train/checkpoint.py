@@ -26,7 +26,7 @@ from higgs_tune.model.audio_attention import with_cross_attention
 from higgs_tune.model.new_modules import MODULE_NAMES
 from higgs_tune.model.snapshot import header
 from higgs_tune.model.targets import lora_regex
-from higgs_tune.train.engine import AdapterState
+from higgs_tune.train.residents import AdapterState
 
 _PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"

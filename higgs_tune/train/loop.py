@@ -22,7 +22,7 @@ from higgs_tune.data.tokens import Encoded
 from higgs_tune.device import peak_memory_mib
 from higgs_tune.model.load import Base, load_base
 from higgs_tune.train.checkpoint import load_interval, load_state, save_adapter, save_interval
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
 from higgs_tune.train.examples import Examples, check_fits
 from higgs_tune.train.gradients import Clips, Gradients
 from higgs_tune.train.imbalance import preflight
@@ -30,6 +30,7 @@ from higgs_tune.train.interval import Interval
 from higgs_tune.train.optim import learning_rate
 from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.progress import Run
+from higgs_tune.train.residents import PackLimits
 from higgs_tune.train.room import Ended, agree, raise_if_all_failed
 from higgs_tune.train.validation import Validator
 

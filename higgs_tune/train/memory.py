@@ -26,7 +26,8 @@ from higgs_tune.config import CrossAttention, TargetPath, TrialConfig
 from higgs_tune.data.collate import PackBatch, collate, count_targets
 from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.model.load import Base
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 
 GIB = 1 << 30
 # CUDA context, cuBLAS workspaces, and blocks that the caching allocator cannot reuse.

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from higgs_tune.data.order import TrainOrder
-from higgs_tune.train.engine import Resident
 from higgs_tune.train.interval import Interval
+from higgs_tune.train.residents import Resident
 from higgs_tune.train.room import Ended
 
 

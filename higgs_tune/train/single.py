@@ -15,10 +15,10 @@ from higgs_tune.data.dataset import Dataset
 from higgs_tune.files import write_json
 from higgs_tune.model.load import load_base
 from higgs_tune.train import run_folder as folder
-from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.recorder import Recorder, Watcher, early_stop_reason, is_finished, last_line
+from higgs_tune.train.residents import PackLimits
 from higgs_tune.train.run_folder import Line
 from higgs_tune.train.signals import StopRequest, stop_signals
 

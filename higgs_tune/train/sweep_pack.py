@@ -1,8 +1,8 @@
 """The pack of a sweep's worker: slots that can hold every trial of the sweep."""
 
 from higgs_tune.config import SweepConfig, TargetPath
-from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.residents import PackLimits
 
 
 def sweep_limits(config: SweepConfig, num_slots: int) -> PackLimits:

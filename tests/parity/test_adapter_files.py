@@ -20,7 +20,8 @@ from higgs_tune.train.checkpoint import (
     read_trial,
     save_adapter,
 )
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.models import example, stock_inputs, tiny_base, trial
 
 EXAMPLES = [example("transcribe", 1, 9, 5), example("speak", 2, 6, 11), example("clone", 3, 4, 3)]

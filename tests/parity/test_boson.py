@@ -10,7 +10,8 @@ from higgs_tune.errors import ModelError
 from higgs_tune.model.audio_attention import cross_attention_of, with_cross_attention
 from higgs_tune.model.load import load_base, load_checkpoint
 from higgs_tune.model.packed_forward import packed_nll
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.boson_reference import boson_logits
 from tests.checkpoints import boson_config, write_boson
 from tests.models import example, stock_inputs, tiny_base, trial

@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 from higgs_tune.data.collate import PackBatch, collate, count_targets
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.model.compiled import CompiledForward
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 REPOSITORY = Path(__file__).parents[2]
@@ -127,7 +128,8 @@ import torch
 from torch._dynamo.utils import counters
 from higgs_tune.data.collate import collate
 from higgs_tune.model.compile_cache import prepare_compile
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.models import example, tiny_base, trial
 
 prepare_compile(torch.device("cpu"))

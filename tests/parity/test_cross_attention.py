@@ -10,7 +10,8 @@ from higgs_tune.data.collate import collate, count_targets
 from higgs_tune.model.audio_attention import with_cross_attention
 from higgs_tune.model.new_modules import initial_new_modules
 from higgs_tune.model.packed_forward import packed_nll
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.models import example, stock_inputs, tiny_base, trial
 
 MIXED = [example("transcribe", 1, 9, 5), example("clone", 3, 4, 3), example("speak", 2, 6, 11)]

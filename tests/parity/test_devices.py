@@ -15,7 +15,8 @@ from higgs_tune.data.collate import count_targets
 from higgs_tune.device import resolve_device
 from higgs_tune.model.audio_attention import with_cross_attention
 from higgs_tune.model.compiled import CompiledForward
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests import packs
 from tests.mixed_pack import TRIALS, engine_of, examples_of, train
 from tests.models import make_dataset, tiny_base, trial

@@ -15,7 +15,8 @@ from higgs_tune.model.dropout import Masks, Section
 from higgs_tune.model.targets import lora_regex
 from higgs_tune.train import engine as engine_module
 from higgs_tune.train.checkpoint import lora_config
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.models import NUM_CODEBOOKS, example, stock_inputs, tiny_base, trial
 
 EVERY = (*ALL_LINEAR, "text_head", "audio_head")

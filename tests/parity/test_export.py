@@ -15,8 +15,9 @@ from higgs_tune.config import ALL_LINEAR, BaseSettings
 from higgs_tune.errors import ModelError
 from higgs_tune.model.load import load_base, load_checkpoint
 from higgs_tune.train.checkpoint import load_adapter, save_adapter, save_interval
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
 from higgs_tune.train.export import adapter_base, merge
+from higgs_tune.train.residents import PackLimits
 from tests.boson_reference import boson_logits
 from tests.checkpoints import SHARD_BYTES, boson_config, boson_names, write_boson, write_native
 from tests.full_disk import largest_file

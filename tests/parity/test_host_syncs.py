@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import (
 
 from higgs_tune.data.collate import count_targets
 from higgs_tune.model import packed_forward
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 TRIALS = [

@@ -10,7 +10,8 @@ from higgs_tune.listen.generate import prompt_before_audio, speak
 from higgs_tune.listen.options import SpeechOptions
 from higgs_tune.model.writing import prompt_before_text, write_text
 from higgs_tune.train import checkpoint
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.models import NUM_CODES, conversation, tiny_base, trial, vocabulary
 
 GREEDY = SpeechOptions(temperature=0)

@@ -11,8 +11,9 @@ from higgs_tune import metrics
 from higgs_tune.config import ALL_LINEAR
 from higgs_tune.data.collate import count_targets
 from higgs_tune.data.tokens import IGNORE, Encoded
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
 from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.residents import PackLimits
 from tests.models import DATA, NUM_CODEBOOKS, example, make_dataset, tiny_base, trial
 from tests.threads import torch_threads
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from higgs_tune.data.collate import collate, count_targets, split_micro_batches
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.mixed_pack import LIMITS, TRIALS, engine_of, examples_of, train
 from tests.models import example, tiny_base, trial
 

@@ -10,8 +10,8 @@ from higgs_tune import metrics
 from higgs_tune.config import ALL_LINEAR, BaseSettings, DataSettings
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.model.load import load_base
-from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.residents import PackLimits
 from tests.models import trial
 from tests.runs import CLOCKS
 from tests.threads import torch_threads

@@ -5,8 +5,8 @@ import torch
 
 from higgs_tune.config import RateChange
 from higgs_tune.train.checkpoint import load_state
-from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.residents import PackLimits
 from tests.models import DATA, make_dataset, tiny_base, trial
 
 DONOR = trial(seed=1, rank=4, num_steps=6, report_every_steps=2)

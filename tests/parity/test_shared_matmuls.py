@@ -5,7 +5,8 @@ import torch
 
 from higgs_tune.data.collate import count_targets
 from higgs_tune.model.dropout import Masks
-from higgs_tune.train.engine import Engine, PackLimits, Resident
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits, Resident
 from tests.mixed_pack import TRIALS, engine_of, examples_of, train
 from tests.models import example, tiny_base, trial
 

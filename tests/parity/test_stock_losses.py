@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from higgs_tune.data.collate import collate, count_targets
 from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.model.targets import lora_regex
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.models import example, stock_inputs, tiny_base, trial
 
 MIXED = [

@@ -8,8 +8,8 @@ from stock_base import StockBase, labelled_inputs
 
 from higgs_tune.config import ALL_LINEAR, BaseSettings, DataSettings, SweepConfig, TrialConfig
 from higgs_tune.metrics import STEP, VAL_AUDIO_NLL, VAL_TEXT_NLL
-from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.residents import PackLimits
 from tests.models import NUM_CODEBOOKS, example
 
 SWEEP = SweepConfig(base=BaseSettings(device="cpu"), data=DataSettings(num_val_clips=4))

@@ -10,7 +10,8 @@ from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.model.load import Base, load_base
 from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.train.checkpoint import save_adapter
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from tests.models import conversation, tiny_base, trial, vocabulary
 
 TALKS = [

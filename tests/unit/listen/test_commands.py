@@ -20,8 +20,9 @@ from higgs_tune.listen.losses import validation_losses
 from higgs_tune.listen.page import _clip
 from higgs_tune.report.build import build_report
 from higgs_tune.train.checkpoint import adapted, save_adapter
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
 from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.residents import PackLimits
 from tests.models import trial
 from tests.unit.report.builder import realistic
 

@@ -8,9 +8,10 @@ import torch
 
 from higgs_tune.data.collate import collate, count_targets
 from higgs_tune.model.losses import codebook_nll_sum, text_nll_sum
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
 from higgs_tune.train.gradients import Clips, Gradients
 from higgs_tune.train.lanes import Lanes
+from higgs_tune.train.residents import PackLimits
 from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 CONFIG = trial(rank=3, alpha=7.0)

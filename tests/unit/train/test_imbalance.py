@@ -19,8 +19,9 @@ from higgs_tune.errors import LeakError
 from higgs_tune.model import packed_forward
 from higgs_tune.model.load import load_base
 from higgs_tune.model.packed_forward import packed_nll
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
 from higgs_tune.train.imbalance import causality_probe, preflight
+from higgs_tune.train.residents import PackLimits
 from tests.models import NUM_CODES, example, random_codes, tiny_base, trial, vocabulary
 
 EXAMPLES = [example("transcribe", 1, 9, 5), example("speak", 2, 6, 11), example("clone", 3, 5, 3)]

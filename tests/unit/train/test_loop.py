@@ -14,9 +14,9 @@ from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.errors import DataError, ModelError
 from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.train.checkpoint import _INTERVAL, load_state, save_adapter
-from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.optim import learning_rate_factor
+from higgs_tune.train.residents import PackLimits
 from tests.models import DATA, NUM_CODEBOOKS, NUM_CODES, make_dataset, tiny_base, trial
 
 

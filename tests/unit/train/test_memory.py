@@ -13,7 +13,7 @@ from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneratio
 from higgs_tune.config import ALL_LINEAR, CrossAttention
 from higgs_tune.model.load import Base
 from higgs_tune.train import memory
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
 from higgs_tune.train.memory import (
     Memory,
     StepShape,
@@ -24,6 +24,7 @@ from higgs_tune.train.memory import (
     run_step,
     slots_that_fit,
 )
+from higgs_tune.train.residents import PackLimits
 
 FULL_SIZE = HiggsAudioV2Config(codebook_size=1026)
 

@@ -5,8 +5,8 @@ from typing import Any, cast
 
 import pytest
 
-from higgs_tune.train.engine import Resident
 from higgs_tune.train.progress import Run
+from higgs_tune.train.residents import Resident
 from tests.models import trial
 
 

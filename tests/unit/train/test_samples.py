@@ -6,7 +6,8 @@ import torch
 from higgs_tune.data.tokens import encode_conversation
 from higgs_tune.model.writing import prompt_before_text, write_text
 from higgs_tune.train.checkpoint import load_adapter, save_adapter
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from higgs_tune.train.samples import sample_predictions
 from tests.models import conversation, example, tiny_base, trial
 

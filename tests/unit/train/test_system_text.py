@@ -18,9 +18,9 @@ from higgs_tune.listen.options import EvaluateOptions
 from higgs_tune.listen.takes import take_prompt
 from higgs_tune.model.template import wants_system
 from higgs_tune.train.checkpoint import read_system_text
-from higgs_tune.train.engine import PackLimits
 from higgs_tune.train.examples import Examples
 from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.residents import PackLimits
 from tests.checkpoints import TEMPLATE, tokenizer
 from tests.models import make_dataset, tiny_base, trial, vocabulary
 from tests.unit.data.rows import chat, clip, make

@@ -2,7 +2,8 @@
 
 import torch
 
-from higgs_tune.train.engine import Engine, PackLimits
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import PackLimits
 from higgs_tune.train.validation import Validator
 from tests.models import example, tiny_base, trial
 

@@ -1,0 +1,52 @@
+"""The adapters of a pack: how large they may be, what training one needs to go on, who holds a slot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from higgs_tune.config import TargetPath, TrialConfig
+
+
+@dataclass(frozen=True)
+class PackLimits:
+    """What the slots of an engine must be able to hold."""
+
+    num_slots: int
+    max_rank: int
+    paths: frozenset[TargetPath]  # union over all trials
+
+    @classmethod
+    def of(cls, configs: Sequence[TrialConfig], num_slots: int) -> "PackLimits":
+        """The smallest limits that hold these trials, or none: the base alone is computed."""
+        return cls(
+            num_slots=num_slots,
+            max_rank=max((config.rank for config in configs), default=1),
+            paths=frozenset(path for config in configs for path in config.targets),
+        )
+
+
+@dataclass(eq=False)
+class AdapterState:
+    """All that training one adapter needs to go on: plain CPU tensors by full parameter name.
+
+    One that has run its budget may be without moments.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+
+
+@dataclass
+class Resident:
+    """An adapter that holds a slot."""
+
+    trial_id: str
+    slot: int
+    config: TrialConfig
+    account: dict[str, Any]
+    step: int = 0
+    num_forwards: int = 0  # of the step that is under way
