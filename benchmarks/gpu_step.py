@@ -56,8 +56,8 @@ def compare(
     """Measure each number of adapters; yields its record. Ends with the first that does not fit.
 
     The adapters take `ranks` in turn, the stock one the first of them; all `args.rank` by default. With
-    `split` our pack is spread over the cores of a CPU, and its host syncs are not seen; those of a
-    compiled step are counted on a GPU only.
+    `split` our pack is spread over the cores of a CPU; its host syncs are not seen and its memory is
+    not predicted. Host syncs of a compiled step are counted on a GPU only.
     """
     parameter = next(base.model.parameters())
     device, dtype = parameter.device, parameter.dtype
@@ -72,7 +72,8 @@ def compare(
     ]
     ranks = ranks or (args.rank,)
     here = matmul_flops(device, dtype)
-    predicted = prediction(base, max(ranks), batches[0][0])
+    # of a pack that shares its matmuls; behind that computation autograd lets no lane be forked
+    predicted = None if split else prediction(base, max(ranks), batches[0][0])
     stock: Side | None = None
     alone: float | None = None
     for adapters in args.adapters:
@@ -98,7 +99,7 @@ def compare(
             "floor_here_ms": round(1000 * sum(flops) / here, 4),
             "stock_floor_here_ms": round(1000 * flops[0] / here, 4),
             "matmul_here_tflops": round(here / 1e12, 3),
-            "predicted_gib": round(predicted(adapters) / 2**30, 4),
+            "predicted_gib": predicted and round(predicted(adapters) / 2**30, 4),
             "ours": ours.figures(tokens),
             "stock": stock.figures(tokens),
         }

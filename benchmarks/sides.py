@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import HiggsAudioV2Config
 
 from higgs_tune.config import ALL_LINEAR, CrossAttention, TrialConfig
-from higgs_tune.data.collate import count_targets, to_device
+from higgs_tune.data.collate import TargetCounts, count_targets, to_device
 from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.model.load import Base
 from higgs_tune.model.targets import linear_modules, lora_regex
@@ -90,7 +90,7 @@ def our_step(base: Base, ranks: Sequence[int], *, split: bool = False) -> Step:
     Args:
         base: what the adapters share.
         ranks: of each adapter.
-        split: over the cores of a CPU, whole adapters to each, as a sweep does it. Threads of their
+        split: over the cores of a CPU, whole adapters to each, as a sweep does it. Lanes of their
             own escape a count of host reads.
     """
     num_codebooks = base.model.config.num_codebooks
@@ -109,22 +109,31 @@ def our_step(base: Base, ranks: Sequence[int], *, split: bool = False) -> Step:
         counts = {slot: count_targets(own, num_codebooks) for slot, own in examples.items()}
         rows = {slot: rows_of([own]) for slot, own in examples.items()}
         groups = engine.lanes.groups(rows) if split else [tuple(rows)]
-
-        def accumulate(group: Sequence[int]) -> tuple[Sequence[int], Tensor]:
-            batch = engine.batch({slot: examples[slot] for slot in group})
-            text_K, audio_KC = engine.forward_backward(batch, counts)
-            text = torch.tensor([counts[slot].text for slot in batch.slots])
-            audio = torch.from_numpy(np.stack([counts[slot].audio_C for slot in batch.slots]))
-            means_KC = audio_KC / to_device(audio, engine.device)
-            return batch.slots, text_K / to_device(text, engine.device) + means_KC.sum(1)
-
-        losses = {}
-        for done, loss_K in engine.lanes.run([partial(accumulate, group) for group in groups]):
-            losses |= dict(zip(done, loss_K, strict=True))
+        tasks = []
+        for group in groups:
+            own = {slot: (examples[slot], counts[slot]) for slot in group}
+            tasks.append(partial(engine.compute, partial(_accumulate, own), group))
+        losses: dict[int, Tensor] = {}
+        for done in engine.lanes.run(tasks):
+            losses |= done
         engine.optim_step(names)
         return torch.stack([losses[slot] for slot in slots])
 
     return step
+
+
+def _accumulate(
+    own: Mapping[int, tuple[Sequence[Encoded], TargetCounts]], engine: Engine
+) -> dict[int, Tensor]:
+    """Add up the gradients of these slots; their losses."""
+    batch = engine.batch({slot: examples for slot, (examples, _) in own.items()})
+    counts = {slot: count for slot, (_, count) in own.items()}
+    text_K, audio_KC = engine.forward_backward(batch, counts)
+    text = torch.tensor([counts[slot].text for slot in batch.slots])
+    audio = torch.from_numpy(np.stack([counts[slot].audio_C for slot in batch.slots]))
+    means_KC = audio_KC / to_device(audio, engine.device)
+    loss_K = text_K / to_device(text, engine.device) + means_KC.sum(1)
+    return dict(zip(batch.slots, loss_K, strict=True))
 
 
 def under_autocast(model: nn.Module) -> nn.Module:

@@ -3,6 +3,8 @@
 Shape letters: K slots, P columns.
 """
 
+import math
+import mmap
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,19 +104,37 @@ def shared_rank(rank: int, highest: int) -> int:
 class Storage:
     """Master weights, Adam moments, gradients and the compute copy: buffers of one shape."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.master = torch.zeros(shape, device=device)
-        self.exp_avg = torch.zeros(shape, device=device)
-        self.exp_avg_sq = torch.zeros(shape, device=device)
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        shared: bool = False,
+    ) -> None:
+        """Make the buffers, all zero.
+
+        Args:
+            shared: with the processes that are forked from this one, in a host's memory; it is taken as
+                it is written to.
+        """
+        self._maps: list[mmap.mmap] = []
+
+        def zeros(kind: torch.dtype = torch.float32) -> Tensor:
+            if not shared:
+                return torch.zeros(shape, dtype=kind, device=device)
+            count = math.prod(shape)
+            # anonymous: of no size that a container's /dev/shm would limit
+            self._maps.append(mmap.mmap(-1, max(1, count) * kind.itemsize))
+            return torch.frombuffer(self._maps[-1], dtype=kind, count=count).view(shape)
+
+        self.master, self.exp_avg, self.exp_avg_sq = zeros(), zeros(), zeros()
         # compute and gradient are in the base's dtype; in fp32 compute is the master itself
-        self.compute = (
-            self.master
-            if dtype == torch.float32
-            else torch.zeros(shape, dtype=dtype, device=device)
-        )
-        self.grad = torch.zeros(shape, dtype=dtype, device=device)
-        # fp32 sums over the micro-batches of a step, made when first needed
-        self.grad_sum: Tensor | None = None
+        half = dtype != torch.float32
+        self.compute = zeros(dtype) if half else self.master
+        self.grad = zeros(dtype)
+        # fp32 sums over the micro-batches of a step, made when first needed if one process needs it
+        self.grad_sum: Tensor | None = zeros() if shared and half else None
         self._making_sum = threading.Lock()  # lanes may need it at the same moment
 
     def buffers(self) -> list[Tensor]:
@@ -143,6 +163,11 @@ class Storage:
         """The step's gradient in fp32 at an index of the buffers."""
         grad = self.grad[where].float()
         return grad if self.grad_sum is None else self.grad_sum[where] + grad
+
+    def give_back(self) -> None:
+        """Zero shared buffers, all of them, and give their memory back until they are written to."""
+        for buffer in self._maps:
+            buffer.madvise(mmap.MADV_REMOVE)
 
     def clear_gradient(self, where: Where) -> None:
         """Zero the gradient at an index of the buffers."""

@@ -10,7 +10,7 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.config import CrossAttention
 
-MODULE_NAMES: dict[str, tuple[str, ...]] = {
+MODULE_NAMES: dict[CrossAttention, tuple[str, ...]] = {
     "off": (),
     "audio_self": ("audio_attn", "audio_post_audio_attn_layer_norm"),
     "text_to_audio": ("text_audio_attn",),

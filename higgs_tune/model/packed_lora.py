@@ -46,12 +46,28 @@ class AdapterBank:
         device: torch.device,
         *,
         share_matmuls: bool = False,
+        share_memory: bool = False,
+        max_new_columns: int = 0,
     ) -> None:
+        """Make room for the adapters.
+
+        Args:
+            groups: the linears that adapters may target, by what they read, each with its path.
+            share_matmuls: whether neighbours multiply together.
+            share_memory: with the processes that are forked from this one.
+            max_new_columns: of the new modules of one adapter; needed for memory that is shared.
+        """
         self.num_slots, self.share_matmuls, self.max_rank = num_slots, share_matmuls, max_rank
         self.device, self._dtype, self.groups = device, dtype, groups
         self.paths: frozenset[TargetPath] = frozenset(path for path, _ in groups)
         self._layouts: dict[int, Layout] = {}
-        self.lora = Storage((num_slots, self._layout(max_rank).num_columns), dtype, device)
+        columns = self._layout(max_rank).num_columns
+        self.lora = Storage((num_slots, columns), dtype, device, shared=share_memory)
+        # nobody can share what is made after the fork; unused it takes no memory
+        self._shared_new = [
+            Storage((max_new_columns,), dtype, device, shared=True)
+            for _ in range(num_slots if share_memory and max_new_columns else 0)
+        ]
         # without and with dropout: what it leaves of the inputs counts the more
         self.scale_SK11 = torch.zeros(2, num_slots, 1, 1, device=device)
         self.seats: dict[int, Seat] = {}
@@ -72,8 +88,11 @@ class AdapterBank:
         """Lay a free slot out for an adapter; all its parameters are zero."""
         assert slot not in self.seats, slot
         new_layout = Layout([new])
-        size = (new_layout.num_columns,)
-        storage = Storage(size, self._dtype, self.device) if new else None
+        size = new_layout.num_columns
+        storage = None
+        if new:
+            reserved = self._shared_new
+            storage = reserved[slot] if reserved else Storage((size,), self._dtype, self.device)
         adapted = frozenset(paths)
         layout = self._layout(self.layout_rank(rank))
         self.scale_SK11[0, slot] = scale
@@ -85,7 +104,7 @@ class AdapterBank:
             for columns in layout.ranges([path])
         ]
         if storage is not None:
-            parts.append(Part("new", "audio_attention", storage, (slice(None),)))
+            parts.append(Part("new", "audio_attention", storage, (slice(size),)))
         self.seats[slot] = Seat(
             rank, scale, dropout, adapted, layout, new_layout, storage, parts
         )  # at last
@@ -96,10 +115,17 @@ class AdapterBank:
 
     def clear(self, slot: int) -> None:
         """Free a slot and zero everything it held."""
-        if self.seats.pop(slot, None) is not None:
+        seat = self.vacate(slot)
+        if seat is not None:
             for buffer in self.lora.buffers():
                 buffer[slot].zero_()
-            self._forget_views()
+            if seat.new is not None:
+                seat.new.give_back()
+
+    def vacate(self, slot: int) -> Seat | None:
+        """Free a slot and leave its memory as it is; returns who sat there."""
+        self._forget_views()
+        return self.seats.pop(slot, None)
 
     def views(self, slot: int, kind: Kind) -> dict[str, Tensor]:
         """Full names → the adapter's tensors in one of the buffers, no copy."""

@@ -4,22 +4,24 @@ A single run is a pack of one. What one adapter computes depends on its own exam
 alone; neighbours may join, leave or diverge. Shape letters: K slots or adapters of a batch, C codebooks.
 """
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from higgs_tune.config import TrialConfig
+from higgs_tune.config import CrossAttention, TrialConfig
 from higgs_tune.data.collate import PackBatch, TargetCounts, collate, to_device
 from higgs_tune.data.tokens import Encoded
-from higgs_tune.model.adapter_layout import Kind, Named
+from higgs_tune.model.adapter_layout import Kind, Layout, Named
 from higgs_tune.model.compiled import CompiledForward
 from higgs_tune.model.dropout import Masks
 from higgs_tune.model.groups import lora_groups
 from higgs_tune.model.initial import initial_weights
 from higgs_tune.model.load import Base
-from higgs_tune.model.new_modules import new_module_shapes
+from higgs_tune.model.new_modules import MODULE_NAMES, new_module_shapes
 from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.model.packed_lora import AdapterBank
 from higgs_tune.model.targets import account
@@ -27,6 +29,8 @@ from higgs_tune.train.forwards import Costs
 from higgs_tune.train.lanes import Lanes
 from higgs_tune.train.optim import RowStep, adamw_step, learning_rate
 from higgs_tune.train.residents import AdapterState, PackLimits, Resident
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -57,6 +61,11 @@ class Engine:
         dtype = next(base.model.parameters()).dtype
         if share_matmuls is None:
             share_matmuls = self.device.type != "cpu" and limits.num_slots > 1
+        # not compiled: each combination of adapters would be a graph of its own
+        cuts = share_matmuls and not base.compile
+        self.lanes = Lanes(self.device, Costs.of(base.model) if cuts else None)
+        forks = sys.platform == "linux" and not (share_matmuls or base.compile)
+        forks &= self.lanes.count > 1 and limits.num_slots > 1
         self.bank = AdapterBank(
             self.lora_groups,
             limits.num_slots,
@@ -64,16 +73,17 @@ class Engine:
             dtype,
             self.device,
             share_matmuls=share_matmuls,
+            share_memory=forks,
+            max_new_columns=_max_new_columns(base, limits) if forks else 0,
         )
-        # not compiled: each combination of adapters would be a graph of its own
-        cuts = share_matmuls and not base.compile
-        self.lanes = Lanes(self.device, Costs.of(base.model) if cuts else None)
         # oneDNN compiles its bfloat16 matmuls for each shape: let there be few
         compiles = self.device.type == "cpu" and dtype == torch.bfloat16
         self._slot_multiple = 32 if compiles else 1
         self.alive_K = torch.ones(limits.num_slots, dtype=torch.bool, device=self.device)
         self.residents: dict[str, Resident] = {}
         self.num_forwards = 0  # of all adapters so far
+        if forks:
+            self.lanes.fork(self._answer)
 
     def add(
         self, trial_id: str, config: TrialConfig, state: AdapterState | None = None
@@ -96,18 +106,7 @@ class Engine:
         resident = Resident(trial_id, slot, config, account(self.base.model, config))
         model = self.base.model
         weights = state.weights if state else initial_weights(model, self.lora_groups, config)
-        shapes = new_module_shapes(model, config.cross_attention)
-        new: list[Named] = [
-            (name, tuple(shape), "audio_attention") for name, shape in shapes.items()
-        ]
-        self.bank.seat(
-            resident.slot,
-            config.rank,
-            config.lora_alpha / config.rank,
-            config.targets,
-            new,
-            config.dropout,
-        )
+        self._seat(slot, config)
         try:
             self._write(resident, "master", weights)
             if state:
@@ -219,6 +218,40 @@ class Engine:
         total = sum(squares.values())
         return {path: square / total for path, square in squares.items()} if total > 0 else {}
 
+    def compute(self, job: Callable[["Engine"], T], slots: Sequence[int]) -> T:
+        """What a job with this engine gives, done by the lane in which this is called.
+
+        Args:
+            job: computes, and changes nothing of an engine but its bank's gradients. A lane may have a
+                process of its own, to which the job and its result are copied.
+            slots: of the adapters that it needs.
+        """
+        process = self.lanes.process
+        if process is None:
+            return job(self)
+        residents = [r for r in self.residents.values() if r.slot in slots]
+        result, num_forwards = process.call(residents, job)
+        self.num_forwards += num_forwards
+        return result
+
+    def _answer(self, residents: Sequence[Resident], job: Callable[["Engine"], T]) -> tuple[T, int]:
+        """`compute` in a lane's process, with the number of forwards that it took."""
+        held = {r.slot: r for r in self.residents.values()}
+        for resident in residents:
+            slot = resident.slot
+            if slot not in held or held[slot].config != resident.config:
+                self.bank.vacate(slot)
+                self._seat(slot, resident.config)
+            held[slot] = resident
+        self.residents = {f"slot {r.slot}": r for r in held.values()}
+        before = self.num_forwards
+        return job(self), self.num_forwards - before
+
+    def _seat(self, slot: int, config: TrialConfig) -> None:
+        scale = config.lora_alpha / config.rank
+        new = _new_modules(self.base, config.cross_attention)
+        self.bank.seat(slot, config.rank, scale, config.targets, new, config.dropout)
+
     def _masks(self, slots: Sequence[int]) -> Masks | None:
         """The masks of these adapters' next forward; None if nobody has dropout."""
         by_slot = {resident.slot: resident for resident in self.residents.values()}
@@ -244,3 +277,14 @@ class Engine:
                 )
         for name, view in views.items():
             view.copy_(tensors[name])
+
+
+def _new_modules(base: Base, mode: CrossAttention) -> list[Named]:
+    shapes = new_module_shapes(base.model, mode)
+    return [(name, tuple(shape), "audio_attention") for name, shape in shapes.items()]
+
+
+def _max_new_columns(base: Base, limits: PackLimits) -> int:
+    if "audio_attention" not in limits.paths:
+        return 0
+    return max(Layout([_new_modules(base, mode)]).num_columns for mode in MODULE_NAMES)

@@ -67,17 +67,24 @@ class Gradients:
     def _attempt(
         self, clips: Mapping[int, Clips], counts: Mapping[int, TargetCounts], slots: Group
     ) -> dict[int, Tensor]:
-        """As many forwards as the adapter with the most micro-batches needs."""
         micro = {slot: self._parts(slot, clips[slot]) for slot in slots}
-        sums: dict[int, list[Tensor]] = {slot: [] for slot in slots}
-        for index in range(max(len(batches) for batches in micro.values())):
-            part = {slot: batches[index] for slot, batches in micro.items() if index < len(batches)}
-            batch = self._engine.batch(part)
-            if index:
-                self._engine.bank.keep_gradients(part)
-            text_K, audio_KC = self._engine.forward_backward(batch, counts)
-            for slot, sum_C in zip(
-                batch.slots, torch.cat([text_K[:, None], audio_KC], 1), strict=True
-            ):
-                sums[slot].append(sum_C)
-        return {slot: torch.stack(parts).sum(0) for slot, parts in sums.items()}
+        needed = {slot: counts[slot] for slot in slots}
+        return self._engine.compute(partial(_forwards_backwards, micro, needed), slots)
+
+
+def _forwards_backwards(
+    micro: Mapping[int, Sequence[Sequence[Encoded]]],
+    counts: Mapping[int, TargetCounts],
+    engine: Engine,
+) -> dict[int, Tensor]:
+    """As many forwards as the adapter with the most micro-batches needs."""
+    sums: dict[int, list[Tensor]] = {slot: [] for slot in micro}
+    for index in range(max(len(batches) for batches in micro.values())):
+        part = {slot: batches[index] for slot, batches in micro.items() if index < len(batches)}
+        batch = engine.batch(part)
+        if index:
+            engine.bank.keep_gradients(part)
+        text_K, audio_KC = engine.forward_backward(batch, counts)
+        for slot, sum_C in zip(batch.slots, torch.cat([text_K[:, None], audio_KC], 1), strict=True):
+            sums[slot].append(sum_C)
+    return {slot: torch.stack(parts).sum(0) for slot, parts in sums.items()}

@@ -70,7 +70,7 @@ class PackLoop:
             self._single_nll,
             [self._examples.encode(c) for c in probes],
             base.model.config.codebook_size,
-            each=lambda nll, many: self.engine.lanes.run([partial(nll, one) for one in many]),
+            each=lambda nll, many: self.engine.lanes.run([partial(nll, e) for e in many]),
         )
         self.preflight: dict[str, Any] = asdict(seen)
         self.base_metrics: dict[str, float] = self._validator.bare()
@@ -293,6 +293,9 @@ class PackLoop:
         return result
 
     def _single_nll(self, example: Encoded) -> tuple[float, float]:
-        batch = self.engine.batch({0: [example]}, bare=True)
-        text_K, audio_KC = self.engine.evaluate(batch, bare=True)
-        return float(text_K[0]), float(audio_KC[0].sum())
+        return self.engine.compute(partial(_bare_nll, example), ())
+
+
+def _bare_nll(example: Encoded, engine: Engine) -> tuple[float, float]:
+    text_K, audio_KC = engine.evaluate(engine.batch({0: [example]}, bare=True), bare=True)
+    return float(text_K[0]), float(audio_KC[0].sum())

@@ -20,6 +20,7 @@ import torch
 
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.errors import is_out_of_memory, release_frames
+from higgs_tune.train.lane_process import LaneLostError
 from higgs_tune.train.lanes import Lanes
 from higgs_tune.train.parallel import World
 
@@ -131,6 +132,8 @@ class Room:
         """Try it; what a failed attempt held is free when this returns."""
         try:
             return work.attempt(group)
+        except LaneLostError:  # nobody's fault, and not to be mended here
+            raise
         except Exception as error:  # kept, logged, and raised unless it is one adapter's
             if is_out_of_memory(error):
                 return _Failed(group, MemoryError(_first_line(error) or "out of memory"))

@@ -82,12 +82,9 @@ class Validator:
         """Slot → set → this process's nats: text, then each codebook."""
         # adapters in one forward are cut up alike, by the one with the least room
         parts = self._parts(min(slots, key=self._budget))
-
-        def nll(part: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-            batch = self._engine.batch(dict.fromkeys(slots, part), bare=bare)
-            return self._engine.evaluate(batch, bare=bare)
-
-        sums = self._engine.lanes.run([partial(nll, part) for _, part in parts])
+        jobs = [partial(_nll, slots, part, bare) for _, part in parts]
+        compute = self._engine.compute
+        sums = self._engine.lanes.run([partial(compute, job, slots) for job in jobs])
         width, device = 1 + self._engine.num_codebooks, self._engine.device
         totals = {name: torch.zeros(len(slots), width, device=device) for name in self._sets}
         for (name, _), (text_K, audio_KC) in zip(parts, sums, strict=True):
@@ -123,3 +120,9 @@ class Validator:
                 sorted(examples, key=lambda e: (e.num_rows, e.key)), self._budget(slot)
             )
         ]
+
+
+def _nll(
+    slots: tuple[int, ...], part: Sequence[Encoded], bare: bool, engine: Engine
+) -> tuple[Tensor, Tensor]:
+    return engine.evaluate(engine.batch(dict.fromkeys(slots, part), bare=bare), bare=bare)

@@ -1,0 +1,142 @@
+"""A process that computes for a lane, on a core and with a Python of its own.
+
+The threads of one process hand Python's lock over at every operation. A lane's process is forked, so that it
+has the base without a copy and the import of torch behind it; the adapters' parameters and gradients lie in
+memory that both write (`Storage`), so only clips go there and only sums come back. Each adapter computes on
+one thread, here as there: which lane it is does not show in its bits.
+"""
+
+import gc
+import logging
+import os
+import pickle
+import signal
+import stat
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from higgs_tune.errors import release_frames
+
+logger = logging.getLogger(__name__)
+
+_START_S = 60  # a forked process answers within milliseconds, or never
+
+
+class LaneLostError(RuntimeError):
+    """The process of a lane has ended: what it had begun lies half done in the shared memory."""
+
+
+class LaneProcess:
+    """The parent's end of one."""
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        """Fork it.
+
+        Args:
+            answer: what it does with the arguments of each `call`.
+
+        Raises:
+            LaneLostError: it cannot compute. Where there is a GPU, autograd refuses to in a fork of a
+                process that has computed a gradient.
+        """
+        self._connection, there = get_context("fork").Pipe()
+        self._process = get_context("fork").Process(
+            target=_serve, args=(answer, there), name="higgs-tune lane", daemon=True
+        )
+        with warnings.catch_warnings():
+            # of threads whose locks nobody would release; the child only computes, which takes none
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        there.close()
+        if not self._connection.poll(_START_S):
+            self._process.kill()
+            raise LaneLostError(f"a lane's process has not answered for {_START_S} s")
+        try:
+            error = self._connection.recv()
+        except EOFError:
+            error = "ended at its start"
+        if error:
+            self._process.kill()
+            raise LaneLostError(f"a lane's process cannot compute: {error}")
+
+    def call(self, *arguments: Any) -> Any:
+        """Its answer to these arguments, which are copied, as the answer is.
+
+        Raises:
+            Exception: what was raised there, with its traceback as the cause.
+            LaneLostError: the process has ended.
+        """
+        try:
+            self._connection.send_bytes(pickle.dumps(arguments))
+            answer = pickle.loads(self._connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            self._process.join(1)
+            raise LaneLostError(
+                f"the process of a lane has ended with {self._process.exitcode}; -9 is what the system "
+                "does when memory runs out"
+            ) from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _serve(answer: Callable[..., Any], connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let_sockets_go(connection.fileno())
+    torch.set_num_threads(1)
+    gc.freeze()  # the parent's objects: to look at them would copy them
+    try:
+        torch.zeros((), requires_grad=True).sum().backward()
+    except RuntimeError as error:
+        connection.send(str(error))
+        return
+    connection.send(None)
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except (EOFError, OSError):  # the parent has ended
+            return
+        try:
+            reply: Any = answer(*pickle.loads(request))
+        except Exception as error:  # raised again where it was asked for
+            reply = _portable(error)
+            release_frames(error)
+        connection.send_bytes(pickle.dumps(reply))
+        if isinstance(reply, Exception):
+            gc.collect()  # what the failed attempt held; memory may be what it lacked
+        del request, reply
+
+
+def _portable(error: Exception) -> Exception:
+    """As one that can be pickled, with its traceback as text."""
+    trace = "in a lane's process:\n" + "".join(traceback.format_exception(error))
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:  # of whatever kind: then its text has to do
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+    copy.add_note(trace)
+    return copy
+
+
+def _let_sockets_go(mine: int) -> None:
+    """Close the parent's connections here, so that those at their other ends see when it dies.
+
+    Their numbers stay taken: objects that are still about would close what comes to stand there.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        number = int(name)
+        try:
+            is_socket = stat.S_ISSOCK(os.fstat(number).st_mode)
+        except OSError:  # the listing's own
+            continue
+        if is_socket and number not in (0, 1, 2, mine):
+            os.dup2(nothing, number)
+    os.close(nothing)

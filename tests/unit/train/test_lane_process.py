@@ -1,0 +1,262 @@
+"""Lanes with processes of their own, forked from new processes: these tests spoil them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from higgs_tune.config import ALL_LINEAR
+from higgs_tune.data.dataset import Dataset
+from higgs_tune.errors import is_out_of_memory
+from higgs_tune.model.adapter_layout import Storage
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.lane_process import LaneLostError, LaneProcess
+from higgs_tune.train.lanes import Lanes
+from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.residents import PackLimits
+from tests.models import DATA, make_dataset, tiny_base, trial
+from tests.packs import figures
+
+STEPS = {"num_steps": 2, "report_every_steps": 1, "learning_rate": 1e-3}
+HEADS = (*ALL_LINEAR, "text_head", "audio_head")
+CROSS = ("attention", "audio_attention")
+TRIALS = {
+    "plain": trial(seed=1, rank=8, **STEPS),
+    # several forwards a step, and both heads
+    "heads": trial(
+        seed=2, rank=5, dropout=0.2, targets=HEADS, batch_clips=4, token_budget=400, **STEPS
+    ),
+    "to_audio": trial(
+        seed=3, rank=4, cross_attention="text_to_audio", targets=CROSS, dropout=0.1, **STEPS
+    ),
+    "audio_self": trial(seed=4, rank=2, cross_attention="audio_self", targets=CROSS, **STEPS),
+}
+
+
+def in_new_process(function, *arguments):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result(timeout=300)
+
+
+def answer(what, *rest):
+    """What the processes here do: whatever a test asks for."""
+    return what(*rest)
+
+
+def on_threads(count):
+    return os.getpid(), torch.get_num_threads(), count
+
+
+def fail(error):
+    raise error
+
+
+class StubbornError(Exception):
+    """One that cannot be unpickled."""
+
+    def __init__(self, one, other):
+        super().__init__(f"{one} {other}")
+
+
+def stubborn():
+    raise StubbornError("cannot", "travel")
+
+
+def talk():
+    lane = LaneProcess(answer)
+    pid, threads, copied = lane.call(on_threads, [1, 2])
+    assert pid != os.getpid() and (threads, copied) == (1, [1, 2])
+    with pytest.raises(MemoryError, match="no room") as caught:
+        lane.call(fail, MemoryError("no room"))
+    assert is_out_of_memory(caught.value)
+    (note,) = caught.value.__notes__
+    assert "in a lane's process" in note and "in fail" in note
+    with pytest.raises(RuntimeError, match="StubbornError: cannot travel"):
+        lane.call(stubborn)
+    os.kill(pid, signal.SIGINT)  # Ctrl-C reaches the whole group; the parent ends it
+    assert lane.call(os.getpid) == pid
+    os.kill(pid, signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(LaneLostError, match="has ended with -9"):
+            lane.call(os.getpid)
+
+
+def hold_a_connection():
+    ours, theirs = socket.socketpair()
+    lane = LaneProcess(answer)
+    theirs.close()
+    ours.settimeout(10)
+    assert ours.recv(1) == b""  # the other end is closed, in the lane too
+    assert lane.call(os.getpid) != os.getpid()
+
+
+@pytest.fixture(scope="module")
+def new_process():
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("act", [talk, hold_a_connection])
+def test_a_lane(new_process, act):
+    new_process.submit(act).result(timeout=300)
+
+
+def test_a_lane_ends_with_its_parent(tmp_path):
+    lines = """
+        import sys, time
+        from pathlib import Path
+        from tests.unit.train.test_lane_process import LaneProcess, answer, os
+        lanes = [LaneProcess(answer) for _ in range(2)]
+        Path(sys.argv[1]).write_text(" ".join(str(lane.call(os.getpid)) for lane in lanes))
+        time.sleep(60)
+    """
+    script = "\n".join(line.strip() for line in lines.splitlines())
+    pids = tmp_path / "pids"
+    with subprocess.Popen([sys.executable, "-c", script, str(pids)]) as parent:
+        while not pids.exists() or len(pids.read_text().split()) < 2:
+            assert parent.poll() is None
+            time.sleep(0.1)
+        parent.kill()
+    ended = time.monotonic() + 20
+    for pid in pids.read_text().split():
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < ended:
+            if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
+                break  # of whoever adopted it
+            time.sleep(0.05)
+        else:
+            assert time.monotonic() < ended, "it lives on"
+
+
+def test_lanes_are_threads_where_a_fork_cannot_compute(caplog, monkeypatch):
+    def refuse(tensor):  # as where there is a GPU, behind the first gradient
+        raise RuntimeError("Unable to handle autograd's threading in combination with fork")
+
+    monkeypatch.setattr(torch.Tensor, "backward", refuse)
+    lanes = Lanes(torch.device("cpu"))
+    lanes.count = 3
+    lanes.fork(answer)
+    assert "the 3 cores take turns in Python" in caplog.text
+    assert "cannot compute: Unable to handle" in caplog.text
+    assert lanes.run([lambda: lanes.process] * 3) == [None] * 3
+
+
+def train(folder, threads, *, spoil=None):
+    """Both results and the last weights of each trial; slots change hands in between."""
+    torch.set_num_threads(threads)
+    limits = PackLimits.of(list(TRIALS.values()), num_slots=3)
+    loop = PackLoop(tiny_base(), Dataset.open(folder), DATA, limits)
+    if spoil:
+        spoil(loop)
+    for name in ("plain", "heads", "to_audio"):
+        loop.join(name, TRIALS[name])
+    first = loop.advance()
+    weights = {}
+    for name in ("heads", "to_audio"):
+        weights[name] = loop.engine.state(name).weights
+        loop.leave(name)
+    loop.join("audio_self", TRIALS["audio_self"])
+    loop.join("heads", TRIALS["heads"])  # from its start, in another slot
+    rounds = [first, loop.advance(), loop.advance()]
+    for name in ("plain", "heads", "audio_self"):
+        weights[f"{name} at last"] = loop.engine.state(name).weights
+    shared = [
+        {
+            name: {k: v for k, v in figures(r).items() if "share" not in k}
+            for name, r in each.items()
+        }
+        for each in rounds
+    ]  # shares of gradients are summed up here, by all threads
+    return shared, weights
+
+
+def train_in_lanes(folder, *, dies):
+    """`train` with two cores, in one of whose processes forwards fail, or which dies."""
+    pids = set()
+
+    def note(loop):
+        plain, here = loop.engine.compute, os.getpid()
+
+        def compute(job, slots):
+            process = loop.engine.lanes.process
+            pids.add(here if process is None else process.call([], _pid)[0])
+            return plain(job, slots)
+
+        loop.engine.compute = compute
+        if dies:
+            for task in loop.engine.lanes.run([partial(compute, _pid, ())] * 8):
+                if task != here:
+                    os.kill(task, signal.SIGKILL)
+                    time.sleep(0.2)
+
+    spoil([ValueError("odd"), MemoryError("none here")])
+    found = train(folder, 2, spoil=note)
+    assert len(pids) == 2, pids
+    return found
+
+
+def _pid(engine):
+    time.sleep(0.01)
+    return os.getpid()
+
+
+def spoil(errors):
+    """Let forwards fail in a lane's process, once with each error, their gradients left behind."""
+    plain, here = Engine.forward_backward, os.getpid()
+
+    def spoilt(self, *arguments):
+        result = plain(self, *arguments)
+        if os.getpid() != here and errors:
+            raise errors.pop()
+        return result
+
+    Engine.forward_backward = spoilt
+
+
+@pytest.fixture(scope="module")
+def dataset_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "set"
+    make_dataset(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def expected(dataset_folder):
+    before = torch.get_num_threads()
+    try:
+        return train(dataset_folder, 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_lanes_in_processes_train_bit_for_bit_what_one_thread_does(dataset_folder, expected):
+    results, weights = in_new_process(partial(train_in_lanes, dies=False), dataset_folder)
+    assert repr(results) == repr(expected[0])  # equal where not a number
+    assert weights.keys() == expected[1].keys()
+    for name, tensors in weights.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, expected[1][name][key]), (name, key)
+
+
+def test_a_lane_that_dies_ends_the_pack_and_no_single_trial(dataset_folder):
+    with pytest.raises(LaneLostError, match="ended with -9"):
+        in_new_process(partial(train_in_lanes, dies=True), dataset_folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_buffers_are_zero_again_when_given_back(dtype):
+    storage = Storage((3, 1000), dtype, torch.device("cpu"), shared=True)
+    for buffer in storage.buffers():
+        buffer.fill_(7)
+    storage.give_back()
+    assert not any(buffer.count_nonzero() for buffer in storage.buffers())
+    storage.master[1] = 2  # it can be used as before
+    assert storage.master.sum() == 2000
