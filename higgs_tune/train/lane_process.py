@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +88,7 @@ class LaneProcess:
 
 
 def _serve(answer: Callable[..., Any], connection: Connection) -> None:
+    Path("/proc/self/comm").write_text("higgs-tune lane")  # for `top`; at most 15 letters
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _let_sockets_go(connection.fileno())
