@@ -15,6 +15,7 @@ import stat
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -70,7 +71,7 @@ class LaneProcess:
         """Its answer to these arguments, which are copied, as the answer is.
 
         Raises:
-            Exception: what was raised there, with its traceback as the cause.
+            Exception: what was raised there, with its traceback as a note.
             LaneLostError: the process has ended.
         """
         try:
@@ -100,20 +101,19 @@ def _serve(answer: Callable[..., Any], connection: Connection) -> None:
         connection.send(str(error))
         return
     connection.send(None)
-    while True:
-        try:
-            request = connection.recv_bytes()
-        except (EOFError, OSError):  # the parent has ended
-            return
-        try:
-            reply: Any = answer(*pickle.loads(request))
-        except Exception as error:  # raised again where it was asked for
-            reply = _portable(error)
-            release_frames(error)
-        connection.send_bytes(pickle.dumps(reply))
-        if isinstance(reply, Exception):
-            gc.collect()  # what the failed attempt held; memory may be what it lacked
-        del request, reply
+    with suppress(EOFError, OSError):  # the parent has ended
+        while True:
+            connection.send_bytes(_reply(answer, connection.recv_bytes()))
+
+
+def _reply(answer: Callable[..., Any], request: bytes) -> bytes:
+    try:
+        return pickle.dumps(answer(*pickle.loads(request)))
+    except Exception as error:  # raised again where it was asked for
+        portable = _portable(error)
+        release_frames(error)
+    gc.collect()  # what the failed attempt held; memory may be what it lacked
+    return pickle.dumps(portable)
 
 
 def _portable(error: Exception) -> Exception:
@@ -121,7 +121,7 @@ def _portable(error: Exception) -> Exception:
     trace = "in a lane's process:\n" + "".join(traceback.format_exception(error))
     try:
         copy = pickle.loads(pickle.dumps(error))
-    except Exception:  # of whatever kind: then its text has to do
+    except (pickle.PickleError, AttributeError, TypeError, ValueError):  # then its text has to do
         copy = RuntimeError(f"{type(error).__name__}: {error}")
     copy.add_note(trace)
     return copy
