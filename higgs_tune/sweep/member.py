@@ -1,5 +1,6 @@
 """One worker actor of a sweep, as the driver sees it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,10 @@ class Member:
     """One worker and what it was asked last."""
 
     name: str  # for people
-    actor: Any
+    start: Callable[[], Any]  # makes its actor
     since: float  # when its process was asked for, was found dead, or has come at last
+    actor: Any = field(init=False)
+    given_up: bool = False  # by Ray, which restarts no actor that cannot be made on a machine
     answer: "ray.ObjectRef[Any]" = field(init=False)  # of `describe`, or once accepted of `serve`
     figures: "ray.ObjectRef[dict[str, Any]]" = field(init=False)
     accepted: bool = False
@@ -28,12 +31,19 @@ class Member:
     _begins: "ray.ObjectRef[Any] | None" = None  # answers once its pack trains
 
     def __post_init__(self) -> None:
+        self.actor = self.start()
         self.ask()
 
     def ask(self) -> None:
         """Ask its process whether it is there, and what it has loaded."""
         self.answer = self.actor.describe.remote()
         self.figures = self.actor.figures.remote()
+
+    def ask_again(self) -> None:
+        """The same after a pause, of a new actor where there is none any more."""
+        if self.given_up:
+            self.actor, self.given_up = self.start(), False
+        self.ask()
 
     def begin_anew(self) -> None:
         """Its pack is to begin: another stage, or another process."""

@@ -6,7 +6,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from higgs_tune.config import TuneSettings
-from higgs_tune.errors import ConfigError, SweepError
+from higgs_tune.errors import ConfigError
 
 PATIENCE_S = 15.0  # after that a person is told that a process has found no node
 
@@ -91,12 +91,12 @@ def shortage(who: str, num_cpus: int, num_gpus: int) -> str:
     )
 
 
-def start_error(who: str, error: RayActorError) -> SweepError:
+def cannot_start(error: RayActorError) -> str:
     """What to tell a person of a process that has ended for good before it did anything."""
     cause = str(error).strip().splitlines()[-1].strip().rstrip(".")
-    return SweepError(
-        f"{who} cannot start: {cause}. Every machine of the cluster needs this package and what it "
-        "needs, in the same versions, and memory for it."
+    return (
+        f"cannot start: {cause}. Every machine of the cluster needs this package and what it "
+        "needs, in the same versions, and memory for it"
     )
 
 

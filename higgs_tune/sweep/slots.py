@@ -8,14 +8,14 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from higgs_tune.config import SweepConfig
-from higgs_tune.errors import ConfigError
+from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.nodes import (
     PATIENCE_S,
+    cannot_start,
     cpus_of_worker,
     most_on_one_node,
     shortage,
-    start_error,
 )
 from higgs_tune.sweep.places import whole_paths
 
@@ -82,7 +82,8 @@ def _ask_a_machine(
     except RayTaskError as error:
         raise error.cause from None
     except RayActorError as error:
-        raise start_error("the process that counts tune.slots_per_worker", error) from None
+        who = "the process that counts tune.slots_per_worker"
+        raise SweepError(f"{who} {cannot_start(error)}.") from None
     finally:
         ray.kill(counter)  # the workers need what it holds
 

@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -12,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import HiggsTuneError, NoMemoryError, SweepError
 from higgs_tune.sweep.member import Member, is_there
-from higgs_tune.sweep.nodes import PATIENCE_S, cpus_of_worker, shortage, start_error
+from higgs_tune.sweep.nodes import PATIENCE_S, cannot_start, cpus_of_worker, shortage
 from higgs_tune.sweep.places import whole_paths
 from higgs_tune.sweep.seats import Roster, num_seats
 from higgs_tune.sweep.slots import slots_of
@@ -39,24 +40,20 @@ class Workers:
         strict, self._num_slots = tune.num_workers == 1, slots_of(config)
         self._num_seats = num_seats(self._num_slots, strict=strict)
         remote: Any = ray.remote(Worker)
-        actors = [
-            remote.options(
+        settings = {"num_slots": self._num_slots, "strict": strict, "device": device}
+
+        def start(name: str) -> Any:
+            return remote.options(
                 name=name,
                 num_cpus=self._num_cpus,
                 num_gpus=self._num_gpus,
                 max_restarts=-1,
-            ).remote(
-                whole_paths(config),
-                num_slots=self._num_slots,
-                strict=strict,
-                device=device,
-                loop_path=loop_path,
-            )
-            for name in self.names
-        ]
+            ).remote(whole_paths(config), **settings, loop_path=loop_path)
+
         self._asked_at = time.monotonic()
         self._members = [
-            Member(f"worker-{number}", actor, self._asked_at) for number, actor in enumerate(actors)
+            Member(f"worker-{number}", partial(start, name), self._asked_at)
+            for number, name in enumerate(self.names)
         ]
         self._figures: dict[str, dict[str, Any]] = {}
         self._trained_at = 0.0  # when one was last known to
@@ -113,16 +110,21 @@ class Workers:
                     continue
                 member.retry_at = None
                 member.since, member.loads_long = time.monotonic(), False
-                member.ask()
+                member.ask_again()
             if not is_there(member.answer):
                 self._check_start(member, tell)
                 continue
             try:
                 answer = ray.get(member.answer)
             except RayActorError as error:
-                if error.actor_init_failed:
-                    raise start_error(member.name, error) from None
-                self._died(member, tell)
+                if not error.actor_init_failed:
+                    self._died(member, tell)
+                    continue
+                if not member.has_served:
+                    raise SweepError(f"{member.name} {cannot_start(error)}.") from None
+                member.given_up, member.accepted = True, False
+                member.begin_anew()
+                self._retry_later(member, SweepError(cannot_start(error)), tell)
                 continue
             except RayTaskError as error:
                 if not isinstance(error.cause, HiggsTuneError):
@@ -170,7 +172,7 @@ class Workers:
     def _retry_later(
         self, member: Member, cause: HiggsTuneError, tell: Callable[[str], None]
     ) -> None:
-        """A worker that had served cannot load its base: its new machine, GPU or disk is to blame.
+        """A worker that had served cannot start or load its base: its new machine, GPU or disk is to blame.
 
         Memory may be there later. After anything else the process starts anew, because a GPU's error
         stays with the process that met it.
@@ -189,7 +191,9 @@ class Workers:
             tell(f"{text}; it tries again every {PAUSE_S:.0f} s")
         member.complaint, member.retry_at = text, now + PAUSE_S
         if not lacks_memory:
-            ray.kill(member.actor, no_restart=False)
+            ray.kill(
+                member.actor, no_restart=member.given_up
+            )  # a lost one's name is taken till then
 
     def _check_start(self, member: Member, tell: Callable[[str], None]) -> None:
         """Say once that a worker's process is not there, or that one which is loads for very long."""

@@ -92,6 +92,60 @@ def test_a_worker_that_starts_again_on_a_bad_gpu_gets_another_process(tmp_path, 
     assert said.endswith("uncorrectable ECC error encountered; it tries again every 0 s")
 
 
+class OnBadNodes:
+    """A worker's settings, which cannot be read there while the file says so many times."""
+
+    def __init__(self, config, file):
+        self.config, self.file = config, file
+
+    def __reduce__(self):
+        return read_settings, (self.config, self.file)
+
+
+def read_settings(config, file):
+    left = int(file.read_text() or 0) if file.exists() else 0
+    if left:
+        file.write_text(str(left - 1))
+        raise ModuleNotFoundError("No module named 'higgs_tune'")
+    return config
+
+
+def test_a_worker_that_cannot_start_on_its_new_machine_is_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "PAUSE_S", 0.5)
+    printed = listen(monkeypatch)
+    pids, bad, killed = tmp_path / "pids", tmp_path / "bad", []
+    whole, record = workers.whole_paths, TrialFiles.result
+
+    def kill_the_worker(self, trial_id, result):
+        record(self, trial_id, result)
+        if not killed:
+            bad.write_text("2")
+            killed.append(int(pids.read_text()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(workers, "whole_paths", lambda config: OnBadNodes(whole(config), bad))
+    monkeypatch.setattr(TrialFiles, "result", kill_the_worker)
+    tune = {**ONE_SLOT, "num_trials": 3, "scheduler": {"name": "none"}}
+    outcome = run(tmp_path, base={"path": f"pid:{pids}"}, tune=tune)
+    ended = {trial["status"]["status"] for trial in trials_of(outcome.results).values()}
+    assert ended == {"completed"} and outcome.num_trials == 3
+    assert len(pids.read_text().split()) == 2 and bad.read_text() == "0"
+    events = [json.loads(text) for text in printed.getvalue().splitlines()]
+    (said,) = [e["message"] for e in events if "cannot start" in e.get("message", "")]
+    assert said.startswith("worker-0 cannot start: ")
+    assert "No module named 'higgs_tune'" in said
+    assert said.endswith("and memory for it; it tries again every 0 s")
+
+
+def test_a_worker_that_never_started_and_cannot_ends_the_sweep(tmp_path, monkeypatch):
+    bad = tmp_path / "bad"
+    bad.write_text("9")
+    whole = workers.whole_paths
+    monkeypatch.setattr(workers, "whole_paths", lambda config: OnBadNodes(whole(config), bad))
+    with pytest.raises(SweepError, match=r"^worker-0 cannot start: .*No module named 'higgs_tune'"):
+        run(tmp_path, tune={**ONE_SLOT, "num_trials": 2})
+
+
 def test_trials_of_a_worker_that_finds_no_memory_any_more_go_to_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PAUSE_S", 0.5)
     processes, heard, killed = tmp_path / "processes", set(), []
