@@ -124,8 +124,11 @@ class Storage:
             if not shared:
                 return torch.zeros(shape, dtype=kind, device=device)
             count = math.prod(shape)
-            # anonymous: of no size that a container's /dev/shm would limit
-            self._maps.append(mmap.mmap(-1, max(1, count) * kind.itemsize))
+            num_bytes = max(1, count) * kind.itemsize
+            try:  # anonymous: of no size that a container's /dev/shm would limit
+                self._maps.append(mmap.mmap(-1, num_bytes))
+            except OSError as error:
+                raise MemoryError(f"cannot share {num_bytes / 2**20:.0f} MiB: {error}") from error
             return torch.frombuffer(self._maps[-1], dtype=kind, count=count).view(shape)
 
         self.master, self.exp_avg, self.exp_avg_sq = zeros(), zeros(), zeros()

@@ -54,7 +54,10 @@ class LaneProcess:
         with warnings.catch_warnings():
             # of threads whose locks nobody would release; the child only computes, which takes none
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._process.start()
+            try:
+                self._process.start()
+            except OSError as error:  # such as no memory to promise
+                raise LaneLostError(f"a lane's process cannot be forked: {error}") from error
         there.close()
         if not self._connection.poll(_START_S):
             self._process.kill()

@@ -1,5 +1,7 @@
 """Lanes with processes of their own, forked from new processes: these tests spoil them."""
 
+import errno
+import mmap
 import os
 import signal
 import socket
@@ -147,6 +149,27 @@ def test_lanes_are_threads_where_a_fork_cannot_compute(caplog, monkeypatch):
     assert "the 3 cores take turns in Python" in caplog.text
     assert "cannot compute: Unable to handle" in caplog.text
     assert lanes.run([lambda: lanes.process] * 3) == [None] * 3
+
+
+def test_lanes_are_threads_where_nothing_can_be_forked(caplog, monkeypatch):
+    def refuse():
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    lanes = Lanes(torch.device("cpu"))
+    lanes.count = 2
+    lanes.fork(answer)
+    assert "cannot be forked: [Errno 12] Cannot allocate memory" in caplog.text
+    assert lanes.run([lambda: lanes.process] * 2) == [None] * 2
+
+
+def test_memory_that_cannot_be_shared_is_memory_that_is_not_there(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match="cannot share 4 MiB"):
+        Storage((1 << 20,), torch.float32, torch.device("cpu"), shared=True)
 
 
 def train(folder, threads, *, spoil=None):
