@@ -115,16 +115,16 @@ class Storage:
         """Make the buffers, all zero.
 
         Args:
-            shared: with the processes that are forked from this one, in a host's memory; it is taken as
-                it is written to.
+            shared: with the processes that are forked from this one, in a host's memory; a page of it is
+                taken when it is first read or written.
         """
         self._maps: list[mmap.mmap] = []
 
         def zeros(kind: torch.dtype = torch.float32) -> Tensor:
-            if not shared:
-                return torch.zeros(shape, dtype=kind, device=device)
             count = math.prod(shape)
-            num_bytes = max(1, count) * kind.itemsize
+            if not (shared and count):
+                return torch.zeros(shape, dtype=kind, device=device)
+            num_bytes = count * kind.itemsize
             try:  # anonymous: of no size that a container's /dev/shm would limit
                 self._maps.append(mmap.mmap(-1, num_bytes))
             except OSError as error:
@@ -169,8 +169,12 @@ class Storage:
 
     def give_back(self) -> None:
         """Zero shared buffers, all of them, and give their memory back until they are written to."""
-        for buffer in self._maps:
-            buffer.madvise(mmap.MADV_REMOVE)
+        try:
+            for memory in self._maps:
+                memory.madvise(mmap.MADV_REMOVE)
+        except OSError:  # a kernel that cannot, such as gVisor's, keeps it
+            for buffer in self.buffers():
+                buffer.zero_()
 
     def clear_gradient(self, where: Where) -> None:
         """Zero the gradient at an index of the buffers."""

@@ -4,6 +4,7 @@ A single run is a pack of one. What one adapter computes depends on its own exam
 alone; neighbours may join, leave or diverge. Shape letters: K slots or adapters of a batch, C codebooks.
 """
 
+import mmap
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -81,9 +82,16 @@ class Engine:
         self._slot_multiple = 32 if compiles else 1
         self.alive_K = torch.ones(limits.num_slots, dtype=torch.bool, device=self.device)
         self.residents: dict[str, Resident] = {}
-        self.num_forwards = 0  # of all adapters so far
+        # of all adapters so far, by lane; shared with those that are processes
+        self._forwards = memoryview(mmap.mmap(-1, 8 * self.lanes.count)).cast("q")
+        self._lane = 0
         if forks:
-            self.lanes.fork(self._answer)
+            self.lanes.fork(self._answer, limits.num_slots)
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards so far, in whatever lane."""
+        return sum(self._forwards)
 
     def add(
         self, trial_id: str, config: TrialConfig, state: AdapterState | None = None
@@ -148,7 +156,7 @@ class Engine:
         Returns:
             Summed nats, detached: text (K,), audio (K, C). Reading them waits for the device.
         """
-        self.num_forwards += 1
+        self._forwards[self._lane] += 1
         by_slot = {r.slot: r.config.rates_at(r.step) for r in self.residents.values()}
         share_KC = torch.zeros(len(batch.slots), 1 + self.num_codebooks)  # text, then codebooks
         for k, slot in enumerate(batch.slots):
@@ -195,7 +203,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: PackBatch, *, bare: bool = False) -> tuple[Tensor, Tensor]:
         """Summed nats of a batch, text (K,) and audio (K, C); `bare` leaves the adapters out."""
-        self.num_forwards += 1
+        self._forwards[self._lane] += 1
         weights = None if bare else self.bank.pack(batch.slots)
         return self.nll(batch, weights)
 
@@ -229,23 +237,19 @@ class Engine:
         process = self.lanes.process
         if process is None:
             return job(self)
-        residents = [r for r in self.residents.values() if r.slot in slots]
-        result, num_forwards = process.call(residents, job)
-        self.num_forwards += num_forwards
-        return result
+        return process.call([r for r in self.residents.values() if r.slot in slots], job)
 
-    def _answer(self, residents: Sequence[Resident], job: Callable[["Engine"], T]) -> tuple[T, int]:
-        """`compute` in a lane's process, with the number of forwards that it took."""
-        held = {r.slot: r for r in self.residents.values()}
+    def _answer(self, lane: int, residents: Sequence[Resident], job: Callable[["Engine"], T]) -> T:
+        """`compute` in a lane's process, where this is a copy of the parent's engine."""
+        self._lane = lane
         for resident in residents:
-            slot = resident.slot
-            if slot not in held or held[slot].config != resident.config:
-                self.bank.vacate(slot)
-                self._seat(slot, resident.config)
-            held[slot] = resident
-        self.residents = {f"slot {r.slot}": r for r in held.values()}
-        before = self.num_forwards
-        return job(self), self.num_forwards - before
+            place = f"slot {resident.slot}"  # not by trial, which may move
+            known = self.residents.pop(place, None)
+            if known is None or known.config != resident.config:
+                self.bank.vacate(resident.slot)
+                self._seat(resident.slot, resident.config)
+            self.residents[place] = resident
+        return job(self)
 
     def _seat(self, slot: int, config: TrialConfig) -> None:
         scale = config.lora_alpha / config.rank

@@ -16,14 +16,15 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 
-from higgs_tune.errors import release_frames
+from higgs_tune.errors import is_out_of_memory, release_frames
 
 logger = logging.getLogger(__name__)
 
@@ -47,28 +48,27 @@ class LaneProcess:
             LaneLostError: it cannot compute. Where there is a GPU, autograd refuses to in a fork of a
                 process that has computed a gradient.
         """
-        self._connection, there = get_context("fork").Pipe()
-        self._process = get_context("fork").Process(
-            target=_serve, args=(answer, there), name="higgs-tune lane", daemon=True
-        )
+        context = get_context("fork")
         with warnings.catch_warnings():
             # of threads whose locks nobody would release; the child only computes, which takes none
             warnings.simplefilter("ignore", DeprecationWarning)
             try:
+                self._connection, there = context.Pipe()
+                self._process = context.Process(
+                    target=_serve, args=(answer, there), name="higgs-tune lane", daemon=True
+                )
                 self._process.start()
-            except OSError as error:  # such as no memory to promise
+            except (OSError, AssertionError) as error:  # no process, memory or file left; a daemon
                 raise LaneLostError(f"a lane's process cannot be forked: {error}") from error
         there.close()
         if not self._connection.poll(_START_S):
-            self._process.kill()
-            raise LaneLostError(f"a lane's process has not answered for {_START_S} s")
+            raise self._lost(f"has not answered for {_START_S} s")
         try:
             error = self._connection.recv()
         except EOFError:
-            error = "ended at its start"
+            error = "it ended at its start"
         if error:
-            self._process.kill()
-            raise LaneLostError(f"a lane's process cannot compute: {error}")
+            raise self._lost(f"cannot compute: {error}")
 
     def call(self, *arguments: Any) -> Any:
         """Its answer to these arguments, which are copied, as the answer is.
@@ -77,18 +77,32 @@ class LaneProcess:
             Exception: what was raised there, with its traceback as a note.
             LaneLostError: the process has ended.
         """
+        request = pickle.dumps(arguments)
         try:
-            self._connection.send_bytes(pickle.dumps(arguments))
-            answer = pickle.loads(self._connection.recv_bytes())
-        except (EOFError, OSError) as error:
+            self._connection.send_bytes(request)
+            reply = self._connection.recv_bytes()
+        except (
+            EOFError,
+            OSError,
+            MemoryError,
+        ) as error:  # whose answer would come next is not known
             self._process.join(1)
-            raise LaneLostError(
-                f"the process of a lane has ended with {self._process.exitcode}; -9 is what the system "
-                "does when memory runs out"
+            code = self._process.exitcode
+            raise self._lost(
+                f"has ended with {code}; -9 is what the system does when memory runs out"
+                if code is not None
+                else f"cannot be asked: {error}"
             ) from error
+        answer = pickle.loads(reply)
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _lost(self, why: str) -> LaneLostError:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()  # with what may still be in it
+        return LaneLostError(f"a lane's process {why}")
 
 
 def _serve(answer: Callable[..., Any], connection: Connection) -> None:
@@ -98,8 +112,10 @@ def _serve(answer: Callable[..., Any], connection: Connection) -> None:
     _let_sockets_go(connection.fileno())
     torch.set_num_threads(1)
     gc.freeze()  # the parent's objects: to look at them would copy them
+    Thread(target=_end_with_parent, daemon=True).start()
     try:
-        torch.zeros((), requires_grad=True).sum().backward()
+        with torch.inference_mode(False), torch.enable_grad():
+            torch.zeros((), requires_grad=True).sum().backward()
     except RuntimeError as error:
         connection.send(str(error))
         return
@@ -119,15 +135,24 @@ def _reply(answer: Callable[..., Any], request: bytes) -> bytes:
     return pickle.dumps(portable)
 
 
+def _end_with_parent() -> None:
+    """Also in the midst of a job, or if that hangs."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _portable(error: Exception) -> Exception:
     """As one that can be pickled, with its traceback as text."""
-    trace = "in a lane's process:\n" + "".join(traceback.format_exception(error))
     try:
+        trace = "".join(traceback.format_exception(error))
         copy = pickle.loads(pickle.dumps(error))
-    except (pickle.PickleError, AttributeError, TypeError, ValueError):  # then its text has to do
-        copy = RuntimeError(f"{type(error).__name__}: {error}")
-    copy.add_note(trace)
-    return copy
+        copy.add_note(f"in a lane's process:\n{trace}")
+        return copy if isinstance(copy, Exception) else RuntimeError(trace)
+    except Exception:  # pickling runs the error's own code: then its text has to do
+        kind = MemoryError if is_out_of_memory(error) else RuntimeError
+        return kind(f"{type(error).__name__}: {error}")
 
 
 def _let_sockets_go(mine: int) -> None:

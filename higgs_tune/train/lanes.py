@@ -33,11 +33,16 @@ class Lanes:
         self._processes: list[LaneProcess] = []  # of lanes that have not begun
         self._here = threading.local()
 
-    def fork(self, answer: Callable[..., Any]) -> None:
-        """Give each lane but one a process, which answers the calls of `process`."""
+    def fork(self, answer: Callable[..., Any], most: int) -> None:
+        """Give lanes a process each, all but one of them.
+
+        Args:
+            answer: what each does with its number, from 1, and the arguments of a call.
+            most: lanes that are filled in training; further ones are threads.
+        """
         try:
-            while len(self._processes) < self.count - 1:
-                self._processes.append(LaneProcess(answer))
+            for number in range(1, min(self.count, most)):
+                self._processes.append(LaneProcess(partial(answer, number)))
         except LaneLostError as error:
             logger.warning(
                 "the %d cores take turns in Python, which may cost a third: %s", self.count, error
