@@ -1,6 +1,7 @@
 """Settings that every test needs before the libraries are imported."""
 
 import os
+import signal
 
 # No test may reach for the network, and none may start more threads than the machine has cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,3 +11,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A script's background job ignores Ctrl-C, one under nohup a closed terminal; tests send both.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -21,8 +21,8 @@ from higgs_tune.model.graph_weights import (
     graph_kind,
     graph_plan,
 )
+from higgs_tune.model.pack_weights import PackWeights
 from higgs_tune.model.packed_forward import packed_nll
-from higgs_tune.model.packed_lora import PackWeights
 
 Nll = tuple[Tensor, Tensor]
 

@@ -20,7 +20,7 @@ from higgs_tune.config import TargetPath
 from higgs_tune.data.collate import PackBatch, to_device
 from higgs_tune.model.adapter_layout import Layout, Linears
 from higgs_tune.model.dropout import Section
-from higgs_tune.model.packed_lora import PackWeights
+from higgs_tune.model.pack_weights import PackWeights
 
 Pieces = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of what stands side by side in a row; no name: nobody reads it."""

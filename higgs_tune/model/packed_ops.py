@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from higgs_tune.model.adapter_layout import Linears
 from higgs_tune.model.dropout import Section
 from higgs_tune.model.graph_weights import Adapters, GraphWeights
-from higgs_tune.model.packed_lora import Run
+from higgs_tune.model.pack_weights import Run
 
 
 def adapted_linear(

@@ -191,9 +191,8 @@ class Workers:
             tell(f"{text}; it tries again every {PAUSE_S:.0f} s")
         member.complaint, member.retry_at = text, now + PAUSE_S
         if not lacks_memory:
-            ray.kill(
-                member.actor, no_restart=member.given_up
-            )  # a lost one's name is taken till then
+            # the name of one that Ray has given up is taken until this
+            ray.kill(member.actor, no_restart=member.given_up)
 
     def _check_start(self, member: Member, tell: Callable[[str], None]) -> None:
         """Say once that a worker's process is not there, or that one which is loads for very long."""

@@ -7,7 +7,6 @@ one thread, here as there: which lane it is does not show in its bits.
 """
 
 import gc
-import logging
 import os
 import pickle
 import signal
@@ -25,8 +24,6 @@ from typing import Any
 import torch
 
 from higgs_tune.errors import is_out_of_memory, release_frames
-
-logger = logging.getLogger(__name__)
 
 _START_S = 60  # a forked process answers within milliseconds, or never
 
@@ -81,12 +78,8 @@ class LaneProcess:
         try:
             self._connection.send_bytes(request)
             reply = self._connection.recv_bytes()
-        except (
-            EOFError,
-            OSError,
-            MemoryError,
-        ) as error:  # whose answer would come next is not known
-            self._process.join(1)
+        except (EOFError, OSError, MemoryError) as error:
+            self._process.join(1)  # if it lives, nobody knows whose answer would come next
             code = self._process.exitcode
             raise self._lost(
                 f"has ended with {code}; -9 is what the system does when memory runs out"

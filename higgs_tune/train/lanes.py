@@ -2,7 +2,7 @@
 
 A step of small matmuls gains little from a second core: the cores wait for each other after every
 operation. With more than one adapter each core takes adapters of its own instead, and waits once a step.
-All cores but one do so in processes of their own where that can be (`lane_process`), else in threads.
+All lanes that training fills but one are processes where that can be (`lane_process`), else threads.
 A GPU has one lane, in which adapters share forwards.
 """
 
