@@ -1,7 +1,6 @@
 """Lanes with processes of their own, forked from new processes: these tests spoil them."""
 
 import errno
-import mmap
 import os
 import signal
 import socket
@@ -19,7 +18,6 @@ import torch
 from higgs_tune.config import ALL_LINEAR
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.errors import is_out_of_memory
-from higgs_tune.model.adapter_layout import Storage
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.lane_process import LaneLostError, LaneProcess
 from higgs_tune.train.lanes import Lanes
@@ -196,15 +194,6 @@ def test_lanes_are_threads_where_nothing_can_be_forked(caplog, monkeypatch):
     assert lanes.run([lambda: lanes.process] * 2) == [None] * 2
 
 
-def test_memory_that_cannot_be_shared_is_memory_that_is_not_there(monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-    monkeypatch.setattr(mmap, "mmap", refuse)
-    with pytest.raises(MemoryError, match="cannot share 4 MiB"):
-        Storage((1 << 20,), torch.float32, torch.device("cpu"), shared=True)
-
-
 def train(folder, threads, *, spoil=None):
     """Both results and the last weights of each trial, in both dtypes; slots change hands in between."""
     torch.set_num_threads(threads)
@@ -331,29 +320,3 @@ def test_lanes_beyond_the_slots_are_threads():
 def test_a_lane_that_dies_ends_the_pack_and_no_single_trial(dataset_folder):
     with pytest.raises(LaneLostError, match="ended with -9"):
         in_new_process(partial(train_in_lanes, dies=True), dataset_folder)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shared_buffers_are_zero_again_when_given_back(dtype):
-    storage = Storage((3, 1000), dtype, torch.device("cpu"), shared=True)
-    for buffer in storage.buffers():
-        buffer.fill_(7)
-    storage.give_back()
-    assert not any(buffer.count_nonzero() for buffer in storage.buffers())
-    storage.master[1] = 2  # it can be used as before
-    assert storage.master.sum() == 2000
-
-
-def test_shared_buffers_are_zero_again_where_memory_cannot_be_given_back(monkeypatch):
-    storage = Storage((3, 1000), torch.float32, torch.device("cpu"), shared=True)
-    storage.exp_avg.fill_(7)
-    storage._maps[0] = Unable()
-    storage.give_back()
-    assert not any(buffer.count_nonzero() for buffer in storage.buffers())
-
-
-class Unable:
-    """Memory of a kernel that has no such call."""
-
-    def madvise(self, _):
-        raise OSError(errno.ENOSYS, "Function not implemented")

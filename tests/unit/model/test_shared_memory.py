@@ -1,0 +1,44 @@
+"""Buffers of a bank that forked processes share."""
+
+import errno
+import mmap
+
+import pytest
+import torch
+
+from higgs_tune.model.adapter_layout import Storage
+
+
+def test_memory_that_cannot_be_shared_is_memory_that_is_not_there(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match="cannot share 4 MiB"):
+        Storage((1 << 20,), torch.float32, torch.device("cpu"), shared=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_buffers_are_zero_again_when_given_back(dtype):
+    storage = Storage((3, 1000), dtype, torch.device("cpu"), shared=True)
+    for buffer in storage.buffers():
+        buffer.fill_(7)
+    storage.give_back()
+    assert not any(buffer.count_nonzero() for buffer in storage.buffers())
+    storage.master[1] = 2  # it can be used as before
+    assert storage.master.sum() == 2000
+
+
+def test_shared_buffers_are_zero_again_where_memory_cannot_be_given_back(monkeypatch):
+    storage = Storage((3, 1000), torch.float32, torch.device("cpu"), shared=True)
+    storage.exp_avg.fill_(7)
+    storage._maps[0] = Unable()
+    storage.give_back()
+    assert not any(buffer.count_nonzero() for buffer in storage.buffers())
+
+
+class Unable:
+    """Memory of a kernel that has no such call."""
+
+    def madvise(self, _):
+        raise OSError(errno.ENOSYS, "Function not implemented")
