@@ -211,8 +211,10 @@ class SweepConfig(Settings):
 
 
 class RunSettings(Settings):
-    """How `higgs-tune train` runs. All but the first leave what is trained as it is."""
+    """How `higgs-tune train` runs. All but the first two leave what is trained as it is."""
 
+    # folder of an adapter, this tool's or PEFT's, whose weights training starts from
+    start_from: LocalPath | None = None
     # times batch_clips times the number of processes: clips of one optimizer step
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     # checkpoint after so many steps; at each validation in any case

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import HiggsAudioV2ForConditionalGeneration
@@ -28,7 +29,7 @@ from higgs_tune.model.snapshot import header
 from higgs_tune.model.targets import lora_regex
 from higgs_tune.train.residents import AdapterState
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
 MARK_NAME, STATE_NAME = "higgs_tune.json", "training_state.safetensors"
 _INTERVAL = "training_state.json"
@@ -47,6 +48,23 @@ def lora_config(config: TrialConfig, base_source: str, revision: str | None = No
     )
 
 
+def read_lora_config(directory: Path) -> LoraConfig:
+    """The adapter_config.json of an adapter.
+
+    Raises:
+        ModelError: missing, not readable, or not of a LoRA.
+    """
+    if not (directory / CONFIG_NAME).is_file():
+        raise ModelError(f"{directory}: {_what_instead(directory, CONFIG_NAME)}")
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{directory}: no readable {CONFIG_NAME}: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{directory}: an adapter of type {config.peft_type}, needed LORA.")
+    return config
+
+
 def save_adapter(
     directory: Path,
     state: AdapterState,
@@ -61,7 +79,7 @@ def save_adapter(
     is data.system_text, for whoever prompts it.
     """
     lora_config(config, base_source, revision).save_pretrained(str(directory))
-    weights = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in state.weights.items()}
+    weights = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in state.weights.items()}
     save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt"})
     mark = {
         "cross_attention": config.cross_attention,
@@ -97,7 +115,7 @@ def load_state(directory: Path) -> AdapterState:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     return AdapterState(
-        step, part(_PREFIX, weights), part("exp_avg.", moments), part("exp_avg_sq.", moments)
+        step, part(PREFIX, weights), part("exp_avg.", moments), part("exp_avg_sq.", moments)
     )
 
 
@@ -146,7 +164,7 @@ def load_weights(directory: Path, config: TrialConfig) -> AdapterState:
         saved = load_file(directory / WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{directory}: not a readable adapter: {error}") from error
-    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}
+    weights = {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()}
     return AdapterState(config.num_steps, weights, {}, {})
 
 
@@ -160,7 +178,7 @@ def read_trial(directory: Path) -> TrialConfig:
     try:
         trial = json.loads(path.read_text(encoding="utf-8"))["trial"]
     except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(f"{directory}: {_what_instead(directory)}") from None
+        raise ModelError(f"{directory}: {_what_instead(directory, MARK_NAME)}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path}: no readable trial in it ({error!r}), needed an adapter's. A merged checkpoint has "
@@ -174,11 +192,11 @@ def read_system_text(directory: Path) -> str | None:
     return json.loads((directory / MARK_NAME).read_text(encoding="utf-8")).get("system_text")
 
 
-def _what_instead(directory: Path) -> str:
+def _what_instead(directory: Path, needed: str) -> str:
     """What was found where an adapter was looked for, and what to give instead of it."""
-    found = f"no {MARK_NAME} in it, so no adapter" if directory.is_dir() else "no such folder"
+    found = f"no {needed} in it, so no adapter" if directory.is_dir() else "no such folder"
     inside = [directory / name for name in ("best_adapter", "adapter")]
-    here = [str(folder) for folder in inside if (folder / MARK_NAME).is_file()]
+    here = [str(folder) for folder in inside if (folder / needed).is_file()]
     there = "one that a sweep or `train` wrote, such as results/quick/best_adapter"
     return f"{found}. Give {' or '.join(here) or there}."
 

@@ -76,6 +76,8 @@ class Display:
             return
         figures = "   ".join(f"{label} {line[name]:.3f}" for label, name in _SHOWN if name in line)
         end = "" if line["status"] == "running" else f"   {line['status']} {line.get('reason', '')}"
+        if "start_from" in line:
+            end = f"   started from {line['start_from']}"
         width = len(str(self._num_steps))
         text = f"step {line[STEP]:>{width}}/{self._num_steps}   {figures}{end}".rstrip()
         self._progress.console.print(Text(text))

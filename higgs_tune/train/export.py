@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import save_torch_state_dict
-from peft import PeftConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import HiggsAudioV2ForConditionalGeneration
@@ -18,13 +17,18 @@ from transformers.utils import logging as hf_logging
 
 from higgs_tune.base_source import named_here
 from higgs_tune.config import BaseSettings, TrialConfig
-from higgs_tune.errors import ModelError
 from higgs_tune.files import RESUME_FILES, share_weights, writing
 from higgs_tune.local_path import refuse_existing
 from higgs_tune.model.boson import boson_config, boson_name, check_modes
 from higgs_tune.model.load import Base, control_ids, load_checkpoint
 from higgs_tune.model.snapshot import header
-from higgs_tune.train.checkpoint import MARK_NAME, WEIGHTS_NAME, load_adapter, read_trial
+from higgs_tune.train.checkpoint import (
+    MARK_NAME,
+    WEIGHTS_NAME,
+    load_adapter,
+    read_lora_config,
+    read_trial,
+)
 
 MAX_SHARD = "5GB"
 # What is needed beside weights and config.json, and may be in a base's folder.
@@ -63,10 +67,7 @@ def adapter_base(
     Raises:
         ModelError: the adapter's config cannot be read.
     """
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{adapter}: no readable adapter_config.json: {error}") from error
+    config = read_lora_config(adapter)
     assert config.base_model_name_or_path is not None
     named = path or named_here(config.base_model_name_or_path)
     return BaseSettings(

@@ -30,7 +30,7 @@ from higgs_tune.train.interval import Interval
 from higgs_tune.train.optim import learning_rate
 from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.progress import Run
-from higgs_tune.train.residents import PackLimits
+from higgs_tune.train.residents import AdapterState, PackLimits
 from higgs_tune.train.room import Ended, agree, raise_if_all_failed
 from higgs_tune.train.validation import Validator
 
@@ -90,11 +90,13 @@ class PackLoop:
         config: TrialConfig,
         state_dir: Path | None = None,
         *,
+        start: AdapterState | None = None,
         batches_per_step: int = 1,
     ) -> dict[str, Any]:
         """Add a trial, fresh or from a folder that a snapshot wrote.
 
         Args:
+            start: of a fresh one, instead of what its seed draws.
             batches_per_step: how often each process takes `batch_clips` clips for one optimizer step.
 
         Returns:
@@ -102,7 +104,7 @@ class PackLoop:
         """
         num_batches = batches_per_step * self._world.size
         order = self.train_order(config.batch_clips * num_batches, config.seed)
-        state = load_state(state_dir) if state_dir else None
+        state = load_state(state_dir) if state_dir else start
         interval = Interval(**(load_interval(state_dir) if state_dir else {}))
         resident = self.engine.add(trial_id, config, state)
         self._runs[trial_id] = Run(resident, order, interval)

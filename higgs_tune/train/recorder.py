@@ -51,12 +51,16 @@ class Recorder:
             self._board = Board(out / folder.BOARD, next_step)
 
     def start(self) -> None:
-        """Note the untouched base, or catch up with what an earlier start left undone."""
+        """Note the untouched base and the adapter to start from, or catch up with an earlier start."""
         if not self.lines:
             self._write({metrics.STEP: 0, **self._loop.base_metrics, "status": "running"})
+            if self._run.start_from is not None:
+                figures = self._loop.validate([self._id])[self._id]
+                start = {metrics.STEP: 0, **figures, "status": "running"}
+                self.record(start | {"start_from": self._run.start_from})
         elif (self._out / folder.ADAPTER).exists():
             self._saved = self._loop.position(self._id)
-            if self.lines[-1][metrics.STEP] == self._saved[0] > 0:
+            if self.lines[-1][metrics.STEP] == self._saved[0] and len(self.lines) > 1:
                 self._world.on_main(self._keep)
 
     def record(self, result: Line) -> Line:

@@ -51,6 +51,7 @@ class Started:
     content_hash: str  # of the dataset
     clips_per_step: int
     num_processes: int
+    start_from: str | None = None  # needed as long as there is no checkpoint
 
     def record(self) -> Line:
         """Plain data for config.json."""
@@ -93,7 +94,7 @@ def rewind(out: Path, started: Started) -> list[Line]:
             old.rename(adapter)
     if not (out / SETTINGS).exists():
         raise ConfigError(f"{out}: no {ADAPTER}/ to go on from. Leave out --resume to start.")
-    _check_same(out / SETTINGS, started)
+    _check_same(out / SETTINGS, started, has_checkpoint=adapter.exists())
     # a line at the checkpoint's step is only its own if the checkpoint was made behind it
     last = -1
     if adapter.exists():
@@ -106,16 +107,17 @@ def rewind(out: Path, started: Started) -> list[Line]:
     return read_json_lines(out / METRICS)
 
 
-def _check_same(path: Path, started: Started) -> None:
+def _check_same(path: Path, started: Started, *, has_checkpoint: bool) -> None:
     """Refuse to go on with other settings or data.
 
-    Only the device may change, and how a batch is shared unless each process draws masks of its own.
+    Only the device may change, how a batch is shared unless each process draws masks of its own, and
+    what the run started from once there is a checkpoint.
     """
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         raw = [saved[section] for section in ("base", "data", "trial")]
         clips_then, processes_then = saved["clips_per_step"], saved["num_processes"]
-        hash_then = saved["content_hash"]
+        hash_then, start_then = saved["content_hash"], saved["run"].get("start_from")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: the settings of the run to go on with cannot be read: {error!r}. "
@@ -132,15 +134,18 @@ def _check_same(path: Path, started: Started) -> None:
         for name, before in then
         if before != getattr(now, name) and (section, name) != ("base", "device")
     ]
+    if not has_checkpoint and start_then != started.start_from:
+        differing.append(f"run.start_from was {start_then!r}, now {started.start_from!r}")
     if not differing and clips_then != started.clips_per_step:
         differing = [
             f"processes × run.gradient_accumulation_steps × trial.batch_clips was {clips_then}, "
             f"now {started.clips_per_step}"
         ]
     if differing:
+        weights = f", with --start-from {path.parent / ADAPTER} from its weights"
         raise ConfigError(
-            f"{path.parent}: --resume with other settings: {'; '.join(differing)}. Give the "
-            "settings of the first start, or another --out to start anew."
+            f"{path.parent}: --resume with other settings: {'; '.join(differing)}. Give the settings "
+            f"of the first start, or another --out to start anew{weights if has_checkpoint else ''}."
         )
     if hash_then != started.content_hash:
         raise ConfigError(

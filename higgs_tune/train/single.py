@@ -21,6 +21,7 @@ from higgs_tune.train.recorder import Recorder, Watcher, early_stop_reason, is_f
 from higgs_tune.train.residents import PackLimits
 from higgs_tune.train.run_folder import Line
 from higgs_tune.train.signals import StopRequest, stop_signals
+from higgs_tune.train.start_from import check_start, start_state
 
 _ID = "run"
 
@@ -53,7 +54,8 @@ def train_single(
 
     Raises:
         ConfigError: `out` is in use, or `resume` finds nothing there or a run of other settings,
-            data or weights of the base.
+            data or weights of the base; or `run.start_from` has another rank or scale.
+        ModelError: `run.start_from` is no adapter, or not one that the trial can start from.
         DataError: the disk is full or `out` cannot be written.
     """
     started = folder.Started(
@@ -63,6 +65,7 @@ def train_single(
         content_hash=dataset.info.content_hash,
         clips_per_step=world.size * run.gradient_accumulation_steps * trial.batch_clips,
         num_processes=world.size,
+        start_from=run.start_from,
     )
 
     def open_folder() -> list[Line]:
@@ -82,15 +85,19 @@ def train_single(
             if world.is_main:
                 watcher.report(last)
             return last
+        newest, start_from = out / folder.ADAPTER, None
+        if run.start_from and not newest.exists():
+            start_from = Path(run.start_from).expanduser()
+            check_start(start_from, trial)
         here = base.model_copy(update={"device": device or base.device})
         limits = PackLimits.of([trial], num_slots=1)
         loop = PackLoop(load_base(here), dataset, data, limits, world)
         folder.check_base(out, lines, loop.base_metrics)
-        newest = out / folder.ADAPTER
         account = loop.join(
             _ID,
             trial,
             newest if newest.exists() else None,
+            start=start_state(start_from, trial, loop.engine) if start_from else None,
             batches_per_step=run.gradient_accumulation_steps,
         )
         settings = started.record() | {

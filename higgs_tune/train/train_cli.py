@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", help="dataset folder instead of the configuration's")
     parser.add_argument("--out", type=local_path, default=Path("trained"), help="default: trained")
+    parser.add_argument(
+        "--start-from", metavar="DIR", help="adapter whose weights training starts from"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from --out's last checkpoint")
     parser.add_argument("--seed", type=int, help="another seed than the configuration's")
     parser.add_argument(
@@ -75,6 +78,8 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]
     if isinstance(trial, dict) and args.seed is not None:
         trial["seed"] = args.seed
     given = {name: raw.get(name) for name in SECTIONS} | {"run": raw.get("run") or {}}
+    if args.start_from is not None and isinstance(given["run"], dict):
+        given["run"]["start_from"] = args.start_from
     return dict(validate(_Training, given, str(args.config))), expected
 
 

@@ -56,6 +56,16 @@ def test_a_terminal_has_figures_and_samples_as_they_are():
     assert "nono …" in text
 
 
+def test_a_terminal_names_the_adapter_of_a_start():
+    stream = Terminal()
+    with Display(20, stream) as display:
+        display.line({**LINE, "step": 0, "start_from": "old/adapter"})
+    assert (
+        "step  0/20   text nll 2.500   audio nll 4.000   started from old/adapter"
+        in stream.getvalue()
+    )
+
+
 def test_pace_counts_the_steps_of_this_start():
     now = iter([0.0, 10.0, 10.0, 20.0, 20.0])
     pace = Pace(1000, clock=lambda: next(now))

@@ -57,6 +57,15 @@ def test_any_setting_can_be_overridden(read):
     assert settings["data"].path == "elsewhere"
 
 
+def test_a_start_is_an_argument_and_a_setting(read):
+    in_file = BEST | {"run": {"start_from": "old/adapter", "num_samples": 2}}
+    assert read(content=in_file)[0]["run"].start_from == "old/adapter"
+    settings, _ = read("--start-from", "new/adapter", content=in_file)
+    assert (settings["run"].start_from, settings["run"].num_samples) == ("new/adapter", 2)
+    with pytest.raises(ConfigError, match=r"run.start_from: .*s3://bucket/a is an address"):
+        read("--start-from", "s3://bucket/a")
+
+
 def test_a_run_section_is_read_and_overridden(read):
     settings, _ = read("--set", "run.num_samples=0", content=BEST | {"run": {"num_samples": 2}})
     assert settings["run"].num_samples == 0

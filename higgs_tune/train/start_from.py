@@ -1,0 +1,87 @@
+"""Training that starts from another adapter's weights: ours, or one of plain PEFT on the stock model."""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from higgs_tune.config import ALPHA_POWERS, ALPHA_RANK, TrialConfig
+from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.model.initial import initial_weights
+from higgs_tune.model.snapshot import header
+from higgs_tune.train.checkpoint import PREFIX, WEIGHTS_NAME, read_lora_config
+from higgs_tune.train.engine import Engine
+from higgs_tune.train.residents import AdapterState
+
+
+def check_start(directory: Path, config: TrialConfig) -> None:
+    """See that an adapter has a trial's rank and scale, before anything large is loaded.
+
+    Raises:
+        ConfigError: it has another one.
+        ModelError: not a readable LoRA adapter of PEFT's, or one whose modules differ in scale.
+    """
+    adapter = read_lora_config(directory)
+    if adapter.alpha_pattern or adapter.rank_pattern:
+        raise ModelError(
+            f"run.start_from: {directory}: its modules differ in rank or alpha (rank_pattern or "
+            "alpha_pattern in adapter_config.json), needed one of each. Start from another adapter."
+        )
+    if adapter.r != config.rank:
+        raise ConfigError(
+            f"run.start_from: {directory} has rank {adapter.r}, the trial {config.rank}. "
+            f"Train with --set trial.rank={adapter.r}."
+        )
+    scale = adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r)
+    if not math.isclose(scale, config.lora_alpha / config.rank, rel_tol=1e-6):
+        growth = (config.rank / ALPHA_RANK) ** ALPHA_POWERS[config.alpha_rule]
+        raise ConfigError(
+            f"run.start_from: {directory} was trained at a scale (alpha / rank) of {scale:g}, the trial "
+            f"has {config.lora_alpha / config.rank:g}, at which the same weights are another adapter. "
+            f"Train with --set trial.alpha={scale * config.rank / growth:g}."
+        )
+    header(directory / WEIGHTS_NAME)
+
+
+def start_state(directory: Path, config: TrialConfig, engine: Engine) -> AdapterState:
+    """A trial's start from an adapter: its weights, no step done, moments of zero.
+
+    What the trial trains beyond the adapter starts as in a fresh trial, which leaves the losses as the
+    adapter alone has them.
+
+    Raises:
+        ModelError: the file is damaged, not finite, or has weights that the trial does not train.
+    """
+    path = directory / WEIGHTS_NAME
+    header(path)
+    saved = {name.removeprefix(PREFIX): tensor.float() for name, tensor in load_file(path).items()}
+    weights = initial_weights(engine.base.model, engine.lora_groups, config)
+    _check(path, saved, weights)
+    weights |= saved
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    return AdapterState(0, weights, zeros, zeros)
+
+
+def _check(path: Path, saved: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
+    for name, tensor in saved.items():
+        if name not in needed:
+            raise ModelError(
+                f"{path}: has {name}, which trial.targets and trial.cross_attention do not train; it "
+                "would be lost. Train what the adapter trained, or more."
+            )
+        if tensor.shape != needed[name].shape:
+            raise ModelError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, needed "
+                f"{tuple(needed[name].shape)}. Start from an adapter of this base."
+            )
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"{path}: {name} is not finite: that training diverged. Start from an earlier checkpoint."
+            )
+        one, other = (".lora_A.", ".lora_B.") if ".lora_A." in name else (".lora_B.", ".lora_A.")
+        if (twin := name.replace(one, other)) not in saved:
+            raise ModelError(f"{path}: has {name} without {twin}. Save the adapter again.")
+    if not saved:
+        raise ModelError(f"{path}: has no weights. Start from another adapter.")

@@ -1,0 +1,264 @@
+"""Training that starts from another adapter's weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from higgs_tune import metrics
+from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.train.loop import PackLoop
+from higgs_tune.train.residents import PackLimits
+from tests.models import DATA, tiny_base
+from tests.runs import TRIAL, assert_same_run, read_lines
+
+VALIDATED = (metrics.VAL_TEXT_NLL, metrics.VAL_AUDIO_NLL, metrics.VAL_AUDIO_GAIN)
+WEIGHTS = "adapter_model.safetensors"
+
+
+def figures(line):
+    return {name: line[name] for name in VALIDATED}
+
+
+def killed_at(step, num_lines):
+    """A report that ends the process at this line."""
+    seen = []
+
+    def report(line):
+        seen.append(line["step"])
+        if (line["step"], len(seen)) == (step, num_lines):
+            raise RuntimeError("killed")
+
+    return report
+
+
+def edit_config(adapter, **changes):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(adapter, change):
+    weights = load_file(adapter / WEIGHTS)
+    change(weights)
+    save_file(weights, adapter / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def trained(run_single, tmp_path):
+    """The adapter of a finished run, as `export` hands it over, and its last line."""
+    run, lines, _ = run_single
+    run(out=tmp_path / "earlier")
+    last = lines[-1]
+    lines.clear()
+    adapter = tmp_path / "adapter"
+    ignore = shutil.ignore_patterns("training_state*")
+    shutil.copytree(tmp_path / "earlier" / "adapter", adapter, ignore=ignore)
+    return adapter, last
+
+
+@pytest.fixture
+def plain_peft(tmp_path):
+    """A function that saves an adapter of stock PEFT on the stock model, in bfloat16; and that model."""
+
+    def save(**settings):
+        torch.manual_seed(3)
+        config = LoraConfig(
+            **({"r": 4, "lora_alpha": 2, "target_modules": ["v_proj", "down_proj"]} | settings)
+        )
+        wrapped = get_peft_model(tiny_base().model, config)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.3)
+            if "lora_" in name:
+                parameter.data = parameter.data.bfloat16().float()
+        wrapped.save_pretrained(tmp_path / "peft")
+        adapter = tmp_path / "peft"
+        edit_weights(adapter, lambda w: w.update({n: t.bfloat16() for n, t in w.items()}))
+        return adapter, wrapped
+
+    return save
+
+
+def test_a_run_starts_with_the_losses_and_weights_of_its_adapter(run_single, trained):
+    run, lines, out = run_single
+    adapter, last = trained
+    run(start_from=str(adapter), trial=TRIAL.model_copy(update={"num_steps": 5, "seed": 8}))
+    base, start, first = lines
+    assert base["step"] == start["step"] == 0 and first["step"] == 5
+    assert figures(start) == figures(last) != figures(base)
+    assert start["start_from"] == str(adapter)
+    assert read_lines(out / "metrics.jsonl") == lines
+
+
+def test_the_checkpoint_of_a_start_has_its_weights_and_no_moments(run_single, trained):
+    run, _, out = run_single
+    adapter, _ = trained
+    with pytest.raises(RuntimeError, match="killed"):
+        run(start_from=str(adapter), report=killed_at(0, 2))
+    saved = load_file(out / "adapter" / WEIGHTS)
+    torch.testing.assert_close(saved, load_file(adapter / WEIGHTS), rtol=0, atol=0)
+    moments = load_file(out / "adapter" / "training_state.safetensors")
+    assert len(moments) == 2 * len(saved)
+    assert all(not moment.any() for moment in moments.values())
+
+
+@pytest.mark.parametrize(("step", "num_lines"), [(0, 1), (0, 2), (10, 4)])
+def test_a_started_run_that_is_killed_goes_on_as_if_it_had_not_been(
+    run_single, trained, tmp_path, step, num_lines
+):
+    run, _, out = run_single
+    adapter, _ = trained
+    run(out=tmp_path / "whole", start_from=str(adapter))
+    with pytest.raises(RuntimeError, match="killed"):
+        run(start_from=str(adapter), report=killed_at(step, num_lines))
+    if num_lines == 1:
+        with pytest.raises(ConfigError, match=r"run.start_from was '.*adapter', now None"):
+            run(resume=True)
+    else:
+        shutil.rmtree(adapter)  # a checkpoint needs it no longer
+    assert run(resume=True, start_from=str(adapter))["status"] == "completed"
+    assert_same_run(out, tmp_path / "whole")
+    best = "best_adapter/adapter_model.safetensors"
+    assert (out / best).read_bytes() == (tmp_path / "whole" / best).read_bytes()
+
+
+def test_training_that_only_spoils_its_start_leaves_it_as_the_best(run_single, trained):
+    run, lines, out = run_single
+    adapter, _ = trained
+    spoil = TRIAL.model_copy(update={"learning_rate": 3.0, "clip_norm": 100.0, "num_steps": 5})
+    run(start_from=str(adapter), trial=spoil, audio_tolerance=9.0)
+    assert lines[2][metrics.VAL_TEXT_NLL] > lines[1][metrics.VAL_TEXT_NLL]
+    assert json.loads((out / "best_adapter" / "best.json").read_text()) == {"step": 0}
+    saved = load_file(out / "best_adapter" / WEIGHTS)
+    torch.testing.assert_close(saved, load_file(adapter / WEIGHTS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_of_plain_peft_starts_with_the_losses_of_the_model_it_makes(
+    run_single, plain_peft, dataset, rslora
+):
+    """The reference merges it into the stock model and knows no adapter."""
+    run, lines, _ = run_single
+    adapter, wrapped = plain_peft(use_rslora=rslora)
+    merged = tiny_base()
+    merged.model.load_state_dict(wrapped.merge_and_unload().state_dict())
+    expected = PackLoop(merged, dataset, DATA, PackLimits.of([], num_slots=1)).base_metrics
+    changes = {"alpha": 4.0 if rslora else 2.0, "num_steps": 5}
+    run(start_from=str(adapter), trial=TRIAL.model_copy(update=changes))
+    base, start = lines[:2]
+    # float32 sums in another order
+    assert figures(start) == pytest.approx(figures(expected), rel=1e-5, abs=1e-5)
+    assert abs(base[metrics.VAL_TEXT_NLL] - start[metrics.VAL_TEXT_NLL]) > 0.01
+
+
+def test_what_a_trial_trains_beyond_its_start_begins_fresh(run_single, trained):
+    run, lines, out = run_single
+    adapter, last = trained
+    wider = TRIAL.model_copy(
+        update={
+            "targets": (*TRIAL.targets, "text_head", "audio_attention"),
+            "cross_attention": "text_to_audio",
+            "num_steps": 5,
+        }
+    )
+    run(start_from=str(adapter), trial=wider)
+    assert figures(lines[1]) == pytest.approx(figures(last), rel=1e-5, abs=1e-5)
+    ended = load_file(out / "adapter" / WEIGHTS)
+    assert ended["base_model.model.text_lm_head.lora_B.weight"].any()
+
+
+def text_head(weights):
+    weights["base_model.model.text_lm_head.lora_A.weight"] = torch.ones(4, 32)
+
+
+def not_a_number(weights):
+    next(iter(weights.values()))[0, 0] = float("nan")
+
+
+def other_shape(weights):
+    name = next(name for name in weights if "lora_B" in name)
+    weights[name] = torch.ones(7, 4)
+
+
+def half_a_pair(weights):
+    del weights[next(name for name in weights if "lora_B" in name)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            text_head,
+            r"adapter_model.safetensors: has text_lm_head.lora_A.weight, which trial.targets",
+        ),
+        (not_a_number, r"lora_A.weight is not finite: that training diverged"),
+        (other_shape, r"lora_B.weight has shape \(7, 4\), needed \(\d+, 4\)"),
+        (half_a_pair, r"has .*lora_A.weight without .*lora_B.weight. Save the adapter again"),
+        (dict.clear, r"adapter_model.safetensors: has no weights"),
+    ],
+)
+def test_weights_that_cannot_be_a_start_are_refused(run_single, trained, change, message):
+    run, lines, out = run_single
+    adapter, _ = trained
+    edit_weights(adapter, change)
+    with pytest.raises(ModelError, match=message):
+        run(start_from=str(adapter))
+    assert not lines and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"r": 8}, ConfigError, r"has rank 8, the trial 4. Train with --set trial.rank=8"),
+        ({"use_rslora": True}, ConfigError, r"scale .* of 4, .* has 2, .* --set trial.alpha=16"),
+        ({"alpha_pattern": {"q_proj": 3}}, ModelError, r"modules differ in rank or alpha"),
+        ({"rank_pattern": {"q_proj": 8}}, ModelError, r"modules differ in rank or alpha"),
+        ({"peft_type": "IA3"}, ModelError, r"an adapter of type .*IA3.*, needed LORA"),
+        ({"peft_type": "no such"}, ModelError, r"no readable adapter_config.json"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+def test_an_adapter_of_another_kind_is_refused_before_anything_is_loaded(
+    run_single, trained, monkeypatch, changes, error, message
+):
+    run, _, out = run_single
+    adapter, _ = trained
+    edit_config(adapter, **changes)
+    monkeypatch.setattr("higgs_tune.train.single.load_base", None)
+    with pytest.raises(error, match=message):
+        run(start_from=str(adapter))
+    assert not out.exists()
+
+
+def test_the_alpha_that_a_start_is_refused_for_is_the_one_that_passes(run_single, trained):
+    run, lines, _ = run_single
+    adapter, last = trained
+    ruled = TRIAL.model_copy(update={"alpha_rule": "rslora", "num_steps": 5})
+    with pytest.raises(ConfigError, match=r"--set trial.alpha=16\.") as refused:
+        run(start_from=str(adapter), trial=ruled)
+    alpha = float(str(refused.value).rsplit("=", 1)[1].rstrip("."))
+    run(start_from=str(adapter), trial=ruled.model_copy(update={"alpha": alpha}))
+    assert figures(lines[1]) == figures(last)
+
+
+def test_a_start_that_is_not_there_is_named(run_single, tmp_path):
+    run, _, out = run_single
+    with pytest.raises(ModelError, match=r"/nowhere: no such folder. Give one that a sweep or"):
+        run(start_from=str(tmp_path / "nowhere"))
+    (tmp_path / "earlier" / "adapter").mkdir(parents=True)
+    (tmp_path / "earlier" / "adapter" / "adapter_config.json").write_text("{}")
+    needed = r"earlier: no adapter_config.json in it, so no adapter. Give .*earlier/adapter\."
+    with pytest.raises(ModelError, match=needed):
+        run(start_from=str(tmp_path / "earlier"))
+    assert not out.exists()
+
+
+def test_a_run_of_other_settings_is_told_how_to_take_over_its_weights(run_single):
+    run, _, out = run_single
+    run()
+    longer = TRIAL.model_copy(update={"num_steps": 40})
+    with pytest.raises(ConfigError, match=rf"another --out .* --start-from {out / 'adapter'}"):
+        run(resume=True, trial=longer)
