@@ -7,6 +7,7 @@ import csv
 import json
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,10 +17,14 @@ import pyarrow.parquet as pq
 from higgs_tune.data.rows import PATH, TEXT, TEXT_FILE
 from higgs_tune.errors import DataError
 
+_LJSPEECH = ("id", "transcript", "text")  # the last is normalised, and may be missing
 _PARQUET_ROWS = 1024  # decoded at a time
 _PARQUET_BUFFER = 2**20  # bytes of a column read at a time: a row group may hold a million rows
 _AS_UTF8 = 'Save it as UTF-8: "CSV UTF-8" in Excel, `iconv -f OLD -t UTF-8` in a shell.'
-_NO_QUOTES = "TSV is read without quotes: write this file as .csv, or the text without them."
+_NO_QUOTES = (
+    "TSV and fields between | are read without quotes: write this file as .csv with commas, or the text "
+    "without them."
+)
 _QUOTES = (
     "A field that begins with a quotation mark ends with one, and those inside it are doubled."
 )
@@ -114,42 +119,55 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
 def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
     is_tsv = path.suffix.lower() == ".tsv"
     with path.open(encoding=encoding_of(path), newline="") as file:
-        rows = _cells(path, file, is_tsv)
-        names = [name.strip().lower() for name in next(rows, (0, []))[1]]
-        if not (set(names) & set(PATH) and set(names) & set(TEXT + TEXT_FILE)):
+        delimiter = "\t" if is_tsv else _delimiter(file)
+        has_quotes = not is_tsv and delimiter != "|"
+        rows = _cells(path, file, delimiter, has_quotes)
+        first = next(rows, (0, []))
+        names = [name.strip().lower() for name in first[1]]
+        names_columns = set(names) & set(PATH) and set(names) & set(TEXT + TEXT_FILE)
+        is_ljspeech = not names_columns and delimiter == "|" and _is_ljspeech(first[1])
+        if is_ljspeech:
+            names, rows = list(_LJSPEECH[: len(names)]), chain([first], rows)
+        elif not names_columns:
             raise DataError(
                 f"{path}: the first line names the columns {', '.join(names)}; needed one of "
                 f"{', '.join(PATH)} and one of {', '.join(TEXT + TEXT_FILE)}, with "
-                f"{'tabs' if is_tsv else 'commas, semicolons or tabs'} between them."
+                f"{'tabs' if is_tsv else 'commas, semicolons, tabs or |'} between them."
             )
         _check_names(path, [name for name in names if name])
         before: list[str] = []
         for line, cells in rows:
             fields: Any = dict(zip(names, cells, strict=False))
-            if is_tsv and len(cells) < len(names) and any(map(_opens_quote, before)):
+            if not has_quotes and len(cells) < len(names) and any(map(_opens_quote, before)):
                 raise DataError(
                     f"{path}, line {line}: goes on with a quoted text of the line before. {_NO_QUOTES}"
                 )
             if len(cells) != len(names):
                 more = "more" if len(cells) > len(names) else "fewer"
                 fields = DataError(f"line {line} has {more} fields than the first line names")
-            elif is_tsv and any(map(_is_quoted, cells)):
+            elif not has_quotes and any(map(_is_quoted, cells)):
                 fields = DataError(f"line {line} has a text quoted as in CSV. {_NO_QUOTES}")
+            elif is_ljspeech:
+                fields["path"] = f"wavs/{cells[0]}.wav"
             yield line, fields
             before = cells
 
 
-def _cells(path: Path, file: TextIO, is_tsv: bool) -> Iterator[tuple[int, list[str]]]:
+def _is_ljspeech(cells: Sequence[str]) -> bool:
+    """Whether a first line is a row of LJSpeech's metadata.csv: the name in wavs/, and one text or two."""
+    return 2 <= len(cells) <= len(_LJSPEECH) and Path(cells[0]).suffix == ""
+
+
+def _cells(
+    path: Path, file: TextIO, delimiter: str, has_quotes: bool
+) -> Iterator[tuple[int, list[str]]]:
     """The line where each row begins, and the row's cells; blank lines are left out.
 
-    TSV has no quotes, as Common Voice writes it: read with them, a text that begins with a quotation
-    mark would take in the rows that follow.
+    TSV has no quotes, as Common Voice writes it, and `|` none, as LJSpeech: read with them, a text that
+    begins with a quotation mark would take in the rows that follow.
     """
-    reader = (
-        csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if is_tsv
-        else csv.reader(file, delimiter=_delimiter(file), strict=True)
-    )
+    quoting = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
+    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=has_quotes)
     while True:
         line = reader.line_num + 1
         try:
@@ -159,17 +177,20 @@ def _cells(path: Path, file: TextIO, is_tsv: bool) -> Iterator[tuple[int, list[s
         except csv.Error as error:
             raise DataError(
                 f"{path}, line {line}: not {path.suffix[1:]} ({error})."
-                + ("" if is_tsv else f" {_QUOTES}")
+                + (f" {_QUOTES}" if has_quotes else "")
             ) from None
         if cells:
             yield line, cells
 
 
 def _delimiter(file: TextIO) -> str:
-    """What the first line has most of: spreadsheets write semicolons where the comma is decimal."""
+    """What the first line has most of: spreadsheets write semicolons where the comma is decimal.
+
+    Or `|`, which no column's name has: the first line may be a text with commas.
+    """
     first = next(filter(str.strip, file), "")
     file.seek(0)
-    return max(",;\t", key=first.count)
+    return "|" if "|" in first else max(",;\t", key=first.count)
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:

@@ -23,10 +23,11 @@ PATH = (
     "file",
     "file_name",
     "wav",
+    "wav_filename",
 )
 TEXT = ("text", "transcript", "transcription", "sentence")
 TEXT_FILE = ("transcript_file", "text_file")
-SPEAKER = ("speaker", "speaker_id", "client_id")
+SPEAKER = ("speaker", "speaker_id", "speaker_name", "client_id")
 LANGUAGE = ("language", "lang", "locale")
 SPLIT = ("split",)
 REF_AUDIO = ("ref_audio_file", "ref_audio", "ref_path", "ref_audio_path")

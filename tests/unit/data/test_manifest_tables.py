@@ -38,9 +38,45 @@ def test_csv_with_a_wrong_number_of_fields_names_the_line(tmp_path: Path):
 def test_csv_without_the_needed_columns_is_an_error(tmp_path: Path):
     with pytest.raises(
         DataError,
-        match=r"columns a\.wav, hello; needed one of path, .*, semicolons or tabs between",
+        match=r"columns a\.wav, hello; needed one of path, .*, semicolons, tabs or \| between",
     ):
         read(tmp_path / "m.csv", "a.wav,hello\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_metadata_of_ljspeech_needs_no_first_line(tmp_path: Path, encoding: str):
+    content = (
+        'LJ-1|Dr. A, "one", two, three|Doctor A, "one", two, three\n'
+        'LJ-2|"So it begins|"So it begins\n'
+        "LJ-3|3 cats|three cats|odd\n"
+        "LJ-4|4 cats|four cats\n"
+    )
+    found = read(tmp_path / "metadata.csv", content, encoding)
+    assert [(row.number, row.id, row.audio, row.text) for row in found.rows] == [
+        (1, "LJ-1", ("wavs/LJ-1.wav",), 'Doctor A, "one", two, three'),
+        (2, "LJ-2", ("wavs/LJ-2.wav",), '"So it begins'),
+        (4, "LJ-4", ("wavs/LJ-4.wav",), "four cats"),
+    ]
+    assert [r.reason for r in found.rejected] == [
+        "line 3 has more fields than the first line names"
+    ]
+    (row,) = read(tmp_path / "short.csv", "a1|صباح الخير\n").rows
+    assert (row.audio, row.text) == (("wavs/a1.wav",), "صباح الخير")
+
+
+def test_fields_between_bars_have_names_and_no_quotes(tmp_path: Path):
+    named = (
+        'audio_file|text|speaker_name\nwavs/a.wav|"Ja, sagte er|anna\nwavs/b.wav|Nein, "nie"|bo\n'
+    )
+    found = read(tmp_path / "m.csv", named)
+    assert [(row.audio[0], row.text, row.speaker) for row in found.rows] == [
+        ("wavs/a.wav", '"Ja, sagte er', "anna"),
+        ("wavs/b.wav", 'Nein, "nie"', "bo"),
+    ]
+    with pytest.raises(
+        DataError, match=r"columns a\.wav, hello, anna; needed .* tabs or \| between"
+    ):
+        read(tmp_path / "n.csv", "a.wav|hello|anna\n")
 
 
 @pytest.mark.parametrize("comma", [",", ";", "\t"])
@@ -89,8 +125,8 @@ def test_a_tsv_that_is_quoted_as_csv_gives_no_wrong_transcript(tmp_path: Path):
     found = read(tmp_path / "m.tsv", quoted)
     assert [row.text for row in found.rows] == ["Nein"]
     assert [r.reason for r in found.rejected] == [
-        "line 2 has a text quoted as in CSV. TSV is read without quotes: write this file as .csv, "
-        "or the text without them."
+        "line 2 has a text quoted as in CSV. TSV and fields between | are read without quotes: write "
+        "this file as .csv with commas, or the text without them."
     ]
     broken = 'path\ttext\na.wav\tJa\nb.wav\t"first\nsecond"\nc.wav\tNein\n'
     with pytest.raises(DataError, match=r"m\.tsv, line 4: goes on with a quoted text of the line"):
