@@ -23,7 +23,7 @@ from higgs_tune.model.adapter_layout import Linears
 from higgs_tune.model.dropout import Section
 from higgs_tune.model.graph_weights import Adapters
 from higgs_tune.model.groups import decoder_layers, head_groups, layer_groups
-from higgs_tune.model.losses import codebook_nll_sum, text_nll_sum
+from higgs_tune.model.losses import nll_sum
 from higgs_tune.model.new_module_ops import new_linear, new_scale
 from higgs_tune.model.packed_ops import (
     adapted_linear,
@@ -156,8 +156,8 @@ def packed_nll(
     """
     text_logits, audio_logits = packed_logits(base, batch, weights)
     return (
-        text_nll_sum(text_logits, batch.text_labels_KM),
-        codebook_nll_sum(audio_logits, batch.audio_labels_KMC),
+        nll_sum(text_logits, batch.text_labels_KM),
+        nll_sum(audio_logits, batch.audio_labels_KMC),
     )
 
 

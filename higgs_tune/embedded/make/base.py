@@ -29,7 +29,7 @@ from higgs_tune.data.held_out import validation_sets
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tokens import Encoded, Vocabulary, encode_conversation
 from higgs_tune.model.load import CONTROL_TOKENS, vocabulary_of
-from higgs_tune.model.losses import codebook_nll_sum
+from higgs_tune.model.losses import nll_sum
 from higgs_tune.model.packed_forward import packed_logits
 from higgs_tune.train.optim import learning_rate_factor
 
@@ -108,7 +108,7 @@ def means(
     text = F.cross_entropy(
         text_logits[0], batch.text_labels_KM[0], label_smoothing=smoothing, reduction="sum"
     )
-    audio_C = codebook_nll_sum(audio_logits, batch.audio_labels_KMC)[0]
+    audio_C = nll_sum(audio_logits, batch.audio_labels_KMC)[0]
     return (
         text / max(1, counts.text),
         (audio_C / torch.from_numpy(counts.audio_C).clamp(min=1)).mean(),
