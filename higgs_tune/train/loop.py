@@ -32,7 +32,7 @@ from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.progress import Run
 from higgs_tune.train.residents import AdapterState, PackLimits
 from higgs_tune.train.room import Ended, agree, raise_if_all_failed
-from higgs_tune.train.validation import Validator
+from higgs_tune.train.validation import Validator, nll_of
 
 logger = logging.getLogger(__name__)
 
@@ -295,9 +295,5 @@ class PackLoop:
         return result
 
     def _single_nll(self, example: Encoded) -> tuple[float, float]:
-        return self.engine.compute(partial(_bare_nll, example), ())
-
-
-def _bare_nll(example: Encoded, engine: Engine) -> tuple[float, float]:
-    text_K, audio_KC = engine.evaluate(engine.batch({0: [example]}, bare=True), bare=True)
-    return float(text_K[0]), float(audio_KC[0].sum())
+        text_K, audio_KC = self.engine.compute(partial(nll_of, (0,), [example], True), ())
+        return float(text_K[0]), float(audio_KC[0].sum())

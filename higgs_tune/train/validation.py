@@ -82,7 +82,7 @@ class Validator:
         """Slot → set → this process's nats: text, then each codebook."""
         # adapters in one forward are cut up alike, by the one with the least room
         parts = self._parts(min(slots, key=self._budget))
-        jobs = [partial(_nll, slots, part, bare) for _, part in parts]
+        jobs = [partial(nll_of, slots, part, bare) for _, part in parts]
         compute = self._engine.compute
         sums = self._engine.lanes.run([partial(compute, job, slots) for job in jobs])
         width, device = 1 + self._engine.num_codebooks, self._engine.device
@@ -122,7 +122,8 @@ class Validator:
         ]
 
 
-def _nll(
+def nll_of(
     slots: tuple[int, ...], part: Sequence[Encoded], bare: bool, engine: Engine
 ) -> tuple[Tensor, Tensor]:
+    """Summed nats of the same examples by the adapter in each slot, or by the bare base."""
     return engine.evaluate(engine.batch(dict.fromkeys(slots, part), bare=bare), bare=bare)
