@@ -23,7 +23,7 @@ from higgs_tune.config import TrialConfig
 from higgs_tune.config_file import validate
 from higgs_tune.errors import ModelError, is_out_of_memory
 from higgs_tune.files import share_weights
-from higgs_tune.model.audio_attention import with_cross_attention
+from higgs_tune.model.audio_attention import cross_attention_of, with_cross_attention
 from higgs_tune.model.new_modules import MODULE_NAMES
 from higgs_tune.model.snapshot import header
 from higgs_tune.model.targets import lora_regex
@@ -240,7 +240,7 @@ def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path)
     """
     trial = read_trial(directory)
     mode = trial.cross_attention
-    found = getattr(model.config, "cross_attention", "off")
+    found = cross_attention_of(model.config)
     if mode != found:
         raise ModelError(
             f"{directory}: the adapter was trained with cross_attention {mode}, the base has {found}. "
