@@ -102,16 +102,16 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_options(parser, SpeechOptions, _SPEECH | {"seed": drawn})
 
 
-def _given(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
+def given(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
     """Settings whose argument was given, from setting → argument."""
     return {k: v for k, name in names.items() if (v := getattr(args, name)) is not None}
 
 
 def _options(args: argparse.Namespace, model: type[ModelT], names: Iterable[str]) -> ModelT:
-    return validate(model, _given(args, {name: name for name in names}), "options")
+    return validate(model, given(args, {name: name for name in names}), "options")
 
 
-_BASE = {
+BASE = {
     "path": "base",
     "revision": "revision",
     "dtype": "dtype",
@@ -136,7 +136,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     paths = take_paths(args.out, args.num_takes)
     adapters = [] if adapter is None else [adapter]
-    base = load_checkpoint(base_for(adapters, _given(args, _BASE), "generate"))
+    base = load_checkpoint(base_for(adapters, given(args, BASE), "generate"))
     codec_name = args.codec or "embedded"
     codec = load_codec(codec_name, base.model.device, args.codec_revision)
     check_codec(codec, codec_name, base)
@@ -259,5 +259,5 @@ def _subject(
     if args.results is None or args.system_text is not None:
         data["system_text"] = system_text_for(adapters, args.system_text)
     data_settings = validate(DataSettings, data, "evaluate")
-    base = base_for(adapters, stored_base | _given(args, _BASE), "evaluate")
+    base = base_for(adapters, stored_base | given(args, BASE), "evaluate")
     return base, data_settings, adapters, out
