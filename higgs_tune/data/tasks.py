@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 
@@ -121,5 +120,4 @@ def longest_conversation(
     return min(data.max_rows or default, positions)
 
 
-ClipTask = Literal["transcribe", "speak", "clone"]
-CLIP_TASKS: tuple[ClipTask, ...] = ("transcribe", "speak", "clone")
+CLIP_TASKS = ("transcribe", "speak", "clone")

@@ -204,7 +204,7 @@ class Seat:
     layout: Layout
     new_layout: Layout
     new: Storage | None
-    parts: list[Part]  # its own ranges
+    parts: list[Part]  # its own ranges: LoRA path by path, then the new modules
 
     def keep(self, path: TargetPath) -> float:
         """The share of a linear's inputs that training keeps."""

@@ -150,10 +150,6 @@ class AdapterBank:
                 views[entry.name] = flat[entry.columns].view(entry.shape)
         return views
 
-    def parts(self, slot: int) -> list[Part]:
-        """The adapter's own ranges: LoRA path by path, then the new modules."""
-        return self.seats[slot].parts
-
     def storages(self) -> Iterator[Storage]:
         """The LoRA buffers and those of the new modules."""
         yield self.lora
@@ -162,13 +158,13 @@ class AdapterBank:
     def keep_gradients(self, slots: Iterable[int]) -> None:
         """Make room for another micro-batch of these adapters' steps."""
         for slot in slots:
-            for part in self.parts(slot):
+            for part in self.seats[slot].parts:
                 part.storage.keep_gradient(part.where)
 
     def clear_gradients(self, slots: Iterable[int]) -> None:
         """Zero what a step of these adapters has used."""
         for slot in slots:
-            for part in self.parts(slot):
+            for part in self.seats[slot].parts:
                 part.storage.clear_gradient(part.where)
 
     def refresh_compute(self) -> None:

@@ -221,7 +221,7 @@ class Engine:
         """Target path → share of the squared norm of the averaged gradient; waits for the device."""
         resident = self.residents[trial_id]
         squares = dict.fromkeys(resident.config.targets, 0.0)
-        for part in self.bank.parts(resident.slot):
+        for part in self.bank.seats[resident.slot].parts:
             squares[part.path] += float(part.storage.exp_avg[part.where].square().sum())
         total = sum(squares.values())
         return {path: square / total for path, square in squares.items()} if total > 0 else {}

@@ -68,7 +68,7 @@ def adamw_step(bank: AdapterBank, rows: dict[int, RowStep], alive_K: Tensor) -> 
     """
     norm_K = torch.zeros(bank.num_slots, device=alive_K.device)
     for slot, row in rows.items():
-        parts = bank.parts(slot)
+        parts = bank.seats[slot].parts
         gradients = [part.storage.gradient(part.where) for part in parts]
         norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
         norm_K[slot] = norm

@@ -30,7 +30,4 @@ class Notices(logging.Handler):
 
     def take(self) -> list[str]:
         """Every text once."""
-        texts = []
-        while self._texts:
-            texts.append(self._texts.popleft())
-        return texts
+        return [self._texts.popleft() for _ in range(len(self._texts))]

@@ -211,13 +211,10 @@ class Table:
             seat.reports.append(self._report(seat.trial_id, result, None))
         return False
 
-    def idle(self) -> set[str]:
-        """Trials whose trainable does not ask for its next result."""
-        return {seat.trial_id for seat in self.line.seats.values() if not seat.asks}
-
     def quiet(self) -> set[str]:
-        """Trials of which a word is waited for."""
-        return self.idle() | self.missing()
+        """Trials of which a word is waited for: who does not ask for the next result, or has no seat."""
+        idle = {seat.trial_id for seat in self.line.seats.values() if not seat.asks}
+        return idle | self.missing()
 
     def missing(self) -> set[str]:
         """Trials that have no seat yet; with several workers they may sit elsewhere."""

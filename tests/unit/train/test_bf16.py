@@ -32,7 +32,9 @@ def engine_of(dtype, num_slots=1):
 
 
 def total(bank, slot=0):
-    return torch.cat([part.storage.gradient(part.where).flatten() for part in bank.parts(slot)])
+    return torch.cat(
+        [part.storage.gradient(part.where).flatten() for part in bank.seats[slot].parts]
+    )
 
 
 def gradients(engine):

@@ -301,7 +301,9 @@ def test_new_modules_of_one_kind_step_over_no_memory_of_another():
     with torch_threads(2):
         engine = Engine(tiny_base(), PackLimits.of(list(TRIALS.values()), num_slots=2))
     resident = engine.add("t", TRIALS["to_audio"])
-    sizes = {part.kind: part.storage.master[part.where].numel() for part in engine.bank.parts(0)}
+    sizes = {
+        part.kind: part.storage.master[part.where].numel() for part in engine.bank.seats[0].parts
+    }
     new = {
         name: view for name, view in engine.bank.views(0, "master").items() if "lora" not in name
     }
