@@ -1,5 +1,6 @@
 """What the search and the confirm stage share: one Tuner over the sweep's workers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from ray.tune.schedulers import TrialScheduler
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import ConfigError, HiggsTuneError, SweepError
 from higgs_tune.files import write_json
-from higgs_tune.metrics import VAL_AUDIO_NLL
-from higgs_tune.sweep.basis import difference
+from higgs_tune.metrics import VAL_AUDIO_NLL, base_difference
 from higgs_tune.sweep.boards import Boards
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.control import Control
@@ -244,6 +244,14 @@ class Sweep:
             self._control.fail(disk_error(self.results, error))
         else:
             self._control.fail(storage_error(self.config.tune.storage, error))
+
+
+def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """How a worker's base or data differ from what was there first, in words; None when they do not."""
+    name = "content_hash"
+    if expected[name] != found[name]:
+        return f"its dataset has {name} {found[name]}, needed is {expected[name]}"
+    return base_difference(expected["metrics"], found["metrics"])
 
 
 def _trial_id(trial: Trial) -> str:
