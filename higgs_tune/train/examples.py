@@ -7,11 +7,16 @@ from typing import Any
 from higgs_tune.config import DataSettings
 from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset
-from higgs_tune.data.known_texts import check_texts
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.rows import text_problem
 from higgs_tune.data.tasks import longest_conversation, system_rows
-from higgs_tune.data.tokens import Encoded, Vocabulary, encode_conversation, unknown_in
+from higgs_tune.data.tokens import (
+    Encoded,
+    Vocabulary,
+    encode_conversation,
+    unknown_in,
+    unknown_problem,
+)
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.model.load import Base
 from higgs_tune.model.template import wants_system
@@ -35,6 +40,28 @@ def check_fits(dataset: Dataset, base: Base) -> None:
             f"{num_codes}. Prepare the data again with the codec of this base."
         )
     check_texts(dataset, base.vocabulary)
+
+
+def check_texts(dataset: Dataset, vocabulary: Vocabulary) -> None:
+    """Refuse a dataset with characters that the vocabulary has no token for.
+
+    Raises:
+        DataError: the number of such rows, the first of them, and all their characters.
+    """
+    if vocabulary.unknown is None:
+        return
+    rows: list[str] = []
+    characters: set[str] = set()
+    for row_id, texts in dataset.texts():
+        found = {one for text in texts for one in unknown_in(text, vocabulary)}
+        if found:
+            rows.append(row_id)
+            characters |= found
+    if rows:
+        raise DataError(
+            f"{dataset.directory}: in {len(rows)} of {len(dataset.index)} rows (first {rows[0]!r}) "
+            + unknown_problem(sorted(characters))
+        )
 
 
 class Examples:

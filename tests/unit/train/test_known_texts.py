@@ -13,11 +13,11 @@ from higgs_tune.base_source import EMBEDDED_BASE
 from higgs_tune.data import tasks
 from higgs_tune.data.conversation import Conversation, TextPart, Turn
 from higgs_tune.data.dataset import EMBEDDED, Dataset
-from higgs_tune.data.known_texts import check_texts
 from higgs_tune.data.shards import Row, write_dataset
 from higgs_tune.data.tokens import Vocabulary, encode_conversation, unknown_in
 from higgs_tune.errors import DataError
 from higgs_tune.model.load import read_config, vocabulary_of
+from higgs_tune.train.examples import check_texts
 
 WAV = Path(higgs_tune.__file__).parent / "embedded" / "wav"
 HINDI = "नमस्ते, आप कैसे हैं"
