@@ -27,6 +27,7 @@ from higgs_tune.report.ink import (
 from higgs_tune.report.plots import CurvesInfo, GainBar, Line
 from higgs_tune.report.wording import setting_name, signed
 
+_ON_THE_RIGHT: Any = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
 _CHANCE_MARK: Any = {"ls": "none", "marker": "|", "color": INK, "ms": 19, "mew": 2.2}
 
 
@@ -156,14 +157,8 @@ def draw_gain(bars: Sequence[GainBar]) -> Picture:
             axes.barh(row, end, color=color, height=0.6)
             if end != bar.gain:
                 axes.plot(end, row, marker=">" if end > 0 else "<", color=color, ms=11, mec="none")
-            axes.annotate(
-                f"{signed(bar.gain)}  ({bar.right:.2f} → {bar.swapped:.2f})",
-                (1, row),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="center",
-                fontsize=9,
-            )
+            words = f"{signed(bar.gain)}  ({bar.right:.2f} → {bar.swapped:.2f})"
+            axes.annotate(words, (1, row), **_ON_THE_RIGHT, fontsize=9)
         axes.axvline(0, color=INK, lw=1)
         axes.axvline(GAIN_CLEAR, color=BEST, lw=1.1, ls=(0, (4, 3)))
         axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
@@ -192,14 +187,8 @@ def draw_importance(info: ImportanceInfo) -> Picture:
             stands_out = name in info.mattered
             axes.barh(row, 100 * share, color=BEST if stands_out else OTHER, alpha=0.75, height=0.6)
             axes.plot(100 * info.by_chance[name], row, **_CHANCE_MARK)
-            axes.annotate(
-                f"{100 * share:.0f}%",
-                (1, row),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="center",
-                fontweight="bold" if stands_out else "normal",
-            )
+            weight = "bold" if stands_out else "normal"
+            axes.annotate(f"{100 * share:.0f}%", (1, row), **_ON_THE_RIGHT, fontweight=weight)
         axes.set_yticks(range(len(info.shares)), [setting_name(name) for name in info.shares])
         axes.invert_yaxis()
         axes.set_xlim(0, 115)  # room for the words
