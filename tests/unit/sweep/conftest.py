@@ -90,7 +90,10 @@ def crew(make_config, monkeypatch):
             raise heard.refuse
         heard.accepted.append((name, description))
 
-    def hear():
+    def hear(actor=None, method=None, value=None):
+        """What the workers say by now, after an actor's newest call of a method was answered."""
+        if actor is not None:
+            actor.answer(method, value)
         waits, begun = heard.waits.append, heard.begun.append
         workers.hear(accept, lambda *what: heard.warned.append(what), waits, begun)
 

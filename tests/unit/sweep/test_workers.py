@@ -7,12 +7,14 @@ from higgs_tune.errors import ConfigError, DataError, NoMemoryError, SweepError
 from higgs_tune.sweep.workers import GIVE_UP_S, PAUSE_S
 from tests.crew import DEAD
 
+CAUSE = SweepError("on node 10.0.0.2 cannot load base and data: RuntimeError: CUDA error: ECC")
+BROKEN = RayTaskError("describe", "traceback", CAUSE, ip="10.0.0.2")
+
 
 def test_every_worker_is_described_and_serves_only_once_it_was_accepted(crew):
     crew.hear()
     assert [actor.count("describe") for actor in crew.actors] == [1, 1]
-    crew.actors[1].answer("describe", {"n": 1})
-    crew.hear()
+    crew.hear(crew.actors[1], "describe", {"n": 1})
     assert crew.heard.accepted == [("worker-1", {"n": 1})]
     assert [actor.count("serve") for actor in crew.actors] == [0, 1]
     crew.heard.refuse = ConfigError("worker-0: other data")
@@ -31,13 +33,10 @@ def test_what_a_worker_cannot_load_names_it(crew):
 
 def test_a_worker_that_died_is_described_again_before_it_serves(crew):
     actor = crew.actors[1]
-    actor.answer("describe", {"n": 1})
-    crew.hear()
-    actor.answer("serve", DEAD)
-    crew.hear()
+    crew.hear(actor, "describe", {"n": 1})
+    crew.hear(actor, "serve", DEAD)
     assert (actor.count("describe"), actor.count("serve")) == (2, 1)
-    actor.answer("describe", {"n": 2})
-    crew.hear()
+    crew.hear(actor, "describe", {"n": 2})
     assert crew.heard.accepted == [("worker-1", {"n": 1}), ("worker-1", {"n": 2})]
     assert actor.count("serve") == 2
 
@@ -53,27 +52,22 @@ def test_a_worker_takes_trials_that_wait_once_its_pack_trains_in_this_stage(crew
         crew.hear()
         assert crew.workers.rooms() == [2, 3]
     assert crew.heard.begun == ["worker-1"]
-    crew.actors[1].answer("serve", DEAD)
-    crew.hear()
+    crew.hear(crew.actors[1], "serve", DEAD)
     assert crew.workers.rooms() == [2, 2]
-    crew.actors[0].answer("trains", None)
-    crew.hear()
+    crew.hear(crew.actors[0], "trains", None)
     assert crew.workers.rooms() == [3, 2]
     crew.workers.begin_stage()
     assert crew.workers.rooms() == [2, 2]
     crew.hear()
     assert crew.actors[0].count("trains") == 2
-    crew.actors[0].answer("trains", None)
-    crew.hear()
+    crew.hear(crew.actors[0], "trains", None)
     assert crew.heard.begun == ["worker-1", "worker-0", "worker-0"]
 
 
 def test_a_worker_that_dies_before_its_pack_trains_is_asked_again(crew):
     actor = crew.actors[0]
-    actor.answer("describe", {})
-    crew.hear()
-    actor.answer("trains", DEAD)
-    crew.hear()
+    crew.hear(actor, "describe", {})
+    crew.hear(actor, "trains", DEAD)
     crew.hear()
     assert crew.workers.rooms() == [2, 2]
     assert actor.count("trains") == 2
@@ -84,13 +78,10 @@ def test_a_worker_whose_memory_is_taken_while_it_is_away_tries_again(crew):
     error = NoMemoryError("on node 10.0.0.2 finds no memory for base and data: MemoryError: full")
     full = RayTaskError("describe", "traceback", error, ip="10.0.0.2")
     actor = crew.actors[1]
-    actor.answer("describe", {"n": 1})
-    crew.hear()
-    actor.answer("serve", DEAD)
-    crew.hear()
+    crew.hear(actor, "describe", {"n": 1})
+    crew.hear(actor, "serve", DEAD)
     for count in (3, 4):
-        actor.answer("describe", full)
-        crew.hear()
+        crew.hear(actor, "describe", full)
         crew.now[0] += PAUSE_S - 1
         crew.hear()
         assert actor.count("describe") == count - 1
@@ -99,77 +90,58 @@ def test_a_worker_whose_memory_is_taken_while_it_is_away_tries_again(crew):
         assert actor.count("describe") == count
     (said,) = [text for text in crew.heard.waits if "memory" in text]
     assert said.startswith("worker-1 on node 10.0.0.2 finds no memory for base and data")
-    actor.answer("describe", {"n": 2})
-    crew.hear()
+    crew.hear(actor, "describe", {"n": 2})
     assert crew.heard.accepted == [("worker-1", {"n": 1}), ("worker-1", {"n": 2})]
 
 
 def test_a_worker_that_has_trained_and_meets_a_bad_machine_starts_anew_and_the_others_go_on(crew):
-    cause = SweepError("on node 10.0.0.2 cannot load base and data: RuntimeError: CUDA error: ECC")
-    broken = RayTaskError("describe", "traceback", cause, ip="10.0.0.2")
     for actor in crew.actors:
         actor.answer("describe", {})
     crew.hear()
     actor = crew.actors[1]
-    actor.answer("serve", DEAD)
-    crew.hear()
+    crew.hear(actor, "serve", DEAD)
     for count in (1, 2, 3):
-        actor.answer("describe", broken)
-        crew.hear()
+        crew.hear(actor, "describe", BROKEN)
         assert crew.killed == [(1, False)] * count
         assert crew.workers.rooms() == [2, 0]  # it would take trials along
         crew.now[0] += GIVE_UP_S
         crew.hear()
     (said,) = [text for text in crew.heard.waits if "cannot load" in text]
-    assert said == f"worker-1 {cause}; it tries again every 30 s"
-    actor.answer("describe", {})
-    crew.hear()
+    assert said == f"worker-1 {CAUSE}; it tries again every 30 s"
+    crew.hear(actor, "describe", {})
     assert crew.workers.serving() == [0, 1]
     assert crew.workers.rooms() == [2, 2]
 
 
 def test_a_worker_that_has_failed_for_long_ends_no_sweep_in_which_others_have_just_trained(crew):
-    cause = SweepError("on node 10.0.0.2 cannot load base and data: RuntimeError: CUDA error: ECC")
-    broken = RayTaskError("describe", "traceback", cause, ip="10.0.0.2")
     well, ill = crew.actors
     for actor in crew.actors:
         actor.answer("describe", {})
     crew.hear()
-    ill.answer("serve", DEAD)
-    crew.hear()
+    crew.hear(ill, "serve", DEAD)
     ill.answer("figures", {})  # its process is there, and loads anew each time
     for _ in range(3):
-        ill.answer("describe", broken)
-        crew.hear()
+        crew.hear(ill, "describe", BROKEN)
         crew.now[0] += GIVE_UP_S
         crew.hear()
-    well.answer("serve", DEAD)  # it is replaced
-    crew.hear()
-    ill.answer("describe", broken)
-    crew.hear()
+    crew.hear(well, "serve", DEAD)  # it is replaced
+    crew.hear(ill, "describe", BROKEN)
     assert not any("has been loading" in text for text in crew.heard.waits)
-    well.answer("describe", {})
-    crew.hear()
+    crew.hear(well, "describe", {})
     assert crew.workers.serving() == [0]
 
 
 def test_a_sweep_ends_when_nobody_trains_and_the_last_worker_cannot_load_its_base_for_long(crew):
-    cause = SweepError("on node 10.0.0.2 cannot load base and data: RuntimeError: CUDA error: ECC")
-    broken = RayTaskError("describe", "traceback", cause, ip="10.0.0.2")
     actor = crew.actors[1]
-    actor.answer("describe", {})
-    crew.hear()
-    actor.answer("serve", DEAD)
-    crew.hear()
-    actor.answer("describe", broken)
-    crew.hear()
+    crew.hear(actor, "describe", {})
+    crew.hear(actor, "serve", DEAD)
+    crew.hear(actor, "describe", BROKEN)
     crew.now[0] += GIVE_UP_S - 1
     crew.hear()
-    actor.answer("describe", broken)
-    crew.hear()
+    crew.hear(actor, "describe", BROKEN)
     crew.now[0] += PAUSE_S
     crew.hear()
-    actor.answer("describe", broken)
+    actor.answer("describe", BROKEN)
     with pytest.raises(
         SweepError, match=r"^worker-1 on node 10\.0\.0\.2 cannot load base and data"
     ):
@@ -185,10 +157,8 @@ def test_a_worker_without_memory_from_the_start_ends_the_sweep(crew):
 
 def test_each_warning_is_handed_on_once(crew):
     actor = crew.actors[0]
-    actor.answer("describe", {})
-    crew.hear()
-    actor.answer("serve", ["memory ran out"])
-    crew.hear()
+    crew.hear(actor, "describe", {})
+    crew.hear(actor, "serve", ["memory ran out"])
     crew.hear()
     assert crew.heard.warned == [("worker-0", ["memory ran out"])]
     assert actor.count("serve") == 2

@@ -57,10 +57,8 @@ def test_a_machine_without_this_package_ends_the_sweep_with_one_line(crew):
 def kill_loading(crew, actor):
     """Its process comes, begins to load, and is killed."""
     crew.now[0] += 40.0
-    actor.answer("figures", {})
-    crew.hear()
-    actor.answer("describe", DEAD)
-    crew.hear()
+    crew.hear(actor, "figures", {})
+    crew.hear(actor, "describe", DEAD)
 
 
 def test_a_worker_that_dies_each_time_it_loads_ends_the_sweep(crew):
@@ -84,8 +82,7 @@ def test_a_worker_that_dies_each_time_it_loads_lets_the_others_train(crew):
     assert [text[:31] for text in crew.heard.waits] == ["worker-0 ends each time it load"]
     crew.now[0] += PAUSE_S
     crew.hear()
-    actor.answer("describe", {})
-    crew.hear()
+    crew.hear(actor, "describe", {})
     assert crew.workers.rooms() == [2, 2]
 
 
@@ -94,10 +91,8 @@ def test_deaths_before_a_worker_served_are_forgotten(crew):
     for _ in range(3):
         for _ in range(MAX_DEATHS - 1):
             kill_loading(crew, actor)
-        actor.answer("describe", {})
-        crew.hear()
-        actor.answer("serve", DEAD)
-        crew.hear()
+        crew.hear(actor, "describe", {})
+        crew.hear(actor, "serve", DEAD)
     assert crew.workers.rooms() == [2, 2]
 
 
@@ -118,6 +113,5 @@ def test_a_worker_that_was_taken_away_is_waited_for_and_said_to_be(crew):
     for second in range(40):  # nobody answers while its node is away
         crew.now[0] = 200.0 + second
         actor.answer("describe" if second else "serve", DEAD)
-        actor.answer("figures", DEAD)
-        crew.hear()
+        crew.hear(actor, "figures", DEAD)
     assert [text[:29] for text in crew.heard.waits] == ["waiting for worker-0 (of 2): "]
