@@ -7,17 +7,9 @@ import pytest
 
 from higgs_tune.errors import DataError
 from higgs_tune.files import former, read_json_lines
-from higgs_tune.sweep import records, space
+from higgs_tune.sweep import records
 from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.seats import CHECKPOINT_INFO
-from higgs_tune.sweep.study import TrialRecord
-
-
-@pytest.fixture
-def record(make_config):
-    config = make_config()
-    trial = space.resolve(space.baseline_values(config, fixed_flag=False), config, 5)
-    return TrialRecord("t000", 0, space.short_name("t000", trial), "baseline", None, trial)
 
 
 def checkpoint(folder, step):
