@@ -10,80 +10,68 @@ from higgs_tune.errors import DataError, HiggsTuneError, ModelError
 from higgs_tune.sweep.seats import Roster, SlotLostError
 from higgs_tune.sweep.worker import pack
 from tests.fake_loop import FakeLoop
-from tests.workers import asking, beat, broken_join, make_worker, never, run, saved, seat, trial
+from tests.workers import asking, beat, broken_join, make_worker, never, saved, seat, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 
 
-def test_a_trial_that_is_never_heard_of_does_not_hang_the_others(make_config, caplog):
-    async def scenario():
-        worker = make_worker(make_config, grace_beats=5)
-        await worker.sync(Roster(1, ("t0", "t1"), 0))
-        await seat(worker, "t0")
-        task = asking(worker, "t0")
-        await beat(worker, Roster(1, ("t0", "t1"), 0), 6)
-        assert (await task)["step"] == 25
-        assert (await worker.next_result("t0"))["step"] == 50  # it is not waited for twice
-        assert len([line for line in caplog.messages if "going on without" in line]) == 1
-
-    run(scenario())
+async def test_a_trial_that_is_never_heard_of_does_not_hang_the_others(make_config, caplog):
+    worker = make_worker(make_config, grace_beats=5)
+    await worker.sync(Roster(1, ("t0", "t1"), 0))
+    await seat(worker, "t0")
+    task = asking(worker, "t0")
+    await beat(worker, Roster(1, ("t0", "t1"), 0), 6)
+    assert (await task)["step"] == 25
+    assert (await worker.next_result("t0"))["step"] == 50  # it is not waited for twice
+    assert len([line for line in caplog.messages if "going on without" in line]) == 1
 
 
-def test_news_of_others_is_no_heartbeat(make_config, caplog):
-    async def scenario():
-        worker = make_worker(make_config, grace_beats=5)
-        roster = Roster(1, ("t0", "t1"), 0)
-        await seat(worker, "t0")
-        task = asking(worker, "t0")
-        assert await never(task)
-        for _ in range(100):  # a hundred trials come and go within a second
-            await worker.sync(roster)
-        await beat(worker, roster, 4)
-        assert not task.done()
-        assert not [line for line in caplog.messages if "going on without" in line]
-        await beat(worker, roster, 1)
-        assert (await task)["step"] == 25
-
-    run(scenario())
-
-
-def test_a_trial_that_stops_asking_loses_its_slot_and_can_come_back(make_config):
-    async def scenario():
-        worker = make_worker(make_config, grace_beats=5)
-        roster = Roster(1, ("t0", "t1"), 0)
+async def test_news_of_others_is_no_heartbeat(make_config, caplog):
+    worker = make_worker(make_config, grace_beats=5)
+    roster = Roster(1, ("t0", "t1"), 0)
+    await seat(worker, "t0")
+    task = asking(worker, "t0")
+    assert await never(task)
+    for _ in range(100):  # a hundred trials come and go within a second
         await worker.sync(roster)
-        await seat(worker, "t0", "t1")
-        tasks = [asking(worker, "t0"), asking(worker, "t1")]
-        await tasks[0]
-        files = await saved(worker, "t0")
-        await beat(worker, roster, 6)
-        await tasks[1]
-        with pytest.raises(SlotLostError, match="t0 has no slot"):
-            await worker.next_result("t0")
-        assert await worker.join("t0", trial(), files, 1, 0) == "seated"
-        back, other = asking(worker, "t0"), asking(worker, "t1")
-        assert (await other)["step"] == 50
-        asking(worker, "t1")
-        assert (await back)["step"] == 50
-
-    run(scenario())
+    await beat(worker, roster, 4)
+    assert not task.done()
+    assert not [line for line in caplog.messages if "going on without" in line]
+    await beat(worker, roster, 1)
+    assert (await task)["step"] == 25
 
 
-def test_a_trial_that_cannot_join_fails_alone(make_config, monkeypatch):
-    async def scenario():
-        error = ModelError("its file is damaged")
-        worker = make_worker(make_config)
-        await worker.sync(Roster(1, ("t0", "t1"), 0))
-        monkeypatch.setattr(FakeLoop, "join", broken_join(error, num_beside=1))
-        await seat(worker, "t0", "t1")
-        fine, refused = asking(worker, "t0"), asking(worker, "t1")
-        result = await refused
-        assert result["status"] == "failed"
-        assert result["reason"] == "ModelError: its file is damaged"
-        await worker.sync(Roster(2, ("t0",), 0))
-        assert (await fine)["status"] == "running"
+async def test_a_trial_that_stops_asking_loses_its_slot_and_can_come_back(make_config):
+    worker = make_worker(make_config, grace_beats=5)
+    roster = Roster(1, ("t0", "t1"), 0)
+    await worker.sync(roster)
+    await seat(worker, "t0", "t1")
+    tasks = [asking(worker, "t0"), asking(worker, "t1")]
+    await tasks[0]
+    files = await saved(worker, "t0")
+    await beat(worker, roster, 6)
+    await tasks[1]
+    with pytest.raises(SlotLostError, match="t0 has no slot"):
+        await worker.next_result("t0")
+    assert await worker.join("t0", trial(), files, 1, 0) == "seated"
+    back, other = asking(worker, "t0"), asking(worker, "t1")
+    assert (await other)["step"] == 50
+    asking(worker, "t1")
+    assert (await back)["step"] == 50
 
-    run(scenario())
+
+async def test_a_trial_that_cannot_join_fails_alone(make_config, monkeypatch):
+    error = ModelError("its file is damaged")
+    worker = make_worker(make_config)
+    await worker.sync(Roster(1, ("t0", "t1"), 0))
+    monkeypatch.setattr(FakeLoop, "join", broken_join(error, num_beside=1))
+    await seat(worker, "t0", "t1")
+    fine, refused = asking(worker, "t0"), asking(worker, "t1")
+    result = await refused
+    assert result["status"] == "failed"
+    assert result["reason"] == "ModelError: its file is damaged"
+    await worker.sync(Roster(2, ("t0",), 0))
+    assert (await fine)["status"] == "running"
 
 
 def unreadable() -> ModelError:
@@ -94,7 +82,9 @@ def unreadable() -> ModelError:
 
 
 @pytest.mark.parametrize("sick", ["check", "file", "checkpoint"])
-def test_a_join_that_fails_by_the_machines_fault_is_no_trials_end(make_config, monkeypatch, sick):
+async def test_a_join_that_fails_by_the_machines_fault_is_no_trials_end(
+    make_config, monkeypatch, sick
+):
     def not_even_the_base(self):
         raise RuntimeError("CUDA error: an illegal memory access")
 
@@ -107,131 +97,114 @@ def test_a_join_that_fails_by_the_machines_fault_is_no_trials_end(make_config, m
     if sick == "check":
         monkeypatch.setattr(FakeLoop, "check", not_even_the_base)
 
-    async def scenario():
-        ended = asyncio.get_running_loop().create_future()
-        worker = make_worker(make_config, exit_process=ended.set_result)
-        await worker.sync(Roster(1, ("t0",), 0))
-        await seat(worker, "t0")
-        with pytest.raises(Exception, match=r"illegal memory|Input/output|readable adapter"):
-            await worker.next_result("t0")
-        assert await asyncio.wait_for(ended, 10) == 1
-
-    run(scenario())
+    ended = asyncio.get_running_loop().create_future()
+    worker = make_worker(make_config, exit_process=ended.set_result)
+    await worker.sync(Roster(1, ("t0",), 0))
+    await seat(worker, "t0")
+    with pytest.raises(Exception, match=r"illegal memory|Input/output|readable adapter"):
+        await worker.next_result("t0")
+    assert await asyncio.wait_for(ended, 10) == 1
 
 
-def test_a_checkpoint_that_the_machine_cannot_put_down_is_no_trials_end(make_config, monkeypatch):
+async def test_a_checkpoint_that_the_machine_cannot_put_down_is_no_trials_end(
+    make_config, monkeypatch
+):
     def full(files, folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    async def scenario():
-        monkeypatch.setattr(pack, "write_files", full)
-        ended = asyncio.get_running_loop().create_future()
-        worker = make_worker(make_config, exit_process=ended.set_result)
-        await worker.sync(Roster(1, ("t0",), 0))
-        assert await worker.join("t0", trial(), {"a": b""}, 1, 0) == "seated"
-        with pytest.raises(OSError, match="No space left"):  # which Tune tries again
-            await asking(worker, "t0")
-        assert await asyncio.wait_for(ended, 10) == 1
-
-    run(scenario())
+    monkeypatch.setattr(pack, "write_files", full)
+    ended = asyncio.get_running_loop().create_future()
+    worker = make_worker(make_config, exit_process=ended.set_result)
+    await worker.sync(Roster(1, ("t0",), 0))
+    assert await worker.join("t0", trial(), {"a": b""}, 1, 0) == "seated"
+    with pytest.raises(OSError, match="No space left"):  # which Tune tries again
+        await asking(worker, "t0")
+    assert await asyncio.wait_for(ended, 10) == 1
 
 
-def test_a_failed_round_reaches_every_trial_and_ends_the_process(make_config, monkeypatch):
+async def test_a_failed_round_reaches_every_trial_and_ends_the_process(make_config, monkeypatch):
     def explode(self, stop):
         raise RuntimeError("device lost")
 
-    async def scenario():
-        monkeypatch.setattr(FakeLoop, "advance", explode)
-        ended = asyncio.get_running_loop().create_future()
-        worker = make_worker(make_config, exit_process=ended.set_result)
-        await worker.sync(Roster(1, ("t0", "t1"), 0))
-        await seat(worker, "t0", "t1")
-        tasks = [asking(worker, "t0"), asking(worker, "t1")]
-        for task in tasks:
-            with pytest.raises(RuntimeError, match="device lost"):
-                await task
-        assert await worker.join("t0", trial(), None, 1, 1) == "away"  # it would fail once more
-        await worker.sync(Roster(1, ("t0", "t1"), 0, None, {"t0": trial(), "t1": trial()}))
-        with pytest.raises(SlotLostError, match="t0 has no slot"):
-            await worker.next_result("t0")
-        assert await asyncio.wait_for(ended, 10) == 1
-
-    run(scenario())
+    monkeypatch.setattr(FakeLoop, "advance", explode)
+    ended = asyncio.get_running_loop().create_future()
+    worker = make_worker(make_config, exit_process=ended.set_result)
+    await worker.sync(Roster(1, ("t0", "t1"), 0))
+    await seat(worker, "t0", "t1")
+    tasks = [asking(worker, "t0"), asking(worker, "t1")]
+    for task in tasks:
+        with pytest.raises(RuntimeError, match="device lost"):
+            await task
+    assert await worker.join("t0", trial(), None, 1, 1) == "away"  # it would fail once more
+    await worker.sync(Roster(1, ("t0", "t1"), 0, None, {"t0": trial(), "t1": trial()}))
+    with pytest.raises(SlotLostError, match="t0 has no slot"):
+        await worker.next_result("t0")
+    assert await asyncio.wait_for(ended, 10) == 1
 
 
-def test_nobody_sits_down_before_the_driver_has_accepted_what_was_loaded(make_config):
-    async def scenario():
-        worker = make_worker(make_config, accepted=False, grace_beats=3)
-        roster = Roster(1, ("t0", "t1"), 0)
-        ready = asyncio.create_task(worker.ready())
-        await beat(worker, roster, 10)  # however long that takes, nobody counts as silent
-        assert (await worker.describe())["content_hash"] == "0" * 64
-        assert await never(ready)
-        assert await worker.join("t0", trial(), None, 1, 1) == "away"
-        serving = asyncio.create_task(worker.serve())
-        await ready
-        assert await worker.join("t0", trial(), None, 1, 1) == "seated"
-        task = asking(worker, "t0")
-        await worker.sync(roster, beat=True)
-        assert await never(task)  # t1 is waited for
-        await seat(worker, "t1")
-        other = asking(worker, "t1")
-        assert (await task)["step"] == 25
-        assert not serving.done()
-        other.cancel()
-
-    run(scenario())
+async def test_nobody_sits_down_before_the_driver_has_accepted_what_was_loaded(make_config):
+    worker = make_worker(make_config, accepted=False, grace_beats=3)
+    roster = Roster(1, ("t0", "t1"), 0)
+    ready = asyncio.create_task(worker.ready())
+    await beat(worker, roster, 10)  # however long that takes, nobody counts as silent
+    assert (await worker.describe())["content_hash"] == "0" * 64
+    assert await never(ready)
+    assert await worker.join("t0", trial(), None, 1, 1) == "away"
+    serving = asyncio.create_task(worker.serve())
+    await ready
+    assert await worker.join("t0", trial(), None, 1, 1) == "seated"
+    task = asking(worker, "t0")
+    await worker.sync(roster, beat=True)
+    assert await never(task)  # t1 is waited for
+    await seat(worker, "t1")
+    other = asking(worker, "t1")
+    assert (await task)["step"] == 25
+    assert not serving.done()
+    other.cancel()
 
 
-def test_the_end_of_a_sweep_lets_go_who_waits_for_a_worker_that_loads(make_config, monkeypatch):
+async def test_the_end_of_a_sweep_lets_go_who_waits_for_a_worker_that_loads(
+    make_config, monkeypatch
+):
     monkeypatch.setattr(FakeLoop, "__init__", lambda self, config, **_: pytest.fail("it loads"))
 
-    async def scenario():
-        worker = make_worker(make_config, accepted=False)
-        await worker.sync(Roster(1, ("t0",), 0))
-        ready = asyncio.create_task(worker.ready())
-        assert await never(ready)
-        await worker.close()
-        await ready
-        assert await worker.join("t0", trial(), None, 1, 1) == "seated"
-        assert (await worker.next_result("t0"))["status"] == "cancelled"
-
-    run(scenario())
+    worker = make_worker(make_config, accepted=False)
+    await worker.sync(Roster(1, ("t0",), 0))
+    ready = asyncio.create_task(worker.ready())
+    assert await never(ready)
+    await worker.close()
+    await ready
+    assert await worker.join("t0", trial(), None, 1, 1) == "seated"
+    assert (await worker.next_result("t0"))["status"] == "cancelled"
 
 
-def test_what_a_worker_warns_about_is_told_once(make_config):
-    async def scenario():
-        logger = logging.getLogger("higgs_tune.train.room")
-        worker = make_worker(make_config, accepted=False)
-        logger.warning("before anyone %s", "listens")
-        first = await worker.serve()
-        assert len(first) == 1
-        assert first[0].endswith("WARNING higgs_tune.train.room: before anyone listens")
-        second = asyncio.create_task(worker.serve())
-        assert await never(second)
-        await asyncio.to_thread(logger.warning, "from the pack's thread")
-        assert [text[-22:] for text in await second] == ["from the pack's thread"]
-
-    run(scenario())
+async def test_what_a_worker_warns_about_is_told_once(make_config):
+    logger = logging.getLogger("higgs_tune.train.room")
+    worker = make_worker(make_config, accepted=False)
+    logger.warning("before anyone %s", "listens")
+    first = await worker.serve()
+    assert len(first) == 1
+    assert first[0].endswith("WARNING higgs_tune.train.room: before anyone listens")
+    second = asyncio.create_task(worker.serve())
+    assert await never(second)
+    await asyncio.to_thread(logger.warning, "from the pack's thread")
+    assert [text[-22:] for text in await second] == ["from the pack's thread"]
 
 
-def test_why_the_pack_failed_is_told_before_the_process_ends(make_config, monkeypatch):
+async def test_why_the_pack_failed_is_told_before_the_process_ends(make_config, monkeypatch):
     def explode(self, stop):
         raise RuntimeError("device lost")
 
-    async def scenario():
-        monkeypatch.setattr(FakeLoop, "advance", explode)
-        worker = make_worker(make_config)
-        await worker.sync(Roster(1, ("t0",), 0))
-        serving = asyncio.create_task(worker.serve())
-        await seat(worker, "t0")
-        with pytest.raises(RuntimeError, match="device lost"):
-            await worker.next_result("t0")
-        (text,) = await serving
-        assert "the pack failed" in text
-        assert "in explode" in text
-
-    run(scenario())
+    monkeypatch.setattr(FakeLoop, "advance", explode)
+    worker = make_worker(make_config)
+    await worker.sync(Roster(1, ("t0",), 0))
+    serving = asyncio.create_task(worker.serve())
+    await seat(worker, "t0")
+    with pytest.raises(RuntimeError, match="device lost"):
+        await worker.next_result("t0")
+    (text,) = await serving
+    assert "the pack failed" in text
+    assert "in explode" in text
 
 
 @pytest.mark.parametrize(
@@ -245,13 +218,12 @@ def test_why_the_pack_failed_is_told_before_the_process_ends(make_config, monkey
         ),
     ],
 )
-def test_what_cannot_be_loaded_is_told_with_its_node(make_config, monkeypatch, error, message):
+async def test_what_cannot_be_loaded_is_told_with_its_node(
+    make_config, monkeypatch, error, message
+):
     def fail(self, config, **_):
         raise error
 
-    async def scenario():
-        monkeypatch.setattr(FakeLoop, "__init__", fail)
-        with pytest.raises(HiggsTuneError, match=message):
-            await make_worker(make_config).describe()
-
-    run(scenario())
+    monkeypatch.setattr(FakeLoop, "__init__", fail)
+    with pytest.raises(HiggsTuneError, match=message):
+        await make_worker(make_config).describe()

@@ -12,7 +12,7 @@ from higgs_tune.config import TrialConfig
 from higgs_tune.errors import ModelError
 from higgs_tune.sweep.seats import Files, Roster, SlotLostError, num_seats
 from tests.fake_loop import FakeLoop
-from tests.workers import make_worker, run, saved, trial
+from tests.workers import make_worker, saved, trial
 
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 
@@ -110,7 +110,7 @@ class Driver:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_nobody_waits_for_ever(make_config, monkeypatch, seed):
+async def test_nobody_waits_for_ever(make_config, monkeypatch, seed):
     rng = random.Random(seed)
     num_slots, num_fit = rng.choice([1, 2, 3, 4]), rng.choice([99, 1, 2])
     damaged = {f"t{n}" for n in range(9) if rng.random() < rng.choice([0, 0.3])}
@@ -125,9 +125,6 @@ def test_nobody_waits_for_ever(make_config, monkeypatch, seed):
 
     monkeypatch.setattr(FakeLoop, "join", joined)
 
-    async def scenario():
-        driver = Driver(make_worker(make_config, slots=num_slots), rng, num_slots)
-        await driver.stage([f"t{n}" for n in range(9)])
-        await driver.stage([f"c{n}" for n in range(rng.choice([1, 3, 5]))])
-
-    run(scenario())
+    driver = Driver(make_worker(make_config, slots=num_slots), rng, num_slots)
+    await driver.stage([f"t{n}" for n in range(9)])
+    await driver.stage([f"c{n}" for n in range(rng.choice([1, 3, 5]))])

@@ -15,64 +15,55 @@ from tests.workers import asking, beat, make_worker, run, saved, seat, trial
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 
 
-def test_one_of_several_workers_does_not_wait_for_the_trials_of_the_others(make_config):
-    async def scenario():
-        worker = make_worker(make_config, strict=False)
-        await worker.sync(Roster(1, ("t0", "t1", "t2"), 0))
-        await seat(worker, "t1")
-        assert (await worker.next_result("t1"))["step"] == 25
-
-    run(scenario())
+async def test_one_of_several_workers_does_not_wait_for_the_trials_of_the_others(make_config):
+    worker = make_worker(make_config, strict=False)
+    await worker.sync(Roster(1, ("t0", "t1", "t2"), 0))
+    await seat(worker, "t1")
+    assert (await worker.next_result("t1"))["step"] == 25
 
 
-def test_one_of_several_workers_goes_on_without_a_successor_and_seats_it_at_its_next_step(
+async def test_one_of_several_workers_goes_on_without_a_successor_and_seats_it_at_its_next_step(
     make_config,
 ):
-    async def scenario():
-        worker = make_worker(make_config, strict=False)
-        await worker.sync(Roster(1, ("t0", "t1", "t2"), 4))
-        await seat(worker, "t1")
-        assert (await worker.next_result("t1"))["step"] == 25
-        task = asking(worker, "t1")
-        await seat(worker, "t2", version=1)
-        other = asking(worker, "t2")
-        assert (await other)["step"] == 25
-        assert (await task)["step"] == 50
-        loop = await worker._loaded()
-        joined = loop.log[-1]
-        assert joined[:2] == ("join", "t2")
-        assert joined[2] % 25 != 0
-        await worker.sync(Roster(2, ("t2",), 4))  # t1 was stopped
-        while len(loop.log) < 3:
-            await asyncio.sleep(0.001)
-        assert loop.log[-1][:2] == ("leave", "t1")
-
-    run(scenario())
+    worker = make_worker(make_config, strict=False)
+    await worker.sync(Roster(1, ("t0", "t1", "t2"), 4))
+    await seat(worker, "t1")
+    assert (await worker.next_result("t1"))["step"] == 25
+    task = asking(worker, "t1")
+    await seat(worker, "t2", version=1)
+    other = asking(worker, "t2")
+    assert (await other)["step"] == 25
+    assert (await task)["step"] == 50
+    loop = await worker._loaded()
+    joined = loop.log[-1]
+    assert joined[:2] == ("join", "t2")
+    assert joined[2] % 25 != 0
+    await worker.sync(Roster(2, ("t2",), 4))  # t1 was stopped
+    while len(loop.log) < 3:
+        await asyncio.sleep(0.001)
+    assert loop.log[-1][:2] == ("leave", "t1")
 
 
-def test_one_of_several_workers_takes_the_slot_of_a_trial_that_stops_asking(
+async def test_one_of_several_workers_takes_the_slot_of_a_trial_that_stops_asking(
     make_config, caplog, monkeypatch
 ):
-    async def scenario():
-        worker = make_worker(make_config, strict=False, grace_beats=5)
-        roster = Roster(1, ("t0", "t1", "t2"), 0)
-        await worker.sync(roster)
-        await seat(worker, "t0", "t1")
-        first, second = asking(worker, "t0"), asking(worker, "t1")
-        assert (await first)["step"] == 25
-        assert (await second)["step"] == 25
-        monkeypatch.setenv("FAKE_ROUND_S", "0.3")
-        assert (await worker.next_result("t1"))["step"] == 50
-        task = asking(worker, "t1")
-        await beat(worker, roster, 6)
-        assert not task.done()
-        with pytest.raises(SlotLostError, match="t0 has no slot"):
-            await worker.next_result("t0")
-        assert (await task)["step"] == 75
-        assert (await worker._loaded()).log[-1][:2] == ("leave", "t0")
-        assert "going on without ['t0']" in caplog.text  # t2 sits elsewhere
-
-    run(scenario())
+    worker = make_worker(make_config, strict=False, grace_beats=5)
+    roster = Roster(1, ("t0", "t1", "t2"), 0)
+    await worker.sync(roster)
+    await seat(worker, "t0", "t1")
+    first, second = asking(worker, "t0"), asking(worker, "t1")
+    assert (await first)["step"] == 25
+    assert (await second)["step"] == 25
+    monkeypatch.setenv("FAKE_ROUND_S", "0.3")
+    assert (await worker.next_result("t1"))["step"] == 50
+    task = asking(worker, "t1")
+    await beat(worker, roster, 6)
+    assert not task.done()
+    with pytest.raises(SlotLostError, match="t0 has no slot"):
+        await worker.next_result("t0")
+    assert (await task)["step"] == 75
+    assert (await worker._loaded()).log[-1][:2] == ("leave", "t0")
+    assert "going on without ['t0']" in caplog.text  # t2 sits elsewhere
 
 
 def drive(
@@ -180,24 +171,21 @@ def test_trials_that_cannot_join_hold_nobody_up(make_config, monkeypatch, slots,
 
 
 @pytest.mark.parametrize(("fraction", "steps"), [(0.0, 4), (0.05, 5), (0.5, 6)])
-def test_a_pack_trains_a_share_of_an_interval_ahead_of_a_decision_and_no_less_than_a_step(
+async def test_a_pack_trains_a_share_of_an_interval_ahead_of_a_decision_and_no_less_than_a_step(
     make_config, fraction, steps
 ):
-    async def scenario():
-        sections = {
-            "tune": {"ahead_fraction": fraction},
-            "train": {"num_steps": 100, "report_every_steps": 4},
-        }
-        worker = make_worker(make_config, slots=1, sections=sections)
-        await worker.sync(Roster(1, ("t1",), 0))
-        await worker.join("t1", trial(report_every_steps=4), None, 1, 1)
-        assert (await worker.next_result("t1"))["step"] == 4
-        while worker._table.line.clock < steps:
-            await asyncio.sleep(0.002)
-        await asyncio.sleep(0.1)  # the decision stays out
-        assert worker._table.line.clock == steps
-
-    run(scenario())
+    sections = {
+        "tune": {"ahead_fraction": fraction},
+        "train": {"num_steps": 100, "report_every_steps": 4},
+    }
+    worker = make_worker(make_config, slots=1, sections=sections)
+    await worker.sync(Roster(1, ("t1",), 0))
+    await worker.join("t1", trial(report_every_steps=4), None, 1, 1)
+    assert (await worker.next_result("t1"))["step"] == 4
+    while worker._table.line.clock < steps:
+        await asyncio.sleep(0.002)
+    await asyncio.sleep(0.1)  # the decision stays out
+    assert worker._table.line.clock == steps
 
 
 def test_however_late_decisions_are_the_same_happens_at_the_same_steps(make_config):
