@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from higgs_tune import metrics
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.residents import PackLimits
 from higgs_tune.train.room import Room
 from tests.models import DATA, tiny_base, trial
+from tests.runs import figures
 
 TRIALS = {
     "a": trial(seed=1, dropout=0.2),
@@ -32,12 +32,6 @@ def loop_of(dataset, names="abc", *, like_gpu=False, lanes=1, base=None, trials=
 
 def rooms(loop) -> tuple[Room, Room]:
     return loop._gradients.room, loop._validator.room
-
-
-def figures(result):
-    """What a trial's result says of the trial, not of the machine."""
-    machine = (metrics.PEAK_MEMORY_MIB, metrics.TOKENS_PER_S, metrics.TRAIN_TIME_S)
-    return {name: value for name, value in result.items() if name not in machine}
 
 
 def same(results, clean, names, **tolerance):

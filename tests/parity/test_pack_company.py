@@ -15,6 +15,7 @@ from higgs_tune.train.engine import Engine
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.residents import PackLimits
 from tests.models import DATA, NUM_CODEBOOKS, example, make_dataset, tiny_base, trial
+from tests.runs import figures
 from tests.threads import torch_threads
 
 STEPS = {"num_steps": 20, "report_every_steps": 10}
@@ -77,12 +78,6 @@ def loop_of(dataset, *names, num_slots=6, lanes=1):
     for name in names:
         loop.join(name, TRIALS[name])
     return loop
-
-
-def figures(result):
-    """What a trial's result says of the trial, not of the machine."""
-    machine = (metrics.PEAK_MEMORY_MIB, metrics.TOKENS_PER_S, metrics.TRAIN_TIME_S)
-    return {name: value for name, value in result.items() if name not in machine}
 
 
 @pytest.fixture(scope="module")

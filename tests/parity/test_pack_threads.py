@@ -13,7 +13,7 @@ from higgs_tune.model.load import load_base
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.residents import PackLimits
 from tests.models import trial
-from tests.runs import CLOCKS
+from tests.runs import figures
 from tests.threads import torch_threads
 
 STEPS = {"num_steps": 2, "report_every_steps": 1, "learning_rate": 1e-3}
@@ -63,7 +63,7 @@ def train():
         stay = [name for name in names if name != leaves]
         return {
             name: (
-                [{k: v for k, v in r[name].items() if k not in CLOCKS} for r in rounds],
+                [figures(r[name]) for r in rounds],
                 loop.engine.state(name).weights,
             )
             for name in stay

@@ -24,7 +24,7 @@ from higgs_tune.train.lanes import Lanes
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.residents import PackLimits
 from tests.models import DATA, make_dataset, tiny_base, trial
-from tests.packs import figures
+from tests.runs import figures
 from tests.threads import torch_threads
 
 STEPS = {"num_steps": 2, "report_every_steps": 1, "learning_rate": 1e-3}
