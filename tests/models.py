@@ -127,31 +127,6 @@ def trial(**changes) -> TrialConfig:
     return TrialConfig(**(defaults | changes))
 
 
-def stock_inputs(examples: list[Encoded]) -> dict[str, torch.Tensor]:
-    """The same examples as arguments of the stock forward, right-padded, labels unshifted."""
-    longest = max(e.num_rows for e in examples)
-    most_audio = max(1, *(len(e.codes_AC) for e in examples))
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    audio = torch.zeros(len(examples), most_audio, NUM_CODEBOOKS, dtype=torch.long)
-    audio_labels = torch.full_like(audio, -100)
-    audio_mask = torch.zeros(len(examples), most_audio, dtype=torch.bool)
-    for n, e in enumerate(examples):
-        ids[n, : e.num_rows] = torch.from_numpy(e.ids_L)
-        labels[n, 1 : e.num_rows] = torch.from_numpy(e.text_labels_L[:-1])
-        count = len(e.codes_AC)
-        audio[n, :count] = torch.from_numpy(e.codes_AC)
-        audio_labels[n, 1:count] = torch.from_numpy(e.audio_labels_AC[:-1])
-        audio_mask[n, :count] = True
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "audio_input_ids": audio,
-        "audio_labels": audio_labels,
-        "audio_input_ids_mask": audio_mask,
-    }
-
-
 DATA = DataSettings(tasks=TaskMix(transcribe=1, speak=1, clone=0.5), num_val_clips=4)
 CODEC = CodecFacts("tiny", 24000, 25.0, NUM_CODEBOOKS, NUM_CODES)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from sides import stock_inputs
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.config import ALL_LINEAR
@@ -22,7 +23,7 @@ from higgs_tune.train.checkpoint import (
 )
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.residents import PackLimits
-from tests.models import example, stock_inputs, tiny_base, trial
+from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 EXAMPLES = [example("transcribe", 1, 9, 5), example("speak", 2, 6, 11), example("clone", 3, 4, 3)]
 TARGETS = (*ALL_LINEAR, "text_head", "audio_head")
@@ -49,7 +50,7 @@ def our_sums(engine):
 
 def sums_of(model):
     """The same sums from a whole model's logits and loss rows."""
-    inputs = stock_inputs(EXAMPLES)
+    inputs = stock_inputs(EXAMPLES, NUM_CODEBOOKS)
     labels, audio_labels = inputs.pop("labels"), inputs.pop("audio_labels")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     hidden = inner.model(**inputs, use_cache=False).last_hidden_state[:, :-1]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sides import stock_inputs
 from torch.nn import functional as F
 
 from higgs_tune.config import BaseSettings
@@ -14,7 +15,7 @@ from higgs_tune.train.engine import Engine
 from higgs_tune.train.residents import PackLimits
 from tests.boson_reference import boson_logits
 from tests.checkpoints import boson_config, write_boson
-from tests.models import example, stock_inputs, tiny_base, trial
+from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 EXAMPLES = [example("transcribe", 1, 9, 5), example("clone", 3, 4, 3), example("speak", 2, 6, 11)]
 
@@ -25,7 +26,7 @@ def settings(folder) -> BaseSettings:
 
 def whole_logits(model, one):
     """Text logits of every row and audio logits of the audio rows, by the whole model."""
-    inputs = {k: v for k, v in stock_inputs([one]).items() if "labels" not in k}
+    inputs = {k: v for k, v in stock_inputs([one], NUM_CODEBOOKS).items() if "labels" not in k}
     hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]
     audio = model.audio_lm_head(hidden[torch.from_numpy(one.audio_rows_A)])
     return model.text_lm_head(hidden), audio.unflatten(-1, (model.config.num_codebooks, -1))

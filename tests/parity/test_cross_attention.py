@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from sides import stock_inputs
 
 from higgs_tune.config_file import validate
 from higgs_tune.data.collate import collate, count_targets
@@ -12,7 +13,7 @@ from higgs_tune.model.new_modules import initial_new_modules
 from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.residents import PackLimits
-from tests.models import example, stock_inputs, tiny_base, trial
+from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 MIXED = [example("transcribe", 1, 9, 5), example("clone", 3, 4, 3), example("speak", 2, 6, 11)]
 MODES = ["audio_self", "text_to_audio"]
@@ -102,7 +103,7 @@ def randomise(model):
 def test_model_matches_a_plain_reference_of_its_equations(mode):
     model = randomise(with_cross_attention(tiny_base().model, mode, seed=1))
     for one in MIXED:
-        inputs = {k: v for k, v in stock_inputs([one]).items() if "labels" not in k}
+        inputs = {k: v for k, v in stock_inputs([one], NUM_CODEBOOKS).items() if "labels" not in k}
         ours = model.model(**inputs, use_cache=False).last_hidden_state[0]
         torch.testing.assert_close(ours, reference_hidden(model, one, mode), rtol=1e-4, atol=1e-5)
 
@@ -111,7 +112,7 @@ def test_model_matches_a_plain_reference_of_its_equations(mode):
 def test_new_modules_start_as_the_identity(mode):
     base = tiny_base()
     model = with_cross_attention(base.model, mode, seed=5)
-    inputs = {k: v for k, v in stock_inputs(MIXED).items() if "labels" not in k}
+    inputs = {k: v for k, v in stock_inputs(MIXED, NUM_CODEBOOKS).items() if "labels" not in k}
     before = base.model(**inputs, use_cache=False).logits
     torch.testing.assert_close(model(**inputs, use_cache=False).logits, before, rtol=0, atol=2e-6)
 
@@ -119,7 +120,7 @@ def test_new_modules_start_as_the_identity(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_zero_o_proj_alone_is_not_the_identity_of_audio_self(mode):
     model = with_cross_attention(tiny_base().model, mode, seed=5)
-    inputs = {k: v for k, v in stock_inputs(MIXED).items() if "labels" not in k}
+    inputs = {k: v for k, v in stock_inputs(MIXED, NUM_CODEBOOKS).items() if "labels" not in k}
     before = model(**inputs, use_cache=False).logits
     changed = False
     with torch.no_grad():
@@ -150,7 +151,7 @@ def test_packed_forward_matches_the_whole_model(mode):
     text_K, audio_KC = engine.evaluate(batch)
     counts = count_targets(MIXED, 4)
     ours = text_K[1] / counts.text + (audio_KC[1] / torch.from_numpy(counts.audio_C)).sum()
-    whole = model(**stock_inputs(MIXED), use_cache=False).loss
+    whole = model(**stock_inputs(MIXED, NUM_CODEBOOKS), use_cache=False).loss
     torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-5)
     plain = packed_nll(base.model, collate({0: MIXED[::-1]}), None)
     torch.testing.assert_close(text_K[:1], plain[0], rtol=1e-5, atol=1e-5)
@@ -161,7 +162,7 @@ def test_audio_self_lets_no_text_row_read_anything_new():
     base = tiny_base(num_layers=1)
     model = randomise(with_cross_attention(base.model, "audio_self", seed=1))
     one = example("transcribe", 1, 9, 5)
-    inputs = {k: v for k, v in stock_inputs([one]).items() if "labels" not in k}
+    inputs = {k: v for k, v in stock_inputs([one], NUM_CODEBOOKS).items() if "labels" not in k}
     seen = []
     model.model.layers[0].self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True

@@ -6,6 +6,7 @@ import pytest
 import torch
 from host_syncs import HostReads
 from peft import LoraConfig, get_peft_model
+from sides import stock_inputs
 from torch import nn
 
 from higgs_tune.config import ALL_LINEAR
@@ -17,7 +18,7 @@ from higgs_tune.train import engine as engine_module
 from higgs_tune.train.checkpoint import lora_config
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.residents import PackLimits
-from tests.models import NUM_CODEBOOKS, example, stock_inputs, tiny_base, trial
+from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 EVERY = (*ALL_LINEAR, "text_head", "audio_head")
 # of equal length, so that the stock forward has no padding among its text rows
@@ -124,7 +125,7 @@ def test_gradients_match_peft_with_the_same_masks(monkeypatch):
         module = stock.get_submodule(f"base_model.model.{name}")
         module.lora_dropout["default"] = Given(spread, 0.4, text, audio)
     stock.train()
-    loss = stock(**stock_inputs(PAIR), use_cache=False).loss
+    loss = stock(**stock_inputs(PAIR, NUM_CODEBOOKS), use_cache=False).loss
     loss.backward()
 
     total = text_K[0] / counts[0].text + (audio_KC[0] / torch.from_numpy(counts[0].audio_C)).sum()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from sides import stock_inputs
 from transformers import AutoConfig, AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune import cli
@@ -21,7 +22,7 @@ from higgs_tune.train.residents import PackLimits
 from tests.boson_reference import boson_logits
 from tests.checkpoints import SHARD_BYTES, boson_config, boson_names, write_boson, write_native
 from tests.full_disk import largest_file
-from tests.models import example, stock_inputs, tiny_base, trial
+from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 EXAMPLES = [example("transcribe", 1, 9, 5), example("speak", 2, 6, 11), example("clone", 3, 4, 3)]
 HEADS = ("text_head", "audio_head")
@@ -51,7 +52,7 @@ def train(base_folder: Path, adapter: Path, mode: str = "off", targets=None, **c
 
 
 def logits(model, examples=EXAMPLES):
-    inputs = {k: v for k, v in stock_inputs(examples).items() if "labels" not in k}
+    inputs = {k: v for k, v in stock_inputs(examples, NUM_CODEBOOKS).items() if "labels" not in k}
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     hidden = inner.model(**inputs, use_cache=False).last_hidden_state
     return torch.cat([inner.text_lm_head(hidden), inner.audio_lm_head(hidden)], dim=-1)
@@ -147,7 +148,9 @@ def test_new_modules_stay_in_a_merged_native_checkpoint(tmp_path, mode):
     base = load_checkpoint(settings(tmp_path / "out"))
     expected = adapted(base_folder, adapter)
     torch.testing.assert_close(logits(base.model), logits(expected), rtol=1e-4, atol=1e-4)
-    prompt = {k: v for k, v in stock_inputs(EXAMPLES[:1]).items() if "labels" not in k}
+    prompt = {
+        k: v for k, v in stock_inputs(EXAMPLES[:1], NUM_CODEBOOKS).items() if "labels" not in k
+    }
     made = [m.generate(**prompt, do_sample=False, max_new_tokens=6) for m in (base.model, expected)]
     assert torch.equal(made[0], made[1])
 

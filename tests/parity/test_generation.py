@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from sides import stock_inputs
 from transformers import DynamicCache, StaticCache
 
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.errors import ModelError
 from higgs_tune.model.audio_attention import with_cross_attention
-from tests.models import NUM_CODEBOOKS, NUM_CODES, example, stock_inputs, tiny_base
+from tests.models import NUM_CODEBOOKS, NUM_CODES, example, tiny_base
 
 MODES = ["off", "audio_self", "text_to_audio"]
 # a clip before text, a clip behind text, and reference text and audio before both
@@ -31,7 +32,7 @@ def model(request):
 
 
 def inputs_of(examples: list[Encoded]) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in stock_inputs(examples).items() if "labels" not in k}
+    return {k: v for k, v in stock_inputs(examples, NUM_CODEBOOKS).items() if "labels" not in k}
 
 
 def chunks(one: Encoded, first: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from sides import stock_inputs
 from torch.nn import functional as F
 
 from higgs_tune.data.collate import collate, count_targets
@@ -12,7 +13,7 @@ from higgs_tune.model.packed_forward import packed_nll
 from higgs_tune.model.targets import lora_regex
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.residents import PackLimits
-from tests.models import example, stock_inputs, tiny_base, trial
+from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 MIXED = [
     example("transcribe", 1, 9, 5),
@@ -31,13 +32,13 @@ def our_total(text_sum_K, audio_sum_KC, examples):
 def test_losses_match_the_stock_forward_on_the_same_labels():
     base = tiny_base()
     ours = our_total(*packed_nll(base.model, collate({0: MIXED}), None), MIXED)
-    stock = base.model(**stock_inputs(MIXED), use_cache=False).loss
+    stock = base.model(**stock_inputs(MIXED, NUM_CODEBOOKS), use_cache=False).loss
     torch.testing.assert_close(ours, stock, rtol=1e-6, atol=1e-6)
 
 
 def test_every_codebook_matches_the_stock_logits():
     base = tiny_base()
-    inputs = stock_inputs(MIXED)
+    inputs = stock_inputs(MIXED, NUM_CODEBOOKS)
     labels, audio_labels = inputs.pop("labels"), inputs.pop("audio_labels")
     logits = base.model(**inputs, use_cache=False).logits
     rows = base.model.model.get_placeholder_mask(inputs["input_ids"], None, None)
@@ -86,7 +87,7 @@ def test_gradients_match_stock_transformers_with_peft(targets):
 
     engine.forward_backward(collate({0: MIXED}), {0: count_targets(MIXED, 4)})
     ours = engine.bank.views(0, "grad")
-    stock(**stock_inputs(MIXED), use_cache=False).loss.backward()
+    stock(**stock_inputs(MIXED, NUM_CODEBOOKS), use_cache=False).loss.backward()
     for name, parameter in short.items():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 

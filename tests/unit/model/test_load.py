@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sides import stock_inputs
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.config import BaseSettings
@@ -13,7 +14,7 @@ from higgs_tune.errors import ConfigError, ModelError
 from higgs_tune.model.audio_attention import with_cross_attention
 from higgs_tune.model.load import load_base, load_checkpoint, vocabulary_of
 from tests.checkpoints import boson_config, boson_names, tokenizer, write_boson, write_native
-from tests.models import NUM_CODES, example, stock_inputs, tiny_base
+from tests.models import NUM_CODEBOOKS, NUM_CODES, example, tiny_base
 
 INDEX = "model.safetensors.index.json"
 FORMATS = ["native", "boson"]
@@ -34,7 +35,8 @@ def settings(folder: Path, **changes) -> BaseSettings:
 
 
 def logits(model) -> torch.Tensor:
-    inputs = {k: v for k, v in stock_inputs([example("clone", 3)]).items() if "labels" not in k}
+    stock = stock_inputs([example("clone", 3)], NUM_CODEBOOKS)
+    inputs = {k: v for k, v in stock.items() if "labels" not in k}
     hidden = model.model(**inputs, use_cache=False).last_hidden_state
     return torch.cat([model.text_lm_head(hidden), model.audio_lm_head(hidden)], dim=-1)
 
