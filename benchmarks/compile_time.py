@@ -23,7 +23,7 @@ import torch
 from options import at_least, json_file, run
 from output import machine, save, settings_of
 from sides import start_of, synchronise, trial_of
-from step_time import picture
+from step_time import alternate, picture
 
 from higgs_tune.config import BaseSettings, TaskMix
 from higgs_tune.data.collate import PackBatch, collate, count_targets
@@ -71,14 +71,7 @@ def measure(clips: int, rank: int, repeats: int) -> dict[str, Any]:
     for ours, theirs in zip(*(step(batches[1]) for step in sides.values()), strict=True):
         if not (ours - theirs).norm() <= 1e-4 * theirs.norm():
             raise SystemExit(f"losses or gradients differ: {(ours - theirs).norm()}")
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for examples in batches[1:]:
-        for name, step in sides.items():
-            synchronise(device)
-            started = time.perf_counter()
-            step(examples)
-            synchronise(device)
-            times[name].append(time.perf_counter() - started)
+    times = alternate(sides, batches[1:], device)
     counters = torch._dynamo.utils.counters
     return {
         "first_s": round(first_s, 1),

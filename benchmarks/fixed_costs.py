@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
-from options import at_least, json_file, run
+from options import at_least, json_file, new_parser, run
 from output import COLORS, machine, new_figure, num_cpus, save, settings_of
 from stock_base import REPORTED, STARTED
 from sweep_time import HERE, WAYS, Results, environment, our_trials, settings_file, timed
@@ -121,9 +121,7 @@ def picture(ways: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--trials", type=at_least(1), default=9)
     parser.add_argument("--slots", type=at_least(1), default=4, help="of our worker")
     parser.add_argument(

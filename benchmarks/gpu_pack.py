@@ -24,7 +24,7 @@ import torch
 from gpu_step import compare
 from matplotlib.figure import Figure
 from measured import free_memory
-from options import ascending, at_least, json_file, run
+from options import ascending, at_least, json_file, new_parser, run
 from output import COLORS, machine, new_figure, ratio, save, settings_of
 from random_base import PRESETS
 from sides import our_step, prediction, synchronise
@@ -144,9 +144,7 @@ def rank_list(text: str) -> list[int]:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from measured import Side, check_losses, free_memory
-from options import ascending, at_least, json_file, run
-from output import machine, settings_of
+from options import ascending, at_least, json_file, new_parser, run
+from output import machine, ratio, settings_of
 from random_base import PRESETS, random_base, random_clips, step_flops
 from sides import our_step, prediction, stock_step, synchronise
 
@@ -115,16 +115,13 @@ def compare(
 def shares(record: dict[str, Any], alone_ms: float | None) -> dict[str, float | None]:
     """Ratios of a record: to both floors, to as many stock steps, to as many packs of one."""
     ours, stock, adapters = record["ours"].get("ms"), record["stock"].get("ms"), record["adapters"]
-
-    def ratio(above: float | None, below: float | None) -> float | None:
-        return round(above / below, 4) if above and below else None
-
+    share = partial(ratio, digits=4)
     return {
-        "share_of_floor_h100": ratio(record["floor_h100_ms"], ours),
-        "share_of_floor_here": ratio(record["floor_here_ms"], ours),
-        "stock_share_of_floor_here": ratio(record["stock_floor_here_ms"], stock),
-        "ratio_to_stock": ratio(stock and adapters * stock, ours),
-        "ratio_to_alone": ratio(alone_ms and adapters * alone_ms, ours),
+        "share_of_floor_h100": share(record["floor_h100_ms"], ours),
+        "share_of_floor_here": share(record["floor_here_ms"], ours),
+        "stock_share_of_floor_here": share(record["stock_floor_here_ms"], stock),
+        "ratio_to_stock": share(stock and adapters * stock, ours),
+        "ratio_to_alone": share(alone_ms and adapters * alone_ms, ours),
     }
 
 
@@ -150,9 +147,7 @@ COLUMNS = (
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--layers", type=at_least(1), help="instead of the preset's number")
     parser.add_argument("--device", default="auto")

@@ -9,6 +9,13 @@ from typing import Any
 from higgs_tune.errors import HiggsTuneError
 
 
+def new_parser(text: str | None) -> argparse.ArgumentParser:
+    """The parser of a script whose docstring is its help, line by line."""
+    return argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def at_least(lowest: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
     """An argparse type: numbers of a kind, from `lowest` on."""
 

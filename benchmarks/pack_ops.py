@@ -10,7 +10,6 @@ them) are counted with shared matmuls, as on a GPU, and with each adapter's own.
 no kernel and are left out.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from gpu_step import H100_FLOPS
 from matplotlib.figure import Figure
-from options import ascending, at_least, json_file, run
+from options import ascending, at_least, json_file, new_parser, run
 from output import COLORS, machine, new_figure, save, settings_of
 from random_base import PRESETS, random_clips, step_flops, vocabulary_of
 from stand_in_gpu import have_it
@@ -127,9 +126,7 @@ def picture(packs: Sequence[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     """Count, print a line for each pack, write JSON and a picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--adapters", type=ascending, default=[1, 2, 4, 8, 16])
     parser.add_argument("--tokens", type=at_least(1), default=600, help="rows of an adapter's step")

@@ -9,7 +9,6 @@ arithmetic, or the host's time where that is longer. What the cut saves is given
 HOST_US microseconds for an operation; it is made for one of forwards.OPERATION_S.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from itertools import product
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from options import json_file, run
+from options import json_file, new_parser, run
 from output import machine, save, settings_of
 from random_base import PRESETS, random_base
 
@@ -82,9 +81,7 @@ def measure(clips: int, budget: int, adapters: int, costs: Costs) -> dict[str, A
 
 def main() -> None:
     """Simulate, print a line for each pack, write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--out", type=json_file, help="JSON")
     args = parser.parse_args()
     base = random_base(PRESETS["full"], torch.device("meta"), torch.bfloat16)

@@ -19,7 +19,7 @@ import torch
 from gpu_step import compare
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
-from options import ascending, at_least, json_file, run
+from options import ascending, at_least, json_file, new_parser, run
 from output import COLORS, machine, new_figure, num_cpus, ratio, save, settings_of
 
 from higgs_tune.config import BaseSettings
@@ -83,9 +83,7 @@ def picture(packs: list[dict[str, Any]]) -> Figure:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--threads", type=at_least(1), default=num_cpus(), help="of torch, on both sides"

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
-from options import ascending, at_least, json_file, run
+from options import ascending, at_least, json_file, new_parser, run
 from output import COLORS, machine, new_figure, ratio, save, settings_of
 from sweep_model import Costs, Failures, Search, simulate
 
@@ -170,9 +170,7 @@ def picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=Path, help="JSON of pack_time, gpu_step or gpu_pack")
     parser.add_argument("--tokens", type=at_least(1), help="which length of --steps")
     parser.add_argument("--fixed", type=Path, help="JSON of fixed_costs")

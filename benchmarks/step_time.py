@@ -13,9 +13,10 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import count, islice
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -40,6 +41,21 @@ def batches_of(base: Base, clips: int) -> Iterator[list[Encoded]]:
         targets = count_targets(batch, base.model.config.num_codebooks)
         if targets.text and targets.audio_C.all():
             yield batch
+
+
+def alternate(
+    steps: Mapping[str, Callable[[Any], object]], batches: Iterable[Any], device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each side's steps, which take turns on equal batches."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for batch in batches:
+        for name, step in steps.items():
+            synchronise(device)
+            started = time.perf_counter()
+            step(batch)
+            synchronise(device)
+            times[name].append(time.perf_counter() - started)
+    return times
 
 
 def picture(times: dict[str, list[float]]) -> Figure:
@@ -78,14 +94,7 @@ def main() -> None:
     tolerance = TOLERANCE[getattr(torch, args.dtype)] * abs(first["stock"])
     if not all(abs(loss - first["stock"]) <= tolerance for loss in first.values()):
         raise SystemExit(f"the first losses differ: {first}")
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for examples in batches[1:]:
-        for name, step in steps.items():
-            synchronise(device)
-            started = time.perf_counter()
-            step([examples])
-            synchronise(device)
-            times[name].append(time.perf_counter() - started)
+    times = alternate(steps, [[examples] for examples in batches[1:]], device)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     result = {
         "step_s": {name: round(seconds, 4) for name, seconds in medians.items()},

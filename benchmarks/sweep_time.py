@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
-from options import at_least, json_file, run
+from options import at_least, json_file, new_parser, run
 from output import COLORS, machine, new_figure, num_cpus, ratio, save, settings_of
 
 from higgs_tune.config_file import load_sweep, to_yaml
@@ -209,9 +209,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--trials", type=at_least(1), default=12)
     parser.add_argument("--num-steps", type=at_least(1), default=80)
     parser.add_argument("--report-every", type=at_least(1), default=20)
