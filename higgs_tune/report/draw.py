@@ -48,20 +48,20 @@ def draw_curves(panels: Sequence[CurvesInfo]) -> Picture:
             handles.append(marker("X", POOR, "diverged after this"))
         if "pruned" in ends:
             handles.append(marker("o", OTHER, "stopped early", size=4))
-        if any(_ends_outside(line, panel.scale) for panel in panels for line in panel.lines):
+        if any(_ends_outside(line, _edges(panel)) for panel in panels for line in panel.lines):
             handles.append(marker("^", OTHER, "leaves the scale", size=6))
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         return render(figure)
 
 
 def _draw_panel(axes: Axes, panel: CurvesInfo) -> None:
-    low, high = panel.scale
-    if "loss" in panel.title and low > 0 and high > 2.5 * low:
-        _log_axis(axes, panel, low, high)
-    _end_axis(axes, panel)
+    if _is_log(panel):
+        _log_axis(axes, *panel.scale)
+    edges = _edges(panel)
+    axes.set_ylim(edges)  # left alone, matplotlib makes room for every curve
     order = ("other", "baseline_fixed", "baseline", "best")  # the last is drawn on top
     for line in sorted(panel.lines, key=lambda line: order.index(line.role)):
-        _draw_line(axes, line, panel.scale)
+        _draw_line(axes, line, edges)
     if panel.limit is not None:
         axes.axhline(panel.limit, color=POOR, lw=1.1, ls=(0, (4, 3)))
         axes.annotate(
@@ -74,31 +74,35 @@ def _draw_panel(axes: Axes, panel: CurvesInfo) -> None:
             color=POOR,
             fontsize=8.5,
         )
-    unit = f"{panel.unit} (log scale)" if axes.get_yscale() == "log" else panel.unit
+    unit = f"{panel.unit} (log scale)" if _is_log(panel) else panel.unit
     axes.set(title=panel.title, xlabel="optimizer step", ylabel=unit)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def _ends_outside(line: Line, scale: tuple[float, float]) -> bool:
-    return not scale[0] <= line.points[-1][1] <= scale[1]
+def _ends_outside(line: Line, edges: tuple[float, float]) -> bool:
+    return not edges[0] <= line.points[-1][1] <= edges[1]
 
 
-def _end_axis(axes: Axes, panel: CurvesInfo) -> None:
-    """Limits just beyond the scale; left alone, matplotlib makes room for every curve."""
+def _edges(panel: CurvesInfo) -> tuple[float, float]:
+    """Where the axis ends, just beyond the scale: a curve may end between the two."""
     low, high = panel.scale
     if panel.limit is not None:
         high = max(high, panel.limit)
-    if axes.get_yscale() == "log":
+    if _is_log(panel):
         pad = (high / low) ** 0.05
-        axes.set_ylim(low / pad, high * pad)
-    else:
-        pad = 0.05 * (high - low) or 0.1
-        axes.set_ylim(low - pad, high + pad)
+        return low / pad, high * pad
+    pad = 0.05 * (high - low) or 0.1
+    return low - pad, high + pad
 
 
-def _log_axis(axes: Axes, panel: CurvesInfo, low: float, high: float) -> None:
+def _is_log(panel: CurvesInfo) -> bool:
     """A base far above the trials would press their ends together on a linear axis."""
+    low, high = panel.scale
+    return "loss" in panel.title and low > 0 and high > 2.5 * low
+
+
+def _log_axis(axes: Axes, low: float, high: float) -> None:
     axes.set_yscale("log")
     steps = (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 7)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -108,7 +112,7 @@ def _log_axis(axes: Axes, panel: CurvesInfo, low: float, high: float) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _draw_line(axes: Axes, line: Line, scale: tuple[float, float]) -> None:
+def _draw_line(axes: Axes, line: Line, edges: tuple[float, float]) -> None:
     steps, values = zip(*line.points, strict=True)
     plain = line.role == "other"
     color = ROLE_COLORS[line.role]
@@ -120,18 +124,17 @@ def _draw_line(axes: Axes, line: Line, scale: tuple[float, float]) -> None:
         alpha=0.65 if plain else 1,
         ls={"baseline": (0, (5, 2)), "baseline_fixed": (0, (1.5, 1.5))}.get(line.role, "-"),
     )
-    if _ends_outside(line, scale):
-        _mark_exit(axes, line, scale)
+    if _ends_outside(line, edges):
+        _mark_exit(axes, line, edges)
     elif line.status == "diverged":
         axes.plot(steps[-1], values[-1], marker="X", color=POOR, ms=7, mec="none")
     elif line.status == "pruned":
         axes.plot(steps[-1], values[-1], marker="o", color=color, ms=3.5, mec="none")
 
 
-def _mark_exit(axes: Axes, line: Line, scale: tuple[float, float]) -> None:
+def _mark_exit(axes: Axes, line: Line, edges: tuple[float, float]) -> None:
     """An arrow head where the curve leaves the picture for good."""
-    edges = axes.get_ylim()
-    is_above = line.points[-1][1] > scale[1]
+    is_above = line.points[-1][1] > edges[1]
     edge = edges[1] if is_above else edges[0]
     inside = [n for n, (_, v) in enumerate(line.points) if edges[0] <= v <= edges[1]]
     step = line.points[0][0]

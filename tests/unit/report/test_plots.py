@@ -10,6 +10,8 @@ from higgs_tune.report.draw import draw_curves
 from higgs_tune.report.draw_planes import draw_scatter, draw_space
 from higgs_tune.report.findings import find
 from higgs_tune.report.plots import (
+    CurvesInfo,
+    Line,
     SpaceInfo,
     curves_info,
     gain_info,
@@ -164,6 +166,14 @@ def test_wild_trials_do_not_stretch_the_scales(results: Results, tmp_path: Path)
         assert after.scale[1] == pytest.approx(before.scale[1], abs=0.1)
     assert "leaves the scale" in draw_curves(curves_info(wild, None)).svg
     assert "leaves the scale" not in draw_curves(curves_info(results, None)).svg
+
+
+@pytest.mark.parametrize("end, leaves", [(12.9, False), (14.0, True)])
+def test_curve_that_ends_between_scale_and_edge_is_drawn(end: float, leaves: bool) -> None:
+    line = Line("other", "completed", ((0, 7.7), (25, 11.0), (50, end)))
+    panel = CurvesInfo("Text loss", "nats per token", (line,), None, (2.8, 12.6))
+    drawn = draw_curves([panel, panel]).svg  # the axis goes to 13.6
+    assert ("leaves the scale" in drawn) == leaves
 
 
 def test_wild_gain_does_not_stretch_the_bars(tmp_path: Path) -> None:
