@@ -51,6 +51,9 @@ class StudySearcher(TrialSource):
         self._on_study_error = on_study_error
         self._broken = False  # a write failed for good; another would corrupt a journal
         self._study = study
+        study.sampler = optuna.samplers.RandomSampler(
+            seed=0
+        )  # not used: what it is asked for is given
         self._config = config
         self._audio_limit = audio_limit
         self._on_resume = on_resume
@@ -256,15 +259,23 @@ class StudySearcher(TrialSource):
         trial.set_user_attr(studies.INDEX, record.number)  # at last: `latest` looks for it
 
     def _ask(self) -> optuna.Trial:
+        """A trial that the sampler proposes, by those that have parameters.
+
+        It would take the others, baselines outside the space and copies, for some of the best and learn
+        less from those that are.
+        """
+        known = self._study.get_trials(deepcopy=False)
         # A sampler that is seeded once would repeat itself after a resume.
-        seed = space.trial_seed(
-            self._config.tune.seed, "sampler", len(self._study.get_trials(deepcopy=False))
-        )
-        self._study.sampler = optuna.samplers.TPESampler(
+        seed = space.trial_seed(self._config.tune.seed, "sampler", len(known))
+        sampler = optuna.samplers.TPESampler(
             seed=seed,
             multivariate=True,
-            group=True,  # conditional parameters and baselines outside the space stay harmless
+            group=True,  # conditional parameters stay in the model
             constant_liar=True,
             n_startup_trials=max(4, min(10, self._config.tune.num_trials // 3)),
         )
-        return self._study.ask()
+        seen = optuna.create_study(sampler=sampler)
+        seen.add_trials(t for t in known if t.params and t.state != TrialState.FAIL)
+        proposal = seen.ask()
+        space.suggest(proposal, self._config)
+        return self._ask_fixed(proposal.params)

@@ -69,6 +69,22 @@ def test_the_sampler_keeps_away_from_where_trials_diverge(study, make_config):
     )
 
 
+def test_a_baseline_outside_the_space_is_nothing_to_the_sampler(tmp_path, make_config):
+    """Were it the best of what the sampler sees, nothing good would be left to learn from."""
+    config = make_config(baseline={"rank": 64}, tune={"num_trials": 24})
+    runs = []
+    for loss in (0.1, 9.0):
+        folder = tmp_path / str(loss)
+        folder.mkdir()
+        searcher, _, _ = make_searcher(studies.open_study("s", folder, None), config)
+        rates = []
+        for index in range(24):
+            rates.append(searcher.suggest(str(index))["trial"]["learning_rate"])
+            finish(searcher, str(index), loss if index < 2 else 2.0 + abs(math.log(rates[-1])))
+        runs.append(rates)
+    assert runs[0] == runs[1]
+
+
 @pytest.mark.parametrize("num_trials, num_random", [(3, 4), (16, 5), (30, 10), (90, 10)])
 def test_a_third_of_the_trials_at_most_is_drawn_without_a_model(
     study, make_config, monkeypatch, num_trials, num_random
