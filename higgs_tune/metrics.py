@@ -12,7 +12,7 @@ TRAIN_TEXT_NLL = "train/text/nll"  # mean over the interval's target tokens
 TRAIN_AUDIO_NLL = "train/audio/nll_per_code"
 STEP = "step"  # optimizer steps done
 TOKENS_PER_S = "tokens_per_s"  # rows this adapter trained per second of the pack's time
-TRAIN_TIME_S = "train_time_s"  # seconds in forward, backward and optimizer, the pack's
+TRAIN_TIME_S = "train_time_s"  # seconds of the pack's steps, reading and tokenising included
 LEARNING_RATE = "train/learning_rate"  # of the interval's last step, warm-up and cosine included
 GRAD_NORM = "train/grad_norm"  # median over the interval, before clipping
 # `higgs-tune evaluate`: means over the generated clips
