@@ -115,7 +115,8 @@ def _figure(key: str, picture: Picture) -> str:
 def _levels(results: Results) -> str:
     """Listed settings that varied, each value with its trials; empty if none did."""
     rows = []
-    for setting in ("cross_attention", "target_set", "rank", "alpha_rule"):
+    listed = [name for name, values in results.sweep.space if isinstance(values, tuple)]
+    for setting in listed:
         values = levels(results, setting)
         if len(values) < 2:
             continue

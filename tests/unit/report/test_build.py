@@ -12,10 +12,12 @@ import pytest
 import yaml
 
 from higgs_tune.report.build import build_report
+from higgs_tune.report.findings import find
+from higgs_tune.report.html import render_html
 from higgs_tune.report.results import read_results
 from higgs_tune.report.summary import Summary
 from higgs_tune.train.train_cli import read_settings
-from tests.unit.report.builder import Builder, curve, realistic, trial_config
+from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,29 @@ def test_finished_sweep_gives_every_file(finished: tuple[Path, Summary]) -> None
     assert stored.split() == summary.text.split()
     assert stored.count("\n") < summary.text.count("\n"), "it is as wide as that terminal"
     assert json.loads((folder / "summary.json").read_text())["best"]["trial_id"] == summary.best_id
+
+
+def test_every_listed_setting_stands_in_the_table_by_setting(tmp_path: Path) -> None:
+    space = {
+        "alpha": [16.0, 32.0],
+        "batch_clips": [4, 8],
+        "dropout": [0.0, 0.1],
+        "text_loss_weight": {"low": 0.5, "high": 2.0},
+    }
+    builder = Builder(tmp_path, sweep_config(space=space)).start()
+    for number in range(2, 6):
+        even = number % 2 == 0
+        config = trial_config(
+            alpha=16.0 if even else 32.0,
+            batch_clips=4 if even else 8,
+            dropout=0.0 if even else 0.1,
+            text_loss_weight=number / 3,
+        )
+        builder.trial(f"t{number:03d}", config, curve(config, 2.0 + number, 0.1, 3.9, 150))
+    results = read_results(tmp_path)
+    page = render_html(results, find(results), {}, None, None)
+    table = page[page.index("By setting") : page.index("All trials")]
+    assert re.findall(r"<th scope='row'>(\w+)</th>", table) == ["alpha", "dropout", "batch_clips"]
 
 
 def test_best_config_holds_what_is_needed_to_train_it_again(finished: tuple[Path, Summary]) -> None:
