@@ -48,6 +48,8 @@ def headline(results: Results, choice: Choice | None, outcome: Outcome) -> str:
             return "No configuration held up in the confirm stage"
         return "No configuration kept audio within its limit over a full run"
     start, end = results.base[m.VAL_TEXT_NLL], mean_of(choice.runs, m.VAL_TEXT_NLL)
+    if nats(start) == nats(end):
+        return f"Text loss stayed at {nats(end)} nats per token"
     verb = "fell" if end < start else "rose"
     return f"Text loss {verb} from {nats(start)} to {nats(end)} nats per token"
 

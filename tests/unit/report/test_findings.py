@@ -186,6 +186,16 @@ def test_text_loss_that_rose_is_not_said_to_have_fallen(tmp_path: Path) -> None:
     assert "fell by learning to write the language" in sentence(found, "listening")
 
 
+@pytest.mark.parametrize("end, verb", [(7.718, "stayed at 7.72"), (7.7, "fell from 7.72 to 7.70")])
+def test_text_loss_that_prints_the_same_is_not_said_to_have_moved(
+    tmp_path: Path, end: float, verb: str
+) -> None:
+    builder = Builder(tmp_path).start()
+    builder.trial("t000", CONFIG, curve(CONFIG, end, 0.0, 3.9, 150), origin="baseline")
+    found = find(read_results(tmp_path))
+    assert found.headline == f"Text loss {verb} nats per token"
+
+
 def test_a_single_pair_of_runs_is_compared_and_not_confirmed(tmp_path: Path) -> None:
     builder = Builder(tmp_path, sweep_config(confirm={"num_configs": 0})).start()
     builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.4, 3.9, 150), origin="baseline")
