@@ -96,7 +96,7 @@ def choose(results: Results) -> Choice | None:
     if not candidates:
         return None
     first = min(candidates, key=_text_nll)
-    state = _confirm_state(results, first)
+    state = _confirm_state(results, candidates)
     if state != "done":
         baseline = results.baseline
         baseline_runs = (baseline,) if baseline is not None and baseline.full_budget else ()
@@ -130,13 +130,14 @@ def leader(results: Results) -> Trial | None:
     return min((t for t in healthy if t.step == furthest), key=_text_nll, default=None)
 
 
-def _confirm_state(results: Results, first: Trial) -> ConfirmState:
-    """Whether the confirm stage has run to its end for trial 0 and the search's best, `first`."""
+def _confirm_state(results: Results, candidates: Iterable[Trial]) -> ConfirmState:
+    """Whether the confirm stage has run to its end for trial 0 and the search's best beside it."""
     if results.sweep.confirm.num_configs == 0:
         return "skipped"
     # Others may stay incomplete for good: a sweep that was extended has another best to confirm.
     groups = _groups(results)
-    for trial in (first, results.baseline):
+    others = [trial for trial in candidates if trial.origin != "baseline"]
+    for trial in (results.baseline, *sorted(others, key=_text_nll)[:1]):
         if trial is None or len(groups.get(trial.id, ())) < results.sweep.confirm.num_seeds:
             return "unfinished"
     return "done"

@@ -13,17 +13,20 @@ from higgs_tune.sweep.study import TrialRecord
 def confirm_records(
     found: optuna.Study, config: SweepConfig, existing: Sequence[TrialRecord]
 ) -> list[TrialRecord]:
-    """Full-budget repeats of the best feasible trials and of trial 0, seed by seed.
+    """Full-budget repeats of trial 0 and of the best feasible trials beside it, seed by seed.
 
+    Also where trial 0 leads the search: one run of each does not tell that nothing beats it.
     Every configuration gets the same seeds, so that differences to the baseline are paired.
     A sweep that was extended may find others to be the best: repeats that exist keep their ids, the
     new ones get the next numbers. Nothing to confirm, nothing to run: an empty list.
     """
-    best = study.best_records(found, config.confirm.num_configs)
-    if not best:
+    num_configs = config.confirm.num_configs
+    best = study.best_records(found, num_configs + 1)
+    if not best or not num_configs:
         return []
     baseline = study.record_of(study.latest(found)[0])
-    repeated = [baseline, *(record for record in best if record.number != 0)]
+    others = [record for record in best if record.number != 0]
+    repeated = [baseline, *others[:num_configs]]
     seeds = [
         space.trial_seed(config.tune.seed, "confirm", index)
         for index in range(config.confirm.num_seeds)
@@ -45,7 +48,7 @@ def confirm_records(
 
 
 def most_steps(config: SweepConfig) -> int:
-    """Optimizer steps of the stage, if trial 0 is not among the best."""
+    """Optimizer steps of the stage, if so many trials are feasible."""
     confirm = config.confirm
     num_runs = (confirm.num_configs + 1) * confirm.num_seeds if confirm.num_configs else 0
     return num_runs * config.train.num_steps

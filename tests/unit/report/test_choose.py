@@ -132,6 +132,23 @@ def test_confirm_without_the_best_of_the_search_is_unfinished(tmp_path: Path) ->
     assert chosen(tmp_path).confirm == "unfinished"
 
 
+@pytest.mark.parametrize("seeds, state", [((2.6,), "unfinished"), ((2.6, 2.5), "done")])
+def test_trial_0_that_led_the_search_is_not_confirmed_alone(
+    tmp_path: Path, seeds: tuple[float, ...], state: str
+) -> None:
+    builder = Builder(tmp_path).start()
+    run(builder, "t000", 2.0, origin="baseline")
+    run(builder, "t001", 2.1)
+    for number, text in enumerate((2.3, 2.4)):
+        options = {"origin": "confirm", "confirms": "t000", "seed": 100 + number}
+        run(builder, f"c00{number}", text, **options)
+    for number, text in enumerate(seeds):
+        options = {"origin": "confirm", "confirms": "t001", "seed": 100 + number}
+        run(builder, f"c00{2 + number}", text, **options)
+    choice = chosen(tmp_path)
+    assert (choice.trial.id, choice.confirm) == ("t000", state)
+
+
 def test_whole_sweep_prefers_the_confirmed_setting(tmp_path: Path) -> None:
     realistic(tmp_path)
     choice = chosen(tmp_path)

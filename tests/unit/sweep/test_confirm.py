@@ -31,6 +31,12 @@ def test_a_baseline_among_the_best_is_confirmed_once(tmp_path, make_config):
     assert [record.confirms for record in records] == ["t000", "t001"]
 
 
+def test_a_baseline_that_leads_the_search_is_confirmed_beside_the_best_other(tmp_path, make_config):
+    values = [(1.0, 3.0), (4.0, 3.0), (2.0, 3.0), (3.0, 3.0)]
+    records = confirmed(tmp_path, make_config, values, num_configs=1, num_seeds=2)
+    assert [record.confirms for record in records] == ["t000", "t002"] * 2
+
+
 def test_a_configuration_that_ran_twice_is_one_of_the_best_once(study, make_config, monkeypatch):
     searcher, _, _ = make_searcher(study, make_config())
     for name, text in (("a", 9.0), ("b", 8.0)):
