@@ -4,6 +4,7 @@ Text is scored after its own audio and after another clip's; the difference says
 Shape letters: K adapters, C codebooks.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from higgs_tune import metrics
 from higgs_tune.data.collate import count_targets, split_micro_batches
 from higgs_tune.data.tokens import Encoded
+from higgs_tune.errors import ModelError
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.room import Ended, Room, Work, agree
@@ -46,11 +48,18 @@ class Validator:
 
         Raises:
             MemoryError: not even one clip fits.
+            ModelError: a loss is not finite.
             Exception: whatever else a forward fails of, twice.
         """
         found = self._figures((_BARE,), bare=True)[_BARE]
         if isinstance(found, Ended):
             raise found.error
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise ModelError(
+                    f"{name} of the untouched base is {value} on the validation clips: nothing can be "
+                    "compared with it. Look for weights that are not finite, or use base.dtype float32."
+                )
         return found
 
     def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float] | Ended]:

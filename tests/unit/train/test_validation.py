@@ -1,7 +1,9 @@
 """Validation of a pack whose residents change."""
 
+import pytest
 import torch
 
+from higgs_tune.errors import ModelError
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.residents import PackLimits
 from higgs_tune.train.validation import Validator
@@ -30,3 +32,13 @@ def test_the_next_trial_of_a_slot_is_validated_with_its_own_new_modules():
             view.copy_(0.3 * torch.randn(view.shape, generator=generator))
         assert validator.validate([name]) == Validator(engine, **SETS).validate([name])
         engine.remove(name)
+
+
+def test_a_base_without_a_finite_loss_is_refused():
+    base = tiny_base()
+    letter = SETS["transcribe"][1].ids_L[SETS["transcribe"][1].text_labels_L >= 13][-1]
+    with torch.no_grad():
+        base.model.model.embed_tokens.weight[letter] = torch.nan
+    validator = Validator(Engine(base, PackLimits.of([trial()], num_slots=1)), **SETS)
+    with pytest.raises(ModelError, match="val/text/nll of the untouched base is nan"):
+        validator.bare()
