@@ -7,6 +7,7 @@ from typing import Any
 from higgs_tune.config import DataSettings
 from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.held_out import ValidationSets, validation_sets
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.rows import text_problem
 from higgs_tune.data.tasks import longest_conversation, system_rows
@@ -111,6 +112,22 @@ class Examples:
             )
         self._warns = False
         return order
+
+    def validation(self, num_clips: int) -> ValidationSets:
+        """What validates; says so if it is less than was asked for.
+
+        Raises:
+            DataError: there are no two usable clips with different texts.
+        """
+        sets = validation_sets(self._dataset, num_clips, **self.making)
+        if len(sets.rows) < num_clips and self._warns:
+            logger.warning(
+                "%d validation clips can be used, data.num_val_clips is %d: the fewer there are, the less "
+                "their losses say of others",
+                len(sets.rows),
+                num_clips,
+            )
+        return sets
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Tokenise once per row and task.

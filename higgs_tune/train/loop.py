@@ -16,7 +16,6 @@ from higgs_tune import metrics
 from higgs_tune.config import BaseSettings, DataSettings, TrialConfig
 from higgs_tune.data.collate import TargetCounts, count_targets
 from higgs_tune.data.dataset import Dataset
-from higgs_tune.data.held_out import validation_sets
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.device import peak_memory_mib
@@ -56,7 +55,7 @@ class PackLoop:
         self._examples = Examples(base, dataset, data, warns=world.is_main)
         self._runs: dict[str, Run] = {}
         self._steps_s = self.prepare_s = self.validate_s = 0.0  # of all calls of `advance` so far
-        sets = validation_sets(dataset, data.num_val_clips, **self._examples.making)
+        sets = self._examples.validation(data.num_val_clips)
         self._validator = Validator(
             self.engine,
             transcribe=[self._examples.encode(c) for c in sets.transcribe],

@@ -222,6 +222,15 @@ def test_data_of_another_codec_is_refused(tmp_path):
         loop_of(make_dataset(tmp_path / "other", other), A)
 
 
+@pytest.mark.parametrize("asked, told", [(4, False), (8, False), (48, True)])
+def test_fewer_validation_clips_than_asked_for_are_told(dataset, caplog, asked, told):
+    data = DATA.model_copy(update={"num_val_clips": asked})
+    loop = PackLoop(tiny_base(), dataset, data, PackLimits.of([trial()], num_slots=1))
+    assert len(loop.transcribe) == min(asked, 8)
+    said = "8 validation clips can be used, data.num_val_clips is 48"
+    assert (said in caplog.text) == told
+
+
 def test_a_row_that_the_base_cannot_hold_is_left_out(dataset, caplog):
     base = tiny_base()
     base.model.config.max_position_embeddings = 37  # rows may need 31 to 41, clones more
