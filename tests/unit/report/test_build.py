@@ -16,7 +16,7 @@ from higgs_tune.report.findings import find
 from higgs_tune.report.html import render_html
 from higgs_tune.report.results import read_results
 from higgs_tune.report.summary import Summary
-from higgs_tune.train.train_cli import read_settings
+from higgs_tune.train.train_cli import add_arguments, read_settings
 from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
 
 
@@ -79,7 +79,9 @@ def test_best_config_holds_what_is_needed_to_train_it_again(finished: tuple[Path
     }  # fmt: skip
     results = read_results(folder)
     best = next(trial for trial in results.trials if trial.id == summary.best_id)
-    arguments = argparse.Namespace(config=folder / "best_config.yaml", set=[], data=None, seed=None)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = parser.parse_args(["--config", str(folder / "best_config.yaml")])
     read = read_settings(arguments)[0]["trial"]
     assert read.model_copy(update={"seed": 0}) == best.config
     assert read.seed in content["results"]["seeds"]
