@@ -4,8 +4,9 @@ The sentences claim no more than the runs show: a difference inside the noise of
 that, and a text loss that fell without an audio gain is not called listening.
 """
 
+import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from higgs_tune import metrics as m
@@ -192,11 +193,23 @@ def _notes(results: Results, choice: Choice | None) -> list[str]:
             f"{trial_id} was confirmed and cannot be chosen: {why}."
             for trial_id, why in failed_in_confirm(results).items()
         ]
+    notes += _broken(results.trials)
     notes += _crowded_out(results)
     if results.baseline is not None:
         notes += _broken_off(results.baseline)
     if choice is not None and not (choice.adapter_run.directory / "adapter").is_dir():
         notes.append(f"{choice.adapter_run.id} left no adapter; train it again to get one.")
+    return notes
+
+
+def _broken(trials: Sequence[Trial]) -> list[str]:
+    """A note with the first reason for each kind of end that is no verdict on a configuration."""
+    notes = []
+    for status, words in (("failed", "failed"), ("out_of_memory", "ran out of memory")):
+        if own := [trial for trial in trials if trial.status == status]:
+            count = f"{len(own)} trials" if len(own) > 1 else "1 trial"
+            reason = textwrap.shorten(own[0].reason or "no reason was recorded", 200)
+            notes.append(f"{count} {words}. Reason of {own[0].id}: {reason}")
     return notes
 
 

@@ -264,6 +264,19 @@ def test_audio_beyond_the_limit_says_what_to_change(tmp_path: Path) -> None:
     assert "objective.audio_tolerance" in sentence(found, "found")
 
 
+def test_ends_that_are_no_verdict_are_noted_with_their_first_reason(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    ends = {"t000": "failed", "t001": "out_of_memory", "t002": "failed", "t003": "diverged"}
+    for trial_id, status in ends.items():
+        builder.trial(trial_id, CONFIG, [], status=status, reason=f"{trial_id} said so " * 30)
+    notes = find(read_results(tmp_path)).notes
+    (failed,) = (note for note in notes if note.startswith("2 trials failed."))
+    (full,) = (note for note in notes if note.startswith("1 trial ran out of memory."))
+    assert "Reason of t000: t000 said so" in failed and failed.endswith("[...]")
+    assert "Reason of t001: t001 said so" in full and len(full) < 260
+    assert not any("t003" in note for note in notes)
+
+
 @pytest.mark.parametrize("stopped_audio, last_audio, said", [
     (3.9, 5.0, True), (5.0, 5.0, False), (3.9, 3.9, False),
 ])  # fmt: skip
