@@ -46,17 +46,22 @@ def base_for(adapters: Sequence[Path], given: Mapping[str, Any], where: str) -> 
     return next(iter(found.values()))[1]
 
 
-def system_text_for(adapters: Sequence[Path], given: str | None) -> str | None:
+def system_text_for(adapters: Sequence[Path], given: str | None, base: BaseSettings) -> str | None:
     """What stands before each clip; an empty one that is given is none.
+
+    Without adapters it is that of the adapter that was merged into the base, if one was.
 
     Raises:
         ConfigError: the adapters were trained after different ones.
-        ModelError: not an adapter of ours.
+        ModelError: not an adapter of ours, or no such base.
     """
-    if given is not None or not adapters:
+    if given is not None:
         return given or None
-    from higgs_tune.train.checkpoint import read_system_text, read_trial  # torch: seconds to import
+    from higgs_tune.model.load import locate  # torch: seconds to import
+    from higgs_tune.train.checkpoint import read_system_text, read_trial
 
+    if not adapters:
+        return read_system_text(locate(base)[1])
     found: dict[str | None, Path] = {}
     for adapter in adapters:
         read_trial(adapter)

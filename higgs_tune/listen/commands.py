@@ -136,14 +136,15 @@ def run_generate(args: argparse.Namespace) -> int:
 
     paths = take_paths(args.out, args.num_takes)
     adapters = [] if adapter is None else [adapter]
-    base = load_checkpoint(base_for(adapters, given(args, BASE), "generate"))
+    base_settings = base_for(adapters, given(args, BASE), "generate")
+    base = load_checkpoint(base_settings)
     codec_name = args.codec or "embedded"
     codec = load_codec(codec_name, base.model.device, args.codec_revision)
     check_codec(codec, codec_name, base)
     reference = None
     if args.reference is not None:
         reference = Reference(args.reference, args.reference_text)
-    system_text = system_text_for(adapters, args.system_text)
+    system_text = system_text_for(adapters, args.system_text, base_settings)
     prompt = take_prompt(args.text, reference, codec, base.vocabulary, system_text)
     facts = {
         "text": args.text,
@@ -256,8 +257,8 @@ def _subject(
         data["path"] = args.data
     if args.results is None or args.num_clips is not None:  # else as many as the sweep validated on
         data["num_val_clips"] = options.num_clips
-    if args.results is None or args.system_text is not None:
-        data["system_text"] = system_text_for(adapters, args.system_text)
-    data_settings = validate(DataSettings, data, "evaluate")
     base = base_for(adapters, stored_base | given(args, BASE), "evaluate")
+    if args.results is None or args.system_text is not None:
+        data["system_text"] = system_text_for(adapters, args.system_text, base)
+    data_settings = validate(DataSettings, data, "evaluate")
     return base, data_settings, adapters, out

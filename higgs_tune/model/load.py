@@ -149,7 +149,7 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
         NoMemoryError: it does not fit.
     """
     device = resolve_device(settings.device, "base.device")
-    source, folder = _locate(settings)
+    source, folder = locate(settings)
     config, tokenizer = read_config(folder)
     is_original = read_object(folder / "config.json")["model_type"] == boson.MODEL_TYPE
     vocabulary = vocabulary_of(tokenizer, config)
@@ -195,8 +195,13 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
     return Base(model, tokenizer, vocabulary, source, revision, folder)
 
 
-def _locate(settings: BaseSettings) -> tuple[str, Path]:
-    """What an adapter calls the base, and the folder that it is in."""
+def locate(settings: BaseSettings) -> tuple[str, Path]:
+    """What an adapter calls the base, and the folder that it is in, downloaded if it is a Hub id.
+
+    Raises:
+        ConfigError: a Hub id without a revision.
+        ModelError: not there.
+    """
     local = local_folder(settings)
     if local is not None:
         return str(local), local

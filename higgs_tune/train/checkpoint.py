@@ -25,7 +25,7 @@ from higgs_tune.errors import ModelError, is_out_of_memory
 from higgs_tune.files import share_weights
 from higgs_tune.model.audio_attention import cross_attention_of, with_cross_attention
 from higgs_tune.model.new_modules import MODULE_NAMES
-from higgs_tune.model.snapshot import header
+from higgs_tune.model.snapshot import header, read_object
 from higgs_tune.model.targets import lora_regex
 from higgs_tune.train.residents import AdapterState
 
@@ -188,8 +188,13 @@ def read_trial(directory: Path) -> TrialConfig:
 
 
 def read_system_text(directory: Path) -> str | None:
-    """The system text that stood before an adapter's clips; `read_trial` has found it readable."""
-    return json.loads((directory / MARK_NAME).read_text(encoding="utf-8")).get("system_text")
+    """The system text that stood before the clips of an adapter, or of what was merged into a base.
+
+    Raises:
+        ModelError: the note of it cannot be read.
+    """
+    path = directory / MARK_NAME
+    return read_object(path).get("system_text") if path.is_file() else None
 
 
 def _what_instead(directory: Path, needed: str) -> str:

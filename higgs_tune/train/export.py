@@ -27,6 +27,7 @@ from higgs_tune.train.checkpoint import (
     WEIGHTS_NAME,
     load_adapter,
     read_lora_config,
+    read_system_text,
     read_trial,
 )
 
@@ -115,7 +116,7 @@ def export_merged(
                 _write_boson(model, config, folder)
             else:
                 model.save_pretrained(folder, max_shard_size=MAX_SHARD)
-            _write_company(base, trial, settings.revision, to, folder)
+            _write_company(base, trial, read_system_text(adapter), settings.revision, to, folder)
     return base
 
 
@@ -140,6 +141,7 @@ def merge(
 def _write_company(
     base: Base,
     trial: TrialConfig,
+    system_text: str | None,
     revision: str | None,
     to: Literal["native", "boson"],
     folder: Path,
@@ -153,6 +155,7 @@ def _write_company(
         "use_text_head": True,
         "merged": {"base": base.source, "revision": revision},
         "cross_attention": trial.cross_attention,
+        "system_text": system_text,
         "merged_trial": trial.model_dump(mode="json"),
     }
     (folder / MARK_NAME).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from higgs_tune import cli
 from higgs_tune.base_source import EMBEDDED_BASE
+from higgs_tune.config import BaseSettings
 from higgs_tune.errors import ConfigError, ModelError
-from higgs_tune.listen.bases import base_for
+from higgs_tune.listen.bases import base_for, system_text_for
 from higgs_tune.train.checkpoint import save_adapter
 
 
@@ -131,3 +132,18 @@ def test_a_base_without_text_head_is_started_from_its_embedding(
     assert run("--text-head", "some") == 2
     assert "text_head: Input should be 'checkpoint' or 'from_embedding'" in capsys.readouterr().err
     assert run("--text-head", "from_embedding") == 0
+
+
+def test_a_merged_checkpoint_speaks_after_the_system_text_of_its_adapter(
+    tmp_path, state, adapter_config
+):
+    adapter, merged = tmp_path / "told", tmp_path / "merged"
+    adapter.mkdir()
+    save_adapter(adapter, state, adapter_config, "embedded", system_text="Speak.")
+    assert cli.main(["export", str(adapter), "--out", str(merged), "--merge"]) == 0
+    base = ("--base", str(merged))
+    assert generate(tmp_path / "merged.wav", *base) == 0
+    assert generate(tmp_path / "given.wav", *base, "--system-text", "") == 0
+    found = [json.loads((tmp_path / f"{n}.json").read_text()) for n in ("merged", "given")]
+    assert [one["system_text"] for one in found] == ["Speak.", None]
+    assert system_text_for([], None, BaseSettings(path=str(merged))) == "Speak."  # of `evaluate`

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from higgs_tune.config import DataSettings, TaskMix
+from higgs_tune.config import BaseSettings, DataSettings, TaskMix
 from higgs_tune.data import tasks
 from higgs_tune.data.conversation import TextPart, Turn
 from higgs_tune.data.held_out import validation_sets
@@ -120,9 +120,10 @@ def test_an_adapter_is_prompted_as_it_was_trained(dataset, tmp_path):
     loop.join("a", config)
     loop.snapshot("a")(tmp_path)
     assert read_system_text(tmp_path) == TOLD
-    assert system_text_for([tmp_path], None) == TOLD
-    assert system_text_for([tmp_path], "other") == "other"
-    assert system_text_for([tmp_path], "") is None
+    assert system_text_for([tmp_path], None, BaseSettings()) == TOLD
+    assert system_text_for([tmp_path], "other", BaseSettings()) == "other"
+    assert system_text_for([tmp_path], "", BaseSettings()) is None
+    assert system_text_for([], None, BaseSettings()) is None
     (talk, *_) = validation_sets(dataset, 4, system_text=TOLD).speak
     (part,) = talk.turns[1].parts
     prompt = take_prompt(part.text, None, None, base.vocabulary, TOLD)
@@ -146,7 +147,7 @@ def test_adapters_of_different_system_texts_are_not_compared_by_chance(dataset, 
     with pytest.raises(
         ConfigError, match=r"different system texts .*'speak as told'.* --system-text"
     ):
-        system_text_for(folders, None)
+        system_text_for(folders, None, BaseSettings())
 
 
 @pytest.mark.parametrize(
