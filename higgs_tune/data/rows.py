@@ -34,6 +34,7 @@ REF_AUDIO = ("ref_audio_file", "ref_audio", "ref_path", "ref_audio_path")
 REF_TEXT = ("ref_text", "ref_transcript")
 SEGMENT = ("offset", "start", "start_time")
 REF_TEXT_FILE = ("ref_transcript_file", "ref_text_file")
+_ZERO = " 0.,:"  # what a start of 0 is written with in a table
 
 
 @dataclass(frozen=True, slots=True)  # there may be millions
@@ -136,7 +137,9 @@ def refuse_segment(fields: Mapping[str, Any]) -> None:
     """DataError if the fields name only a part of a recording, as NeMo's manifests can."""
     for name in SEGMENT:
         value = fields.get(name)
-        if value is not None and value == value and value not in (0, "", "0"):
+        if value is None or value != value:  # NaN, pandas' missing number
+            continue
+        if str(value).strip(_ZERO):
             raise DataError(
                 f"{name} is {value!r}: parts of a recording are not read, and the whole of it says "
                 f"more than the text. Cut the recording into files, and leave {name} out"

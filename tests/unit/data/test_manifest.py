@@ -216,7 +216,7 @@ def test_a_part_of_a_recording_is_not_trained_on_all_of_it(tmp_path: Path, name:
     assert rf"{name} is 12.5: parts of a recording" in reason(jsonl(tmp_path, row | {name: 12.5}))
     part = SPOKEN[1] | {name: 12.5}
     assert name in reason(jsonl(tmp_path, chat(("user", "x"), ("assistant", part))))
-    for whole in (0, 0.0, None, float("nan"), ""):
+    for whole in (0, 0.0, None, float("nan"), "", "0", "0.0", " 0.000", "00:00:00.000", "0,0"):
         assert len(jsonl(tmp_path, row | {name: whole}).rows) == 1
 
 
