@@ -70,7 +70,7 @@ def open_manifest(
             disk of temporary files is full, inside the block, too.
     """
     with scratch_database() as database:
-        table = RowTable(database)
+        table = RowTable(database, data_root)
         for number, fields in read_fields(path):
             try:
                 if isinstance(fields, DataError):

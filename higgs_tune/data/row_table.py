@@ -8,13 +8,16 @@ from dataclasses import astuple, fields
 from enum import IntEnum
 from functools import partial
 from itertools import islice
+from os.path import normpath
+from pathlib import Path
 from typing import Any
 
 from higgs_tune.data.rows import ManifestRow, Rejection
 
 _FIELDS = [field.name for field in fields(ManifestRow)]
 _AUDIO = _FIELDS.index("audio")
-# Columns of `rows`; `path` and `wanted` are a clip's recording, and the reference without a text.
+# Columns of `rows`; `path` and `wanted` are a clip's recording, and the reference without a text, in
+# one spelling.
 _COLUMNS = [*_FIELDS, "path", "wanted"]
 _PARTICULARS = re.compile(r"""(?<!\w)'[^']*'|"[^"]*"|\d+""")  # quoted names, and numbers
 
@@ -29,10 +32,14 @@ class Stage(IntEnum):
 
 
 class RowTable:
-    """Rows by number, those that are rejected apart, in a scratch database."""
+    """Rows by number, those that are rejected apart, in a scratch database.
 
-    def __init__(self, database: sqlite3.Connection):
-        self.database = database
+    Args:
+        root: folder that recordings are relative to.
+    """
+
+    def __init__(self, database: sqlite3.Connection, root: Path):
+        self.database, self._root = database, root
         database.create_function("kind", 1, partial(_PARTICULARS.sub, ""), deterministic=True)
         columns = ", ".join(_COLUMNS).replace("number", "number INTEGER PRIMARY KEY")
         database.execute(f"CREATE TABLE rows ({columns})")
@@ -44,7 +51,7 @@ class RowTable:
         """Append a row; its id and its reference's text are seen to by `complete`."""
         values = list(astuple(row))
         values[_AUDIO] = json.dumps(row.audio)
-        clip = row.audio if row.kind == "clip" else ()
+        clip = [normpath(self._root / name) for name in row.audio if row.kind == "clip"]
         wanted = clip[1] if len(clip) == 2 and row.ref_text is None else None
         marks = ", ".join("?" * len(_COLUMNS))
         self.database.execute(

@@ -122,7 +122,11 @@ def test_rows_that_repeat_a_clip_are_counted_in_a_warning(
     tmp_path: Path, run, caplog: pytest.LogCaptureFixture, val_fraction: float
 ):
     rows = make_root(tmp_path / "root", 6)
-    more = [rows[4] | {"id": "a"}, rows[2] | {"id": "b"}, rows[2] | {"id": "c", "text": "other"}]
+    more = [
+        rows[4] | {"id": "a"},
+        rows[2] | {"id": "b", "path": "./2.wav"},
+        rows[2] | {"id": "c", "text": "other"},
+    ]
     assert run(rows + more, val_fraction=val_fraction).num_rows == 9
     assert "2 rows, row 7 first, have the recording and the text of an earlier one" in caplog.text
 

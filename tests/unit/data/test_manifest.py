@@ -45,6 +45,15 @@ def test_metadata_json_with_transcript_files_and_references(tmp_path: Path):
     assert "reference recording without its text" in found.rejected[0].reason
 
 
+@pytest.mark.parametrize("other", ["./b.wav", "sub/../b.wav", "{root}/b.wav"])
+def test_a_reference_has_its_recordings_text_however_it_is_spelled(tmp_path: Path, other: str):
+    rows = [
+        {"path": "a.wav", "text": "x", "ref_audio": other.format(root=tmp_path)},
+        {"path": "b.wav", "text": "Reference."},
+    ]
+    assert [row.ref_text for row in jsonl(tmp_path, *rows).rows] == ["Reference.", None]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # of a transcript file
 def test_texts_and_speakers_are_composed_and_paths_stay_as_they_are(tmp_path: Path, encoding: str):
     words = [unicodedata.normalize("NFD", word) for word in ("إيمان", "آخر", "أنا")]

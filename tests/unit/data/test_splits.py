@@ -50,7 +50,7 @@ def assign_splits(
 ) -> tuple[list[ManifestRow], list[Rejection], str]:
     """Rows with their split, rows that are left out, the rule."""
     with scratch_database() as database:
-        table = RowTable(database)
+        table = RowTable(database, root)
         for one in rows:
             table.add(one)
         rule = divide(table, Path("m.csv"), root, val_fraction, seed)
