@@ -259,12 +259,14 @@ def read_info(directory: Path) -> DatasetInfo:
     """
     path = directory / INFO_NAME
     if not path.is_file():
-        state = (
-            "its preparation was not finished" if list_shards(directory) else "there is no dataset"
-        )
+        if list_shards(directory):
+            state, advice = "its preparation was not finished", "Run"
+        else:
+            state = f"there is no dataset in {directory.absolute()}"
+            advice = "Give the folder of one (data.path, --data), or run"
         raise DataError(
             f"{directory}: found no {INFO_NAME}, {state}. "
-            "Run `higgs-tune data prepare MANIFEST --out` with this folder."
+            f"{advice} `higgs-tune data prepare MANIFEST --out` with this folder."
         )
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -79,6 +79,13 @@ def test_a_smaller_dataset_replaces_all_shards_of_a_larger_one(tmp_path: Path):
     assert len(make(tmp_path, [clip(n) for n in range(7)], rows_per_shard=5).index) == 7
 
 
+def test_a_relative_folder_without_dataset_is_named_in_full(tmp_path: Path, monkeypatch):
+    make(tmp_path / "here" / "set", [clip(0), clip(1)])
+    monkeypatch.chdir(tmp_path)  # as with a best_config.yaml that was written in here/
+    with pytest.raises(DataError, match=rf"no dataset in {tmp_path}/set. Give the folder of one"):
+        Dataset.open("set")
+
+
 def test_folders_that_are_no_dataset_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"found no dataset\.json, there is no dataset"):
         Dataset.open(str(tmp_path / "nowhere"))
