@@ -87,7 +87,7 @@ def read(fields: Fields, first: int) -> tuple[list[dict[str, Any]], dict[int, st
         elif not raw["path"]:
             reasons[number] = (
                 "has no audio: needed one of the fields path, audio_file, audio_path, "
-                "audio_filepath, audio, audio_url, file, file_name, wav, or messages"
+                "audio_filepath, audio, audio_url, file, file_name, wav, wav_filename, or messages"
             )
         else:
             rows.append(
