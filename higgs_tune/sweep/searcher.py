@@ -51,9 +51,8 @@ class StudySearcher(TrialSource):
         self._on_study_error = on_study_error
         self._broken = False  # a write failed for good; another would corrupt a journal
         self._study = study
-        study.sampler = optuna.samplers.RandomSampler(
-            seed=0
-        )  # not used: what it is asked for is given
+        # never asked: all parameters of a trial are given, see `_ask`
+        study.sampler = optuna.samplers.RandomSampler(seed=0)
         self._config = config
         self._audio_limit = audio_limit
         self._on_resume = on_resume

@@ -111,7 +111,7 @@ def _check_same(path: Path, started: Started, *, has_checkpoint: bool) -> None:
     """Refuse to go on with other settings or data.
 
     Only the device may change, how a batch is shared unless each process draws masks of its own, and
-    what the run started from once there is a checkpoint.
+    what the run started from may be left out once there is a checkpoint.
     """
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -134,7 +134,8 @@ def _check_same(path: Path, started: Started, *, has_checkpoint: bool) -> None:
         for name, before in then
         if before != getattr(now, name) and (section, name) != ("base", "device")
     ]
-    if not has_checkpoint and start_then != started.start_from:
+    may_lack = has_checkpoint and started.start_from is None
+    if start_then != started.start_from and not may_lack:
         differing.append(f"run.start_from was {start_then!r}, now {started.start_from!r}")
     if not differing and clips_then != started.clips_per_step:
         differing = [

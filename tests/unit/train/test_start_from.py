@@ -117,9 +117,10 @@ def test_a_started_run_that_is_killed_goes_on_as_if_it_had_not_been(
     if num_lines == 1:
         with pytest.raises(ConfigError, match=r"run.start_from was '.*adapter', now None"):
             run(resume=True)
+        assert run(resume=True, start_from=str(adapter))["status"] == "completed"
     else:
         shutil.rmtree(adapter)  # a checkpoint needs it no longer
-    assert run(resume=True, start_from=str(adapter))["status"] == "completed"
+        assert run(resume=True)["status"] == "completed"
     assert_same_run(out, tmp_path / "whole")
     best = "best_adapter/adapter_model.safetensors"
     assert (out / best).read_bytes() == (tmp_path / "whole" / best).read_bytes()
@@ -254,6 +255,15 @@ def test_a_start_that_is_not_there_is_named(run_single, tmp_path):
     with pytest.raises(ModelError, match=needed):
         run(start_from=str(tmp_path / "earlier"))
     assert not out.exists()
+
+
+def test_a_run_that_has_begun_takes_no_other_start(run_single, trained):
+    run, _, _ = run_single
+    adapter, _ = trained
+    with pytest.raises(RuntimeError, match="killed"):
+        run(report=killed_at(10, 3))
+    with pytest.raises(ConfigError, match=r"run.start_from was None, now '.*adapter'"):
+        run(resume=True, start_from=str(adapter))
 
 
 def test_a_run_of_other_settings_is_told_how_to_take_over_its_weights(run_single):
