@@ -29,9 +29,10 @@ FILES = (
 _SECRET = re.compile(r"(://)\S*@")  # user and password of tune.storage
 PROBE_BYTES = 4 * 1024 * 1024
 PACKAGES = ("higgs-tune", "torch", "torchaudio", "transformers", "peft", "ray", "optuna", "pyarrow")
-# What a resumed sweep may change: how and how long it runs, never what its trials are.
+# What a resumed sweep may change: how and how long it runs, never what its trials are. Data at another
+# path is compared by its content, as it is on another machine.
 MAY_CHANGE = (
-    "results_dir", "base.device", "confirm.", "tune.num_trials", "tune.num_workers",
+    "results_dir", "base.device", "data.path", "confirm.", "tune.num_trials", "tune.num_workers",
     "tune.slots_per_worker", "tune.cpus_per_worker", "tune.gpus_per_worker", "tune.max_failures",
     "tune.time_limit_s", "tune.ahead_fraction",
 )  # fmt: skip

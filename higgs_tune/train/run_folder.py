@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 METRICS, SAMPLES, SETTINGS = "metrics.jsonl", "samples.jsonl", "config.json"
 BEST_NOTE = "best.json"  # in best_adapter/: its step
 ADAPTER, BEST, KEPT, BOARD = "adapter", "best_adapter", "checkpoints", "tensorboard"
+_MAY_CHANGE = {("base", "device"), ("data", "path")}
 Line = dict[str, Any]
 
 
@@ -110,8 +111,9 @@ def rewind(out: Path, started: Started) -> list[Line]:
 def _check_same(path: Path, started: Started, *, has_checkpoint: bool) -> None:
     """Refuse to go on with other settings or data.
 
-    Only the device may change, how a batch is shared unless each process draws masks of its own, and
-    what the run started from may be left out once there is a checkpoint.
+    The device may change, how a batch is shared unless each process draws masks of its own, and where the
+    data lies, whose content is compared. What the run started from may be left out once there is a
+    checkpoint.
     """
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +134,7 @@ def _check_same(path: Path, started: Started, *, has_checkpoint: bool) -> None:
         f"{section}.{name} was {before!r}, now {getattr(now, name)!r}"
         for section, then, now in pairs
         for name, before in then
-        if before != getattr(now, name) and (section, name) != ("base", "device")
+        if before != getattr(now, name) and (section, name) not in _MAY_CHANGE
     ]
     may_lack = has_checkpoint and started.start_from is None
     if start_then != started.start_from and not may_lack:

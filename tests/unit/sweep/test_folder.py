@@ -132,6 +132,14 @@ def test_a_resumed_sweep_may_have_more_trials_and_other_resources(make_config):
     assert len(environment["resumed_at"]) == 1
 
 
+def test_a_resumed_sweep_may_find_its_data_at_another_place(make_config):
+    folder = opened(make_config())
+    assert opened(make_config(data={"path": "/moved/here"}), resume=True) == folder
+    assert load_sweep(folder / "sweep.yaml").data.path == "/moved/here"
+    with pytest.raises(ConfigError, match=r"differ: data.num_val_clips. Set"):
+        opened(make_config(data={"path": "/moved/here", "num_val_clips": 3}), resume=True)
+
+
 def test_a_resumed_sweep_writes_over_no_checkpoint_that_an_adapter_is_a_link_to(make_config):
     folder = opened(make_config())
     give_result(folder)

@@ -269,6 +269,15 @@ def test_a_resume_on_other_data_is_refused(run_single, dataset, tmp_path, ended)
     assert run(resume=True)["status"] == "completed"
 
 
+def test_a_resume_on_the_same_data_at_another_place_goes_on(run_single, uninterrupted):
+    run, _, out = run_single
+    run(on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 7 else None)
+    moved = DATA.model_copy(update={"path": "/moved/here"})
+    assert run(resume=True, data=moved)["status"] == "completed"
+    assert_same_run(out, uninterrupted)
+    assert json.loads((out / "config.json").read_text())["data"]["path"] == "/moved/here"
+
+
 def test_a_resume_on_other_weights_is_refused(run_single, monkeypatch):
     run, _, out = run_single
     run(on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 7 else None)
