@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from higgs_tune.data.rows import PATH, TEXT, TEXT_FILE
+from higgs_tune.data.rows import ID, PATH, SPEAKER, TEXT, TEXT_FILE
 from higgs_tune.errors import DataError
 
 _LJSPEECH = ("id", "transcript", "text")  # the last is normalised, and may be missing
@@ -120,12 +120,13 @@ def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
     is_tsv = path.suffix.lower() == ".tsv"
     with path.open(encoding=encoding_of(path), newline="") as file:
         delimiter = "\t" if is_tsv else _delimiter(file)
-        has_quotes = not is_tsv and delimiter != "|"
+        has_bars = delimiter == "|"
+        has_quotes = not is_tsv and not has_bars
         rows = _cells(path, file, delimiter, has_quotes)
         first = next(rows, (0, []))
         names = [name.strip().lower() for name in first[1]]
         names_columns = set(names) & set(PATH) and set(names) & set(TEXT + TEXT_FILE)
-        is_ljspeech = not names_columns and delimiter == "|" and _is_ljspeech(first[1])
+        is_ljspeech = not names_columns and has_bars and _is_ljspeech(first[1], names)
         if is_ljspeech:
             names, rows = list(_LJSPEECH[: len(names)]), chain([first], rows)
         elif not names_columns:
@@ -153,9 +154,13 @@ def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
             before = cells
 
 
-def _is_ljspeech(cells: Sequence[str]) -> bool:
-    """Whether a first line is a row of LJSpeech's metadata.csv: the name in wavs/, and one text or two."""
-    return 2 <= len(cells) <= len(_LJSPEECH) and Path(cells[0]).suffix == ""
+def _is_ljspeech(cells: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a first line is a row of LJSpeech's metadata.csv: the name in wavs/, and one text or two.
+
+    One of column names is not, such as `id|text|speaker`: its speakers would be read as texts.
+    """
+    has_names = not {*ID, *TEXT, *SPEAKER}.isdisjoint(names)
+    return 2 <= len(cells) <= len(_LJSPEECH) and Path(cells[0]).suffix == "" and not has_names
 
 
 def _cells(

@@ -79,6 +79,16 @@ def test_fields_between_bars_have_names_and_no_quotes(tmp_path: Path):
         read(tmp_path / "n.csv", "a.wav|hello|anna\n")
 
 
+@pytest.mark.parametrize("names", ["id|text|speaker", "file_id|Transcript", "utterance|speaker_id"])
+def test_names_between_bars_that_name_no_recording_are_not_a_row_of_ljspeech(
+    tmp_path: Path, names: str
+):
+    """Else every speaker would be the text of its row."""
+    row = "a1|hello|anna\n" if names.count("|") == 2 else "a1|hello\n"
+    with pytest.raises(DataError, match=r"the first line names the columns .*; needed one of path"):
+        read(tmp_path / "m.csv", f"{names}\n{row}")
+
+
 @pytest.mark.parametrize("comma", [",", ";", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_csv_is_read_as_spreadsheets_write_it(tmp_path: Path, comma: str, encoding: str):
