@@ -5,6 +5,7 @@
 
 import csv
 import json
+import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -191,11 +192,11 @@ def _cells(
 def _delimiter(file: TextIO) -> str:
     """What the first line has most of: spreadsheets write semicolons where the comma is decimal.
 
-    Or `|`, which no column's name has: the first line may be a text with commas.
+    Or `|`, if it comes before those: the first line may be a text with commas, and a name have a `|`.
     """
     first = next(filter(str.strip, file), "")
     file.seek(0)
-    return "|" if "|" in first else max(",;\t", key=first.count)
+    return "|" if re.match(r"[^,;\t]*\|", first) else max(",;\t", key=first.count)
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:

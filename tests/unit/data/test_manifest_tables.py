@@ -90,6 +90,13 @@ def test_names_between_bars_that_name_no_recording_are_not_a_row_of_ljspeech(
 
 
 @pytest.mark.parametrize("comma", [",", ";", "\t"])
+def test_a_bar_in_a_column_name_separates_nothing(tmp_path: Path, comma: str):
+    table = f"path{comma}text{comma}lang|accent\na.wav{comma}one|two{comma}de\n"
+    (row,) = read(tmp_path / "m.csv", table).rows
+    assert (row.audio, row.text) == (("a.wav",), "one|two")
+
+
+@pytest.mark.parametrize("comma", [",", ";", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_csv_is_read_as_spreadsheets_write_it(tmp_path: Path, comma: str, encoding: str):
     table = f'\r\npath{comma}text\r\na.wav{comma}"صباح; one,\ttwo"\r\n'
