@@ -15,15 +15,30 @@ from higgs_tune.train.checkpoint import PREFIX, WEIGHTS_NAME, read_lora_config
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.residents import AdapterState
 
+# PEFT's starts that an adapter takes out of the base's weights, which then differ from the stock ones.
+_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def check_start(directory: Path, config: TrialConfig) -> None:
     """See that an adapter has a trial's rank and scale, before anything large is loaded.
 
     Raises:
         ConfigError: it has another one.
-        ModelError: not a readable LoRA adapter of PEFT's, or one whose modules differ in scale.
+        ModelError: not a readable LoRA adapter of PEFT's, one whose modules differ in scale, or one that
+            is more than its factors beside the stock weights.
     """
     adapter = read_lora_config(directory)
+    if str(adapter.init_lora_weights).lower().startswith(_FROM_BASE):
+        raise ModelError(
+            f"run.start_from: {directory}: init_lora_weights {adapter.init_lora_weights!r} took a part of "
+            "each weight out of the base, which is whole here. Save it with PEFT's "
+            "path_initial_model_for_weight_conversion, or start from another adapter."
+        )
+    if adapter.alora_invocation_tokens:
+        raise ModelError(
+            f"run.start_from: {directory}: works only behind its invocation tokens "
+            "(alora_invocation_tokens), needed an adapter of every token. Start from another adapter."
+        )
     if adapter.alpha_pattern or adapter.rank_pattern:
         raise ModelError(
             f"run.start_from: {directory}: its modules differ in rank or alpha (rank_pattern or "

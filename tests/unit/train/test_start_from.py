@@ -137,6 +137,23 @@ def test_training_that_only_spoils_its_start_leaves_it_as_the_best(run_single, t
     torch.testing.assert_close(saved, load_file(adapter / WEIGHTS), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_whose_start_changed_the_base_is_refused(run_single, plain_peft, init):
+    """PEFT draws it out of the base's weights again when it loads such an adapter."""
+    run, _, out = run_single
+    adapter, _ = plain_peft(init_lora_weights=init)
+    with pytest.raises(ModelError, match=rf"init_lora_weights '{init}' took a part of"):
+        run(start_from=str(adapter), trial=TRIAL.model_copy(update={"alpha": 2.0}))
+    assert not out.exists()
+
+
+def test_an_adapter_that_was_drawn_otherwise_is_a_start(run_single, plain_peft):
+    run, lines, _ = run_single
+    adapter, _ = plain_peft(init_lora_weights="gaussian")
+    run(start_from=str(adapter), trial=TRIAL.model_copy(update={"alpha": 2.0, "num_steps": 5}))
+    assert lines[1]["start_from"] == str(adapter)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_of_plain_peft_starts_with_the_losses_of_the_model_it_makes(
     run_single, plain_peft, dataset, rslora
@@ -217,11 +234,21 @@ def test_weights_that_cannot_be_a_start_are_refused(run_single, trained, change,
         ({"use_rslora": True}, ConfigError, r"scale .* of 4, .* has 2, .* --set trial.alpha=16"),
         ({"alpha_pattern": {"q_proj": 3}}, ModelError, r"modules differ in rank or alpha"),
         ({"rank_pattern": {"q_proj": 8}}, ModelError, r"modules differ in rank or alpha"),
+        (
+            {"init_lora_weights": "olora"},
+            ModelError,
+            r"init_lora_weights 'olora' took a part of each weight out of the base",
+        ),
+        (
+            {"alora_invocation_tokens": [1]},
+            ModelError,
+            r"works only behind its invocation tokens",
+        ),
         ({"peft_type": "IA3"}, ModelError, r"an adapter of type .*IA3.*, needed LORA"),
         ({"peft_type": "no such"}, ModelError, r"no readable adapter_config.json"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments", "ignore:aLoRA is currently")
 def test_an_adapter_of_another_kind_is_refused_before_anything_is_loaded(
     run_single, trained, monkeypatch, changes, error, message
 ):
