@@ -100,8 +100,12 @@ def train_single(
             start=start_state(start_from, trial, loop.engine) if start_from else None,
             batches_per_step=run.gradient_accumulation_steps,
         )
+        # a resume may leave out what the run started from
+        begun_from = next(
+            (line["start_from"] for line in lines if "start_from" in line), run.start_from
+        )
         settings = started.record() | {
-            "run": run.model_dump(mode="json"),
+            "run": run.model_dump(mode="json") | {"start_from": begun_from},
             "account": account,
             "preflight": loop.preflight,
         }

@@ -284,6 +284,18 @@ def test_a_start_that_is_not_there_is_named(run_single, tmp_path):
     assert not out.exists()
 
 
+def test_what_a_run_started_from_stays_in_its_folder(run_single, trained):
+    """A resume may leave it out, and the next one give it again."""
+    run, _, out = run_single
+    adapter, _ = trained
+    with pytest.raises(RuntimeError, match="killed"):
+        run(start_from=str(adapter), report=killed_at(0, 2))
+    with pytest.raises(RuntimeError, match="killed"):
+        run(resume=True, report=killed_at(5, 1))
+    assert json.loads((out / "config.json").read_text())["run"]["start_from"] == str(adapter)
+    assert run(resume=True, start_from=str(adapter))["status"] == "completed"
+
+
 def test_a_run_that_has_begun_takes_no_other_start(run_single, trained):
     run, _, _ = run_single
     adapter, _ = trained
