@@ -1,13 +1,14 @@
 """Keeps what a training run reaches: figures, checkpoints, samples. Only the main process writes."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from higgs_tune import metrics
 from higgs_tune.config import RunSettings, TrialConfig
-from higgs_tune.errors import is_out_of_memory, release_frames
+from higgs_tune.errors import ModelError, is_out_of_memory, release_frames
 from higgs_tune.files import append_json_line, replace_folder
 from higgs_tune.train import run_folder as folder
 from higgs_tune.train.board import Board
@@ -51,11 +52,22 @@ class Recorder:
             self._board = Board(out / folder.BOARD, next_step)
 
     def start(self) -> None:
-        """Note the untouched base and the adapter to start from, or catch up with an earlier start."""
+        """Note the untouched base and the adapter to start from, or catch up with an earlier start.
+
+        Raises:
+            ModelError: a loss of the adapter to start from is not finite.
+        """
         if not self.lines:
             self._write({metrics.STEP: 0, **self._loop.base_metrics, "status": "running"})
             if self._run.start_from is not None:
                 figures = self._loop.validate([self._id])[self._id]
+                for name, value in figures.items():
+                    if not math.isfinite(value):
+                        raise ModelError(
+                            f"run.start_from: {self._run.start_from}: {name} is {value} as it starts: that "
+                            "training diverged, or had another base. Start from another adapter, with "
+                            "another --out."
+                        )
                 start = {metrics.STEP: 0, **figures, "status": "running"}
                 self.record(start | {"start_from": self._run.start_from})
         elif (self._out / folder.ADAPTER).exists():

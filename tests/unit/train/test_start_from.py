@@ -227,6 +227,17 @@ def test_weights_that_cannot_be_a_start_are_refused(run_single, trained, change,
     assert not lines and not out.exists()
 
 
+def test_a_start_whose_losses_are_not_finite_is_refused(run_single, trained):
+    run, lines, out = run_single
+    adapter, _ = trained
+    edit_weights(adapter, lambda weights: [tensor.fill_(1e30) for tensor in weights.values()])
+    with pytest.raises(
+        ModelError, match=r"adapter: val/text/nll is nan as it starts: that training"
+    ):
+        run(start_from=str(adapter))
+    assert len(lines) == 1 and not (out / "adapter").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
