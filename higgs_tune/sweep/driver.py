@@ -20,7 +20,7 @@ from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import TUNE, disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.nodes import idle_gpus, refuse_more_than_here
-from higgs_tune.sweep.places import refuse_absent
+from higgs_tune.sweep.places import refuse_absent, refuse_other_data
 from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.seats import DEFAULT_LOOP
 from higgs_tune.sweep.slots import resolve_slots, slots_of
@@ -61,6 +61,8 @@ def run_sweep(
     space.check(config)
     if starts_own():  # the machines of a cluster may have what this one has not
         refuse_absent(config)
+        if resume:
+            refuse_other_data(config)
     storage = config.tune.storage
     with storage_faults(storage):
         if storage is not None and not resume:

@@ -140,6 +140,16 @@ def test_a_resumed_sweep_may_find_its_data_at_another_place(make_config):
         opened(make_config(data={"path": "/moved/here", "num_val_clips": 3}), resume=True)
 
 
+def test_other_data_is_refused_before_the_folder_names_it(make_config):
+    """A sweep that is finished starts no worker that would compare them."""
+    folder = opened(make_config())
+    (folder / "base.json").write_text('{"content_hash": "0123456789abcdef"}')
+    other = make_config(data={"path": "embedded:russian"})
+    with pytest.raises(ConfigError, match=r"s: --resume with other data: embedded:russian has .*"):
+        run_sweep(other, resume=True, command=["higgs-tune", "sweep"])
+    assert load_sweep(folder / "sweep.yaml") == make_config()
+
+
 def test_a_resumed_sweep_writes_over_no_checkpoint_that_an_adapter_is_a_link_to(make_config):
     folder = opened(make_config())
     give_result(folder)
