@@ -42,6 +42,12 @@ HEALTHY = ("running", "completed")  # the results that are compared and whose ch
 _BASE_TOLERANCE = 0.01  # relative, and in nats
 
 
+def not_finite(figures: Mapping[str, float]) -> str | None:
+    """Which figure is not finite, in words; None if all are."""
+    odd = (f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value))
+    return next(odd, None)
+
+
 def base_difference(expected: Mapping[str, Any], found: Mapping[str, float]) -> str | None:
     """What says that an untouched base is another one, by its validations; None when nothing does."""
     for metric, value in expected.items():

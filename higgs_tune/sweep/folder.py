@@ -20,10 +20,11 @@ from higgs_tune.files import write_json, write_text
 from higgs_tune.sweep.records import read_json
 
 LOCK = ".lock"  # held by the process that runs the sweep; the system frees it when that ends
+BASE = "base.json"  # what the first worker measured of base and data
 TUNE = "ray"  # what Ray Tune stores; gone once a sweep has come to its end
 # What a sweep that ended before its first result leaves; a new one of that name starts without.
 FILES = (
-    "trials", TUNE, "study.journal", "base.json", "env.json", "workers.json", "tune.log",
+    "trials", TUNE, "study.journal", BASE, "env.json", "workers.json", "tune.log",
     "workers.log", "sweep.yaml", "tensorboard",
 )  # fmt: skip
 _SECRET = re.compile(r"(://)\S*@")  # user and password of tune.storage

@@ -1,14 +1,14 @@
 """Where base and data lie: here, or only where the workers are, whose current folder is another."""
 
-import json
 from pathlib import Path
 
 from higgs_tune.base_source import local_folder
 from higgs_tune.config import SweepConfig
-from higgs_tune.config_file import read_yaml
 from higgs_tune.data.dataset import dataset_folder
 from higgs_tune.data.shards import read_info
 from higgs_tune.errors import ConfigError
+from higgs_tune.sweep.folder import BASE
+from higgs_tune.sweep.records import read_json
 
 
 def refuse_absent(config: SweepConfig) -> None:
@@ -22,18 +22,18 @@ def refuse_absent(config: SweepConfig) -> None:
 
 
 def refuse_other_data(config: SweepConfig) -> None:
-    """Refuse to go on with other data than the sweep's at another path, before its folder names it.
+    """Refuse to go on with other data than the sweep began with, before its folder names them.
 
     Raises:
         ConfigError: the content differs.
     """
     folder = config.results_root.absolute() / config.name
-    if not (folder / "base.json").is_file():
+    base = read_json(folder / BASE)
+    if base is None:
         return  # no worker has seen its data yet
-    then = (read_yaml(folder / "sweep.yaml").get("data") or {}).get("path")
-    expected = json.loads((folder / "base.json").read_text(encoding="utf-8"))["content_hash"]
+    expected = base["content_hash"]
     found = read_info(dataset_folder(config.data.path)).content_hash
-    if config.data.path != then and found != expected:
+    if found != expected:
         raise ConfigError(
             f"{folder}: --resume with other data: {config.data.path} has the content hash {found[:12]}, "
             f"the sweep began with {expected[:12]}. Put that data back, or give --name NAME for a new "

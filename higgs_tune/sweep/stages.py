@@ -24,7 +24,7 @@ from higgs_tune.metrics import VAL_AUDIO_NLL, base_difference
 from higgs_tune.sweep.boards import Boards
 from higgs_tune.sweep.callback import SweepCallback
 from higgs_tune.sweep.control import Control
-from higgs_tune.sweep.folder import TUNE, disk_error, disk_fault
+from higgs_tune.sweep.folder import BASE, TUNE, disk_error, disk_fault
 from higgs_tune.sweep.later import Later
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles, read_json
@@ -38,7 +38,6 @@ from higgs_tune.sweep.study import TrialRecord
 from higgs_tune.sweep.trainable import PackTrial
 from higgs_tune.sweep.workers import Workers
 
-BASE = "base.json"
 WORKERS_LOG = "workers.log"
 
 

@@ -1,7 +1,6 @@
 """Keeps what a training run reaches: figures, checkpoints, samples. Only the main process writes."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +60,11 @@ class Recorder:
             self._write({metrics.STEP: 0, **self._loop.base_metrics, "status": "running"})
             if self._run.start_from is not None:
                 figures = self._loop.validate([self._id])[self._id]
-                for name, value in figures.items():
-                    if not math.isfinite(value):
-                        raise ModelError(
-                            f"run.start_from: {self._run.start_from}: {name} is {value} as it starts: that "
-                            "training diverged, or had another base. Start from another adapter, with "
-                            "another --out."
-                        )
+                if (odd := metrics.not_finite(figures)) is not None:
+                    raise ModelError(
+                        f"run.start_from: {self._run.start_from}: {odd} as it starts: that training "
+                        "diverged, or had another base. Start from another adapter, with another --out."
+                    )
                 start = {metrics.STEP: 0, **figures, "status": "running"}
                 self.record(start | {"start_from": self._run.start_from})
         elif (self._out / folder.ADAPTER).exists():

@@ -95,6 +95,7 @@ def _check(path: Path, saved: dict[str, Tensor], needed: dict[str, Tensor]) -> N
             raise ModelError(
                 f"{path}: {name} is not finite: that training diverged. Start from an earlier checkpoint."
             )
+        # a weight of a new module is its own twin
         one, other = (".lora_A.", ".lora_B.") if ".lora_A." in name else (".lora_B.", ".lora_A.")
         if (twin := name.replace(one, other)) not in saved:
             raise ModelError(f"{path}: has {name} without {twin}. Save the adapter again.")

@@ -4,7 +4,6 @@ Text is scored after its own audio and after another clip's; the difference says
 Shape letters: K adapters, C codebooks.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -54,12 +53,11 @@ class Validator:
         found = self._figures((_BARE,), bare=True)[_BARE]
         if isinstance(found, Ended):
             raise found.error
-        for name, value in found.items():
-            if not math.isfinite(value):
-                raise ModelError(
-                    f"{name} of the untouched base is {value} on the validation clips: nothing can be "
-                    "compared with it. Look for weights that are not finite, or use base.dtype float32."
-                )
+        if (odd := metrics.not_finite(found)) is not None:
+            raise ModelError(
+                f"{odd} for the untouched base on the validation clips: nothing can be compared with it. "
+                "Look for weights that are not finite, or use base.dtype float32."
+            )
         return found
 
     def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float] | Ended]:

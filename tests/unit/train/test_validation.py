@@ -40,5 +40,5 @@ def test_a_base_without_a_finite_loss_is_refused():
     with torch.no_grad():
         base.model.model.embed_tokens.weight[letter] = torch.nan
     validator = Validator(Engine(base, PackLimits.of([trial()], num_slots=1)), **SETS)
-    with pytest.raises(ModelError, match="val/text/nll of the untouched base is nan"):
+    with pytest.raises(ModelError, match="val/text/nll is nan for the untouched base"):
         validator.bare()
