@@ -102,10 +102,10 @@ def choose(results: Results) -> Choice | None:
         baseline_runs = (baseline,) if baseline is not None and baseline.full_budget else ()
         return _choice(results, first, (first,), baseline_runs, state)
 
-    groups = _groups(results)
+    groups = _complete(results)
     by_id = {trial.id: trial for trial in results.search}
     failed = failed_in_confirm(results)
-    held = {key: runs for key, runs in _complete(results).items() if key not in failed}
+    held = {key: runs for key, runs in groups.items() if key not in failed}
     if not held:
         return None
     winner = min(held, key=lambda key: mean_of(held[key], m.VAL_TEXT_NLL))
@@ -135,10 +135,10 @@ def _confirm_state(results: Results, candidates: Iterable[Trial]) -> ConfirmStat
     if results.sweep.confirm.num_configs == 0:
         return "skipped"
     # Others may stay incomplete for good: a sweep that was extended has another best to confirm.
-    groups = _groups(results)
+    complete = _complete(results)
     others = [trial for trial in candidates if trial.origin != "baseline"]
     for trial in (results.baseline, *sorted(others, key=_text_nll)[:1]):
-        if trial is None or len(groups.get(trial.id, ())) < results.sweep.confirm.num_seeds:
+        if trial is None or trial.id not in complete:
             return "unfinished"
     return "done"
 
@@ -154,9 +154,20 @@ def _groups(results: Results) -> dict[str, tuple[Trial, ...]]:
 
 
 def _complete(results: Results) -> dict[str, tuple[Trial, ...]]:
-    """Those whose seeds are all there."""
+    """Those whose seeds are all there, each with the runs whose seeds all of them have.
+
+    Some have more if confirm.num_seeds was lowered; means over other seeds do not compare.
+    """
     num_seeds = results.sweep.confirm.num_seeds
-    return {key: runs for key, runs in _groups(results).items() if len(runs) >= num_seeds}
+    complete = {key: runs for key, runs in _groups(results).items() if len(runs) >= num_seeds}
+    seeds = [{run.config.seed for run in runs} for runs in complete.values()]
+    shared = set.intersection(*seeds) if seeds else set()
+    if len(shared) < num_seeds:  # one that was cancelled is still to run
+        return {}
+    return {
+        key: tuple(run for run in runs if run.config.seed in shared)
+        for key, runs in complete.items()
+    }
 
 
 def failed_in_confirm(results: Results) -> dict[str, str]:

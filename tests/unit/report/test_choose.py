@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from higgs_tune.config import TrialConfig
+from higgs_tune.metrics import VAL_TEXT_NLL
 from higgs_tune.report.choose import Choice, Stat, choose
 from higgs_tune.report.results import read_results
 from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
@@ -120,6 +121,29 @@ def test_a_group_without_all_its_seeds_neither_competes_nor_blocks(
 def test_a_group_of_an_earlier_best_with_fewer_seeds_does_not_compete(tmp_path: Path) -> None:
     confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1,)})
     assert chosen(tmp_path).trial.id == "t001"
+
+
+def test_means_are_over_the_seeds_that_all_have(tmp_path: Path) -> None:
+    # two seeds suffice, but trials 0 and 1 had three before confirm.num_seeds was lowered
+    builder = confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.0, 2.0), "t002": (2.1, 2.2)})
+    for run_id, confirms in (("c010", "t000"), ("c011", "t001")):
+        run(builder, run_id, 9.0, seed=102, origin="confirm", confirms=confirms)
+    choice = chosen(tmp_path)
+    assert choice.trial.id == "t001"
+    assert choice.difference is not None and choice.difference.n == 2
+    baseline, best = choice.baseline_stat(VAL_TEXT_NLL), choice.stat(VAL_TEXT_NLL)
+    assert baseline is not None and best is not None
+    assert choice.difference.mean == pytest.approx(best.mean - baseline.mean)
+
+
+def test_runs_of_other_seeds_do_not_finish_the_confirm_stage(tmp_path: Path) -> None:
+    builder = Builder(tmp_path, sweep_config(confirm={"num_seeds": 1})).start()
+    for number, text in enumerate((3.0, 2.0)):
+        trial_id = f"t{number:03d}"
+        run(builder, trial_id, text, origin="baseline" if number == 0 else "search")
+        options = {"origin": "confirm", "confirms": trial_id, "seed": 100 + number}
+        run(builder, f"c{number:03d}", text, **options)
+    assert chosen(tmp_path).confirm == "unfinished"
 
 
 def test_confirm_without_trial_0_is_unfinished(tmp_path: Path) -> None:
