@@ -60,6 +60,7 @@ class FakeLoop:
         self.base_metrics = dict(BASE)
         self.preflight: dict[str, Any] = {"ok": True}
         self.content_hash = "0" * 64
+        self.transcribe = ("a clip", "another")
         if config.base.path.startswith("odd:"):
             self._be_odd(*config.base.path.split(":")[1:])
         if config.base.path == "warns":

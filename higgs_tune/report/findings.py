@@ -257,6 +257,17 @@ def trial_counts(results: Results) -> str:
     return text + (f"; {len(results.confirm)} confirm runs" if results.confirm else "")
 
 
+def measured(results: Results) -> str | None:
+    """On how much the losses rest; None for a sweep that did not note it."""
+    num_clips = results.base_file.get("num_val_clips")
+    if num_clips is None:
+        return None
+    return (
+        f"Losses are of {num_clips} held-out clips, the same for all; audio gain compares each with "
+        f"another clip's audio ({num_clips} pairs)."
+    )
+
+
 def comparison(results: Results, choice: Choice | None) -> list[tuple[str, list[Stat | None]]]:
     """Base, the two fixed configurations and the best: (label, statistics of the `COMPARED`)."""
     rows: list[tuple[str, list[Stat | None]]] = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from higgs_tune.report.choose import Stat
-from higgs_tune.report.findings import COMPARED, Findings, comparison, trial_counts
+from higgs_tune.report.findings import COMPARED, Findings, comparison, measured, trial_counts
 from higgs_tune.report.importance import common_step, levels
 from higgs_tune.report.ink import Picture
 from higgs_tune.report.listening import Listening, listening_section
@@ -42,6 +42,7 @@ def render_html(
     listening: Listening | None,
 ) -> str:
     """The whole page."""
+    workers = workers_sentence(results)
     parts = {
         "name": _e(results.sweep.name),
         "headline": _e(findings.headline),
@@ -49,11 +50,12 @@ def render_html(
         "cards": "".join(_card(answer) for answer in findings.answers),
         "notes": _notes(findings.notes),
         "comparison": _comparison(results, findings),
+        "measured": _small(measured(results)),
         "listening": "" if listening is None else listening_section(listening),
         "figures": "".join(_figure(key, pictures[key]) for key in CAPTIONS if key in pictures),
         "levels": _levels(results),
         "trials": _trials_table(results, findings),
-        "workers": _workers(results),
+        "workers": _small(workers and f"Workers: {workers}"),
         "best_config": "<p>None: no configuration could be chosen.</p>"
         if best_config is None
         else f"<pre><code>{_e(best_config)}</code></pre>",
@@ -70,9 +72,8 @@ def _lead(results: Results, findings: Findings) -> str:
     return f"<p><strong>{_e(describe(config))}</strong></p><p>{_e(counts)}</p>"
 
 
-def _workers(results: Results) -> str:
-    sentence = workers_sentence(results)
-    return "" if sentence is None else f"<p><small>Workers: {_e(sentence)}</small></p>"
+def _small(sentence: str | None) -> str:
+    return "" if sentence is None else f"<p><small>{_e(sentence)}</small></p>"
 
 
 def _card(answer: Answer) -> str:

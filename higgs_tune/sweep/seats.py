@@ -4,7 +4,7 @@ import asyncio
 import gc
 import importlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -32,6 +32,11 @@ class Loop(Protocol):
     content_hash: str  # of the dataset
     prepare_s: float  # of all calls of `advance` so far: reading and tokenising
     validate_s: float
+
+    @property
+    def transcribe(self) -> Sequence[Any]:
+        """The validation clips, each of them validated after another one's audio, too."""
+        ...
 
     @property
     def train_s(self) -> float:

@@ -115,6 +115,7 @@ def test_a_sweep_leaves_every_file_of_its_contract(first):
     assert 0 < worker["occupancy"] <= 1
     base = read_json(first.results / "base.json")
     assert base["preflight"] == {"ok": True}
+    assert base["num_val_clips"] == 2
     assert base["content_hash"] == "0" * 64
     trials = trials_of(first.results)
     assert [name for name in trials if name[0] == "t"] == [f"t{n:03d}" for n in range(10)]

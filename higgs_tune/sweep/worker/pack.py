@@ -25,6 +25,7 @@ def description(loop: Loop) -> dict[str, Any]:
         "metrics": dict(loop.base_metrics),
         "preflight": dict(loop.preflight),
         "content_hash": loop.content_hash,
+        "num_val_clips": len(loop.transcribe),
     }
 
 

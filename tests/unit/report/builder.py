@@ -116,7 +116,12 @@ class Builder:
         }
         (self.directory / "env.json").write_text(json.dumps(env))
         if self.base is not None:
-            content = {"metrics": self.base, "preflight": {}, "content_hash": "c0ffee"}
+            content = {
+                "metrics": self.base,
+                "preflight": {},
+                "content_hash": "c0ffee",
+                "num_val_clips": 48,
+            }
             (self.directory / "base.json").write_text(json.dumps(content))
         return self
 

@@ -48,6 +48,19 @@ def test_finished_sweep_gives_every_file(finished: tuple[Path, Summary]) -> None
     assert json.loads((folder / "summary.json").read_text())["best"]["trial_id"] == summary.best_id
 
 
+def test_a_reader_is_told_on_how_many_clips_the_losses_rest(tmp_path: Path) -> None:
+    said = "Losses are of 48 held-out clips"
+    realistic(tmp_path)
+    summary = build_report(tmp_path)
+    assert said in " ".join(summary.text.split())
+    assert said in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "summary.json").read_text())["num_val_clips"] == 48
+    base = json.loads((tmp_path / "base.json").read_text())
+    del base["num_val_clips"]  # an older sweep's
+    (tmp_path / "base.json").write_text(json.dumps(base))
+    assert "held-out clips," not in build_report(tmp_path).text
+
+
 def test_every_listed_setting_stands_in_the_table_by_setting(tmp_path: Path) -> None:
     space = {
         "alpha": [16.0, 32.0],
