@@ -204,12 +204,19 @@ def _notes(results: Results, choice: Choice | None) -> list[str]:
 
 def _broken(trials: Sequence[Trial]) -> list[str]:
     """A note with the first reason for each kind of end that is no verdict on a configuration."""
+    words = {"failed": "failed", "out_of_memory": "ran out of memory", "cancelled": "cancelled"}
+    groups: dict[tuple[str, str], list[Trial]] = {}
+    for (
+        trial
+    ) in trials:  # an interrupt cancels some, Ray gives others up: what stands before a colon
+        kind = trial.reason.partition(":")[0] if trial.status == "cancelled" else ""
+        groups.setdefault((trial.status, kind), []).append(trial)
     notes = []
-    for status, words in (("failed", "failed"), ("out_of_memory", "ran out of memory")):
-        if own := [trial for trial in trials if trial.status == status]:
+    for (status, _), own in groups.items():
+        if status in words:
             count = f"{len(own)} trials" if len(own) > 1 else "1 trial"
             reason = textwrap.shorten(own[0].reason or "no reason was recorded", 200)
-            notes.append(f"{count} {words}. Reason of {own[0].id}: {reason}")
+            notes.append(f"{count} {words[status]}. Reason of {own[0].id}: {reason}")
     return notes
 
 

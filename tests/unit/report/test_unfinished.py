@@ -80,6 +80,18 @@ def test_interrupted_sweep_is_said(tmp_path: Path) -> None:
     assert trial_counts(read_results(tmp_path)).startswith("3 in the search: 1 ran to the end")
 
 
+def test_each_kind_of_reason_for_a_cancelled_trial_is_said(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    given_up = "Ray Tune gave it up; --resume goes on with it: ActorDiedError"
+    ends = [given_up, "interrupted by SIGINT", f"{given_up} of another process"]
+    for number, reason in enumerate(ends):
+        builder.trial(f"t{number:03d}", CONFIG, [], status="cancelled", reason=reason)
+    found = findings(tmp_path)
+    assert "The sweep is not finished: 3 cancelled" in found.notes[0]
+    assert f"2 trials cancelled. Reason of t000: {given_up}" in found.notes
+    assert "1 trial cancelled. Reason of t001: interrupted by SIGINT" in found.notes
+
+
 @pytest.mark.parametrize(
     "status, said", [("cancelled", "1 cancelled"), (None, "1 running or lost")]
 )
