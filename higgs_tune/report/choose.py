@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from higgs_tune import metrics as m
-from higgs_tune.report.results import UNFINISHED, Results, Trial
-from higgs_tune.report.wording import nats
+from higgs_tune.report.results import OPEN, Results, Trial
+from higgs_tune.report.wording import digits_apart, nats, plural
 
 ConfirmState = Literal["done", "skipped", "unfinished"]
 
@@ -148,7 +148,7 @@ def _groups(results: Results) -> dict[str, tuple[Trial, ...]]:
     groups: dict[str, tuple[Trial, ...]] = {}
     for run in results.confirm:
         assert run.confirms is not None, f"{run.id} confirms no trial"
-        if run.status not in (UNFINISHED, "cancelled"):
+        if run.status not in OPEN:
             groups[run.confirms] = (*groups.get(run.confirms, ()), run)
     return groups
 
@@ -181,14 +181,15 @@ def failed_in_confirm(results: Results) -> dict[str, str]:
         if broken:
             ends = ", ".join(f"{count} {status}" for status, count in sorted(broken.items()))
             failed[trial_id] = (
-                f"not all of its {len(runs)} confirm runs reached the full budget ({ends})"
+                f"not all of its {plural(len(runs), 'confirm run')} reached the full budget ({ends})"
             )
         elif results.audio_limit is None:
             failed[trial_id] = "the limit for audio is unknown"
         elif (audio := mean_of(runs, m.VAL_AUDIO_NLL)) > results.audio_limit:
+            digits = digits_apart(audio, results.audio_limit, 2)
             failed[trial_id] = (
-                f"its audio loss, {nats(audio)} over {len(runs)} seeds, is beyond the limit of "
-                f"{nats(results.audio_limit)}"
+                f"its audio loss, {nats(audio, digits)} over {plural(len(runs), 'seed')}, is beyond the "
+                f"limit of {nats(results.audio_limit, digits)}"
             )
     return failed
 

@@ -38,7 +38,8 @@ def export_best(results: Results, findings: Findings) -> str | None:
         return None
     content = best_config(results, choice, findings.headline)
     header = (
-        f"# {findings.headline}.\n# The best configuration of the sweep {results.sweep.name}.\n"
+        f"# {findings.headline}.\n# The best configuration of the sweep {results.sweep.name}. "
+        f"{findings.answers[0].figure}.\n"
     )
     text = header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=96)
     write_text(path, text)

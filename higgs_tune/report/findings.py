@@ -24,6 +24,7 @@ from higgs_tune.report.wording import (
     Answer,
     Tone,
     nats,
+    plural,
     rise_percent,
     setting_name,
     signed,
@@ -206,16 +207,15 @@ def _broken(trials: Sequence[Trial]) -> list[str]:
     """A note with the first reason for each kind of end that is no verdict on a configuration."""
     words = {"failed": "failed", "out_of_memory": "ran out of memory", "cancelled": "cancelled"}
     groups: dict[tuple[str, str], list[Trial]] = {}
-    for (
-        trial
-    ) in trials:  # an interrupt cancels some, Ray gives others up: what stands before a colon
+    for trial in trials:
+        # an interrupt, or "Ray Tune gave it up …:" and then each one's own error
         kind = trial.reason.partition(":")[0] if trial.status == "cancelled" else ""
         groups.setdefault((trial.status, kind), []).append(trial)
     notes = []
     for (status, _), own in groups.items():
         if status in words:
-            count = f"{len(own)} trials" if len(own) > 1 else "1 trial"
             reason = textwrap.shorten(own[0].reason or "no reason was recorded", 200)
+            count = plural(len(own), "trial")
             notes.append(f"{count} {words[status]}. Reason of {own[0].id}: {reason}")
     return notes
 
@@ -257,22 +257,12 @@ def trial_counts(results: Results) -> str:
         "completed": "ran to the end",
         "pruned": "stopped early",
         "out_of_memory": "ran out of memory",
+        UNFINISHED: "running or lost",
     }
     counts = Counter(trial.status for trial in results.search)
     parts = [f"{count} {words.get(status, status)}" for status, count in counts.most_common()]
     text = f"{len(results.search)} in the search" + (f": {', '.join(parts)}" if parts else "")
-    return text + (f"; {len(results.confirm)} confirm runs" if results.confirm else "")
-
-
-def measured(results: Results) -> str | None:
-    """On how much the losses rest; None for a sweep that did not note it."""
-    num_clips = results.base_file.get("num_val_clips")
-    if num_clips is None:
-        return None
-    return (
-        f"Losses are of {num_clips} held-out clips, the same for all; audio gain compares each with "
-        f"another clip's audio ({num_clips} pairs)."
-    )
+    return text + (f"; {plural(len(results.confirm), 'confirm run')}" if results.confirm else "")
 
 
 def comparison(results: Results, choice: Choice | None) -> list[tuple[str, list[Stat | None]]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from higgs_tune.report.choose import Stat
-from higgs_tune.report.findings import COMPARED, Findings, comparison, measured, trial_counts
+from higgs_tune.report.findings import COMPARED, Findings, comparison, trial_counts
 from higgs_tune.report.importance import common_step, levels
 from higgs_tune.report.ink import Picture
 from higgs_tune.report.listening import Listening, listening_section
@@ -14,7 +14,7 @@ from higgs_tune.report.plots import role
 from higgs_tune.report.results import Results, Trial
 from higgs_tune.report.template import escape as _e
 from higgs_tune.report.template import fill
-from higgs_tune.report.wording import Answer, describe, nats, signed
+from higgs_tune.report.wording import Answer, describe, measured, nats, signed
 from higgs_tune.report.workers import workers_sentence
 
 CAPTIONS = {
@@ -50,8 +50,13 @@ def render_html(
         "cards": "".join(_card(answer) for answer in findings.answers),
         "notes": _notes(findings.notes),
         "comparison": _comparison(results, findings),
-        "measured": _small(measured(results)),
+        "measured": _small(measured(results.num_val_clips)),
         "listening": "" if listening is None else listening_section(listening),
+        "of_search": _small(
+            "Of the search, where each ran once; confirm runs are in the table of all trials."
+            if results.confirm
+            else None
+        ),
         "figures": "".join(_figure(key, pictures[key]) for key in CAPTIONS if key in pictures),
         "levels": _levels(results),
         "trials": _trials_table(results, findings),
@@ -171,12 +176,14 @@ def _trial_row(results: Results, findings: Findings, trial: Trial) -> str:
     reason = f' title="{_e(trial.reason)}"' if trial.reason else ""
     text, audio, gain = (trial.last(name) for name in COMPARED)
     parameters = trial.account.get("parameters")
+    each_rate = (config.learning_rate, *(change.learning_rate for change in config.schedule))
+    rates = " → ".join(f"{rate:.1e}" for rate in each_rate)
     cells = [
         _cell(f"{_e(trial.id)}{tag}", trial.id),
         f"<td{reason}>{_e(STATUS_WORDS.get(trial.status, trial.status))}</td>",
         _cell(f"{trial.step} / {config.num_steps}", trial.step),
         _cell(str(config.rank), config.rank),
-        _cell(f"{config.learning_rate:.1e}", config.learning_rate),
+        _cell(rates, config.learning_rate),
         _cell(_e(config.cross_attention)),
         _cell(_e(config.target_set)),
         _number(parameters, "–" if parameters is None else f"{parameters:,}"),

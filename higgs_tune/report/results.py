@@ -23,6 +23,7 @@ from higgs_tune.files import read_json_lines, write_bytes
 
 Origin = Literal["baseline", "baseline_fixed", "search", "confirm"]
 UNFINISHED = "unfinished"  # no status.json: it runs, or its process died
+OPEN = (UNFINISHED, "cancelled")  # with these --resume goes on
 Metrics = dict[str, float]
 
 
@@ -97,6 +98,11 @@ class Results:
     def confirm(self) -> tuple[Trial, ...]:
         """The confirm stage's trials."""
         return tuple(trial for trial in self.trials if trial.origin == "confirm")
+
+    @property
+    def num_val_clips(self) -> int | None:
+        """On how many clips the losses are measured; None if the sweep did not note it."""
+        return self.base_file.get("num_val_clips")
 
     @cached_property
     def baseline(self) -> Trial | None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from higgs_tune.files import write_text
 from higgs_tune.report.choose import Stat
-from higgs_tune.report.findings import COMPARED, Findings, comparison, measured, trial_counts
+from higgs_tune.report.findings import COMPARED, Findings, comparison, trial_counts
 from higgs_tune.report.results import Results
-from higgs_tune.report.wording import describe, nats
+from higgs_tune.report.wording import describe, measured, nats
 from higgs_tune.report.workers import workers_sentence
 
 WIDTH = 96  # of summary.txt, and at most of a terminal
@@ -65,7 +65,7 @@ def summary_facts(results: Results, findings: Findings) -> dict[str, Any]:
         },
         "notes": list(findings.notes),
         "base": results.base,
-        "num_val_clips": results.base_file.get("num_val_clips"),
+        "num_val_clips": results.num_val_clips,
         "audio_limit": results.audio_limit,
         "best": best,
         "importance": importance
@@ -94,7 +94,7 @@ def summary_text(results: Results, findings: Findings, width: int = WIDTH) -> st
             unit = {"text": " nats per token", "audio": " nats per code"}.get(answer.key, "")
             text = f"{answer.figure}{unit}. {text}"
         fields.append((_LABELS[answer.key], text))
-    if (basis := measured(results)) is not None:
+    if (basis := measured(results.num_val_clips)) is not None:
         fields.append(("Measured", basis))
     fields.append(("Trials", trial_counts(results) + "."))
     if (workers := workers_sentence(results)) is not None:

@@ -4,8 +4,8 @@ from typing import Literal
 
 from higgs_tune import metrics as m
 from higgs_tune.report.choose import Choice, leader, mean_of
-from higgs_tune.report.results import Results
-from higgs_tune.report.wording import Answer, Tone, nats, rise_percent, signed
+from higgs_tune.report.results import OPEN, Results
+from higgs_tune.report.wording import Answer, Tone, digits_apart, nats, rise_percent, signed
 
 Outcome = Literal[
     "better", "within_noise", "worse", "unconfirmed", "baseline_best", "no_feasible", "no_trials"
@@ -17,7 +17,7 @@ _VERDICTS: dict[Outcome, tuple[str, Tone]] = {
     "unconfirmed": ("Not confirmed", "fair"),
     "baseline_best": ("Trial 0 stays best", "fair"),
     "no_feasible": ("Nothing to choose", "poor"),
-    "no_trials": ("Nothing yet", "poor"),
+    "no_trials": ("Nothing reported", "poor"),
 }
 
 
@@ -38,7 +38,8 @@ def outcome_of(results: Results, choice: Choice | None) -> Outcome:
 def headline(results: Results, choice: Choice | None, outcome: Outcome) -> str:
     """The report's title."""
     if outcome == "no_trials":
-        return "No trial has reported a result yet"
+        over = results.trials and all(t.status not in OPEN for t in results.trials)
+        return "No trial reported a result" if over else "No trial has reported a result yet"
     if choice is None or results.base is None:
         if not any(trial.full_budget for trial in results.search):
             return "No trial has run its full budget"
@@ -69,6 +70,12 @@ def found(results: Results, choice: Choice | None, outcome: Outcome) -> Answer:
 def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:
     runs = f"{len(choice.runs)} fresh seeds" if len(choice.runs) > 1 else "one run"
     if outcome == "baseline_best":
+        others = [t for t in results.search if t.full_budget and t.origin != "baseline"]
+        if not any(results.feasible(trial) for trial in others):
+            return (
+                "Trial 0, the configuration set by hand, is the only one that ran the full budget within "
+                f"the audio limit ({runs})."
+            )
         return f"Trial 0, the configuration set by hand, was not beaten ({runs})."
     difference = choice.difference
     if difference is None:
@@ -135,8 +142,9 @@ def _why_nothing(results: Results, outcome: Outcome) -> str:
     nearest = min(ended, key=lambda trial: trial.last(m.VAL_AUDIO_NLL) or 0.0)
     rise = rise_percent(results.base, nearest.last(m.VAL_AUDIO_NLL) or 0.0)
     tolerance = 100 * results.sweep.objective.audio_tolerance
+    digits = digits_apart(rise, tolerance, 1)
     return (
-        f"Every full run let audio loss rise by more than {tolerance:.1f}% (the least: {nearest.id}, "
-        f"{signed(rise, 1)}%). Lower space.learning_rate.high, raise space.audio_loss_weight, or "
-        "accept more with objective.audio_tolerance."
+        f"Every full run let audio loss rise by more than {tolerance:.{digits}f}% (the least: "
+        f"{nearest.id}, {signed(rise, digits)}%). Lower space.learning_rate.high, raise "
+        "space.audio_loss_weight, or accept more with objective.audio_tolerance."
     )

@@ -46,14 +46,24 @@ def describe(config: TrialConfig) -> str:
     )
 
 
-def nats(value: float) -> str:
+def nats(value: float, digits: int = 2) -> str:
     """A loss with the digits that mean something."""
-    return f"{value:.2f}".replace("-", "−")
+    return f"{value:z.{digits}f}".replace("-", "−")
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """A difference with its sign; a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """A difference with its sign; a true minus, and none before a zero."""
+    return f"{value:+z.{digits}f}".replace("-", "−")
+
+
+def digits_apart(one: float, other: float, digits: int) -> int:
+    """How many digits show that two numbers differ; at least those given, at most six."""
+    return next((d for d in range(digits, 6) if f"{one:.{d}f}" != f"{other:.{d}f}"), 6)
+
+
+def plural(count: int, thing: str) -> str:
+    """So many of them."""
+    return f"{count} {thing}" + ("" if count == 1 else "s")
 
 
 def setting_name(setting: str) -> str:
@@ -64,3 +74,13 @@ def setting_name(setting: str) -> str:
 def rise_percent(base: dict[str, float], audio: float) -> float:
     """Change of the audio loss in percent of its start."""
     return 100 * (audio / base[m.VAL_AUDIO_NLL] - 1)
+
+
+def measured(num_clips: int | None) -> str | None:
+    """On how much the losses rest; None for a sweep that did not note it."""
+    if num_clips is None:
+        return None
+    return (
+        f"Losses are of {num_clips} held-out clips, the same for all; audio gain compares each with "
+        f"another clip's audio ({num_clips} pairs)."
+    )

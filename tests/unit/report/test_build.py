@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from higgs_tune.config import TrialConfig
 from higgs_tune.report.build import build_report
 from higgs_tune.report.findings import find
 from higgs_tune.report.html import render_html
@@ -59,6 +60,25 @@ def test_a_reader_is_told_on_how_many_clips_the_losses_rest(tmp_path: Path) -> N
     del base["num_val_clips"]  # an older sweep's
     (tmp_path / "base.json").write_text(json.dumps(base))
     assert "held-out clips," not in build_report(tmp_path).text
+
+
+def test_a_copy_shows_every_rate_that_it_was_trained_at(tmp_path: Path) -> None:
+    change = {
+        "step": 50, "learning_rate": 3e-3, "new_module_lr_factor": 0.1, "text_loss_weight": 1.0,
+        "audio_loss_weight": 1.0, "copied_from": "t003",
+    }  # fmt: skip
+    config = TrialConfig.model_validate({**trial_config().model_dump(), "schedule": (change,)})
+    builder = Builder(tmp_path).start()
+    builder.trial("t002", config, curve(config, 2.0, 0.4, 3.9, 150))
+    build_report(tmp_path)
+    assert ">1.0e-04 → 3.0e-03<" in (tmp_path / "report.html").read_text()
+
+
+def test_pictures_and_best_config_say_what_they_rest_on(finished: tuple[Path, Summary]) -> None:
+    folder, summary = finished
+    assert "Of the search, where each ran once" in (folder / "report.html").read_text()
+    header = (folder / "best_config.yaml").read_text().splitlines()[1]
+    assert header.endswith(f"sweep quick. {summary.facts['answers']['found']['figure']}.")
 
 
 def test_every_listed_setting_stands_in_the_table_by_setting(tmp_path: Path) -> None:

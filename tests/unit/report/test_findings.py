@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from higgs_tune.metrics import VAL_AUDIO_NLL
 from higgs_tune.report.findings import Findings, comparison, find
 from higgs_tune.report.results import read_results
 from tests.unit.report.builder import (
+    BASE,
     Builder,
     curve,
     report_row,
@@ -262,6 +264,30 @@ def test_audio_beyond_the_limit_says_what_to_change(tmp_path: Path) -> None:
     assert found.outcome == "no_feasible"
     assert "t000, +27.2%" in sentence(found, "found")
     assert "objective.audio_tolerance" in sentence(found, "found")
+
+
+def test_audio_just_beyond_its_limit_does_not_read_like_the_limit(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    rows = curve(CONFIG, 2.0, 0.4, 1.0503 * BASE[VAL_AUDIO_NLL], 150)
+    builder.trial("t000", CONFIG, rows, origin="baseline")
+    said = "rise by more than 5.00% (the least: t000, +5.03%)"
+    assert said in sentence(findings(tmp_path), "found")
+
+
+def test_trial_0_without_a_rival_is_not_said_to_be_unbeaten(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.4, 3.9, 150), origin="baseline")
+    builder.trial("t001", CONFIG, curve(CONFIG, 2.0, 0.4, 5.0, 150))  # audio beyond its limit
+    said = "is the only one that ran the full budget within the audio limit (one run)."
+    assert sentence(findings(tmp_path), "found").endswith(said)
+    builder.trial("t002", CONFIG, curve(CONFIG, 3.5, 0.4, 3.9, 150))
+    assert sentence(findings(tmp_path), "found").endswith("was not beaten (one run).")
+
+
+def test_a_gain_that_rounds_to_zero_has_no_sign(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1], gain=-0.001)
+    listening = next(answer for answer in found.answers if answer.key == "listening")
+    assert listening.figure == "0.01 → 0.00"
 
 
 def test_ends_that_are_no_verdict_are_noted_with_their_first_reason(tmp_path: Path) -> None:

@@ -70,6 +70,15 @@ def test_nothing_reported_is_said(tmp_path: Path) -> None:
     assert summary_text(read_results(tmp_path), found).startswith("Sweep quick: No trial")
 
 
+def test_a_sweep_whose_trials_all_failed_is_not_said_to_go_on(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    builder.trial("t000", CONFIG, [], status="failed", reason="RuntimeError: no")
+    found = findings(tmp_path)
+    assert (found.outcome, found.headline) == ("no_trials", "No trial reported a result")
+    builder.trial("t001", CONFIG, [], status=None)
+    assert findings(tmp_path).headline == "No trial has reported a result yet"
+
+
 def test_interrupted_sweep_is_said(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
     builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.1, 3.9, 150), origin="baseline")
