@@ -102,7 +102,7 @@ def choose(results: Results) -> Choice | None:
         baseline_runs = (baseline,) if baseline is not None and baseline.full_budget else ()
         return _choice(results, first, (first,), baseline_runs, state)
 
-    groups = _complete(results)
+    groups = confirmed(results)
     by_id = {trial.id: trial for trial in results.search}
     failed = failed_in_confirm(results)
     held = {key: runs for key, runs in groups.items() if key not in failed}
@@ -135,7 +135,7 @@ def _confirm_state(results: Results, candidates: Iterable[Trial]) -> ConfirmStat
     if results.sweep.confirm.num_configs == 0:
         return "skipped"
     # Others may stay incomplete for good: a sweep that was extended has another best to confirm.
-    complete = _complete(results)
+    complete = confirmed(results)
     others = [trial for trial in candidates if trial.origin != "baseline"]
     for trial in (results.baseline, *sorted(others, key=_text_nll)[:1]):
         if trial is None or trial.id not in complete:
@@ -153,7 +153,7 @@ def _groups(results: Results) -> dict[str, tuple[Trial, ...]]:
     return groups
 
 
-def _complete(results: Results) -> dict[str, tuple[Trial, ...]]:
+def confirmed(results: Results) -> dict[str, tuple[Trial, ...]]:
     """Those whose seeds are all there, each with the runs whose seeds all of them have.
 
     Some have more if confirm.num_seeds was lowered; means over other seeds do not compare.
@@ -176,7 +176,7 @@ def failed_in_confirm(results: Results) -> dict[str, str]:
     Each run has to reach the full budget, and their mean audio loss to be within the limit.
     """
     failed = {}
-    for trial_id, runs in _complete(results).items():
+    for trial_id, runs in confirmed(results).items():
         broken = Counter(run.status for run in runs if not run.full_budget)
         if broken:
             ends = ", ".join(f"{count} {status}" for status, count in sorted(broken.items()))

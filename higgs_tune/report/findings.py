@@ -10,7 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from higgs_tune import metrics as m
-from higgs_tune.report.choose import Choice, Stat, choose, failed_in_confirm, leader, mean_of
+from higgs_tune.report.choose import (
+    Choice,
+    Stat,
+    choose,
+    confirmed,
+    failed_in_confirm,
+    leader,
+    mean_of,
+)
 from higgs_tune.report.importance import (
     MIN_TRIALS,
     NAMES,
@@ -184,7 +192,8 @@ def _notes(results: Results, choice: Choice | None) -> list[str]:
         notes.append("The confirm stage was switched off (confirm.num_configs is 0).")
     if choice is not None and choice.confirm == "unfinished":
         notes.append("The confirm stage has not finished; the choice rests on the search alone.")
-    if open_ends := _open_ends(results.confirm):
+    done = confirmed(results)  # with more seeds than are asked for, some may be left
+    if open_ends := _open_ends(run for run in results.confirm if run.confirms not in done):
         notes.append(
             f"Confirm runs without an end: {open_ends}. A configuration without all its runs counts "
             "as not confirmed; --resume goes on with them."
@@ -215,8 +224,9 @@ def _broken(trials: Sequence[Trial]) -> list[str]:
     for (status, _), own in groups.items():
         if status in words:
             reason = textwrap.shorten(own[0].reason or "no reason was recorded", 200)
-            count = plural(len(own), "trial")
-            notes.append(f"{count} {words[status]}. Reason of {own[0].id}: {reason}")
+            notes.append(
+                f"{plural(len(own), 'trial')} {words[status]}. Reason of {own[0].id}: {reason}"
+            )
     return notes
 
 

@@ -124,6 +124,15 @@ def test_a_confirm_run_without_an_end_is_said(
     assert "--resume" in note
 
 
+def test_a_confirm_run_that_is_asked_for_no_more_needs_no_note(tmp_path: Path) -> None:
+    pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
+    config = trial_config(seed=102)  # a third seed, from before confirm.num_seeds was lowered
+    options = {"origin": "confirm", "status": "cancelled"}
+    Builder(tmp_path).trial("c012", config, [], confirms="t001", **options)
+    notes = findings(tmp_path).notes
+    assert not [note for note in notes if note.startswith("Confirm runs without an end")]
+
+
 def test_a_finished_confirm_stage_needs_no_note(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
     short = "The search ended after 2 of 16 trials."
