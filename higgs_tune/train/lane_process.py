@@ -137,15 +137,16 @@ def _end_with_parent() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """As one that can be pickled, with its traceback as text."""
+    """As one that can be pickled, with its traceback as a note."""
     try:
-        trace = "".join(traceback.format_exception(error))
         copy = pickle.loads(pickle.dumps(error))
-        copy.add_note(f"in a lane's process:\n{trace}")
-        return copy if isinstance(copy, Exception) else RuntimeError(trace)
     except Exception:  # pickling runs the error's own code: then its text has to do
+        copy = None
+    if not isinstance(copy, Exception):
         kind = MemoryError if is_out_of_memory(error) else RuntimeError
-        return kind(f"{type(error).__name__}: {error}")
+        copy = kind(f"{type(error).__name__}: {error}")
+    copy.add_note(f"in a lane's process:\n{''.join(traceback.format_exception(error))}")
+    return copy
 
 
 def _let_sockets_go(mine: int) -> None:

@@ -100,8 +100,10 @@ def talk():
         (partial(WildError, "cannot travel"), RuntimeError),
         (partial(OddError, "cannot travel"), RuntimeError),
     ):
-        with pytest.raises(kind, match=rf"{error.func.__name__}: cannot travel"):
+        with pytest.raises(kind, match=rf"^{error.func.__name__}: cannot travel") as caught:
             lane.call(raise_made, error)
+        (note,) = caught.value.__notes__
+        assert "in raise_made" in note
     os.kill(pid, signal.SIGINT)  # Ctrl-C reaches the whole group; the parent ends it
     assert lane.call(os.getpid) == pid
     os.kill(pid, signal.SIGKILL)
