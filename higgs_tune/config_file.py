@@ -193,7 +193,13 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
     """
     overrides = list(overrides)
     path = _shipped(path)
-    raw = apply_overrides(read_yaml(path), overrides)
+    written = read_yaml(path)
+    if "trial" in written and "space" not in written:
+        raise ConfigError(
+            f"{path}: is of one configuration, as best_config.yaml is, needed a sweep's YAML. Train it with "
+            f"higgs-tune train --config {path}, or give a sweep's, such as the sweep.yaml beside it."
+        )
+    raw = apply_overrides(written, overrides)
     return validate(SweepConfig, raw, f"{path} with --set" if overrides else str(path))
 
 

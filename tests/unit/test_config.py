@@ -204,6 +204,16 @@ def test_a_revision_of_digits_is_taken_in_quotes(tmp_path, digits):
         load_sweep(tmp_path / "a.yaml", [f"base.revision={digits}"])
 
 
+def test_one_configuration_in_the_place_of_a_sweep_is_called_that(tmp_path):
+    path = tmp_path / "best_config.yaml"
+    path.write_text("base: {path: embedded}\ntrial: {rank: 8}\nresults: {}\n")
+    with pytest.raises(ConfigError, match=rf"needed a sweep's YAML. .* train --config {path}, or"):
+        load_sweep(path)
+    path.write_text("name: mine\n")
+    with pytest.raises(ConfigError, match=r"trial: unknown setting, did you mean 'train'"):
+        load_sweep(path, ["trial.rank=8"])
+
+
 def test_overrides_use_the_yamls_names_and_yaml_values(tmp_path):
     config = loaded(
         tmp_path,
