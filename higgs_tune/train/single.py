@@ -58,6 +58,9 @@ def train_single(
         ModelError: `run.start_from` is no adapter, or not one that the trial can start from.
         DataError: the disk is full or `out` cannot be written.
     """
+    if run.start_from is not None:  # recorded so that it can be compared from any folder
+        begun = str(Path(run.start_from).expanduser().resolve())
+        run = run.model_copy(update={"start_from": begun})
     started = folder.Started(
         base,
         data,
@@ -87,7 +90,7 @@ def train_single(
             return last
         newest, start_from = out / folder.ADAPTER, None
         if run.start_from and not newest.exists():
-            start_from = Path(run.start_from).expanduser()
+            start_from = Path(run.start_from)
             check_start(start_from, trial)
         here = base.model_copy(update={"device": device or base.device})
         limits = PackLimits.of([trial], num_slots=1)

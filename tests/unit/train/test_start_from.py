@@ -307,6 +307,17 @@ def test_what_a_run_started_from_stays_in_its_folder(run_single, trained):
     assert run(resume=True, start_from=str(adapter))["status"] == "completed"
 
 
+def test_a_resume_may_spell_its_start_otherwise(run_single, trained, tmp_path, monkeypatch):
+    run, _, out = run_single
+    adapter, _ = trained
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(start_from="adapter", report=killed_at(0, 2))
+    assert json.loads((out / "config.json").read_text())["run"]["start_from"] == str(adapter)
+    monkeypatch.chdir(out)
+    assert run(resume=True, start_from="../adapter/")["status"] == "completed"
+
+
 def test_a_run_that_has_begun_takes_no_other_start(run_single, trained):
     run, _, _ = run_single
     adapter, _ = trained
