@@ -33,9 +33,12 @@ def local_folder(settings: BaseSettings) -> Path | None:
 
 def named_here(path: str) -> str:
     """What names an adapter's base on this machine: the embedded base lies elsewhere on each."""
-    folder = Path(path)
-    is_embedded = folder.parts[-3:] == EMBEDDED_BASE.parts[-3:] and not folder.exists()
-    return "embedded" if is_embedded else path
+    return "embedded" if is_embedded(path) and not Path(path).exists() else path
+
+
+def is_embedded(path: str) -> bool:
+    """Whether it ends as the embedded base's folder does, on whatever machine."""
+    return Path(path).parts[-3:] == EMBEDDED_BASE.parts[-3:]
 
 
 def check_pinned(settings: BaseSettings) -> None:

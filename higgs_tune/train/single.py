@@ -21,7 +21,7 @@ from higgs_tune.train.recorder import Recorder, Watcher, early_stop_reason, is_f
 from higgs_tune.train.residents import PackLimits
 from higgs_tune.train.run_folder import Line
 from higgs_tune.train.signals import StopRequest, stop_signals
-from higgs_tune.train.start_from import check_start, start_state
+from higgs_tune.train.start_from import check_start, note_other_training, start_state
 
 _ID = "run"
 
@@ -96,6 +96,8 @@ def train_single(
         limits = PackLimits.of([trial], num_slots=1)
         loop = PackLoop(load_base(here), dataset, data, limits, world)
         folder.check_base(out, lines, loop.base_metrics)
+        if start_from and world.is_main:
+            note_other_training(start_from, loop.base, data.system_text)
         account = loop.join(
             _ID,
             trial,

@@ -1,5 +1,6 @@
 """Training that starts from another adapter's weights: ours, or one of plain PEFT on the stock model."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -7,13 +8,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from higgs_tune.base_source import is_embedded
 from higgs_tune.config import ALPHA_POWERS, ALPHA_RANK, TrialConfig
 from higgs_tune.errors import ConfigError, ModelError
 from higgs_tune.model.initial import initial_weights
+from higgs_tune.model.load import Base
 from higgs_tune.model.snapshot import header
-from higgs_tune.train.checkpoint import PREFIX, WEIGHTS_NAME, read_lora_config
+from higgs_tune.train.checkpoint import (
+    MARK_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    read_lora_config,
+    read_system_text,
+)
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.residents import AdapterState
+
+logger = logging.getLogger(__name__)
 
 # PEFT's starts that an adapter takes out of the base's weights, which then differ from the stock ones.
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -58,6 +69,41 @@ def check_start(directory: Path, config: TrialConfig) -> None:
             f"Train with --set trial.alpha={scale * config.rank / growth:g}."
         )
     header(directory / WEIGHTS_NAME)
+
+
+def note_other_training(directory: Path, base: Base, system_text: str | None) -> None:
+    """Warn of an adapter that says it was trained on another base or after another system text.
+
+    Of a base in another place nobody knows whether it has the same weights.
+    """
+    adapter = read_lora_config(directory)
+    then = (adapter.base_model_name_or_path or "", adapter.revision)
+    now = (base.source, base.revision)
+    if then[0] and _place(*then) != _place(*now):
+        logger.warning(
+            "run.start_from: %s was trained on the base %s, this run on %s: unless these have the same "
+            "weights, the adapter does not start with the losses it ended with",
+            directory,
+            *(" at ".join(filter(None, named)) for named in (then, now)),
+        )
+    if not (directory / MARK_NAME).is_file():
+        return  # an adapter of plain PEFT does not say
+    told = read_system_text(directory)
+    if told != system_text:
+        logger.warning(
+            "run.start_from: %s was trained with data.system_text %r, this run has %r",
+            directory,
+            told,
+            system_text,
+        )
+
+
+def _place(source: str, revision: str | None) -> tuple[str, str | None]:
+    """The base's folder, or Hub id and commit; the embedded base lies elsewhere on each machine."""
+    if is_embedded(source):
+        return "embedded", None
+    folder = Path(source).expanduser()
+    return (str(folder.resolve()), None) if folder.exists() else (source, revision)
 
 
 def start_state(directory: Path, config: TrialConfig, engine: Engine) -> AdapterState:

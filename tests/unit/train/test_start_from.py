@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from higgs_tune import metrics
+from higgs_tune.base_source import EMBEDDED_BASE
 from higgs_tune.errors import ConfigError, ModelError
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.residents import PackLimits
+from higgs_tune.train.start_from import note_other_training
 from tests.models import DATA, tiny_base
 from tests.runs import TRIAL, assert_same_run, read_lines
 
@@ -316,6 +319,34 @@ def test_a_resume_may_spell_its_start_otherwise(run_single, trained, tmp_path, m
     assert json.loads((out / "config.json").read_text())["run"]["start_from"] == str(adapter)
     monkeypatch.chdir(out)
     assert run(resume=True, start_from="../adapter/")["status"] == "completed"
+
+
+def test_an_adapter_of_another_base_or_system_text_is_a_start_with_a_note(
+    run_single, trained, caplog
+):
+    run, _, out = run_single
+    adapter, _ = trained
+    short = TRIAL.model_copy(update={"num_steps": 5})
+    run(start_from=str(adapter), trial=short)
+    assert "run.start_from" not in caplog.text
+    edit_config(adapter, base_model_name_or_path="someone/other", revision="0" * 40)
+    told = DATA.model_copy(update={"system_text": "yes"})
+    run(start_from=str(adapter), trial=short, data=told, out=out.with_name("told"))
+    base, text = [line.getMessage() for line in caplog.records if "start_from" in line.msg]
+    assert f"trained on the base someone/other at {'0' * 40}, this run on tiny: unless" in base
+    assert text.endswith("adapter was trained with data.system_text None, this run has 'yes'")
+
+
+@pytest.mark.parametrize(
+    ("named", "is_other"),
+    [("/far/higgs_tune/embedded/base", False), ("/far/base", True), (None, False)],
+)
+def test_the_embedded_base_is_the_same_wherever_it_lies(trained, caplog, named, is_other):
+    adapter, _ = trained
+    edit_config(adapter, base_model_name_or_path=named)
+    embedded = replace(tiny_base(), source=str(EMBEDDED_BASE))
+    note_other_training(adapter, embedded, None)
+    assert ("on the base /far/base, this run" in caplog.text) == is_other
 
 
 def test_a_run_that_has_begun_takes_no_other_start(run_single, trained):
