@@ -9,11 +9,13 @@ checkpoints/     the newest few, if asked for
 tensorboard/     the figures for TensorBoard
 """
 
+import fcntl
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,28 @@ def check_new(out: Path) -> None:
         raise ConfigError(f"{out}: is a file, needed a folder. Give another --out.")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}: not empty. Give another --out, or --resume to go on there.")
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keep a second run out of a folder; the system lets go of it when the process ends.
+
+    Raises:
+        ConfigError: a run is training there.
+    """
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{out}: a run is training here. Wait for its end, or give another --out."
+            ) from None
+        except OSError:
+            pass  # not every network file system can lock a folder
+        yield
+    finally:
+        os.close(handle)
 
 
 def rewind(out: Path, started: Started) -> list[Line]:

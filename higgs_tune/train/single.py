@@ -7,6 +7,7 @@ after memory has run out is not in it.
 """
 
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 from higgs_tune import metrics
@@ -53,8 +54,8 @@ def train_single(
         "cancelled" with the number of the "signal" that asked for it.
 
     Raises:
-        ConfigError: `out` is in use, or `resume` finds nothing there or a run of other settings,
-            data or weights of the base; or `run.start_from` has another rank or scale.
+        ConfigError: `out` is in use, or a run is training there, or `resume` finds nothing there or a
+            run of other settings, data or weights of the base; or `run.start_from` has another rank or scale.
         ModelError: `run.start_from` is no adapter, or not one that the trial can start from.
         DataError: the disk is full or `out` cannot be written.
     """
@@ -73,6 +74,8 @@ def train_single(
 
     def open_folder() -> list[Line]:
         if resume:
+            if out.is_dir():
+                hold.enter_context(folder.held(out))
             lines = folder.rewind(out, started)
             folder.mend_best(out, lines, run)
             return lines
@@ -80,7 +83,7 @@ def train_single(
         return []
 
     request = StopRequest()
-    with stop_signals(request):
+    with stop_signals(request), ExitStack() as hold:
         lines = world.on_main(open_folder)
         if world.on_main(lambda: is_finished(out, lines, trial, run)):
             world.on_main(lambda: folder.keep_again(out, lines, run))
@@ -117,6 +120,10 @@ def train_single(
 
         def write_settings() -> None:
             with folder.writing(out):
+                if not resume:
+                    out.mkdir(parents=True, exist_ok=True)
+                    hold.enter_context(folder.held(out))
+                    folder.check_new(out)  # another run may have begun here since
                 write_json(out / folder.SETTINGS, settings)
 
         world.on_main(write_settings)

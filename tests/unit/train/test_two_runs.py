@@ -1,0 +1,37 @@
+"""Two training runs in one folder."""
+
+import pytest
+
+from higgs_tune.errors import ConfigError
+from higgs_tune.train import single
+from tests.runs import assert_same_run
+
+
+def test_a_folder_in_which_a_run_is_training_is_not_resumed(run_single, uninterrupted):
+    run, _, out = run_single
+
+    def again(step):
+        if step == 3:
+            with pytest.raises(ConfigError, match=r"out: a run is training here. Wait for its end"):
+                run(resume=True)
+
+    assert run(on_step=again)["status"] == "completed"
+    assert_same_run(out, uninterrupted)
+    assert run(resume=True)["status"] == "completed"
+
+
+def test_of_two_runs_that_load_for_one_folder_only_the_first_writes_there(
+    run_single, uninterrupted, monkeypatch
+):
+    run, _, out = run_single
+    load = single.load_base
+
+    def meanwhile(settings):
+        monkeypatch.setattr(single, "load_base", load)
+        assert run()["status"] == "completed"
+        return load(settings)
+
+    monkeypatch.setattr(single, "load_base", meanwhile)
+    with pytest.raises(ConfigError, match=r"out: not empty. Give another --out"):
+        run()
+    assert_same_run(out, uninterrupted)
