@@ -142,7 +142,9 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         "--name", help="results folder; default: the YAML's name, numbered if taken"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the (newest) sweep of that name"
+        "--resume",
+        action="store_true",
+        help="go on with that sweep; without --name with the newest",
     )
 
 
@@ -195,17 +197,21 @@ def _sweep_config(args: argparse.Namespace) -> SweepConfig:
 
 
 def _pick_name(config: SweepConfig, *, resume: bool) -> str:
-    """The YAML's name; the next free number behind it, or with --resume the newest that is there."""
+    """The YAML's name; the next free number behind it, or with --resume the newest that has trials."""
     from higgs_tune.sweep.folder import is_free
 
     pattern = re.compile(rf"{re.escape(config.name)}(?:-(\d+))?")
     folder = config.results_root
-    taken = {
-        int(match[1] or 1)
+    there = {
+        int(match[1] or 1): entry
         for entry in (folder.iterdir() if folder.is_dir() else ())
-        if (match := pattern.fullmatch(entry.name)) and (resume or not is_free(entry))
+        if (match := pattern.fullmatch(entry.name))
     }
-    number = max(taken, default=0) + (0 if resume else 1)
+    if resume:  # a start that was refused leaves a folder without trials
+        begun = [number for number, entry in there.items() if (entry / "trials").is_dir()]
+        number = max(begun or there, default=0)
+    else:
+        number = max((n for n, entry in there.items() if not is_free(entry)), default=0) + 1
     return config.name if number <= 1 else f"{config.name}-{number}"
 
 

@@ -63,6 +63,14 @@ def test_resume_without_a_name_goes_on_with_the_newest(tmp_path):
     assert (config.name, config.space.rank) == ("quick-2", (2,))
 
 
+def test_resume_without_a_name_passes_over_a_start_that_was_refused(tmp_path):
+    store(tmp_path / "quick", space={"rank": [2]})
+    (tmp_path / "quick" / "trials").mkdir()
+    store(tmp_path / "quick-2", tune={"gpus_per_worker": 1})
+    config = settings("--resume", "--set", f"results_dir={tmp_path}")
+    assert (config.name, config.space.rank) == ("quick", (2,))
+
+
 def test_a_new_sweep_takes_the_first_name_behind_those_that_have_results(tmp_path):
     place = ("--set", f"results_dir={tmp_path}")
     assert settings(*place).name == "quick"
