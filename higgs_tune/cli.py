@@ -81,12 +81,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.set_defaults(run=export_cli.run)
 
     check = commands.add_parser("check", help="probe base and data for leaks and misaligned labels")
-    check.add_argument("--base", default="embedded", help="embedded, a folder or a Hub id")
+    check.add_argument(
+        "--base", default="embedded", help="embedded (default), a folder or a Hub id"
+    )
     check.add_argument("--revision", help="commit of a Hub id")
-    check.add_argument("--text-head", default="checkpoint", help="as base.text_head of a sweep")
+    check.add_argument(
+        "--text-head",
+        default="checkpoint",
+        help="of a base without one: checkpoint (default) refuses it, from_embedding starts it from the "
+        "token embedding",
+    )
     check.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     check.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    check.add_argument("--data", default="embedded:arabic", help="dataset folder or embedded:NAME")
+    check.add_argument(
+        "--data",
+        default="embedded:arabic",
+        help="dataset folder or embedded:NAME (default: embedded:arabic)",
+    )
     check.set_defaults(run=run_check)
 
     atexit.register(gc.freeze)  # the interpreter's last search for garbage: seconds, with torch

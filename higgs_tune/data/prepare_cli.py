@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--codec-revision", help="commit of a Hub id")
     parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N: where the codec runs"
+        "--device",
+        default="auto",
+        help="where the codec runs: auto, cpu, cuda or cuda:N (default: auto)",
     )
     parser.add_argument(
         "--workers",

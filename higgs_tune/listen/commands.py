@@ -86,7 +86,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="adapter folder, beside the untouched base; may be given again; none: the base alone",
     )
-    parser.add_argument("--data", help="dataset folder or embedded:NAME (default: embedded:arabic)")
+    parser.add_argument(
+        "--data",
+        help="dataset folder or embedded:NAME (default: embedded:arabic, or the sweep's with --results)",
+    )
     parser.add_argument("--out", type=local_path, help="folder to make, for page, figures and WAVs")
     parser.add_argument(
         "--results",

@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--config", type=local_path, required=True, help="YAML of a sweep")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a setting; may be given again",
     )
     parser.add_argument(
         "--base-config", type=local_path, help="config.json of the base (default: the sweep's base)"
@@ -151,5 +155,5 @@ def _table(found: dict[str, Any], gpu_gib: float) -> str:
     lines.append(
         f"a checkpoint of the largest trial takes {size:.2f} GiB, a third once it has ended"
     )
-    lines.append(f"results_dir takes up to {size * kept:.0f} GiB while {kept} trials run, one each")
+    lines.append(f"results_dir takes up to {size * kept:.3g} GiB while {kept} trials run, one each")
     return "\n".join(lines)
