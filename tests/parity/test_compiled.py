@@ -15,6 +15,7 @@ from higgs_tune.data.tokens import Encoded
 from higgs_tune.model.compiled import CompiledForward
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.residents import PackLimits
+from tests.compilers import needs_compiler
 from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 REPOSITORY = Path(__file__).parents[2]
@@ -145,6 +146,7 @@ print(json.dumps({"losses": found, "hits": hits, "misses": misses}))
 """
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_second_process_takes_graphs_from_the_users_cache(tmp_path):
     names = {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}

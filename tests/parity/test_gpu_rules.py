@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from stand_in_gpu import preload
 
+from tests.compilers import needs_compiler
+
 ROOT = Path(__file__).parents[2]
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,8 @@ class PackThread:
         self._executor = ThreadPoolExecutor(1, "pack", initializer=self._note_thread)
         self._thread_id: int | None = None
         self._ends = ends
-        self._num_calls = self._num_running = 0
+        self._num_calls = 0
+        self._last: asyncio.Future | None = None  # the calls before it are done once it is
         self._seen = (0, 0)  # calls and forwards at the last heartbeat
         self._beats = 0  # since either has changed
 
@@ -42,8 +43,7 @@ class PackThread:
         """Run it once what came before is done."""
         future = asyncio.get_running_loop().run_in_executor(self._executor, work)
         self._num_calls += 1
-        self._num_running += 1
-        future.add_done_callback(self._done)
+        self._last = future
         return future
 
     def beat(self, num_forwards: int) -> bool:
@@ -53,7 +53,7 @@ class PackThread:
             num_forwards: what the pack has computed so far.
         """
         seen = (self._num_calls, num_forwards)
-        if seen != self._seen or not self._num_running:
+        if seen != self._seen or self._last is None or self._last.done():
             self._seen, self._beats = seen, 0
             return False
         self._beats += 1
@@ -72,9 +72,6 @@ class PackThread:
 
     def _note_thread(self) -> None:
         self._thread_id = threading.get_ident()
-
-    def _done(self, future: "asyncio.Future[T]") -> None:
-        self._num_running -= 1
 
     def _stack(self) -> str:
         frame = None if self._thread_id is None else sys._current_frames().get(self._thread_id)
