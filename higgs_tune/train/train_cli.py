@@ -56,6 +56,11 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]
         ConfigError: a section is missing or unknown, or a setting is unknown or out of bounds.
     """
     raw = read_yaml(args.config)
+    if "space" in raw and "trial" not in raw:
+        raise ConfigError(
+            f"{args.config}: is a sweep's, needed one configuration, such as the best_config.yaml that a "
+            f"sweep writes. Search with higgs-tune sweep --config {args.config}."
+        )
     for section in raw:
         if section not in (*SECTIONS, *RECORDS):
             raise ConfigError(f"{args.config}: {_unknown(section)}")

@@ -95,6 +95,13 @@ def test_a_file_without_a_trial_is_refused(read):
         read(content={"base": {}, "data": {}})
 
 
+def test_the_yaml_of_a_sweep_is_called_that(read):
+    with pytest.raises(
+        ConfigError, match=r"is a sweep's, .* higgs-tune sweep --config \S+\.yaml\."
+    ):
+        read(content={"name": "quick", "space": {"rank": [4]}})
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
