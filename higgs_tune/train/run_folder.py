@@ -68,7 +68,7 @@ class Started:
 
 def writing(out: Path) -> AbstractContextManager[None]:
     """Name the run's folder and the way on when a write fails."""
-    kept = "The last complete checkpoint is kept; free space and go on with --resume."
+    kept = "A checkpoint that is complete is kept; free space and go on with --resume."
     return files.writing(out, kept)
 
 
