@@ -28,8 +28,8 @@ CAPTIONS = {
     "two apart.",
     "importance": "How much of the sampled trials' ranking by text loss goes with each setting. Only a bar "
     "beyond its mark tells more than chance. A value that few trials had can be far worse and not show.",
-    "space": "Each mark is a trial; copies of a population, which had several rates, are left out. Blue is "
-    "a lower text loss. Where the scale ends in an arrow, some lie beyond.",
+    "space": "Each mark is a trial; blue is a lower text loss. Where the scale ends in an arrow, some lie "
+    "beyond.",
 }
 STATUS_WORDS = {"completed": "completed", "pruned": "stopped early", "unfinished": "no end yet"}
 
