@@ -4,21 +4,11 @@ The sentences claim no more than the runs show: a difference inside the noise of
 that, and a text loss that fell without an audio gain is not called listening.
 """
 
-import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from higgs_tune import metrics as m
-from higgs_tune.report.choose import (
-    Choice,
-    Stat,
-    choose,
-    confirmed,
-    failed_in_confirm,
-    leader,
-    mean_of,
-)
+from higgs_tune.report.choose import Choice, Stat, choose, leader, mean_of
 from higgs_tune.report.importance import (
     MIN_TRIALS,
     NAMES,
@@ -26,7 +16,8 @@ from higgs_tune.report.importance import (
     importance_info,
     levels,
 )
-from higgs_tune.report.results import UNFINISHED, Results, Trial
+from higgs_tune.report.notes import notes_on
+from higgs_tune.report.results import UNFINISHED, Results
 from higgs_tune.report.verdict import Outcome, found, headline, outcome_of
 from higgs_tune.report.wording import (
     Answer,
@@ -74,7 +65,7 @@ def find(results: Results) -> Findings:
         outcome=outcome,
         headline=headline(results, choice, outcome),
         answers=tuple(answers),
-        notes=tuple(_notes(results, choice)),
+        notes=tuple(notes_on(results, choice)),
         choice=choice,
         importance=importance,
     )
@@ -177,88 +168,6 @@ def _others(importance: ImportanceInfo) -> str:
 def _medians(results: Results, setting: str) -> str:
     by_value = [f"{level.value} {nats(level.median)}" for level in levels(results, setting)]
     return f"Median text loss with {setting} {', '.join(by_value)}."
-
-
-def _notes(results: Results, choice: Choice | None) -> list[str]:
-    notes = []
-    num_trials = results.sweep.tune.num_trials
-    if open_ends := _open_ends(results.search):
-        notes.append(
-            f"The sweep is not finished: {open_ends}. --resume goes on with what was cancelled or lost."
-        )
-    elif 0 < len(results.search) < num_trials:
-        notes.append(f"The search ended after {len(results.search)} of {num_trials} trials.")
-    if choice is not None and choice.confirm == "skipped":
-        notes.append("The confirm stage was switched off (confirm.num_configs is 0).")
-    if choice is not None and choice.confirm == "unfinished":
-        notes.append("The confirm stage has not finished; the choice rests on the search alone.")
-    done = confirmed(results)  # with more seeds than are asked for, some may be left
-    if open_ends := _open_ends(run for run in results.confirm if run.confirms not in done):
-        notes.append(
-            f"Confirm runs without an end: {open_ends}. A configuration without all its runs counts "
-            "as not confirmed; --resume goes on with them."
-        )
-    if choice is None or choice.confirm == "done":
-        notes += [
-            f"{trial_id} was confirmed and cannot be chosen: {why}."
-            for trial_id, why in failed_in_confirm(results).items()
-        ]
-    notes += _broken(results.trials)
-    notes += _crowded_out(results)
-    if results.baseline is not None:
-        notes += _broken_off(results.baseline)
-    if choice is not None and not (choice.adapter_run.directory / "adapter").is_dir():
-        notes.append(f"{choice.adapter_run.id} left no adapter; train it again to get one.")
-    return notes
-
-
-def _broken(trials: Sequence[Trial]) -> list[str]:
-    """A note with the first reason for each kind of end that is no verdict on a configuration."""
-    words = {"failed": "failed", "out_of_memory": "ran out of memory", "cancelled": "cancelled"}
-    groups: dict[tuple[str, str], list[Trial]] = {}
-    for trial in trials:
-        # an interrupt, or "Ray Tune gave it up …:" and then each one's own error
-        kind = trial.reason.partition(":")[0] if trial.status == "cancelled" else ""
-        groups.setdefault((trial.status, kind), []).append(trial)
-    notes = []
-    for (status, _), own in groups.items():
-        if status in words:
-            reason = textwrap.shorten(own[0].reason or "no reason was recorded", 200)
-            notes.append(
-                f"{plural(len(own), 'trial')} {words[status]}. Reason of {own[0].id}: {reason}"
-            )
-    return notes
-
-
-def _crowded_out(results: Results) -> list[str]:
-    """A note where early stopping, which knows text loss only, left no sampled trial to choose."""
-    sampled = [trial for trial in results.search if trial.origin == "search"]
-    ended = [results.feasible(trial) for trial in sampled if trial.full_budget]
-    stopped = [t for t in sampled if t.status == "pruned" and results.feasible(t)]
-    if not stopped or not ended or any(within is not False for within in ended):
-        return []
-    return [
-        f"Every sampled trial that ran to its end ({len(ended)}) let audio loss rise beyond its limit; "
-        f"{len(stopped)} within it had been stopped early, which goes by text loss alone. "
-        "tune.scheduler.name: none lets all run; space.learning_rate.high may be too high."
-    ]
-
-
-def _broken_off(baseline: Trial) -> list[str]:
-    """A note on a trial 0 that ended before its full budget; none while it runs."""
-    if not baseline.history or baseline.full_budget or baseline.status == UNFINISHED:
-        return []
-    last = baseline.last(m.VAL_TEXT_NLL)
-    at = f" with a text loss of {nats(last)}" if last is not None else ""
-    ended = "was cancelled" if baseline.status == "cancelled" else f"ended {baseline.status}"
-    return [f"Trial 0 {ended} at step {baseline.step}{at}."]
-
-
-def _open_ends(trials: Iterable[Trial]) -> str:
-    """How many of the trials --resume would go on with, in words; empty if there are none."""
-    counts = Counter(trial.status for trial in trials)
-    words = {UNFINISHED: "running or lost", "cancelled": "cancelled"}
-    return ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])
 
 
 def trial_counts(results: Results) -> str:
