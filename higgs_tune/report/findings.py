@@ -136,7 +136,7 @@ def _mattered(results: Results, importance: ImportanceInfo | None) -> Answer:
     share, chance = 100 * importance.shares[first], 100 * importance.by_chance[first]
     trials, step = f"{importance.num_trials} trials", f"step {importance.step}"
     num_steps = results.sweep.train.num_steps
-    later = f" What acts only later, up to step {num_steps}, does not show there."
+    later = f" Effects that set in later, up to step {num_steps}, do not show there."
     later = later if importance.step < num_steps else ""
     if not importance.mattered:
         sentence = (
@@ -145,8 +145,8 @@ def _mattered(results: Results, importance: ImportanceInfo | None) -> Answer:
         )
         return Answer("mattered", question, "not clear", sentence, "plain")
     sentence = (
-        f"So much of the ranking of {trials} by text loss at {step} goes with it; chance rarely "
-        f"gives more than {chance:.0f}%. {_others(importance)}{later}"
+        f"That is its share of the ranking of {trials} by text loss at {step}; chance rarely "
+        f"reaches more than {chance:.0f}%. {_others(importance)}{later}"
     )
     for name in (name for name in NAMES if name in importance.mattered):
         sentence += f" {_medians(results, name)}"
@@ -161,7 +161,7 @@ def _others(importance: ImportanceInfo) -> str:
     return (
         f"Also beyond chance: {', '.join(others)}."
         if others
-        else "Of the others these trials cannot tell."
+        else "These trials cannot tell about the others."
     )
 
 

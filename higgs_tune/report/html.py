@@ -19,19 +19,23 @@ from higgs_tune.report.workers import workers_sentence
 
 CAPTIONS = {
     "curves": "Held-out losses by step; every trial starts at the untouched base. Audio gain is text loss "
-    "after another clip's audio minus after its own: at 0, text does not listen. A curve that ends in an "
-    "arrow head leaves the scale, which is cut where wild trials would press all others together.",
-    "scatter": "Down is better text, left is better audio. Only full runs inside the shaded area can be "
-    "chosen. A trial far worse than the rest stands on the edge of the scale."
-    " Its losses are in the legend and in the table.",
+    "after another clip's audio minus text loss after its own: at 0, text does not listen. A curve that ends "
+    "in an arrowhead leaves the scale, which is cut so that far worse trials do not squeeze the others.",
+    "scatter": "Lower is better text, further left is better audio. Only full runs inside the shaded area "
+    "can be chosen. A trial far worse than the rest is drawn on the edge of the scale; its losses are in the "
+    "legend and in the table.",
     "gain": "Text loss can fall by learning to write the language without listening. These bars tell the "
     "two apart.",
-    "importance": "How much of the sampled trials' ranking by text loss goes with each setting. Only a bar "
-    "beyond its mark tells more than chance. A value that few trials had can be far worse and not show.",
+    "importance": "How much of the sampled trials' ranking by text loss each setting explains. Only a bar "
+    "beyond its mark says more than chance. A value that few trials had can be far worse without showing.",
     "space": "Each mark is a trial; blue is a lower text loss. Where the scale ends in an arrow, some lie "
-    "beyond.",
+    "beyond it.",
 }
-STATUS_WORDS = {"completed": "completed", "pruned": "stopped early", "unfinished": "no end yet"}
+STATUS_WORDS = {
+    "completed": "completed",
+    "pruned": "stopped early",
+    "unfinished": "running or lost",
+}
 
 
 def render_html(
@@ -53,7 +57,7 @@ def render_html(
         "measured": _small(measured(results.num_val_clips)),
         "listening": "" if listening is None else listening_section(listening),
         "of_search": _small(
-            "Of the search, where each ran once; confirm runs are in the table of all trials."
+            "The search, in which each configuration ran once; confirm runs are in the table of all trials."
             if results.confirm
             else None
         ),

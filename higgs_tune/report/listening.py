@@ -15,7 +15,7 @@ FOLDER, DATA, PAGE = "listen", "evaluate.json", "evaluate.html"
 WEIGHTS = "adapter_model.safetensors"
 SHOWN = {
     m.EOS_RATE: "ended by itself",
-    m.LENGTH_RATIO: "length by recorded length",
+    m.LENGTH_RATIO: "length / recorded length",
     m.MEL_DISTANCE: "mel distance, dB",
     m.SPEAKER_SIMILARITY: "speaker similarity",
     m.SPEECH_CER: "character errors, recogniser",

@@ -16,7 +16,7 @@ def notes_on(results: Results, choice: Choice | None) -> list[str]:
     num_trials = results.sweep.tune.num_trials
     if open_ends := _open_ends(results.search):
         notes.append(
-            f"The sweep is not finished: {open_ends}. --resume goes on with what was cancelled or lost."
+            f"The sweep is not finished: {open_ends}. --resume continues what was cancelled or lost."
         )
     elif 0 < len(results.search) < num_trials:
         notes.append(f"The search ended after {len(results.search)} of {num_trials} trials.")
@@ -27,8 +27,8 @@ def notes_on(results: Results, choice: Choice | None) -> list[str]:
     done = confirmed(results)  # with more seeds than are asked for, some may be left
     if open_ends := _open_ends(run for run in results.confirm if run.confirms not in done):
         notes.append(
-            f"Confirm runs without an end: {open_ends}. A configuration without all its runs counts "
-            "as not confirmed; --resume goes on with them."
+            f"Unfinished confirm runs: {open_ends}. A configuration without all its runs is not "
+            "confirmed; --resume continues them."
         )
     if choice is None or choice.confirm == "done":
         notes += [

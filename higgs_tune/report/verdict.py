@@ -84,8 +84,8 @@ def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:
             return f"{who} reached the full budget, so there is no fair comparison with it."
         why = "is switched off" if choice.confirm == "skipped" else "has not finished"
         return (
-            "Trial 0 ran with another seed. How much of the difference is chance the confirm stage would "
-            f"tell, which {why}."
+            f"Trial 0 ran with another seed. Only the confirm stage, which {why}, would tell how much of "
+            "the difference is chance."
         )
     size = f"{nats(abs(difference.mean))} nats per token"
     direction = "lower" if difference.mean < 0 else "higher"
@@ -113,8 +113,8 @@ def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:
     )
     if difference.n == 2:
         sentence += (
-            " Two seeds mostly miss a difference of five times that noise: "
-            "--resume with more confirm.num_seeds."
+            " Two seeds usually miss even a difference of five times that noise: "
+            "--resume with a higher confirm.num_seeds."
         )
     return sentence
 
@@ -128,8 +128,8 @@ def _why_nothing(results: Results, outcome: Outcome) -> str:
     if not ended:
         num_steps = results.sweep.train.num_steps
         sentence = (
-            f"No trial has run all {num_steps} steps with finite losses, and unequal budgets do not "
-            "compare."
+            f"No trial has run all {num_steps} steps with finite losses, and trials of unequal length "
+            "cannot be compared."
         )
         if (first := leader(results)) is not None:
             sentence += (

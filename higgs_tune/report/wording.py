@@ -81,6 +81,6 @@ def measured(num_clips: int | None) -> str | None:
     if num_clips is None:
         return None
     return (
-        f"Losses are of {num_clips} held-out clips, the same for all; audio gain compares each with "
-        f"another clip's audio ({num_clips} pairs)."
+        f"Losses are measured on {num_clips} held-out clips, the same for every trial; audio gain pairs "
+        f"each with another clip's audio ({num_clips} pairs)."
     )

@@ -3,16 +3,16 @@
 from higgs_tune.report.results import Results
 
 _COMPUTING = {
-    "train_s": "in forward, backward and optimizer of training",
-    "validate_s": "in forwards of validation",
+    "train_s": "forward, backward and optimizer of training",
+    "validate_s": "forwards of validation",
 }
 _ELSE = {
     "prepare_s": "reading and tokenising",
-    "join_s": "seating trials",
+    "join_s": "adding trials",
     "save_s": "taking snapshots",
     "wait_s": "waiting for decisions or processes",
     "idle_s": "without a trial",
-    "other_s": "elsewhere",
+    "other_s": "other",
 }
 _SHOWN = 0.0005  # of all time: smaller shares would read 0.0%
 
@@ -33,7 +33,7 @@ def workers_sentence(results: Results) -> str | None:
         )
 
     sentence = (
-        f"{sum(map(share, _COMPUTING)):.1%} of {wall_s:.0f} s from first step to last computing "
+        f"Computing for {sum(map(share, _COMPUTING)):.1%} of the {wall_s:.0f} s from first step to last "
         f"({listed(_COMPUTING)})"
     )
     if rest := listed(_ELSE):

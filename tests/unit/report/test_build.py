@@ -50,7 +50,7 @@ def test_finished_sweep_gives_every_file(finished: tuple[Path, Summary]) -> None
 
 
 def test_a_reader_is_told_on_how_many_clips_the_losses_rest(tmp_path: Path) -> None:
-    said = "Losses are of 48 held-out clips"
+    said = "Losses are measured on 48 held-out clips"
     realistic(tmp_path)
     summary = build_report(tmp_path)
     assert said in " ".join(summary.text.split())
@@ -76,7 +76,9 @@ def test_a_copy_shows_every_rate_that_it_was_trained_at(tmp_path: Path) -> None:
 
 def test_pictures_and_best_config_say_what_they_rest_on(finished: tuple[Path, Summary]) -> None:
     folder, summary = finished
-    assert "Of the search, where each ran once" in (folder / "report.html").read_text()
+    assert (
+        "The search, in which each configuration ran once" in (folder / "report.html").read_text()
+    )
     header = (folder / "best_config.yaml").read_text().splitlines()[1]
     assert header.endswith(f"sweep quick. {summary.facts['answers']['found']['figure']}.")
 

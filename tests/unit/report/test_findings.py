@@ -98,7 +98,7 @@ def test_difference_inside_the_noise_is_called_that(tmp_path: Path) -> None:
     assert found.outcome == "within_noise"
     said = "beyond the noise of the seeds (95% interval −0.79 to +0.49, 2 seeds)."
     assert said in sentence(found, "found")
-    assert "Two seeds mostly miss" in sentence(found, "found")
+    assert "Two seeds usually miss" in sentence(found, "found")
     found = pairs(tmp_path / "3", [3.0, 3.3, 3.2], [2.9, 3.1, 3.3])
     assert found.outcome == "within_noise"
     assert "Two seeds" not in sentence(found, "found")

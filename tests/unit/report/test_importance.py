@@ -113,7 +113,7 @@ def test_setting_that_decides_is_named_alone(tmp_path: Path, stops: bool) -> Non
     assert next(iter(info.shares)) == "target_set"
     answer = find(read_results(tmp_path)).answers[-1]
     assert answer.figure == f"target set {100 * info.shares['target_set']:.0f}%"
-    assert "Of the others these trials cannot tell." in answer.sentence
+    assert "These trials cannot tell about the others." in answer.sentence
     assert "Median text loss with target_set all_linear" in answer.sentence
 
 
@@ -142,7 +142,7 @@ def test_stopped_trials_and_those_left_compare_at_the_first_rung(tmp_path: Path)
     sweep(tmp_path, 12, target_set, stops=True)
     info = info_of(tmp_path)
     assert (info.step, info.num_trials) == (50, 12)
-    assert "up to step 150, does not show" in find(read_results(tmp_path)).answers[-1].sentence
+    assert "up to step 150, do not show" in find(read_results(tmp_path)).answers[-1].sentence
     full = sweep(tmp_path / "full", 12, target_set)
     assert "does not show" not in find(read_results(full)).answers[-1].sentence
 

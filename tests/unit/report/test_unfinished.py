@@ -42,7 +42,7 @@ def test_a_sweep_cut_short_says_who_is_ahead(tmp_path: Path) -> None:
     said = "to step 100, t003 is ahead with a text loss of 2.00."
     assert sentence(found, "found").endswith(said)
     assert "t003 ahead, cancelled at 100" in summary_text(read_results(tmp_path), found)
-    assert "--resume goes on" in found.notes[0]
+    assert "--resume continues" in found.notes[0]
     builder.trial("t004", CONFIG, curve(CONFIG, 3.0, 0.4, 5.0, 150))
     assert "ahead" not in summary_text(read_results(tmp_path), findings(tmp_path))
 
@@ -118,9 +118,9 @@ def test_a_confirm_run_without_an_end_is_said(
     found = findings(tmp_path)
     assert found.choice is not None
     assert (found.choice.trial.id, found.choice.confirm) == ("t001", "done")
-    note = next(note for note in found.notes if note.startswith("Confirm runs"))
+    note = next(note for note in found.notes if note.startswith("Unfinished confirm runs"))
     assert said in note
-    assert "counts as not confirmed" in note
+    assert "is not confirmed" in note
     assert "--resume" in note
 
 
@@ -130,7 +130,7 @@ def test_a_confirm_run_that_is_asked_for_no_more_needs_no_note(tmp_path: Path) -
     options = {"origin": "confirm", "status": "cancelled"}
     Builder(tmp_path).trial("c012", config, [], confirms="t001", **options)
     notes = findings(tmp_path).notes
-    assert not [note for note in notes if note.startswith("Confirm runs without an end")]
+    assert not [note for note in notes if note.startswith("Unfinished confirm runs")]
 
 
 def test_a_finished_confirm_stage_needs_no_note(tmp_path: Path) -> None:

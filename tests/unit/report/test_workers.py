@@ -24,8 +24,8 @@ def test_the_workers_shares_are_of_all_their_time(tmp_path: Path) -> None:
     (tmp_path / "workers.json").write_text(json.dumps(both))
     sentence = workers_sentence(read_results(tmp_path))
     assert sentence == (
-        "92.5% of 400 s from first step to last computing (87.5% in forward, backward and optimizer of "
-        "training, 5.0% in forwards of validation), 7.5% waiting for decisions or processes; 92.5% of the "
+        "Computing for 92.5% of the 400 s from first step to last (87.5% forward, backward and optimizer of "
+        "training, 5.0% forwards of validation), 7.5% waiting for decisions or processes; 92.5% of the "
         "slots that trials could fill were filled."
     )
     summary = build_report(tmp_path)
