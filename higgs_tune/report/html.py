@@ -57,7 +57,8 @@ def render_html(
         "measured": _small(measured(results.num_val_clips)),
         "listening": "" if listening is None else listening_section(listening),
         "of_search": _small(
-            "The search, in which each configuration ran once; confirm runs are in the table of all trials."
+            "These show the search, in which each configuration ran once; confirm runs are in the table "
+            "below."
             if results.confirm
             else None
         ),

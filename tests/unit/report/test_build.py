@@ -77,7 +77,8 @@ def test_a_copy_shows_every_rate_that_it_was_trained_at(tmp_path: Path) -> None:
 def test_pictures_and_best_config_say_what_they_rest_on(finished: tuple[Path, Summary]) -> None:
     folder, summary = finished
     assert (
-        "The search, in which each configuration ran once" in (folder / "report.html").read_text()
+        "These show the search, in which each configuration ran once"
+        in (folder / "report.html").read_text()
     )
     header = (folder / "best_config.yaml").read_text().splitlines()[1]
     assert header.endswith(f"sweep quick. {summary.facts['answers']['found']['figure']}.")
