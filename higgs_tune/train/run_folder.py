@@ -95,8 +95,12 @@ def held(out: Path) -> Iterator[None]:
             raise ConfigError(
                 f"{out}: a run is training here. Wait for its end, or give another --out."
             ) from None
-        except OSError:
-            pass  # not every network file system can lock a folder
+        except OSError as error:  # such as a network file system's
+            logger.warning(
+                "%s: this file system cannot lock a folder (%s): nothing keeps a second run out",
+                out,
+                error.strerror,
+            )
         yield
     finally:
         os.close(handle)

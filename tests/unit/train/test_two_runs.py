@@ -1,5 +1,9 @@
 """Two training runs in one folder."""
 
+import errno
+import fcntl
+import os
+
 import pytest
 
 from higgs_tune.errors import ConfigError
@@ -34,4 +38,15 @@ def test_of_two_runs_that_load_for_one_folder_only_the_first_writes_there(
     monkeypatch.setattr(single, "load_base", meanwhile)
     with pytest.raises(ConfigError, match=r"out: not empty. Give another --out"):
         run()
+    assert_same_run(out, uninterrupted)
+
+
+def test_a_file_system_without_locks_is_told(run_single, uninterrupted, monkeypatch, caplog):
+    def no_lock(handle, kind):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    run, _, out = run_single
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    assert run()["status"] == "completed"
+    assert f"{out}: this file system cannot lock a folder (No locks available)" in caplog.text
     assert_same_run(out, uninterrupted)
