@@ -196,7 +196,7 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
     written = read_yaml(path)
     if "trial" in written and "space" not in written:
         raise ConfigError(
-            f"{path}: is of one configuration, as best_config.yaml is, needed a sweep's YAML. Train it with "
+            f"{path}: holds one configuration, like best_config.yaml, needed a sweep's YAML. Train it with "
             f"higgs-tune train --config {path}, or give a sweep's, such as the sweep.yaml beside it."
         )
     raw = apply_overrides(written, overrides)

@@ -140,7 +140,7 @@ def _portable(error: Exception) -> Exception:
     """As one that can be pickled, with its traceback as a note."""
     try:
         copy = pickle.loads(pickle.dumps(error))
-    except Exception:  # pickling runs the error's own code: then its text has to do
+    except Exception:  # pickling runs the error's own code: then its text and traceback have to do
         copy = None
     if not isinstance(copy, Exception):
         kind = MemoryError if is_out_of_memory(error) else RuntimeError

@@ -58,7 +58,7 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]
     raw = read_yaml(args.config)
     if "space" in raw and "trial" not in raw:
         raise ConfigError(
-            f"{args.config}: is a sweep's, needed one configuration, such as the best_config.yaml that a "
+            f"{args.config}: holds a sweep, needed one configuration, such as the best_config.yaml that a "
             f"sweep writes. Search with higgs-tune sweep --config {args.config}."
         )
     for section in raw:

@@ -1,6 +1,10 @@
 """A run of `higgs-tune train` on a tiny base, in this process."""
 
+import shutil
+
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from higgs_tune.config import BaseSettings, RunSettings
 from higgs_tune.train import single
@@ -8,6 +12,7 @@ from higgs_tune.train.recorder import Watcher
 from tests.models import DATA, make_dataset, tiny_base
 from tests.packs import TRIALS, loop_of
 from tests.runs import TRIAL
+from tests.starts import edit_weights
 from tests.threads import torch_threads
 
 
@@ -66,3 +71,39 @@ def clean(dataset):
         loop = loop_of(dataset)
         results = [loop.advance() for _ in range(2)]
         return results, {name: loop.engine.state(name) for name in TRIALS}
+
+
+@pytest.fixture
+def trained(run_single, tmp_path):
+    """The adapter of a finished run, as `export` hands it over, and its last line."""
+    run, lines, _ = run_single
+    run(out=tmp_path / "earlier")
+    last = lines[-1]
+    lines.clear()
+    adapter = tmp_path / "adapter"
+    ignore = shutil.ignore_patterns("training_state*")
+    shutil.copytree(tmp_path / "earlier" / "adapter", adapter, ignore=ignore)
+    return adapter, last
+
+
+@pytest.fixture
+def plain_peft(tmp_path):
+    """A function that saves an adapter of stock PEFT on the stock model, in bfloat16; and that model."""
+
+    def save(**settings):
+        torch.manual_seed(3)
+        config = LoraConfig(
+            **({"r": 4, "lora_alpha": 2, "target_modules": ["v_proj", "down_proj"]} | settings)
+        )
+        wrapped = get_peft_model(tiny_base().model, config)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.3)
+            if "lora_" in name:
+                parameter.data = parameter.data.bfloat16().float()
+        wrapped.save_pretrained(tmp_path / "peft")
+        adapter = tmp_path / "peft"
+        edit_weights(adapter, lambda w: w.update({n: t.bfloat16() for n, t in w.items()}))
+        return adapter, wrapped
+
+    return save

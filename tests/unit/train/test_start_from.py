@@ -6,20 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from higgs_tune import metrics
 from higgs_tune.base_source import EMBEDDED_BASE
-from higgs_tune.errors import ConfigError, ModelError
+from higgs_tune.errors import ConfigError
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.residents import PackLimits
 from higgs_tune.train.start_from import note_other_training
 from tests.models import DATA, tiny_base
 from tests.runs import TRIAL, assert_same_run, read_lines
+from tests.starts import WEIGHTS, edit_config
 
 VALIDATED = (metrics.VAL_TEXT_NLL, metrics.VAL_AUDIO_NLL, metrics.VAL_AUDIO_GAIN)
-WEIGHTS = "adapter_model.safetensors"
 
 
 def figures(line):
@@ -36,53 +35,6 @@ def killed_at(step, num_lines):
             raise RuntimeError("killed")
 
     return report
-
-
-def edit_config(adapter, **changes):
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(adapter, change):
-    weights = load_file(adapter / WEIGHTS)
-    change(weights)
-    save_file(weights, adapter / WEIGHTS, metadata={"format": "pt"})
-
-
-@pytest.fixture
-def trained(run_single, tmp_path):
-    """The adapter of a finished run, as `export` hands it over, and its last line."""
-    run, lines, _ = run_single
-    run(out=tmp_path / "earlier")
-    last = lines[-1]
-    lines.clear()
-    adapter = tmp_path / "adapter"
-    ignore = shutil.ignore_patterns("training_state*")
-    shutil.copytree(tmp_path / "earlier" / "adapter", adapter, ignore=ignore)
-    return adapter, last
-
-
-@pytest.fixture
-def plain_peft(tmp_path):
-    """A function that saves an adapter of stock PEFT on the stock model, in bfloat16; and that model."""
-
-    def save(**settings):
-        torch.manual_seed(3)
-        config = LoraConfig(
-            **({"r": 4, "lora_alpha": 2, "target_modules": ["v_proj", "down_proj"]} | settings)
-        )
-        wrapped = get_peft_model(tiny_base().model, config)
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.3)
-            if "lora_" in name:
-                parameter.data = parameter.data.bfloat16().float()
-        wrapped.save_pretrained(tmp_path / "peft")
-        adapter = tmp_path / "peft"
-        edit_weights(adapter, lambda w: w.update({n: t.bfloat16() for n, t in w.items()}))
-        return adapter, wrapped
-
-    return save
 
 
 def test_a_run_starts_with_the_losses_and_weights_of_its_adapter(run_single, trained):
@@ -140,16 +92,6 @@ def test_training_that_only_spoils_its_start_leaves_it_as_the_best(run_single, t
     torch.testing.assert_close(saved, load_file(adapter / WEIGHTS), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
-def test_an_adapter_whose_start_changed_the_base_is_refused(run_single, plain_peft, init):
-    """PEFT draws it out of the base's weights again when it loads such an adapter."""
-    run, _, out = run_single
-    adapter, _ = plain_peft(init_lora_weights=init)
-    with pytest.raises(ModelError, match=rf"init_lora_weights '{init}' took a part of"):
-        run(start_from=str(adapter), trial=TRIAL.model_copy(update={"alpha": 2.0}))
-    assert not out.exists()
-
-
 def test_an_adapter_that_was_drawn_otherwise_is_a_start(run_single, plain_peft):
     run, lines, _ = run_single
     adapter, _ = plain_peft(init_lora_weights="gaussian")
@@ -191,90 +133,6 @@ def test_what_a_trial_trains_beyond_its_start_begins_fresh(run_single, trained):
     assert ended["base_model.model.text_lm_head.lora_B.weight"].any()
 
 
-def text_head(weights):
-    weights["base_model.model.text_lm_head.lora_A.weight"] = torch.ones(4, 32)
-
-
-def not_a_number(weights):
-    next(iter(weights.values()))[0, 0] = float("nan")
-
-
-def other_shape(weights):
-    name = next(name for name in weights if "lora_B" in name)
-    weights[name] = torch.ones(7, 4)
-
-
-def half_a_pair(weights):
-    del weights[next(name for name in weights if "lora_B" in name)]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            text_head,
-            r"adapter_model.safetensors: has text_lm_head.lora_A.weight, which trial.targets",
-        ),
-        (not_a_number, r"lora_A.weight is not finite: that training diverged"),
-        (other_shape, r"lora_B.weight has shape \(7, 4\), needed \(\d+, 4\)"),
-        (half_a_pair, r"has .*lora_A.weight without .*lora_B.weight. Save the adapter again"),
-        (dict.clear, r"adapter_model.safetensors: has no weights"),
-    ],
-)
-def test_weights_that_cannot_be_a_start_are_refused(run_single, trained, change, message):
-    run, lines, out = run_single
-    adapter, _ = trained
-    edit_weights(adapter, change)
-    with pytest.raises(ModelError, match=message):
-        run(start_from=str(adapter))
-    assert not lines and not out.exists()
-
-
-def test_a_start_whose_losses_are_not_finite_is_refused(run_single, trained):
-    run, lines, out = run_single
-    adapter, _ = trained
-    edit_weights(adapter, lambda weights: [tensor.fill_(1e30) for tensor in weights.values()])
-    with pytest.raises(
-        ModelError, match=r"adapter: val/text/nll is nan as it starts: that training"
-    ):
-        run(start_from=str(adapter))
-    assert len(lines) == 1 and not (out / "adapter").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"r": 8}, ConfigError, r"has rank 8, the trial 4. Train with --set trial.rank=8"),
-        ({"use_rslora": True}, ConfigError, r"scale .* of 4, .* has 2, .* --set trial.alpha=16"),
-        ({"alpha_pattern": {"q_proj": 3}}, ModelError, r"modules differ in rank or alpha"),
-        ({"rank_pattern": {"q_proj": 8}}, ModelError, r"modules differ in rank or alpha"),
-        (
-            {"init_lora_weights": "olora"},
-            ModelError,
-            r"init_lora_weights 'olora' took a part of each weight out of the base",
-        ),
-        (
-            {"alora_invocation_tokens": [1]},
-            ModelError,
-            r"works only behind its invocation tokens",
-        ),
-        ({"peft_type": "IA3"}, ModelError, r"an adapter of type .*IA3.*, needed LORA"),
-        ({"peft_type": "no such"}, ModelError, r"no readable adapter_config.json"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments", "ignore:aLoRA is currently")
-def test_an_adapter_of_another_kind_is_refused_before_anything_is_loaded(
-    run_single, trained, monkeypatch, changes, error, message
-):
-    run, _, out = run_single
-    adapter, _ = trained
-    edit_config(adapter, **changes)
-    monkeypatch.setattr("higgs_tune.train.single.load_base", None)
-    with pytest.raises(error, match=message):
-        run(start_from=str(adapter))
-    assert not out.exists()
-
-
 def test_the_alpha_that_a_start_is_refused_for_is_the_one_that_passes(run_single, trained):
     run, lines, _ = run_single
     adapter, last = trained
@@ -284,18 +142,6 @@ def test_the_alpha_that_a_start_is_refused_for_is_the_one_that_passes(run_single
     alpha = float(str(refused.value).rsplit("=", 1)[1].rstrip("."))
     run(start_from=str(adapter), trial=ruled.model_copy(update={"alpha": alpha}))
     assert figures(lines[1]) == figures(last)
-
-
-def test_a_start_that_is_not_there_is_named(run_single, tmp_path):
-    run, _, out = run_single
-    with pytest.raises(ModelError, match=r"/nowhere: no such folder. Give one that a sweep or"):
-        run(start_from=str(tmp_path / "nowhere"))
-    (tmp_path / "earlier" / "adapter").mkdir(parents=True)
-    (tmp_path / "earlier" / "adapter" / "adapter_config.json").write_text("{}")
-    needed = r"earlier: no adapter_config.json in it, so no adapter. Give .*earlier/adapter\."
-    with pytest.raises(ModelError, match=needed):
-        run(start_from=str(tmp_path / "earlier"))
-    assert not out.exists()
 
 
 def test_what_a_run_started_from_stays_in_its_folder(run_single, trained):

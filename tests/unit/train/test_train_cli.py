@@ -97,7 +97,7 @@ def test_a_file_without_a_trial_is_refused(read):
 
 def test_the_yaml_of_a_sweep_is_called_that(read):
     with pytest.raises(
-        ConfigError, match=r"is a sweep's, .* higgs-tune sweep --config \S+\.yaml\."
+        ConfigError, match=r"holds a sweep, .* higgs-tune sweep --config \S+\.yaml\."
     ):
         read(content={"name": "quick", "space": {"rank": [4]}})
 
