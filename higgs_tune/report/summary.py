@@ -118,13 +118,15 @@ def terminal_width() -> int:
 
 
 def _comparison_lines(rows: list[tuple[str, list[Stat | None]]]) -> list[str]:
-    width = max(len(label) for label, _ in rows)
-    head = f"  {'':<{width}}  {'text nll':>8}  {'audio nll':>9}  {'audio gain':>10}"
-    lines = [head]
-    for label, stats in rows:
-        text, audio, gain = ("–" if stat is None else nats(stat.mean) for stat in stats)
-        lines.append(f"  {label:<{width}}  {text:>8}  {audio:>9}  {gain:>10}")
-    return lines
+    table = [["", "text nll", "audio nll", "audio gain"]]
+    table += [
+        [label, *("–" if s is None else nats(s.mean) for s in stats)] for label, stats in rows
+    ]
+    first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+    return [
+        "  ".join(["", f"{label:<{first}}", *map(str.rjust, figures, widths)])
+        for label, *figures in table
+    ]
 
 
 def _next_steps(results: Results, findings: Findings) -> list[str]:

@@ -59,3 +59,14 @@ def test_the_command_that_trains_it_again_can_be_pasted(tmp_path: Path, monkeypa
     command = summary_text(results, find(results)).splitlines()[-1].split("again ")[1]
     best_config = str(folder / "best_config.yaml")
     assert shlex.split(command) == [str(program), "train", "--config", best_config]
+
+
+def test_a_huge_loss_keeps_the_columns(tmp_path: Path) -> None:
+    config = trial_config()
+    builder = Builder(tmp_path, sweep_config(confirm={"num_configs": 0})).start()
+    builder.trial("t000", config, curve(config, 1e6, 0.4, 3.9, 150), origin="baseline")
+    results = read_results(tmp_path)
+    lines = summary_text(results, find(results)).splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if "text nll" in line) :][:3]
+    assert "1000000.00" in table[2]
+    assert len({len(line) for line in table}) == 1
