@@ -11,6 +11,18 @@ from pydantic import BaseModel
 
 from higgs_tune import metrics
 from higgs_tune.config import RunSettings, SweepConfig
+from higgs_tune.data.rows import (
+    ID,
+    LANGUAGE,
+    PATH,
+    REF_AUDIO,
+    REF_TEXT,
+    REF_TEXT_FILE,
+    SPEAKER,
+    SPLIT,
+    TEXT,
+    TEXT_FILE,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -59,3 +71,20 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!\w+:)([^)#]+)", text)
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_data_page_has_every_column_name() -> None:
+    page = (ROOT / "docs/howto/data.md").read_text(encoding="utf-8")
+    columns = [
+        ID,
+        PATH,
+        TEXT,
+        TEXT_FILE,
+        SPEAKER,
+        LANGUAGE,
+        SPLIT,
+        REF_AUDIO,
+        REF_TEXT,
+        REF_TEXT_FILE,
+    ]
+    assert [name for names in columns for name in names if f"`{name}`" not in page] == []
