@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from higgs_tune import metrics as m
 from higgs_tune.report.choose import Choice, confirmed, failed_in_confirm
-from higgs_tune.report.results import UNFINISHED, Results, Trial
+from higgs_tune.report.results import OPEN, UNFINISHED, Results, Trial
 from higgs_tune.report.wording import nats, plural
 
 
@@ -36,6 +36,7 @@ def notes_on(results: Results, choice: Choice | None) -> list[str]:
             for trial_id, why in failed_in_confirm(results).items()
         ]
     notes += _broken(results.trials)
+    notes += _diverged(results.search)
     notes += _crowded_out(results)
     if results.baseline is not None:
         notes += _broken_off(results.baseline)
@@ -60,6 +61,19 @@ def _broken(trials: Sequence[Trial]) -> list[str]:
                 f"{plural(len(own), 'trial')} {words[status]}. Reason of {own[0].id}: {reason}"
             )
     return notes
+
+
+def _diverged(trials: Sequence[Trial]) -> list[str]:
+    """A note where more than half of the trials that ended had diverged."""
+    ended = [trial for trial in trials if trial.status not in OPEN]
+    diverged = [trial for trial in ended if trial.status == "diverged"]
+    if 2 * len(diverged) <= len(ended):
+        return []
+    reason = textwrap.shorten(diverged[0].reason or "no reason was recorded", 200)
+    return [
+        f"{len(diverged)} of {plural(len(ended), 'trial')} diverged. Reason of {diverged[0].id}: {reason}. "
+        "Lower space.learning_rate.high."
+    ]
 
 
 def _crowded_out(results: Results) -> list[str]:

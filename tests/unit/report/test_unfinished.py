@@ -163,3 +163,18 @@ def test_a_search_that_ended_before_its_last_trial_is_said(tmp_path: Path) -> No
     assert not [n for n in findings(tmp_path / "whole").notes if n.startswith("The search ended")]
     Builder(tmp_path / "short").trial("t002", CONFIG, [], status=None)
     assert not [n for n in findings(tmp_path / "short").notes if n.startswith("The search ended")]
+
+
+def test_a_search_that_mostly_diverged_says_what_to_lower(tmp_path: Path) -> None:
+    builder = Builder(tmp_path).start()
+    ends = ["completed", "diverged", None, "cancelled"]  # half of those that ended, then more
+    for number, status in enumerate(ends):
+        builder.trial(
+            f"t{number:03}", CONFIG, [], status=status, reason="a gradient was not finite"
+        )
+    assert not any("Lower" in note for note in findings(tmp_path).notes)
+    builder.trial("t004", CONFIG, [], status="diverged", reason="a gradient was not finite")
+    assert (
+        "2 of 3 trials diverged. Reason of t001: a gradient was not finite. "
+        "Lower space.learning_rate.high."
+    ) in findings(tmp_path).notes
