@@ -1,1 +1,1 @@
-"""From the files of a sweep to its report: what was found, how sure that is, and best_config.yaml."""
+"""Turn a sweep's files into its report: findings, how certain they are, and best_config.yaml."""

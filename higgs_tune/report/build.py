@@ -29,7 +29,7 @@ def build_report(results_dir: Path) -> Summary:
     configuration could be chosen, best_config.yaml and best_adapter/.
 
     Raises:
-        SweepError: the folder is no sweep's, or one of its files is damaged.
+        SweepError: the folder is not a sweep's, or one of its files is damaged.
     """
     results = read_results(results_dir)
     findings = find(results)
@@ -52,7 +52,7 @@ def build_report(results_dir: Path) -> Summary:
 
 
 def draw(results: Results, findings: Findings) -> Mapping[str, Picture]:
-    """Every figure that the results have something to show for."""
+    """Every figure that the results have data for, by name."""
     choice = findings.choice
     pictures: dict[str, Picture] = {}
     curves = curves_info(results, choice)

@@ -1,8 +1,8 @@
-"""Choose the best configuration, and say how sure that is.
+"""Choose the best configuration and measure how certain the choice is.
 
-Only feasible trials that ran the full budget count: losses of different steps do not compare. When the
-confirm stage has run, the choice is made by the mean over its fresh seeds, because the lowest of many
-single runs is partly luck.
+Only feasible trials that ran the full budget are candidates: losses at different steps are not
+comparable. Once the confirm stage has run, the mean over its fresh seeds decides, because the lowest of
+many single runs is partly luck.
 """
 
 import math
@@ -23,7 +23,7 @@ _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def _t_95(freedom: int) -> float:
-    """Student's t, two-sided 95 %; beyond the table a series that is off by less than 0.0002.
+    """Student's t, two-sided 95 %; beyond the table, a series with an error below 0.0002.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
     """
@@ -40,7 +40,7 @@ def _t_95(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean and standard deviation of n runs; no deviation for one run."""
+    """Mean and standard deviation of n runs; `sd` is None for one run."""
 
     mean: float
     sd: float | None
@@ -48,7 +48,7 @@ class Stat:
 
     @staticmethod
     def of(values: Iterable[float]) -> "Stat":
-        """The statistics of at least one value."""
+        """Statistics of one or more values."""
         listed = list(values)
         sd = statistics.stdev(listed) if len(listed) > 1 else None
         return Stat(statistics.fmean(listed), sd, len(listed))
@@ -68,29 +68,29 @@ class Stat:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best configuration, and the runs that its figures are means of."""
+    """The best configuration, and the runs its figures are averaged over."""
 
-    trial: Trial  # the search's trial that has this configuration
+    trial: Trial  # the search trial with this configuration
     runs: tuple[Trial, ...]  # its confirm runs, or the trial alone
-    baseline_runs: tuple[Trial, ...]  # trial 0's, likewise; empty if it did not run the full budget
+    baseline_runs: tuple[Trial, ...]  # the same for trial 0; only runs of the full budget
     confirm: ConfirmState
-    # the one of `runs` whose adapter is exported: the lowest text loss of those within the audio limit
+    # its adapter is exported: of `runs` within the audio limit, the one with the lowest text loss
     adapter_run: Trial
-    difference: Stat | None  # of val/text/nll to the baseline's, paired by seed; below 0 is better
+    difference: Stat | None  # val/text/nll minus the baseline's, paired by seed; below 0 is better
 
     def stat(self, metric: str) -> Stat | None:
-        """The metric over `runs`; None where a run did not report it."""
+        """The metric over `runs`; None if any run ended without a finite value."""
         return _stat(self.runs, metric)
 
     def baseline_stat(self, metric: str) -> Stat | None:
-        """The metric over `baseline_runs`."""
+        """The metric over `baseline_runs`; None as for `stat`, or if there are none."""
         return _stat(self.baseline_runs, metric)
 
 
 def choose(results: Results) -> Choice | None:
     """The best feasible full-budget configuration; None if there is none.
 
-    None, too, if the confirm stage has run and none of its configurations held up there.
+    Also None if the confirm stage has run and every configuration failed it.
     """
     candidates = [t for t in results.search if t.full_budget and results.feasible(t)]
     if not candidates:
@@ -115,9 +115,9 @@ def choose(results: Results) -> Choice | None:
 
 
 def leader(results: Results) -> Trial | None:
-    """While none has run the full budget: the best so far of those within the audio limit.
+    """The best trial so far within the audio limit; None once any trial has run the full budget.
 
-    Which is the lowest text loss at the highest step that one has come to.
+    Best means the lowest text loss among the trials that have got furthest.
     """
     if any(trial.full_budget for trial in results.search):
         return None
@@ -131,10 +131,10 @@ def leader(results: Results) -> Trial | None:
 
 
 def _confirm_state(results: Results, candidates: Iterable[Trial]) -> ConfirmState:
-    """Whether the confirm stage has run to its end for trial 0 and the search's best beside it."""
+    """Whether the confirm stage is complete for trial 0 and for the best of the other candidates."""
     if results.sweep.confirm.num_configs == 0:
         return "skipped"
-    # Others may stay incomplete for good: a sweep that was extended has another best to confirm.
+    # Other trials may never get all runs: extending a sweep can change which ones it confirms.
     complete = confirmed(results)
     others = [trial for trial in candidates if trial.origin != "baseline"]
     for trial in (results.baseline, *sorted(others, key=_text_nll)[:1]):
@@ -144,7 +144,7 @@ def _confirm_state(results: Results, candidates: Iterable[Trial]) -> ConfirmStat
 
 
 def _groups(results: Results) -> dict[str, tuple[Trial, ...]]:
-    """Confirm runs that have ended, by the id of the search's trial that they confirm."""
+    """Confirm runs that have ended, by the id of the search trial they confirm."""
     groups: dict[str, tuple[Trial, ...]] = {}
     for run in results.confirm:
         assert run.confirms is not None, f"{run.id} confirms no trial"
@@ -154,15 +154,15 @@ def _groups(results: Results) -> dict[str, tuple[Trial, ...]]:
 
 
 def confirmed(results: Results) -> dict[str, tuple[Trial, ...]]:
-    """Those whose seeds are all there, each with the runs whose seeds all of them have.
+    """Ids of fully confirmed search trials, each with its runs on the seeds they all share.
 
-    Some have more if confirm.num_seeds was lowered; means over other seeds do not compare.
+    Some have extra seeds if confirm.num_seeds was lowered; means over different seeds are not comparable.
     """
     num_seeds = results.sweep.confirm.num_seeds
     complete = {key: runs for key, runs in _groups(results).items() if len(runs) >= num_seeds}
     seeds = [{run.config.seed for run in runs} for runs in complete.values()]
     shared = set.intersection(*seeds) if seeds else set()
-    if len(shared) < num_seeds:  # one that was cancelled is still to run
+    if len(shared) < num_seeds:  # a cancelled run still has to be resumed
         return {}
     return {
         key: tuple(run for run in runs if run.config.seed in shared)
@@ -171,9 +171,9 @@ def confirmed(results: Results) -> dict[str, tuple[Trial, ...]]:
 
 
 def failed_in_confirm(results: Results) -> dict[str, str]:
-    """Trials of the search whose confirm runs have ended and forbid their choice, and why.
+    """Ids of the search trials that failed the confirm stage, each with the reason.
 
-    Each run has to reach the full budget, and their mean audio loss to be within the limit.
+    To pass, every run must reach the full budget and their mean audio loss must be within the limit.
     """
     failed = {}
     for trial_id, runs in confirmed(results).items():
@@ -201,7 +201,7 @@ def _choice(
     baseline_runs: tuple[Trial, ...],
     state: ConfirmState,
 ) -> Choice:
-    # runs whose mean is within the limit have one that is
+    # If the mean is within the limit, so is at least one run.
     best = min(runs, key=lambda run: (not results.feasible(run), _text_nll(run)))
     by_seed = {run.config.seed: _text_nll(run) for run in baseline_runs}
     pairs = [
@@ -220,7 +220,7 @@ def _text_nll(trial: Trial) -> float:
 
 
 def mean_of(runs: Iterable[Trial], metric: str) -> float:
-    """A loss of full-budget runs at their end, which each of them has."""
+    """Mean final loss of full-budget runs, all of which have one."""
     stat = _stat(runs, metric)
     assert stat is not None, f"{metric} is missing in a full-budget run"
     return stat.mean

@@ -32,7 +32,7 @@ _CHANCE_MARK: Any = {"ls": "none", "marker": "|", "color": INK, "ms": 19, "mew":
 
 
 def draw_curves(panels: Sequence[CurvesInfo]) -> Picture:
-    """Each metric of all trials by step, side by side."""
+    """One panel per metric, side by side, with every trial's curve by step."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11.5, 4.1), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
@@ -58,7 +58,7 @@ def _draw_panel(axes: Axes, panel: CurvesInfo) -> None:
     if _is_log(panel):
         _log_axis(axes, *panel.scale)
     edges = _edges(panel)
-    axes.set_ylim(edges)  # left alone, matplotlib makes room for every curve
+    axes.set_ylim(edges)  # by default, matplotlib makes room for every curve
     order = ("other", "baseline_fixed", "baseline", "best")  # the last is drawn on top
     for line in sorted(panel.lines, key=lambda line: order.index(line.role)):
         _draw_line(axes, line, edges)
@@ -85,7 +85,7 @@ def _ends_outside(line: Line, edges: tuple[float, float]) -> bool:
 
 
 def _edges(panel: CurvesInfo) -> tuple[float, float]:
-    """Where the axis ends, just beyond the scale: a curve may end between the two."""
+    """Axis limits: the scale, extended to the audio limit, plus a margin."""
     low, high = panel.scale
     if panel.limit is not None:
         high = max(high, panel.limit)
@@ -97,7 +97,7 @@ def _edges(panel: CurvesInfo) -> tuple[float, float]:
 
 
 def _is_log(panel: CurvesInfo) -> bool:
-    """A base far above the trials would press their ends together on a linear axis."""
+    """Whether to use a log axis: on a linear one, a base far above the trials would squeeze their ends."""
     low, high = panel.scale
     return "loss" in panel.title and low > 0 and high > 2.5 * low
 
@@ -133,7 +133,7 @@ def _draw_line(axes: Axes, line: Line, edges: tuple[float, float]) -> None:
 
 
 def _mark_exit(axes: Axes, line: Line, edges: tuple[float, float]) -> None:
-    """An arrow head where the curve leaves the picture for good."""
+    """Draw an arrowhead where the curve leaves the axes for good."""
     is_above = line.points[-1][1] > edges[1]
     edge = edges[1] if is_above else edges[0]
     inside = [n for n, (_, v) in enumerate(line.points) if edges[0] <= v <= edges[1]]
@@ -149,7 +149,7 @@ def _mark_exit(axes: Axes, line: Line, edges: tuple[float, float]) -> None:
 
 
 def draw_gain(bars: Sequence[GainBar]) -> Picture:
-    """Bars of audio gain, with the two text losses that each is the difference of."""
+    """Bars of audio gain, each labelled with the two text losses that it is the difference of."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.3, 1.5 + 0.36 * len(bars)), layout="constrained")
         axes = figure.subplots()
@@ -182,7 +182,7 @@ def draw_gain(bars: Sequence[GainBar]) -> Picture:
 
 
 def draw_importance(info: ImportanceInfo) -> Picture:
-    """Shares of the settings, each with what chance reaches; what stands out most on top."""
+    """Bars of the settings' shares, each with its limit by chance; the one furthest beyond it on top."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.3, 1.5 + 0.36 * len(info.shares)), layout="constrained")
         axes = figure.subplots()

@@ -21,7 +21,7 @@ from higgs_tune.report.ink import (
 )
 from higgs_tune.report.plots import Point, ScatterInfo, SpaceInfo
 
-_MAX_NAMED = 3  # trials beyond the scale whose losses the legend says
+_MAX_NAMED = 3  # off-scale trials whose losses the legend lists
 
 _RING: Any = {"marker": "o", "mfc": "none", "mec": INK, "mew": 1.6}  # around the best
 
@@ -71,14 +71,14 @@ def draw_scatter(info: ScatterInfo) -> Picture:
 
 
 def _place(axes: Axes, info: ScatterInfo, point: Point) -> tuple[float, float]:
-    """Where the trial stands, (audio, text): on the edge if it lies beyond the scale."""
+    """The trial's place as (audio, text), on the edge if it is off the scale."""
     audio = axes.get_xlim()[1] if point.audio > info.top_audio else point.audio
     text = axes.get_ylim()[1] if point.text > info.top_text else point.text
     return audio, text
 
 
 def _on_the_edge(info: ScatterInfo) -> list[Line2D]:
-    """Legend entries with the losses of the trials beyond the scale, the worst ones."""
+    """Legend entries with the losses of the worst off-scale trials, and the number of the others."""
     wild = [point for point in info.points if info.is_off_scale(point)]
     wild.sort(key=lambda point: (-point.text, -point.audio))
     lines = [f"{p.trial_id}: text {p.text:.3g}, audio {p.audio:.3g}" for p in wild[:_MAX_NAMED]]
@@ -88,7 +88,7 @@ def _on_the_edge(info: ScatterInfo) -> list[Line2D]:
 
 
 def _frame_scatter(axes: Axes, info: ScatterInfo) -> None:
-    """Limits around the trials; a base far outside is an arrow on the edge that says where it is."""
+    """Set limits around the trials, and draw the audio limit and the base; a far base becomes an arrow."""
     audios = [point.audio for point in info.points if point.audio <= info.top_audio]
     texts = [point.text for point in info.points if point.text <= info.top_text]
     edges = [] if info.audio_limit is None else [info.audio_limit]
@@ -101,7 +101,7 @@ def _frame_scatter(axes: Axes, info: ScatterInfo) -> None:
         high_y = max(high_y, info.base[0])
     axes.set_xlim(low_x - pad_x, high_x + pad_x)
     is_above = info.base is not None and info.base[0] > high_y + pad_y
-    top = high_y + (3.2 if is_above else 1) * pad_y  # its arrow and words stand above all trials
+    top = high_y + (3.2 if is_above else 1) * pad_y  # room for its arrow and label above all trials
     axes.set_ylim(low_y - pad_y, top)
     if info.audio_limit is not None:
         axes.axvspan(low_x - pad_x, info.audio_limit, color=BEST, alpha=0.08, lw=0, zorder=0)
@@ -126,7 +126,7 @@ def _frame_scatter(axes: Axes, info: ScatterInfo) -> None:
 
 
 def _name_points(axes: Axes, info: ScatterInfo) -> None:
-    """Write the names of the marked trials; those that lie on each other share one label."""
+    """Label the best and the fixed trials; those that overlap share one label."""
     names = {"best": "best", "baseline": "trial 0", "baseline_fixed": "trial 1"}
     low_x, high_x = axes.get_xlim()
     low_y, high_y = axes.get_ylim()
@@ -166,7 +166,7 @@ def draw_space(info: SpaceInfo) -> Picture:
         colors = LinearSegmentedColormap.from_list("loss", ["#0b6e8f", "#a9b4bd", "#d9722b"])
         used = [n for n in CROSS_MARKERS if any(p.cross_attention == n for p in info.points)]
         for point in info.points:
-            # Trials of one rank stand beside each other by flag, not on top of each other.
+            # Trials of one rank are spread out by cross_attention, so that they do not overlap.
             shift = 0.16 * (used.index(point.cross_attention) - (len(used) - 1) / 2)
             place = point.learning_rate, info.ranks.index(point.rank) + shift
             shape, color = CROSS_MARKERS[point.cross_attention], colors(norm(point.text))

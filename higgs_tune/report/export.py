@@ -1,4 +1,4 @@
-"""Hand the best configuration over: best_config.yaml and its adapter."""
+"""Export the best configuration: best_config.yaml and best_adapter/."""
 
 import os
 import shutil
@@ -20,10 +20,11 @@ BEST_ADAPTER = "best_adapter"
 def export_best(results: Results, findings: Findings) -> str | None:
     """Write best_config.yaml and best_adapter/; without a best configuration, remove older ones.
 
-    The configuration is the one of the run whose adapter is exported, so that its seed repeats it.
+    The configuration, seed included, is that of the run whose adapter is exported, so that training it
+    again repeats that run.
 
     Returns:
-        What best_config.yaml holds.
+        The text of best_config.yaml; None if there is no best configuration.
     """
     path = results.directory / BEST_CONFIG
     target = results.directory / BEST_ADAPTER
@@ -32,7 +33,7 @@ def export_best(results: Results, findings: Findings) -> str | None:
     if source is not None and source.is_dir():
         _copy_adapter(source, target)
     elif target.exists():
-        shutil.rmtree(target)  # another configuration's
+        shutil.rmtree(target)  # left by another configuration
     if choice is None:
         path.unlink(missing_ok=True)
         return None
@@ -47,7 +48,7 @@ def export_best(results: Results, findings: Findings) -> str | None:
 
 
 def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
-    """Everything that is needed to train the configuration again, and what it reached."""
+    """Everything needed to train the configuration again, and what it reached."""
     versions = results.env.get("versions", {})
     val = {name: stat.as_dict() for name in _val_names(choice) if (stat := choice.stat(name))}
     baseline = {name: stat.as_dict() for name in val if (stat := choice.baseline_stat(name))}
@@ -61,9 +62,9 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
         "data": results.sweep.data.model_dump(mode="json")
         | {"content_hash": results.base_file.get("content_hash")},
         "trial": choice.adapter_run.config.model_dump(mode="json"),
-        # best_adapter/ of that training keeps audio as the sweep's best had to
+        # Training again picks its best_adapter/ under the same audio limit as the sweep.
         "run": {"audio_tolerance": results.sweep.objective.audio_tolerance},
-        # the resolved peft.LoraConfig, as the run's adapter holds it
+        # the resolved peft.LoraConfig from the run's adapter
         "lora_config": read_if_there(
             choice.adapter_run.directory / "adapter" / "adapter_config.json"
         )
@@ -82,7 +83,10 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
 
 
 def _copy_adapter(source: Path, target: Path) -> None:
-    """An older `target` goes only after the copy is whole; a sweep and `report` may do it at once."""
+    """Copy, removing an older `target` only once the copy is complete.
+
+    The process id in temporary names lets a sweep and `report` copy at the same time.
+    """
     fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:

@@ -1,6 +1,6 @@
-"""What a sweep found, as figures and as sentences; nothing here draws or writes a file.
+"""A sweep's findings as figures and sentences; nothing here draws or writes a file.
 
-The sentences claim no more than the runs show: a difference inside the noise of the seeds is called
+The sentences claim no more than the runs show: a difference within the noise of the seeds is called
 that, and a text loss that fell without an audio gain is not called listening.
 """
 
@@ -29,7 +29,7 @@ from higgs_tune.report.wording import (
     signed,
 )
 
-# Nats per text token. Below the first, text does not use audio; from the second on it clearly does.
+# Audio gain, nats per text token: text ignores audio below GAIN_NONE, and clearly uses it from GAIN_CLEAR.
 GAIN_NONE = 0.05
 GAIN_CLEAR = 0.3
 COMPARED = (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
@@ -37,7 +37,7 @@ COMPARED = (m.VAL_TEXT_NLL, m.VAL_AUDIO_NLL, m.VAL_AUDIO_GAIN)
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that the summary and the report say in words."""
+    """Everything the summary and the report say in words."""
 
     outcome: Outcome
     headline: str
@@ -101,7 +101,7 @@ def _listening(base: dict[str, float], choice: Choice) -> Answer:
         return Answer("listening", question, "unknown", why, "plain")
     start = base.get(m.VAL_AUDIO_GAIN)
     figure = (f"{nats(start)} → " if start is not None else "") + nats(stat.mean)
-    # As they are printed, so that no word contradicts its figure.
+    # Rounded as printed, so that the sentence cannot contradict the figure.
     mean = round(stat.mean, 2)
     known = [gain for run in choice.runs if (gain := run.last(m.VAL_AUDIO_GAIN)) is not None]
     gains = sorted(round(gain, 2) for gain in known)
@@ -117,7 +117,7 @@ def _listening(base: dict[str, float], choice: Choice) -> Answer:
 
 
 def _rise(mean: float, gains: list[float]) -> str:
-    """By how much text loss rises without its own audio, over sorted gains; a fall counts downwards."""
+    """How much text loss rises or falls after another clip's audio, and the range of the sorted `gains`."""
     text = f"{nats(abs(mean))} nats per token {'higher' if mean >= 0 else 'lower'}"
     if len(gains) == 1:
         return text
@@ -171,7 +171,7 @@ def _medians(results: Results, setting: str) -> str:
 
 
 def trial_counts(results: Results) -> str:
-    """How the trials ended, in words."""
+    """A phrase that counts the trials by how they ended."""
     words = {
         "completed": "ran to the end",
         "pruned": "stopped early",
@@ -185,7 +185,7 @@ def trial_counts(results: Results) -> str:
 
 
 def comparison(results: Results, choice: Choice | None) -> list[tuple[str, list[Stat | None]]]:
-    """Base, the two fixed configurations and the best: (label, statistics of the `COMPARED`)."""
+    """Base, the two fixed configurations, and the best or leading trial: (label, stats of `COMPARED`)."""
     rows: list[tuple[str, list[Stat | None]]] = []
     if results.base is not None:
         rows.append(("base", [_single(results.base.get(name)) for name in COMPARED]))

@@ -1,4 +1,4 @@
-"""Build report.html: one file, no network, light and dark, that opens with the answers."""
+"""Build report.html: one self-contained file for light and dark mode, with the answers on top."""
 
 import math
 import shlex
@@ -45,7 +45,7 @@ def render_html(
     best_config: str | None,
     listening: Listening | None,
 ) -> str:
-    """The whole page."""
+    """The whole page as HTML."""
     workers = workers_sentence(results)
     parts = {
         "name": _e(results.sweep.name),
@@ -124,7 +124,7 @@ def _figure(key: str, picture: Picture) -> str:
 
 
 def _levels(results: Results) -> str:
-    """Listed settings that varied, each value with its trials; empty if none did."""
+    """Table of the listed settings that varied, a row per value; empty if none did."""
     rows = []
     listed = [name for name, values in results.sweep.space if isinstance(values, tuple)]
     for setting in listed:

@@ -1,7 +1,9 @@
-"""Which setting mattered: how much of the trials' ranking by text loss goes with each, beside chance.
+"""Which setting mattered: the share of the trials' ranking by text loss that each one explains.
 
-With the few trials of a sweep some setting always seems to decide, so each share stands beside what it
-comes to when the losses are dealt out anew. Ranks, because one bad trial's loss would outweigh all others.
+With the few trials of a sweep, some setting always seems to matter, so each share is compared with what it
+reaches when the losses are shuffled. Ranks are used because one bad trial's loss would outweigh all others.
+
+Shape letters: N trials, P rows of ranks (the real ones, then shuffles), K basis vectors.
 """
 
 import statistics
@@ -14,7 +16,7 @@ import numpy as np
 from higgs_tune import metrics as m
 from higgs_tune.report.results import Results, Trial
 
-MIN_TRIALS = 8  # with fewer, hardly any effect would stand out
+MIN_TRIALS = 8  # with fewer, hardly any effect would exceed chance
 SETTINGS = (
     "learning_rate",
     "rank",
@@ -30,31 +32,31 @@ SETTINGS = (
 )
 NAMES = ("target_set", "cross_attention", "alpha_rule")  # settings whose values have no order
 _NUM_SHUFFLES = 1000
-_CONFIDENCE = 0.95  # of all settings together: one sweep in 20 names one by chance
+_CONFIDENCE = 0.95  # over all settings: by chance, one sweep in 20 names one
 
 
 @dataclass(frozen=True)
 class ImportanceInfo:
-    """Each varied setting's share of the trials' ranking by text loss, what stands out most first.
+    """Share of the ranking by text loss for each varied setting, the one furthest beyond chance first.
 
     Shares lie between 0 and 1; they overlap, so their sum means nothing.
     """
 
     shares: dict[str, float]
-    by_chance: dict[str, float]  # what a share must exceed; allows for the best of all settings
-    step: int  # the losses compared are those of this step
+    by_chance: dict[str, float]  # what each share must exceed; corrected for testing all settings
+    step: int  # at which the losses are compared
     num_trials: int
 
     @property
     def mattered(self) -> tuple[str, ...]:
         """The settings whose share exceeds chance."""
-        # equal but for rounding is not beyond
+        # The margin keeps rounding errors from counting as beyond chance.
         return tuple(n for n, share in self.shares.items() if share > self.by_chance[n] + 1e-9)
 
 
 @dataclass(frozen=True)
 class Level:
-    """One value of a setting that is chosen from a list, and the sampled trials that had it."""
+    """One value of a listed setting, and the losses of the sampled trials that had it."""
 
     value: Any
     num_trials: int
@@ -63,9 +65,9 @@ class Level:
 
 
 def common_step(results: Results) -> int:
-    """The latest step that every sampled trial reached which was not broken off; 0 if there is none.
+    """The last step reported by every sampled trial that completed or was pruned; 0 if there is none.
 
-    Where some were stopped early it is the first rung: later ones compare the survivors only.
+    If trials were stopped early, this is the first rung: later steps would compare only the survivors.
     """
     ended = [trial for trial in _sampled(results) if trial.status in ("completed", "pruned")]
     reached = [
@@ -77,7 +79,7 @@ def common_step(results: Results) -> int:
 def importance_info(results: Results) -> ImportanceInfo | None:
     """The share of every setting that varied; None with fewer than MIN_TRIALS comparable trials.
 
-    None, too, if no setting varied, or the losses did not.
+    Also None if no setting varied or all losses are equal.
     """
     step = common_step(results)
     trials, losses = _compared(results, step)
@@ -100,7 +102,7 @@ def importance_info(results: Results) -> ImportanceInfo | None:
 
 
 def levels(results: Results, setting: str) -> list[Level]:
-    """How each value of a listed setting did at the common step, the lowest median first."""
+    """Text losses by value of a listed setting at the common step, lowest median first."""
     groups: dict[Any, list[float]] = {}
     for trial, loss in zip(*_compared(results, common_step(results)), strict=True):
         groups.setdefault(getattr(trial.config, setting), []).append(loss)
@@ -112,10 +114,10 @@ def levels(results: Results, setting: str) -> list[Level]:
 
 
 def _sampled(results: Results) -> list[Trial]:
-    """Trials whose settings the search drew and kept to the end.
+    """Trials whose settings the search sampled and did not change during training.
 
-    Trials 0 and 1 often lie outside the searched ranges, far from all others: whatever they differ in
-    would seem to matter. Where settings changed on the way, none of them led to the loss.
+    Trials 0 and 1 often lie far outside the searched ranges, so whatever they differ in would seem to
+    matter. If settings changed during training, no single value led to the loss.
     """
     return [t for t in results.search if t.origin == "search" and not t.config.schedule]
 
@@ -132,15 +134,16 @@ def _acts(trial: Trial, name: str) -> bool:
 
 
 def _with_shuffles(ranks_N: np.ndarray) -> np.ndarray:
-    """The ranks, and below them as many shuffles as chance is judged by; the same ones each time."""
+    """The ranks as row 0, then `_NUM_SHUFFLES` shuffles of them, the same in each call."""
     shuffles_PN = np.tile(ranks_N, (_NUM_SHUFFLES, 1))
     return np.vstack([ranks_N, np.random.default_rng(0).permuted(shuffles_PN, axis=1)])
 
 
 def _shares(trials: Sequence[Trial], name: str, ranks_PN: np.ndarray) -> np.ndarray | None:
-    """The share of each row's variance that goes with the setting, among trials in which it acts.
+    """The share of each row's variance that the setting explains, over trials in which it has an effect.
 
-    None if it did not vary, or has about as many values as trials and so goes with any ranking.
+    None if it or the ranks did not vary, or if it has about as many values as trials, so that it explains
+    any ranking.
     """
     acting = [index for index, trial in enumerate(trials) if _acts(trial, name)]
     values = [getattr(trials[index].config, name) for index in acting]
@@ -151,15 +154,15 @@ def _shares(trials: Sequence[Trial], name: str, ranks_PN: np.ndarray) -> np.ndar
         return None
     ranks_PN = ranks_PN[:, acting]
     ranks_PN = ranks_PN - ranks_PN.mean(axis=1, keepdims=True)
-    total_P = np.maximum((ranks_PN**2).sum(axis=1), 1e-9)  # 0 for equal losses, which explain none
+    total_P = np.maximum((ranks_PN**2).sum(axis=1), 1e-9)  # 0 for equal losses
     shares_P = ((ranks_PN @ effects_NK) ** 2).sum(axis=1) / total_P
     return shares_P if shares_P.std() > 1e-9 else None
 
 
 def _effects(values: Sequence[Any], name: str) -> np.ndarray:
-    """An orthonormal basis of what the setting can do to ranks: a level for each name, or a parabola.
+    """Orthonormal basis of the setting's possible effects on ranks: a level per name, or a parabola.
 
-    A parabola over a number's rank, because the best value often lies amid the searched ones.
+    Numbers get a parabola over their rank, because the best value often lies inside the searched range.
     """
     if name in NAMES:
         columns_NK = np.array(
@@ -174,7 +177,7 @@ def _effects(values: Sequence[Any], name: str) -> np.ndarray:
 
 
 def _ranks(values: Sequence[Any]) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs."""
+    """Ranks from 1; equal values get their mean rank."""
     _, places, counts = np.unique(
         np.asarray(values, float), return_inverse=True, return_counts=True
     )
@@ -183,10 +186,11 @@ def _ranks(values: Sequence[Any]) -> np.ndarray:
 
 
 def _by_chance(shuffled: dict[str, np.ndarray]) -> dict[str, float]:
-    """The share that each setting must exceed, by its shares of the shuffled losses.
+    """The share that each setting must exceed, from its shares of the shuffled losses.
 
-    Chance has as many tries as there are settings. So the limit is that of the largest of them, each
-    measured by its own mean and deviation, because a setting with many values fits shuffles better.
+    Testing more settings makes a chance hit likelier, so the limit comes from the largest share in each
+    shuffle. Shares are first standardised by their setting's mean and deviation, because a setting with
+    many values fits shuffles better.
     Source: Westfall and Young, Resampling-Based Multiple Testing, 1993 (max-T).
     """
     means = {name: shares.mean() for name, shares in shuffled.items()}

@@ -1,6 +1,6 @@
-"""Colours, style and output of the figures: PNG for slides, SVG for the page, which gives it its colours.
+"""Colours, style and output of the figures: PNG for slides, SVG for the page.
 
-In the SVG all ink (axes, words) is `currentColor` and the ground is transparent, so that one picture
+In the SVG, axes and text are `currentColor` and the background is transparent, so that one picture
 suits a light and a dark page. Series colours are readable on both.
 """
 
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-INK = "#5a6472"  # stands for currentColor in SVG
+INK = "#5a6472"  # replaced by currentColor in SVG
 BEST = "#0f8f6a"
 BASELINE = "#d9822b"
 FIXED = "#8a5bd1"
@@ -52,7 +52,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "svg.fonttype": "none",
-    "svg.hashsalt": "higgs-tune",  # the same figures give the same file
+    "svg.hashsalt": "higgs-tune",  # fixed, so that the same figure gives the same file
 }
 
 
@@ -71,7 +71,7 @@ def marker(shape: str, color: str, label: str, hollow: bool = False, size: float
 
 
 def png_of(figure: Figure) -> bytes:
-    """The same picture gives the same bytes."""
+    """The figure as PNG; the same figure gives the same bytes."""
     png, metadata = io.BytesIO(), {"Software": None}
     FigureCanvasAgg(figure).print_png(png, metadata=metadata)
     return png.getvalue()

@@ -1,4 +1,4 @@
-"""What `higgs-tune evaluate --results` left in a sweep's folder, as the report shows it."""
+"""Results of `higgs-tune evaluate --results`, as the report shows them."""
 
 import hashlib
 import json
@@ -28,14 +28,14 @@ class Listening:
     """Figures of generated speech, by system."""
 
     systems: Sequence[Mapping[str, Any]]  # "name" and "speech": metric → {"mean", "num_clips"}
-    current: bool  # the adapter is the one that is the sweep's best now
+    current: bool  # whether the evaluated adapter is still the sweep's best
 
 
 def read_listening(results_dir: Path) -> Listening | None:
-    """The evaluation in the folder, or None where nobody has made one.
+    """The evaluation in a sweep's folder; None if there is none.
 
     Raises:
-        SweepError: its file is damaged.
+        SweepError: its evaluate.json is damaged.
     """
     path = results_dir / FOLDER / DATA
     if not path.exists():
@@ -55,7 +55,7 @@ def read_listening(results_dir: Path) -> Listening | None:
 
 
 def listening_section(listening: Listening) -> str:
-    """Link and figures, as HTML."""
+    """HTML with a link to the evaluation's page, and its figures."""
     stale = (
         ""
         if listening.current
@@ -70,7 +70,7 @@ def listening_section(listening: Listening) -> str:
 
 
 def speech_table(systems: Sequence[Mapping[str, Any]]) -> str:
-    """Mean of each metric that any system has, a column a system."""
+    """HTML table of mean speech metrics: a row for each that any system has, a column per system."""
     known = {n: label for n, label in SHOWN.items() if any(n in s["speech"] for s in systems)}
     return metric_table(systems, known, lambda system, name: _mean(system["speech"].get(name)))
 
@@ -80,7 +80,7 @@ def metric_table(
     labels: Mapping[str, str],
     cell: Callable[[Mapping[str, Any], str], str],
 ) -> str:
-    """A row for each metric, a column for each system."""
+    """HTML table with a row per metric and a column per system, filled by `cell`."""
     head = "".join(f"<th>{escape(system['name'])}</th>" for system in systems)
     rows = "".join(
         f"<tr><th scope='row'>{escape(label)}<br><small>{escape(name)}</small></th>"

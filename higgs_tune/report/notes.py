@@ -1,4 +1,4 @@
-"""What a reader must know to trust a sweep's answers: what is missing, broken off or left out."""
+"""What a reader must know to trust a sweep's answers: what is missing, interrupted or left out."""
 
 import textwrap
 from collections import Counter
@@ -11,7 +11,7 @@ from higgs_tune.report.wording import nats, plural
 
 
 def notes_on(results: Results, choice: Choice | None) -> list[str]:
-    """All of them, each a sentence or two."""
+    """All notes, a sentence or two each."""
     notes = []
     num_trials = results.sweep.tune.num_trials
     if open_ends := _open_ends(results.search):
@@ -24,7 +24,7 @@ def notes_on(results: Results, choice: Choice | None) -> list[str]:
         notes.append("The confirm stage was switched off (confirm.num_configs is 0).")
     if choice is not None and choice.confirm == "unfinished":
         notes.append("The confirm stage has not finished; the choice rests on the search alone.")
-    done = confirmed(results)  # with more seeds than are asked for, some may be left
+    done = confirmed(results)  # these may have open runs if confirm.num_seeds was lowered
     if open_ends := _open_ends(run for run in results.confirm if run.confirms not in done):
         notes.append(
             f"Unfinished confirm runs: {open_ends}. A configuration without all its runs is not "
@@ -46,11 +46,11 @@ def notes_on(results: Results, choice: Choice | None) -> list[str]:
 
 
 def _broken(trials: Sequence[Trial]) -> list[str]:
-    """A note with the first reason for each kind of end that is no verdict on a configuration."""
+    """A note for each kind of end that says nothing about a configuration's quality, with one reason."""
     words = {"failed": "failed", "out_of_memory": "ran out of memory", "cancelled": "cancelled"}
     groups: dict[tuple[str, str], list[Trial]] = {}
     for trial in trials:
-        # an interrupt, or "Ray Tune gave it up …:" and then each one's own error
+        # The reason names an interrupt, or that Ray Tune gave up; each trial's own error follows the colon.
         kind = trial.reason.partition(":")[0] if trial.status == "cancelled" else ""
         groups.setdefault((trial.status, kind), []).append(trial)
     notes = []
@@ -77,7 +77,7 @@ def _diverged(trials: Sequence[Trial]) -> list[str]:
 
 
 def _crowded_out(results: Results) -> list[str]:
-    """A note where early stopping, which knows text loss only, left no sampled trial to choose."""
+    """A note if early stopping, which sees only text loss, left no sampled trial to choose."""
     sampled = [trial for trial in results.search if trial.origin == "search"]
     ended = [results.feasible(trial) for trial in sampled if trial.full_budget]
     stopped = [t for t in sampled if t.status == "pruned" and results.feasible(t)]
@@ -91,7 +91,7 @@ def _crowded_out(results: Results) -> list[str]:
 
 
 def _broken_off(baseline: Trial) -> list[str]:
-    """A note on a trial 0 that ended before its full budget; none while it runs."""
+    """A note if trial 0 ended before its full budget; none while it is running."""
     if not baseline.history or baseline.full_budget or baseline.status == UNFINISHED:
         return []
     last = baseline.last(m.VAL_TEXT_NLL)
@@ -101,7 +101,7 @@ def _broken_off(baseline: Trial) -> list[str]:
 
 
 def _open_ends(trials: Iterable[Trial]) -> str:
-    """How many of the trials --resume would go on with, in words; empty if there are none."""
+    """How many of the trials --resume would continue, in words; empty if none."""
     counts = Counter(trial.status for trial in trials)
     words = {UNFINISHED: "running or lost", "cancelled": "cancelled"}
     return ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])

@@ -1,4 +1,4 @@
-"""What the report's figures show, as plain data; `draw.py` turns it into pictures."""
+"""What the report's figures show, as plain data; `draw.py` and `draw_planes.py` turn it into pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class CurvesInfo:
     unit: str
     lines: tuple[Line, ...]
     limit: float | None  # the audio limit, on the audio panel
-    scale: tuple[float, float]  # lowest and highest value shown; wild trials lie beyond
+    scale: tuple[float, float]  # lowest and highest value shown; outliers lie beyond
 
 
 @dataclass(frozen=True)
@@ -59,27 +59,27 @@ class ScatterInfo:
     points: tuple[Point, ...]
     base: tuple[float, float] | None  # (text, audio)
     audio_limit: float | None
-    top_text: float  # where the scales end; wild trials lie beyond
+    top_text: float  # where the scales end; outliers lie beyond
     top_audio: float
 
     def is_off_scale(self, point: Point) -> bool:
-        """Whether it is a wild one."""
+        """Whether the point lies beyond the end of either scale."""
         return point.text > self.top_text or point.audio > self.top_audio
 
 
 @dataclass(frozen=True)
 class GainBar:
-    """Text loss after the right audio and after another clip's."""
+    """Text loss after the clip's own audio (`right`) and after another clip's (`swapped`)."""
 
     label: str
     role: Role | Literal["base"]
     right: float
     swapped: float
-    wild: bool  # a trial whose text loss lies beyond the scale of the others
+    wild: bool  # the text loss lies beyond the scale of the other trials
 
     @property
     def gain(self) -> float:
-        """How much the right audio helps, in nats per token."""
+        """How much its own audio lowers text loss, in nats per token."""
         return self.swapped - self.right
 
 
@@ -96,23 +96,23 @@ class SpacePoint:
 
 @dataclass(frozen=True)
 class SpaceInfo:
-    """Text loss over learning rate and rank at a step that most trials reached."""
+    """Text loss over learning rate and rank at the common step."""
 
     points: tuple[SpacePoint, ...]
     ranks: tuple[int, ...]
     step: int
-    top: float  # where the scale of text loss ends; outliers lie above
+    top: float  # where the colour scale of text loss ends; outliers lie above
 
 
 def role(trial: Trial, choice: Choice | None) -> Role:
-    """What the trial is to the reader; the best comes before the fixed ones."""
+    """How the figures mark the trial; a fixed configuration that is the best is marked as best."""
     if choice is not None and trial.id == choice.trial.id:
         return "best"
     return trial.origin if trial.origin in ("baseline", "baseline_fixed") else "other"
 
 
 def curves_info(results: Results, choice: Choice | None) -> tuple[CurvesInfo, ...]:
-    """One panel for each metric of CURVES; the search's trials only."""
+    """One panel per metric of `CURVES`, with the search's trials only."""
     panels = []
     for metric, title, unit in CURVES:
         lines = []
@@ -129,7 +129,7 @@ def curves_info(results: Results, choice: Choice | None) -> tuple[CurvesInfo, ..
 
 
 def _scale(results: Results, metric: str, lines: Sequence[Line]) -> tuple[float, float]:
-    """What a panel shows: losses up to their top, gain where text loss is on its scale."""
+    """Range of a panel: losses up to `_axis_end`, gains of reports whose text loss is on its scale."""
     if metric != m.VAL_AUDIO_GAIN:
         values = [value for line in lines for _, value in line.points]
         return min(values, default=0.0), _axis_end(values, _reference(results, metric))
@@ -155,18 +155,18 @@ def _text_top(results: Results) -> float:
 
 
 def _reference(results: Results, metric: str) -> float | None:
-    """The loss that a reader measures the trials by: audio's limit, or that of the untouched base."""
+    """The loss to compare trials with: the audio limit, or the untouched base's text loss."""
     if metric == m.VAL_AUDIO_NLL:
         return results.audio_limit
     return None if results.base is None else results.base[metric]
 
 
 def _axis_end(values: Sequence[float], reference: float | None) -> float:
-    """Where a scale of losses ends, so that a wild trial does not press all others together.
+    """Where a scale of losses ends, so that an outlier does not squeeze all other trials.
 
-    The highest loss that is not more than twice as far above the lowest as the reference is, or as what
-    still counts as one of the many: three deviations above the median.
-    Source of the latter: Leys et al., Journal of Experimental Social Psychology 49, 2013 (MAD).
+    It ends at the highest loss that is at most twice as far above the lowest as the reference or the
+    outlier threshold, whichever is higher: the median plus three scaled median absolute deviations.
+    Source of the threshold: Leys et al., Journal of Experimental Social Psychology 49, 2013.
     """
     if not values:
         return 0.0
@@ -178,7 +178,7 @@ def _axis_end(values: Sequence[float], reference: float | None) -> float:
 
 
 def scatter_info(results: Results, choice: Choice | None) -> ScatterInfo:
-    """Every trial of the search that has both losses in its last finite report."""
+    """Every search trial whose last report has two finite losses."""
     points = []
     for trial in results.search:
         text, audio = trial.last(m.VAL_TEXT_NLL), trial.last(m.VAL_AUDIO_NLL)
@@ -206,7 +206,7 @@ def scatter_info(results: Results, choice: Choice | None) -> ScatterInfo:
 
 
 def gain_info(results: Results, choice: Choice | None, most: int = 8) -> tuple[GainBar, ...]:
-    """The base, the fixed configurations and the best full-budget trials, by text loss."""
+    """The base, then up to `most` full-budget trials by text loss, the fixed and best ones included."""
     bars, top = [], _text_top(results)
     for trial in results.search:
         right, swapped = trial.last(m.VAL_TEXT_NLL), trial.last(m.VAL_TEXT_NLL_SWAPPED)
@@ -227,13 +227,13 @@ def gain_info(results: Results, choice: Choice | None, most: int = 8) -> tuple[G
 
 
 def space_info(results: Results, choice: Choice | None) -> SpaceInfo | None:
-    """Trials that reached the common step with their own settings; None if fewer than two did."""
+    """Trials that reached the common step and never changed settings; None if fewer than two did."""
     step = common_step(results)
     points, sampled = [], []
     for trial in results.search:
         text = trial.at(step, m.VAL_TEXT_NLL)
         config = trial.config
-        if text is None or config.schedule:  # a copy's first rate is the one of another trial
+        if text is None or config.schedule:  # a copy has the first rate of its donor
             continue
         if trial.origin == "search":
             sampled.append(text)
@@ -253,9 +253,9 @@ def space_info(results: Results, choice: Choice | None) -> SpaceInfo | None:
 
 
 def _top(losses: list[float], sampled: list[float]) -> float:
-    """The highest loss, or the sampled ones' fence if that is lower.
+    """End of the colour scale: the highest loss, or the sampled trials' outlier fence if that is lower.
 
-    Beyond it, one bad trial or those set by hand would make the others look alike.
+    Without the fence, one bad trial or those set by hand would make all others look alike.
     Source: Tukey, Exploratory Data Analysis, 1977 (third quartile + 1.5 interquartile ranges).
     """
     first, third = np.quantile(sampled, [0.25, 0.75])

@@ -1,7 +1,7 @@
-"""Read the files of a sweep into one object and one table.
+"""Read a sweep's files into one object and one table.
 
-Reads only what the sweep wrote under `results/<name>/`; it may still run, have been interrupted, or
-hold no trial at all.
+The only input is the folder `results/<name>/`. The sweep may still be running, may have been interrupted,
+or may have no trials.
 """
 
 import io
@@ -22,14 +22,14 @@ from higgs_tune.errors import SweepError
 from higgs_tune.files import read_json_lines, write_bytes
 
 Origin = Literal["baseline", "baseline_fixed", "search", "confirm"]
-UNFINISHED = "unfinished"  # no status.json: it runs, or its process died
-OPEN = (UNFINISHED, "cancelled")  # with these --resume goes on
+UNFINISHED = "unfinished"  # no status.json: still running, or its process died
+OPEN = (UNFINISHED, "cancelled")  # --resume continues these
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as its files tell it."""
+    """One trial, as read from its files."""
 
     id: str
     number: int
@@ -41,20 +41,20 @@ class Trial:
     status: str
     reason: str
     wall_s: float | None
-    history: tuple[Metrics, ...]  # one dict a report, by step
+    history: tuple[Metrics, ...]  # one dict per report, sorted by step
     directory: Path
 
     @property
     def step(self) -> int:
-        """Optimizer steps of the last report; 0 before the first."""
+        """Optimizer steps done at the last report; 0 before the first."""
         return int(self.history[-1][m.STEP]) if self.history else 0
 
     def last(self, metric: str) -> float | None:
-        """The metric's last value; None before the first report and where it is not finite."""
+        """The metric in the last report; None before the first report or if it is not finite."""
         return self.at(self.step, metric)
 
     def at(self, step: int, metric: str) -> float | None:
-        """The metric as reported at `step`; None where there is none or it is not finite."""
+        """The metric as reported at `step`; None if it was not reported or is not finite."""
         for row in self.history:
             if row[m.STEP] == step:
                 value = row.get(metric)
@@ -68,7 +68,7 @@ class Trial:
 
     @cached_property
     def full_budget(self) -> bool:
-        """It ran to its last step and ended with finite losses."""
+        """Whether the trial ran to its last step and ended with finite losses."""
         return (
             self.status == "completed"
             and self.step == self.config.num_steps
@@ -84,14 +84,14 @@ class Results:
     directory: Path
     sweep: SweepConfig
     env: dict[str, Any]
-    base: Metrics | None  # the untouched base; None if the sweep ended before it was evaluated
+    base: Metrics | None  # of the untouched base; None if it was not evaluated
     base_file: dict[str, Any]
-    trials: tuple[Trial, ...]  # by number, the confirm stage's after the search's
-    workers: dict[str, dict[str, Any]] = field(default_factory=dict)  # where their time went
+    trials: tuple[Trial, ...]  # by number, search trials before confirm runs
+    workers: dict[str, dict[str, Any]] = field(default_factory=dict)  # seconds by activity
 
     @cached_property
     def search(self) -> tuple[Trial, ...]:
-        """The search's trials, the two fixed configurations included."""
+        """The search's trials, including the two fixed configurations."""
         return tuple(trial for trial in self.trials if trial.origin != "confirm")
 
     @cached_property
@@ -101,23 +101,23 @@ class Results:
 
     @property
     def num_val_clips(self) -> int | None:
-        """On how many clips the losses are measured; None if the sweep did not note it."""
+        """Number of clips the losses are measured on; None if the sweep did not record it."""
         return self.base_file.get("num_val_clips")
 
     @cached_property
     def baseline(self) -> Trial | None:
-        """Trial 0: the user's configuration before the fix."""
+        """Trial 0, the configuration set by hand; None if the folder has none."""
         return next((trial for trial in self.search if trial.origin == "baseline"), None)
 
     @property
     def audio_limit(self) -> float | None:
-        """Highest feasible val/audio/nll_per_code."""
+        """Highest feasible val/audio/nll_per_code; None if the base was not evaluated."""
         if self.base is None:
             return None
         return (1 + self.sweep.objective.audio_tolerance) * self.base[m.VAL_AUDIO_NLL]
 
     def feasible(self, trial: Trial) -> bool | None:
-        """Whether the trial's last audio loss is within the limit; None if it cannot be said."""
+        """Whether the trial's last audio loss is within the limit; None if either of them is unknown."""
         audio = trial.last(m.VAL_AUDIO_NLL)
         if audio is None or self.audio_limit is None:
             return None
@@ -128,7 +128,7 @@ def read_results(directory: Path) -> Results:
     """Read a sweep's folder, finished or not.
 
     Raises:
-        HiggsTuneError: the folder is no sweep's, or one of its files is damaged.
+        HiggsTuneError: the folder is not a sweep's, or one of its files is damaged.
     """
     sweep_file = directory / "sweep.yaml"
     if not sweep_file.is_file():
@@ -175,13 +175,13 @@ def _read_trial(folder: Path) -> Trial:
 
 
 def _read_history(path: Path) -> tuple[Metrics, ...]:
-    """Reports by step; of a step reported twice (a resumed trial) the later one."""
+    """Reports sorted by step; if a resumed trial reported a step twice, the later report."""
     rows = {row[m.STEP]: row for row in read_json_lines(path)}
     return tuple(rows[step] for step in sorted(rows))
 
 
 def read_if_there(path: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object in a file; `absent` without one.
+    """The JSON object in a file; `absent`, or an empty dict, if there is no file.
 
     Raises:
         SweepError: the file is damaged.
@@ -199,7 +199,7 @@ _TEXT_COLUMNS = ("id", "name", "origin", "confirms", "status", "reason", "target
 
 
 def table(results: Results) -> list[dict[str, Any]]:
-    """One flat row a trial: who it is, its settings, its account and its last metrics."""
+    """One flat row per trial: identity, settings, parameter count and last metrics."""
     rows = []
     for trial in results.trials:
         config = trial.config.model_dump(mode="json")
@@ -227,11 +227,11 @@ def table(results: Results) -> list[dict[str, Any]]:
 
 
 def write_table(results: Results, path: Path) -> None:
-    """Write `table` as Parquet; a sweep without trials gives a file without rows."""
+    """Write `table` as Parquet; without trials, the file has no rows."""
     rows = table(results)
     names = list(dict.fromkeys(name for row in rows for name in row)) or ["id", "status"]
     columns = {name: [row.get(name) for row in rows] for name in names}
-    # A column without any value would have no type.
+    # Arrow would give a column without any value the type null.
     types = {
         name: pa.string() if name in _TEXT_COLUMNS else pa.float64()
         for name, values in columns.items()

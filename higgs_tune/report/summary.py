@@ -1,4 +1,4 @@
-"""The sweep's findings on one terminal screen, and the same as summary.json."""
+"""The sweep's findings as one terminal screen (summary.txt) and as data (summary.json)."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ from higgs_tune.report.results import Results
 from higgs_tune.report.wording import describe, measured, nats
 from higgs_tune.report.workers import workers_sentence
 
-WIDTH = 96  # of summary.txt, and at most of a terminal
+WIDTH = 96  # columns of summary.txt, and at most of a terminal's summary
 _LABELS = {
     "found": "Result",
     "text": "Text",
@@ -31,14 +31,14 @@ _LABELS = {
 class Summary:
     """What `build_report` found and wrote."""
 
-    best_id: str | None  # the search's trial whose configuration won; None without a feasible one
+    best_id: str | None  # the search trial with the best configuration; None if none was chosen
     text: str  # one screen, as wide as the terminal
     facts: dict[str, Any]  # summary.json
     report_path: Path
 
 
 def summary_facts(results: Results, findings: Findings) -> dict[str, Any]:
-    """The findings as plain data."""
+    """The findings as plain data, for summary.json."""
     choice = findings.choice
     best = None
     if choice is not None:
@@ -113,7 +113,7 @@ def summary_text(results: Results, findings: Findings, width: int = WIDTH) -> st
 
 
 def terminal_width() -> int:
-    """The width of a summary here."""
+    """Columns for a summary on this terminal, from 40 to `WIDTH`."""
     return max(40, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
@@ -142,7 +142,7 @@ def _next_steps(results: Results, findings: Findings) -> list[str]:
 
 
 def _program(here: Path) -> str:
-    """How to call higgs-tune from here: the one of this Python, which need not be on the PATH."""
+    """How to call this Python's higgs-tune from the folder `here`; it need not be on the PATH."""
     beside = Path(sys.executable).with_name("higgs-tune")
     if not beside.exists() or shutil.which("higgs-tune") == str(beside):
         return "higgs-tune"

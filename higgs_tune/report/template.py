@@ -1,4 +1,4 @@
-"""Fill a page's template; every page of the package has the same style."""
+"""Fill the templates of the package's HTML pages, which share one style."""
 
 import html
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def fill(package: str, parts: Mapping[str, str]) -> str:
-    """The package's `page.html` with `<!--key-->` replaced by each part, and the style inside."""
+    """The package's `page.html` with each `<!--key-->` replaced by its part, and `<!--style-->` filled."""
     style = resources.files("higgs_tune.report").joinpath("style.css").read_text("utf-8")
     page = resources.files(package).joinpath("page.html").read_text("utf-8")
     for key, value in {"style": style, **parts}.items():
@@ -16,5 +16,5 @@ def fill(package: str, parts: Mapping[str, str]) -> str:
 
 
 def escape(value: Any) -> str:
-    """Text for HTML, attributes included."""
+    """A value as HTML text, safe in attributes too."""
     return html.escape(str(value), quote=True)

@@ -1,4 +1,4 @@
-"""Is the best better than what was set by hand, and how sure is that?"""
+"""Whether the best configuration beats the one set by hand, and how certain that is."""
 
 from typing import Literal
 
@@ -22,7 +22,7 @@ _VERDICTS: dict[Outcome, tuple[str, Tone]] = {
 
 
 def outcome_of(results: Results, choice: Choice | None) -> Outcome:
-    """How the best of the search stands beside the configuration set by hand."""
+    """How the best configuration of the search compares with the one set by hand."""
     if choice is None:
         return "no_feasible" if any(trial.history for trial in results.trials) else "no_trials"
     if choice.trial.origin == "baseline":
@@ -56,7 +56,7 @@ def headline(results: Results, choice: Choice | None, outcome: Outcome) -> str:
 
 
 def found(results: Results, choice: Choice | None, outcome: Outcome) -> Answer:
-    """What was found, and how sure that is."""
+    """The answer to what was found, and how certain that is."""
     figure, tone = _VERDICTS[outcome]
     if choice is None:
         sentence = _why_nothing(results, outcome)

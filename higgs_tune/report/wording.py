@@ -1,4 +1,4 @@
-"""How the report says things: figures with their digits, names of settings, one answer to a question."""
+"""The report's wording: number formats, names of settings, and the answer to one question."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +21,7 @@ SETTING_NAMES = {
 
 @dataclass(frozen=True)
 class Answer:
-    """One question that a reader brings, its figure and a sentence or two."""
+    """A reader's question, answered by a figure and a sentence or two."""
 
     key: str
     question: str
@@ -47,37 +47,37 @@ def describe(config: TrialConfig) -> str:
 
 
 def nats(value: float, digits: int = 2) -> str:
-    """A loss with the digits that mean something."""
+    """A loss, rounded to `digits`; with a true minus, and none before a zero."""
     return f"{value:z.{digits}f}".replace("-", "−")
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """A difference with its sign; a true minus, and none before a zero."""
+    """A difference with its sign, + for zero; with a true minus."""
     return f"{value:+z.{digits}f}".replace("-", "−")
 
 
 def digits_apart(one: float, other: float, digits: int) -> int:
-    """How many digits show that two numbers differ; at least those given, at most six."""
+    """Decimals needed to show that two numbers differ: at least `digits`, at most 6."""
     return next((d for d in range(digits, 6) if f"{one:.{d}f}" != f"{other:.{d}f}"), 6)
 
 
 def plural(count: int, thing: str) -> str:
-    """So many of them."""
+    """The count and its noun, such as "2 seeds"."""
     return f"{count} {thing}" + ("" if count == 1 else "s")
 
 
 def setting_name(setting: str) -> str:
-    """A setting's name in a sentence."""
+    """A setting's name as sentences and figures show it."""
     return SETTING_NAMES.get(setting, setting)
 
 
 def rise_percent(base: dict[str, float], audio: float) -> float:
-    """Change of the audio loss in percent of its start."""
+    """Change of the audio loss, in percent of the base's."""
     return 100 * (audio / base[m.VAL_AUDIO_NLL] - 1)
 
 
 def measured(num_clips: int | None) -> str | None:
-    """On how much the losses rest; None for a sweep that did not note it."""
+    """What the losses are measured on; None if the sweep did not record it."""
     if num_clips is None:
         return None
     return (

@@ -14,11 +14,11 @@ _ELSE = {
     "idle_s": "without a trial",
     "other_s": "other",
 }
-_SHOWN = 0.0005  # of all time: smaller shares would read 0.0%
+_SHOWN = 0.0005  # of all time; smaller shares would be printed as 0.0%
 
 
 def workers_sentence(results: Results) -> str | None:
-    """All workers together; None for a sweep that did not note it, or did no step."""
+    """How all workers together spent their time; None if it was not recorded or no step was done."""
     figures = results.workers.values()
     wall_s = sum(each["wall_s"] for each in figures)
     if not wall_s:
