@@ -1,4 +1,4 @@
-"""Which base is listened to, after which system text: what is given, else what the adapters name."""
+"""Choose the base and the system text of an evaluation: those given, else those the adapters name."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,17 +11,17 @@ from higgs_tune.errors import ConfigError, ModelError
 
 
 def base_for(adapters: Sequence[Path], given: Mapping[str, Any], where: str) -> BaseSettings:
-    """The settings that were given, and for the rest those of the adapters' base.
+    """The base settings: those given, and for the rest those of the adapters' base.
 
-    Without adapters the base is the embedded one by default.
+    Without adapters, the default base is the embedded one.
 
     Args:
-        given: fields of `BaseSettings`; a `path` among them is another copy of the adapters' base.
-        where: what an error about the settings names.
+        given: fields of `BaseSettings`; a `path` among them names another copy of the adapters' base.
+        where: what errors about the settings start with.
 
     Raises:
         ConfigError: the adapters name different bases, or a setting is wrong.
-        ModelError: not an adapter of ours, or the base that it names is not here.
+        ModelError: a folder is not an adapter of higgs-tune, or the base it names is not on this machine.
     """
     if not adapters:
         return validate(BaseSettings, given, where)
@@ -30,7 +30,7 @@ def base_for(adapters: Sequence[Path], given: Mapping[str, Any], where: str) -> 
 
     found: dict[tuple[str, str | None], tuple[Path, BaseSettings]] = {}
     for adapter in adapters:
-        read_trial(adapter)  # first: PEFT takes a folder that is not there for a Hub id
+        read_trial(adapter)  # first, because PEFT takes a missing folder for a Hub id
         named = adapter_base(adapter, given.get("path"), given.get("revision"), "auto")
         settings = validate(BaseSettings, named.model_dump() | dict(given), where)
         found.setdefault(_place(adapter, settings, is_given="path" in given), (adapter, settings))
@@ -40,20 +40,20 @@ def base_for(adapters: Sequence[Path], given: Mapping[str, Any], where: str) -> 
             for place, (adapter, _) in found.items()
         )
         raise ConfigError(
-            f"--adapter: they belong to different bases ({names}). Listen to those of one base at a time, "
-            "or say with --base which one they share."
+            f"--adapter: the adapters belong to different bases ({names}). Evaluate those of one base at a "
+            "time, or give the base that they share with --base."
         )
     return next(iter(found.values()))[1]
 
 
 def system_text_for(adapters: Sequence[Path], given: str | None, base: BaseSettings) -> str | None:
-    """What stands before each clip; an empty one that is given is none.
+    """Text of the system turn before each clip: the given one (empty: none), else the adapters'.
 
-    Without adapters it is that of the adapter that was merged into the base, if one was.
+    Without adapters, it is that of the adapter that was merged into the base, if any.
 
     Raises:
-        ConfigError: the adapters were trained after different ones.
-        ModelError: not an adapter of ours, or no such base.
+        ConfigError: the adapters were trained with different ones.
+        ModelError: a folder is not an adapter of higgs-tune, or the base does not exist.
     """
     if given is not None:
         return given or None
@@ -69,8 +69,8 @@ def system_text_for(adapters: Sequence[Path], given: str | None, base: BaseSetti
     if len(found) > 1:
         names = "; ".join(f"{adapter}: {text!r}" for text, adapter in found.items())
         raise ConfigError(
-            f"--adapter: they were trained after different system texts ({names}). Say with --system-text "
-            "which one all are to be heard after."
+            f"--adapter: the adapters were trained with different system texts ({names}). Choose one for "
+            "all with --system-text."
         )
     return next(iter(found))
 
@@ -83,6 +83,7 @@ def _place(adapter: Path, settings: BaseSettings, *, is_given: bool) -> tuple[st
         if is_given:
             raise
         raise ModelError(
-            f"{adapter}: the base that it names is not here: {error} Say with --base where it is."
+            f"{adapter}: the base that it names is not on this machine: {error} Give its location with "
+            "--base."
         ) from None
     return (settings.path, settings.revision) if folder is None else (str(folder.resolve()), None)

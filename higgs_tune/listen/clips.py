@@ -1,4 +1,4 @@
-"""Which held-out clips are spoken, and after which reference."""
+"""Choose the held-out clips to speak, and the voice reference of each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from higgs_tune.listen.options import EvaluateOptions
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A held-out recording, and the voice that it is to be spoken in."""
+    """A held-out recording, and the reference for the voice to speak its text in."""
 
     row: Row
-    reference: Row | None  # the row's own, perhaps a trained one, or a held-out clip's
+    reference: Row | None  # the row's own (possibly a training recording) or a held-out clip
     system_text: str | None = None
 
     @property
     def spoken(self) -> Conversation:
-        """The conversation whose last turn is the speech."""
+        """The conversation whose last turn is the speech to generate."""
         alone = self.reference is None
         talk = tasks.speak(self.row) if alone else tasks.clone(self.row, self.reference)
         return tasks.introduced(talk, self.system_text)
@@ -39,15 +39,16 @@ def choose_clips(
     max_rows: int,
     text_length: Callable[[str], int],
 ) -> list[Clip]:
-    """Some of the validation clips of the losses, spread over texts and speakers.
+    """Up to `options.num_generated` of the clips that losses are measured on, spread over texts and speakers.
 
-    The reference is the clip's own where it has one, else another validation clip of its speaker
-    with another text; a clip with neither, with an own one that is too long, or with `options.task`
-    speak, is spoken without.
+    A clip's reference is its own if it has one, else another validation clip of its speaker with another
+    text. A clip is spoken without a reference if it has neither, if its own is too long, or if
+    `options.task` is speak.
 
     Args:
-        max_rows: positions of the base; the reference, the text and as much speech as was recorded
-            fit into half of them, so that speech twice as long does.
+        max_rows: positions of the base. Reference, text and recorded speech must fit into half of them, so
+            that speech of twice the recorded length fits too.
+        text_length: tokens of a text.
     """
     limits = {"max_text": data.max_text_tokens, "text_length": text_length}
     num_codebooks, told = dataset.info.codec.num_codebooks, data.system_text
@@ -62,7 +63,7 @@ def choose_clips(
     numbers = spread(
         texts[held_out],
         speakers[held_out],
-        max(2, options.num_generated),  # it needs two texts for less than one half each
+        max(2, options.num_generated),  # `spread` drops a text that fills more than half
         seed=0,
     )[: options.num_generated]
     chosen = [held_out[number] for number in numbers]
@@ -87,7 +88,7 @@ def choose_clips(
 def _reference(
     dataset: Dataset, index: int, references: References, pick: float, own_fits: bool
 ) -> Row | None:
-    """The clip's own reference or a drawn one; none that is the recording itself, listed twice."""
+    """The clip's own reference or a drawn one; None if that is the recording itself, listed twice."""
     row, found = dataset.row(index), None
     if row.ref_text is not None:
         found = own_reference(row) if own_fits else None
@@ -98,6 +99,6 @@ def _reference(
 
 
 def own_reference(row: Row) -> Row:
-    """The reference that a row brings along, as a row of its own."""
+    """A row's own reference, as a separate row."""
     assert row.ref_text is not None, row.id
     return Row(f"{row.id}:reference", row.split, "clip", row.speaker, row.ref_text, row.codes[1:2])

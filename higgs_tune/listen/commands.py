@@ -15,20 +15,20 @@ from higgs_tune.listen.options import EvaluateOptions, SpeechOptions
 from higgs_tune.local_path import local_path, refuse_existing
 
 _SPEECH = {
-    "seed": "of the first take; each further one has the next",
-    "temperature": "0 takes the likeliest code",
-    "top_k": "codes to draw from; 0: all",
-    "top_p": "draw from the fewest codes with this probability",
-    "max_seconds": "speech is cut off here",
+    "seed": "seed of the first take; each further take uses the next one",
+    "temperature": "sampling temperature; 0 takes the likeliest code each time",
+    "top_k": "sample from this many likeliest codes; 0: all",
+    "top_p": "sample from the fewest codes that have this probability together; 1: all",
+    "max_seconds": "cut speech off after this many seconds",
 }
 _EVALUATE = {
-    "num_clips": "validation clips of the losses",
-    "num_generated": "of those, spoken and transcribed by each system",
-    "batch_clips": "clips that are spoken together",
-    "task": "clone: in the voice of another clip of the speaker; speak: without a reference",
+    "num_clips": "validation clips to measure losses on",
+    "num_generated": "how many of these clips each system speaks and transcribes",
+    "batch_clips": "clips to speak in one batch",
+    "task": "clone: with a reference of the speaker's voice; speak: without one",
 }
 _NONE = Path("none")
-_FASTEST = 30  # letters a second; fast speech has up to 8 syllables of two or three
+_FASTEST = 30  # letters per second; fast speech has up to 8 syllables of two or three letters
 
 
 def _add_options(
@@ -41,16 +41,16 @@ def _add_options(
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--base", help="embedded, a folder or a Hub id (default: the adapter's, else embedded)"
+        "--base", help="embedded, a folder or a Hub id (default: the adapter's base, else embedded)"
     )
     parser.add_argument("--revision", help="commit of a Hub id (default: the adapter's)")
     parser.add_argument(
         "--text-head",
-        help="of a base without one: checkpoint refuses it, from_embedding starts it from the token "
-        "embedding (default: from_embedding with an adapter, else checkpoint)",
+        help="for a base without a text head: checkpoint refuses the base, from_embedding starts the head "
+        "from the token embedding (default: from_embedding with an adapter, else checkpoint)",
     )
     parser.add_argument(
-        "--system-text", help='of the system turn, "" for none (default: the adapter\'s)'
+        "--system-text", help='text of the system turn, "" for none (default: the adapter\'s)'
     )
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: float32)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -60,9 +60,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `higgs-tune generate`."""
-    parser.add_argument("--text", required=True, help="what is said")
+    parser.add_argument("--text", required=True, help="text to speak")
     parser.add_argument(
-        "--out", type=local_path, required=True, help="WAV; a JSON file goes beside it"
+        "--out", type=local_path, required=True, help="WAV to write, with a JSON file beside it"
     )
     parser.add_argument(
         "--adapter",
@@ -70,9 +70,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         default=_NONE,
         help="adapter folder, or none for the untouched base (default)",
     )
-    parser.add_argument("--reference", type=local_path, help="recording of the voice to speak with")
-    parser.add_argument("--reference-text", help="what that recording says")
-    parser.add_argument("--num-takes", type=int, default=1, help="out-1.wav, … (default: 1)")
+    parser.add_argument("--reference", type=local_path, help="recording of the voice to imitate")
+    parser.add_argument("--reference-text", help="transcript of that recording")
+    parser.add_argument("--num-takes", type=int, default=1, help="takes: out-1.wav, … (default: 1)")
     _add_models(parser)
     _add_options(parser, SpeechOptions, _SPEECH)
 
@@ -84,29 +84,31 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         type=local_path,
         action="append",
         default=[],
-        help="adapter folder, beside the untouched base; may be given again; none: the base alone",
+        help="adapter folder to compare with the untouched base; can be given several times; none: only "
+        "the base",
     )
     parser.add_argument(
         "--data",
         help="dataset folder or embedded:NAME (default: embedded:arabic, or the sweep's with --results)",
     )
-    parser.add_argument("--out", type=local_path, help="folder to make, for page, figures and WAVs")
+    parser.add_argument("--out", type=local_path, help="new folder for the page, figures and WAVs")
     parser.add_argument(
         "--results",
         type=local_path,
-        help="results folder of a sweep: its base, data and best adapter, linked from its report",
+        help="results folder of a sweep: evaluate its best adapter on its base and data, and link the page "
+        "from its report",
     )
-    parser.add_argument("--asr", help="transformers speech recogniser, folder or Hub id")
+    parser.add_argument("--asr", help="transformers speech recogniser, a folder or a Hub id")
     parser.add_argument("--asr-revision", help="commit of a Hub id")
-    parser.add_argument("--asr-language", help="language for a recogniser of many, such as Whisper")
+    parser.add_argument("--asr-language", help="for a multilingual recogniser, such as Whisper")
     _add_models(parser)
     _add_options(parser, EvaluateOptions, _EVALUATE)
-    drawn = "of the draws; with the same options it gives the same speech"
+    drawn = "seed for sampling; the same seed and options give the same speech"
     _add_options(parser, SpeechOptions, _SPEECH | {"seed": drawn})
 
 
 def given(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
-    """Settings whose argument was given, from setting → argument."""
+    """The settings whose argument was given; `names` maps each setting to its argument."""
     return {k: v for k, name in names.items() if (v := getattr(args, name)) is not None}
 
 
@@ -173,15 +175,15 @@ def _warn(path: Path, take: dict[str, Any]) -> None:
     letters = len(plain_text(take["text"]).replace(" ", ""))
     if take["hit_length_limit"]:
         print(
-            f"warning: {path}: no end after {take['limit_seconds']:.1f} s, cut off there. Raise "
-            "--max-seconds, or try another --seed or --temperature.",
+            f"warning: {path}: speech had not ended after {take['limit_seconds']:.1f} s and was cut off. "
+            "Raise --max-seconds, or try another --seed or --temperature.",
             file=sys.stderr,
         )
     elif take["seconds"] * _FASTEST <= letters:
         print(
             f"warning: {path}: ended after {take['seconds']:.2f} s, too short for a text of {letters} "
-            "letters. Try another --seed; if all are so, the model has not learnt to speak such texts: "
-            "train longer, or give another --adapter.",
+            "letters. Try another --seed; if all takes are too short, the model has not learnt to speak "
+            "such texts: train longer, or give another --adapter.",
             file=sys.stderr,
         )
 
@@ -193,13 +195,13 @@ def run_evaluate(args: argparse.Namespace) -> int:
     for name in ("asr_revision", "asr_language"):
         if getattr(args, name) and not args.asr:
             option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option}: belongs to a recogniser; name one with --asr.")
+            raise ConfigError(f"{option}: needs a recogniser; name one with --asr.")
     base, data, adapters, out = _subject(args, options)
     notes = []
     if args.results is not None and options.task == "clone" and data.tasks.clone == 0:
         notes.append(
-            "The sweep trained no cloning (data.tasks.clone is 0), so that speech after a reference is "
-            "new to the adapter. --task speak evaluates speech without one."
+            "The sweep did not train cloning (data.tasks.clone is 0), so speech after a reference is new "
+            "to the adapter. --task speak evaluates speech without a reference."
         )
     from higgs_tune.files import replace_folder
     from higgs_tune.listen.run import Asr, run_evaluation
@@ -226,7 +228,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def _subject(
     args: argparse.Namespace, options: EvaluateOptions
 ) -> tuple[BaseSettings, DataSettings, list[Path], Path]:
-    """Base, data, adapters and output folder that the arguments ask for."""
+    """Base, data, adapters and output folder, from the arguments."""
     adapters = [path for path in args.adapter if path != _NONE]
     data: dict[str, Any] = {}
     stored_base: dict[str, Any] = {}
@@ -234,7 +236,7 @@ def _subject(
     if args.results is not None:
         clashing = [n for n in ("data", "base", "revision", "adapter") if getattr(args, n)]
         if clashing:
-            raise ConfigError(f"--{clashing[0]}: the folder of --results says it; leave it out.")
+            raise ConfigError(f"--{clashing[0]}: comes from the folder of --results; leave it out.")
         stored = args.results / "sweep.yaml"
         if not stored.is_file():
             raise ConfigError(

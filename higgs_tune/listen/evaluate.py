@@ -1,6 +1,6 @@
-"""Measure systems on held-out clips: losses, and speech and text that they generate.
+"""Let systems speak and transcribe held-out clips, and measure what they generate.
 
-What `evaluate` writes is data; `page` turns it into a page.
+The result is audio, pictures and rows of plain data; `page` turns the rows into a page.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ AUDIO_FOLDER = "audio"
 
 @dataclass(frozen=True, eq=False)
 class Judges:
-    """What turns codes into sound, and judges the sound; None leaves a metric out."""
+    """The codec that decodes speech, and the models that judge it; None leaves a judge's metric out."""
 
     codec: Codec
     voice: VoiceJudge | None
@@ -41,15 +41,15 @@ class Judges:
 
     @property
     def rate_hz(self) -> int:
-        """Of every wave here."""
+        """Sample rate of every decoded wave."""
         return self.codec.config.sample_rate
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """The clips, their recordings as the codec renders them, and where files go.
+    """The clips, their decoded recordings and references, the judges and the output folder.
 
-    Recordings pass through the codec too, so that a difference is the model's and not the codec's.
+    Recordings pass through the codec too, so that a difference comes from the model, not the codec.
     """
 
     clips: Sequence[Clip]
@@ -60,7 +60,7 @@ class Bench:
 
     @classmethod
     def of(cls, clips: Sequence[Clip], judges: Judges, out: Path) -> "Bench":
-        """Decode what was recorded."""
+        """Decode the clips' recordings and references."""
         return cls(
             clips,
             [wave_of(clip.row.codes[0], judges.codec) for clip in clips],
@@ -73,7 +73,7 @@ class Bench:
         )
 
     def record(self, number: int, system: str, wave: np.ndarray, **facts: Any) -> dict[str, Any]:
-        """Write a clip's WAV and picture; returns its row of clips.jsonl."""
+        """Write a clip's WAV and spectrogram, and return its row of clips.jsonl."""
         clip = self.clips[number]
         stem = f"{AUDIO_FOLDER}/{number + 1:02d}-{system}"
         write_wav(self.out / f"{stem}.wav", wave, self.judges.rate_hz)
@@ -93,7 +93,7 @@ class Bench:
         }
 
     def judge(self, number: int, wave: np.ndarray) -> tuple[dict[str, float | None], str | None]:
-        """Metrics of a wave that voice and recogniser give, and what the recogniser heard."""
+        """Metrics of a wave from the voice judge and the recogniser, and the recogniser's transcript."""
         judges, reference = self.judges, self.references[number]
         found: dict[str, float | None] = {}
         heard = None
@@ -107,7 +107,7 @@ class Bench:
 
 
 def recording_rows(bench: Bench) -> list[dict[str, Any]]:
-    """The recordings, judged like speech, and the references."""
+    """Rows of the recordings, judged like generated speech, and of the references, not judged."""
     rows = []
     for number, wave in enumerate(bench.recordings):
         found, heard = bench.judge(number, wave)
@@ -121,7 +121,7 @@ def recording_rows(bench: Bench) -> list[dict[str, Any]]:
 def system_rows(
     base: Base, system: System, bench: Bench, speech: SpeechOptions, batch_clips: int
 ) -> list[dict[str, Any]]:
-    """What one system says and writes, judged."""
+    """Rows with one system's speech and transcripts, and their metrics."""
     with adapted(base.model, system.adapter) as model:
         said = list(_speech(base, model, bench, speech, batch_clips))
         written = [_transcription(base, model, clip) for clip in bench.clips]
@@ -161,7 +161,7 @@ def _speech(
     speech: SpeechOptions,
     batch_clips: int,
 ) -> Iterator[Spoken]:
-    """The clips' speech in their order, batch by batch."""
+    """Speak the clips in order, batch by batch."""
     prompts = [
         prompt_before_audio(encode_conversation(clip.spoken, base.vocabulary))
         for clip in bench.clips
@@ -175,7 +175,7 @@ def _speech(
 
 
 def _transcription(base: Base, model: HiggsAudioV2ForConditionalGeneration, clip: Clip) -> Written:
-    """The text that the model writes after the recording, at most twice as long as it should be."""
+    """The model's transcript of the recording, of at most 2n + 8 tokens where the true text has n."""
     talk = tasks.transcribe(clip.row)
     prompt = prompt_before_text(encode_conversation(talk, base.vocabulary))
     room = model.config.max_position_embeddings - len(prompt.ids_L)
@@ -184,7 +184,7 @@ def _transcription(base: Base, model: HiggsAudioV2ForConditionalGeneration, clip
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
-    """Mean of each metric over the clips that have it, and how many those are."""
+    """Mean of each metric over the clips that have it, and the number of those clips."""
     result: dict[str, dict[str, float | int]] = {}
     for name in SHOWN:
         values = [v for row in rows if (v := row["metrics"].get(name)) is not None]

@@ -1,4 +1,4 @@
-"""Speech from a prompt, by the stock model's `generate`.
+"""Generate speech from prompts with the stock model's `generate`.
 
 Shape letters: B prompts of a batch, L rows of the longest one, A audio rows of the longest reference,
 T frames, C codebooks.
@@ -24,11 +24,11 @@ class Spoken:
 
     codes_TC: np.ndarray  # uint16, without delay, BOS and EOS; T may be 0
     reached_eos: bool  # False: cut off at the length limit
-    num_clipped: int  # BOS codes amid speech, set to the last code as the stock processor does
+    num_clipped: int  # BOS codes within speech, clipped to the last code as in the stock processor
 
 
 def prompt_before_audio(encoded: Encoded) -> Prompt:
-    """Everything up to the target's `<|audio_out_bos|>`."""
+    """The sequence up to and including the target's `<|audio_out_bos|>`."""
     first = int(np.flatnonzero((encoded.audio_labels_AC != IGNORE).any(axis=1))[0])
     return Prompt(
         encoded.key, encoded.ids_L[: encoded.audio_rows_A[first]], encoded.codes_AC[:first]
@@ -36,17 +36,17 @@ def prompt_before_audio(encoded: Encoded) -> Prompt:
 
 
 def most_frames(num_positions: int, prompts: Sequence[Prompt], num_codebooks: int) -> int:
-    """Frames for which the base has positions left after the longest prompt.
+    """Number of frames that fit into the base's positions after the longest prompt.
 
     Raises:
-        DataError: not even one.
+        DataError: not even one fits.
     """
     longest = max(prompts, key=lambda prompt: len(prompt.ids_L))
     frames = num_positions - len(longest.ids_L) - num_codebooks - 1
     if frames < 1:
         raise DataError(
-            f"{longest.key}: the prompt takes {len(longest.ids_L)} rows, the base can hold "
-            f"{num_positions} with the speech that follows. Shorten the text or the reference."
+            f"{longest.key}: the prompt takes {len(longest.ids_L)} rows, and the base can hold "
+            f"{num_positions} for prompt and speech together. Shorten the text or the reference."
         )
     return frames
 
@@ -60,11 +60,11 @@ def speak(
     seed: int,
     max_frames: int,
 ) -> list[Spoken]:
-    """Say each prompt's text; prompts of any length go through the model together.
+    """Speak each prompt's text; the prompts, of any length, form one batch.
 
-    The global random state is left as it was. Draws depend on the seed and on which prompts share
-    the batch; with temperature 0 the batch makes no difference but rounding, unless the checkpoint's
-    `ras_win_len` draws repeated codes anew.
+    The global random state is restored. Samples depend on the seed and on which prompts share the
+    batch; with temperature 0 the batch changes only rounding, unless the checkpoint's `ras_win_len`
+    resamples repeated codes.
 
     Raises:
         DataError: the prompts and `max_frames` do not fit the base's positions.
@@ -72,7 +72,7 @@ def speak(
     voc, device = vocabulary, model.device
     room = most_frames(model.config.max_position_embeddings, prompts, voc.num_codebooks)
     if max_frames > room:
-        raise DataError(f"{max_frames} frames asked for, the base has room for {room}.")
+        raise DataError(f"found max_frames {max_frames}, but the base has positions for {room}.")
     ids_BL, mask_BL, codes_BAC, codes_mask_BA = _left_padded(prompts, voc)
     reference: dict[str, Any] = {}
     if codes_BAC.shape[1]:
@@ -80,7 +80,7 @@ def speak(
             "audio_input_ids": torch.from_numpy(codes_BAC).to(device),
             "audio_input_ids_mask": torch.from_numpy(codes_mask_BA).to(device),
         }
-    stock: Any = model  # `generate` wants a protocol of transformers' own as self
+    stock: Any = model  # `generate` types self as a protocol of transformers' own
     with torch.inference_mode(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         rows_BAC = stock.generate(
@@ -99,13 +99,13 @@ def speak(
 def _left_padded(
     prompts: Sequence[Prompt], voc: Vocabulary
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Ids (B, L) and their mask, padded on the left; codes (B, A, C) and their mask, on the right."""
+    """Ids (B, L) and their mask, padded on the left; codes (B, A, C) and their mask, padded on the right."""
     batch = len(prompts)
     longest = max(len(prompt.ids_L) for prompt in prompts)
     most_audio = max(len(prompt.codes_AC) for prompt in prompts)
     ids_BL = np.full((batch, longest), voc.end_of_turn, dtype=np.int64)
     mask_BL = np.zeros((batch, longest), dtype=np.int64)
-    # EOS: the repetition window of `generate` leaves it out of its count
+    # Pad with EOS: the repetition window of `generate` does not count it.
     codes_BAC = np.full((batch, most_audio, voc.num_codebooks), voc.stream_eos, dtype=np.int64)
     codes_mask_BA = np.zeros((batch, most_audio), dtype=bool)
     for row, prompt in enumerate(prompts):

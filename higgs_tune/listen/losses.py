@@ -1,4 +1,4 @@
-"""Losses of the base and of adapters on the held-out clips, by the rule that training validates with."""
+"""Losses of the base and of adapters on the held-out clips, computed as in training's validation."""
 
 import math
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from higgs_tune.train.residents import PackLimits
 def validation_losses(
     base: Base, dataset: Dataset, data: DataSettings, adapters: Sequence[Path]
 ) -> tuple[list[dict[str, float]], int]:
-    """Validation metrics of the untouched base, then of each adapter; and of how many clips.
+    """Validation metrics of the untouched base, then of each adapter; and the number of clips.
 
     Raises:
         DataError, LeakError: see `PackLoop`.
-        ModelError: an adapter cannot be read, does not fit the base or has losses that are not finite.
+        ModelError: an adapter cannot be read, does not fit the base, or has non-finite losses.
     """
     trials = [read_trial(adapter) for adapter in adapters]
     loop = PackLoop(base, dataset, data, PackLimits.of(trials, num_slots=1))

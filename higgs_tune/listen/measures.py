@@ -1,4 +1,4 @@
-"""How near generated speech and text come to what was recorded and written.
+"""Distances of generated speech and text from the recording and the true text.
 
 Shape letters: N samples, F frames, K cepstral coefficients, A and B frames of two clips.
 """
@@ -16,8 +16,8 @@ _HOP_S = 0.01
 _FFT_S = 0.04
 _NUM_MELS = 80
 _NUM_CEPSTRA = 13  # the usual choice; the 0th, loudness, is left out
-_FLOOR = 1e-2  # mel magnitudes below it are silence, as for the embedded codec
-_DB = 20 / math.log(10)  # of an amplitude in nats
+_FLOOR = 1e-2  # smaller mel magnitudes count as silence, as in the embedded codec
+_DB = 20 / math.log(10)  # dB per nat of amplitude
 
 
 @cache
@@ -35,14 +35,17 @@ def _mel(rate_hz: int) -> torchaudio.transforms.MelSpectrogram:
 
 
 def log_mel(wave_N: np.ndarray, rate_hz: int) -> Tensor:
-    """Log mel magnitudes (F, mels), a frame each 10 ms."""
+    """Log mel magnitudes (F, mels), one frame per 10 ms."""
     magnitudes = _mel(rate_hz)(torch.from_numpy(np.ascontiguousarray(wave_N, dtype=np.float32)))
     return magnitudes.clamp_min(_FLOOR).log().T
 
 
 def cepstra(wave_N: np.ndarray, rate_hz: int) -> np.ndarray:
-    """Mel cepstra 1 to 13 in dB, (F, K): the Euclidean distance of two rows is the root mean square
-    difference, over the mel bands, of two smoothed spectra without their loudness."""
+    """Mel cepstra 1 to 13 in dB, (F, K).
+
+    The Euclidean distance of two rows is the root mean square difference, over the mel bands, of two
+    smoothed spectra without their loudness.
+    """
     basis = torchaudio.functional.create_dct(_NUM_CEPSTRA + 1, _NUM_MELS, norm="ortho")[:, 1:]
     return (_DB / math.sqrt(_NUM_MELS) * log_mel(wave_N, rate_hz) @ basis).numpy()
 
@@ -50,13 +53,13 @@ def cepstra(wave_N: np.ndarray, rate_hz: int) -> np.ndarray:
 def mel_distance(wave: np.ndarray, reference: np.ndarray, rate_hz: int) -> float | None:
     """Mel cepstral distortion in dB along the best alignment; None if a clip has no samples.
 
-    Mean over the steps of the dynamic time warping path. It has the form of Kubichek's MCD (1993)
-    on cepstra of a mel filter bank, so compare it with figures of this package only.
+    Mean over the steps of the dynamic time warping path. It has the form of Kubichek's MCD (1993), but
+    on cepstra of a mel filter bank, so compare it only with figures of this package.
     """
     if not len(wave) or not len(reference):
         return None
     a, b = cepstra(wave, rate_hz), cepstra(reference, rate_hz)
-    # by differences: the shorter way over products loses digits where two frames are alike
+    # The faster way by matrix products loses digits where two frames are alike.
     cost_AB = torch.cdist(
         torch.from_numpy(a), torch.from_numpy(b), compute_mode="donot_use_mm_for_euclid_dist"
     )
@@ -65,10 +68,10 @@ def mel_distance(wave: np.ndarray, reference: np.ndarray, rate_hz: int) -> float
 
 
 def warp(cost_AB: np.ndarray) -> tuple[float, int]:
-    """Dynamic time warping: the lowest sum of costs from corner to corner, and its steps.
+    """Dynamic time warping: the lowest sum of costs from corner to corner, and its number of steps.
 
-    Steps go one row, one column or one of each ahead; each weighs the same. Computed along
-    anti-diagonals, whose cells do not depend on one another.
+    A step advances one row, one column or both; all weigh the same. Computed along anti-diagonals,
+    whose cells do not depend on one another.
     """
     num_a, num_b = cost_AB.shape
     total = np.full((num_a + 1, num_b + 1), np.inf)
@@ -86,9 +89,9 @@ def warp(cost_AB: np.ndarray) -> tuple[float, int]:
 
 
 def character_error_rate(text: str, target: str) -> float:
-    """Edits (insert, delete, replace) per character of a target that has one; above 1 is possible.
+    """Edits (insert, delete, replace) per character of a non-empty target; may exceed 1.
 
-    Of NFC: a tokenizer may bring a vowel sign and a shadda into that order, which is no error.
+    Both texts are compared in NFC: a tokenizer may reorder a vowel sign and a shadda, which is not an error.
     """
     text, target = (unicodedata.normalize("NFC", one) for one in (text, target))
     return torchaudio.functional.edit_distance(text, target) / len(target)

@@ -24,11 +24,11 @@ _SHORT = {
 
 
 def render_page(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The whole page.
+    """The whole page as HTML.
 
     Args:
-        result: what evaluate.json holds.
-        rows: what clips.jsonl holds.
+        result: content of evaluate.json.
+        rows: content of clips.jsonl.
     """
     names = [system["name"] for system in result["systems"]]
     clips = list(dict.fromkeys(row["clip"] for row in rows))
@@ -54,7 +54,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _losses(systems: Sequence[Mapping[str, Any]]) -> str:
-    """The table of the losses, and a folded one of the codebooks."""
+    """Table of the losses, and a collapsed one of the audio loss by codebook."""
     codebooks = [name for name in systems[0]["losses"] if "nll_codebook" in name]
     labels = {name: f"codebook {name.rsplit('_', 1)[1]}" for name in codebooks}
     return (
@@ -91,10 +91,10 @@ def _take(row: Mapping[str, Any]) -> str:
         if (value := row["metrics"].get(name)) is not None
     ]
     heard = row.get("heard")
-    lines = [_said("heard", heard)] if heard is not None else []
+    lines = [_said("recogniser heard", heard)] if heard is not None else []
     if "transcription" in row:
         rate = row["metrics"][m.TRANSCRIPTION_CER]
-        lines.append(_said(f"writes, {rate:.2f} errors per character", row["transcription"]))
+        lines.append(_said(f"wrote, {rate:.2f} errors per character", row["transcription"]))
     return (
         f'<div class="take"><h3>{escape(title)}</h3>'
         f'<audio controls preload="none" src="{escape(row["wav"])}"></audio>'

@@ -17,12 +17,12 @@ _TICKS_HZ = (200, 500, 1000, 2000, 4000, 8000)
 
 
 def mel_of_hz(hz: float) -> float:
-    """Mel (HTK), the scale of `log_mel`'s bands."""
+    """A frequency on the mel scale (HTK), which spaces `log_mel`'s bands."""
     return 2595.0 * float(np.log10(1.0 + hz / 700.0))
 
 
 def draw_spectrogram(path: Path, wave: np.ndarray, rate_hz: int, least_seconds: float) -> None:
-    """Write a log-mel picture whose time axis is at least this long, so that clips compare."""
+    """Write a log-mel spectrogram, with at least `least_seconds` of time axis so that clips compare."""
     seconds = len(wave) / rate_hz
     top_hz = min(11_000.0, rate_hz / 2)
     low, high = mel_of_hz(40.0), mel_of_hz(top_hz)

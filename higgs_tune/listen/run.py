@@ -1,4 +1,4 @@
-"""`higgs-tune evaluate` from settings to files: evaluate.json, clips.jsonl, evaluate.html, audio/."""
+"""Run `higgs-tune evaluate`: from settings to evaluate.json, clips.jsonl, evaluate.html and audio/."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ CLIPS = "clips.jsonl"
 
 @dataclass(frozen=True)
 class Asr:
-    """The recogniser that the user names."""
+    """The speech recogniser that the user chose."""
 
     path: str
     revision: str | None = None
@@ -49,33 +49,34 @@ def run_evaluation(
     notes: Sequence[str],
     progress: Callable[[str], None],
 ) -> None:
-    """Evaluate the untouched base and each adapter; the figures are said last.
+    """Evaluate the untouched base and each adapter, and write the results into `out`.
 
     Args:
         out: an empty folder.
-        notes: what the page says on top, before what this finds.
+        notes: for the top of the page, before the notes that the evaluation adds.
+        progress: gets a line before each stage, and the table of figures at the end.
 
     Raises:
-        ConfigError, DataError, ModelError: what cannot be read or does not fit together.
+        ConfigError, DataError, ModelError: an input cannot be read, or inputs do not fit together.
     """
     dataset = Dataset.open(data.path)
     codec_name = codec or _codec_of(dataset, data.path)
     base = load_base(base_settings)
     judges, missing = _judges(base, dataset, codec_name, codec_revision, asr)
     systems = name_systems(adapters)
-    progress("losses on held-out clips")
+    progress("measuring losses on held-out clips")
     losses, num_clips = validation_losses(base, dataset, data, adapters)
     positions = base.model.config.max_position_embeddings
     clips = choose_clips(
         dataset, data, options, positions, lambda text: len(base.vocabulary.encode_text(text))
     )
-    progress(f"{len(clips)} recordings")
+    progress(f"judging {len(clips)} recordings")
     bench = Bench.of(clips, judges, out)
     rows = recording_rows(bench)
     recorded = means([row for row in rows if row["system"] == RECORDING])
     results = []
     for system, loss in zip(systems, losses, strict=True):
-        progress(f"{len(clips)} clips by {system.name}")
+        progress(f"speaking and transcribing {len(clips)} clips with {system.name}")
         own = system_rows(base, system, bench, speech, options.batch_clips)
         rows += own
         results.append(
@@ -113,7 +114,7 @@ def write_result(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[st
     """Write the figures, a line for each clip, and the page.
 
     Raises:
-        DataError: a file cannot be written; each of the others is whole.
+        DataError: a file cannot be written; the others are complete.
     """
     with writing(out, AGAIN):
         write_json_lines(out / CLIPS, rows)
@@ -125,15 +126,15 @@ def _codec_of(dataset: Dataset, path: str) -> str:
     if dataset.info.codec.id == "embedded":
         return "embedded"
     raise ConfigError(
-        f"{path}: its audio was coded with {dataset.info.codec.id}. Say where that codec is: "
-        "--codec DIR or Hub id."
+        f"{path}: its audio was encoded with {dataset.info.codec.id}. Give that codec with --codec, as a "
+        "folder or a Hub id."
     )
 
 
 def _judges(
     base: Base, dataset: Dataset, codec_name: str, codec_revision: str | None, asr: Asr | None
 ) -> tuple[Judges, list[str]]:
-    """The judges that there are, and why others are missing."""
+    """The judges that are available, and a note on each that is missing."""
     device: torch.device = base.model.device
     codec = load_codec(codec_name, device, codec_revision)
     check_codec(codec, codec_name, base)
@@ -145,7 +146,7 @@ def _judges(
     except ConfigError as error:
         notes.append(f"Left out: {error}")
     if asr is None:
-        notes.append("Left out: character errors of a recogniser; name one with --asr.")
+        notes.append("Left out: character errors of speech need a recogniser; name one with --asr.")
     else:
         recogniser = Recogniser(asr.path, device, asr.revision, asr.language)
     return Judges(codec, voice, recogniser), notes

@@ -1,4 +1,4 @@
-"""What is listened to: a base, and adapters that are put onto it for a while."""
+"""The systems that are evaluated: a base, and adapters that are put onto it in turn."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ from higgs_tune.model.load import Base
 from higgs_tune.report.listening import WEIGHTS
 
 BASE = "base"
-RECORDING, REFERENCE = "recording", "reference"  # beside the systems in an evaluation's folder
+RECORDING, REFERENCE = "recording", "reference"  # count as systems in an evaluation's files
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class System:
     adapter: Path | None = None
 
     def fingerprint(self) -> str | None:
-        """SHA-256 of the adapter's weights."""
+        """SHA-256 of the adapter's weights; None for the base."""
         if self.adapter is None:
             return None
         with (self.adapter / WEIGHTS).open("rb") as file:
@@ -33,7 +33,7 @@ class System:
 
 
 def name_systems(adapters: Sequence[Path]) -> list[System]:
-    """The base, then each adapter under the name of its folder (of the one above `adapter/`)."""
+    """The base, then each adapter, named after its folder (or the parent of a folder named `adapter`)."""
     systems = [System(BASE)]
     for adapter in adapters:
         folder = adapter.resolve()
@@ -46,31 +46,31 @@ def name_systems(adapters: Sequence[Path]) -> list[System]:
 
 
 def check_codec(codec: Codec, name: str, base: Base) -> None:
-    """Refuse a codec whose codes the base does not speak.
+    """Refuse a codec whose codes do not fit the base.
 
     Raises:
-        DataError: another number of codebooks or of codes.
+        DataError: the number of codebooks, or of codes in each, differs.
     """
     found = (codec.config.num_quantizers, codec.config.codebook_size)
     voc = base.vocabulary
     needed = (voc.num_codebooks, min(voc.stream_bos, voc.stream_eos))
     if found != needed:
         raise DataError(
-            f"codec {name}: {found[0]} codebooks of {found[1]}, the base {base.source} needs "
+            f"codec {name}: found {found[0]} codebooks of {found[1]} codes, the base {base.source} needs "
             f"{needed[0]} of {needed[1]}. Give the codec that belongs to the base with --codec."
         )
 
 
 def check_data_codec(codec: Codec, name: str, dataset: Dataset) -> None:
-    """Refuse another codec than that of a dataset; to one that is not recorded, any will do.
+    """Refuse a codec other than the dataset's; if the dataset does not record one, accept any.
 
     Raises:
-        DataError: other weights, so that codes sound otherwise.
+        DataError: the weights differ, so that the same codes sound different.
     """
     recorded, found = dataset.info.codec, weights_digest(codec)
     if recorded.weights_sha256 not in (None, found):
         raise DataError(
-            f"codec {name}: its weights are {found[:12]}…, but {dataset.directory} was coded with "
+            f"codec {name}: its weights are {found[:12]}…, but {dataset.directory} was encoded with "
             f"{recorded.id}, weights {recorded.weights_sha256[:12]}…. Give that codec with --codec, or "
             "prepare the data again with this one."
         )

@@ -8,16 +8,16 @@ from higgs_tune.listen.page import LOSSES
 from higgs_tune.listen.systems import RECORDING
 from higgs_tune.report.listening import SHOWN
 
-_NONE = "–"  # nobody has the figure
+_NONE = "–"  # the system has no such figure
 
 
 def figures_table(result: Mapping[str, Any]) -> str:
-    """A line for each figure that there is, a column for each system; then the page's notes.
+    """A line per figure that any system has, a column per system; then the page's notes.
 
-    Behind a mean over fewer clips than were spoken stands over how many.
+    A mean over fewer clips than were spoken is followed by their number in brackets.
 
     Args:
-        result: what evaluate.json holds.
+        result: content of evaluate.json.
     """
     columns = [{"name": RECORDING, "losses": {}, "speech": result["recording"]}] * bool(
         result["recording"]
@@ -35,7 +35,7 @@ def figures_table(result: Mapping[str, Any]) -> str:
         if any(cell != _NONE for cell in cells):
             lines.append([label, *cells])
     if any(cell.endswith(")") for _, *cells in lines[1:] for cell in cells):
-        counts += ", in brackets: on fewer"
+        counts += " or the number in brackets"
     first, *widths = (max(map(len, cells)) for cells in zip(*lines, strict=True))
     table = [
         label.ljust(first)

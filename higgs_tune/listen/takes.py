@@ -1,4 +1,4 @@
-"""Takes of one text: prompt, speech, WAV and a JSON file beside each."""
+"""Speak one text in one or more takes: the prompt, the speech, and a WAV and a JSON file per take."""
 
 import io
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from higgs_tune.listen.options import AGAIN, SpeechOptions
 from higgs_tune.local_path import refuse_existing
 from higgs_tune.model.writing import Prompt
 
-_MAX_TEXT_CHARS = 2000  # as `data prepare` takes by default
+_MAX_TEXT_CHARS = 2000  # the default limit of `data prepare`
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A recording of the voice to speak with, and what it says."""
+    """A recording of the voice to imitate, and its transcript."""
 
     path: Path
     text: str
@@ -41,13 +41,14 @@ def take_prompt(
     vocabulary: Vocabulary,
     system_text: str | None = None,
 ) -> Prompt:
-    """The prompt of the training task `speak`, or of `clone` with a reference; texts in NFC as there.
+    """The prompt of the training task `speak`, or of `clone` with a reference; texts in NFC as in training.
 
-    `system_text` is `data.system_text` of the training.
+    Args:
+        system_text: text of the system turn, as `data.system_text` in training.
 
     Raises:
-        DataError: a text is empty, too long, or holds a control token or characters that the base
-            does not know; the reference is no usable recording.
+        DataError: a text is empty, too long, or contains a control token or characters that the base
+            does not know; or the reference is not a usable recording.
     """
     texts = {
         "--text": text,
@@ -65,7 +66,7 @@ def take_prompt(
                 "that out, or give a --base whose tokenizer knows it. docs/reference/embedded.md lists "
                 "what the embedded one knows."
             )
-    unspoken_TC = np.zeros((1, vocabulary.num_codebooks), dtype=np.uint16)  # the prompt ends before
+    unspoken_TC = np.zeros((1, vocabulary.num_codebooks), dtype=np.uint16)  # not in the prompt
     codes, ref_text = (unspoken_TC,), None
     if reference is not None:
         codes = (unspoken_TC, _reference_codes(reference.path, codec))
@@ -79,7 +80,7 @@ def take_prompt(
 
 def _reference_codes(path: Path, codec: Codec) -> np.ndarray:
     if not path.is_file():
-        raise DataError(f"--reference: {path} does not exist or is no file.")
+        raise DataError(f"--reference: {path} does not exist or is not a file.")
     try:
         wave, rate_hz = read_clip(
             path, min_seconds=0.1, max_seconds=60.0, target_rate_hz=codec.config.sample_rate
@@ -93,7 +94,7 @@ def take_paths(out: Path, num_takes: int) -> list[Path]:
     """`out` itself, or out-1.wav, out-2.wav, … for several takes.
 
     Raises:
-        ConfigError: not a .wav, or it or the JSON file that goes beside it is there already.
+        ConfigError: `out` does not end in .wav, or a WAV or JSON file of these names already exists.
     """
     if out.suffix.lower() != ".wav":
         raise ConfigError(f"--out: found {out}, needed a file name that ends in .wav.")
@@ -112,19 +113,19 @@ def frame_limit(
     codec: Codec,
     max_seconds: float,
 ) -> int:
-    """Frames of `max_seconds`, or fewer where the base has no positions for more."""
+    """Frames in `max_seconds`, or fewer if the base has no positions for more."""
     asked = max(1, round(max_seconds * codec.config.sample_rate / codec.config.hop_length))
     config = model.config
     return min(asked, most_frames(config.max_position_embeddings, prompts, config.num_codebooks))
 
 
 def seconds_of(codes_TC: np.ndarray, codec: Codec) -> float:
-    """Length of the speech that codes stand for."""
+    """Duration of the speech that the codes encode."""
     return len(codes_TC) * codec.config.hop_length / codec.config.sample_rate
 
 
 def wave_of(codes_TC: np.ndarray, codec: Codec) -> np.ndarray:
-    """The float32 wave of codes, scaled down if it would exceed full scale; empty for no codes."""
+    """Codes decoded to a float32 wave, scaled down if it would exceed full scale; empty for no codes."""
     if not len(codes_TC):
         return np.zeros(0, dtype=np.float32)
     wave = decode_clip(codec, codes_TC)
@@ -132,12 +133,12 @@ def wave_of(codes_TC: np.ndarray, codec: Codec) -> np.ndarray:
 
 
 def write_wav(path: Path, wave: np.ndarray, rate_hz: int) -> None:
-    """Write a 16-bit WAV, whole or not at all.
+    """Write a 16-bit WAV, either completely or not at all.
 
     Raises:
         DataError: it cannot be written.
     """
-    content = io.BytesIO()  # of a full disk libsndfile says "System error." only
+    content = io.BytesIO()  # libsndfile would report a full disk only as "System error."
     soundfile.write(content, wave, rate_hz, format="WAV", subtype="PCM_16")
     with writing(path, AGAIN):
         write_bytes(path, content.getvalue())
@@ -154,12 +155,12 @@ def make_take(
     seed: int,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Speak the prompt once and write `path` and the JSON beside it; returns what the JSON holds.
+    """Speak the prompt once, write `path` and a JSON file beside it, and return the JSON's content.
 
     The same seed, prompt and model give the same WAV.
 
     Args:
-        facts: what else the JSON shall say, such as text and adapter.
+        facts: further entries of the JSON, such as text and adapter.
     """
     max_frames = frame_limit(model, [prompt], codec, options.max_seconds)
     (spoken,) = speak(model, vocabulary, [prompt], options, seed=seed, max_frames=max_frames)

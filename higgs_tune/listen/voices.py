@@ -1,6 +1,6 @@
 """Models that judge speech: Resemblyzer for the voice, any transformers recogniser for the words.
 
-Both are optional; neither is loaded unless asked for.
+Both are optional: without a model, its metric is left out.
 """
 
 import importlib
@@ -16,14 +16,14 @@ from higgs_tune.errors import ConfigError, ModelError
 from higgs_tune.listen.measures import character_error_rate
 
 _RATE_HZ = 16_000  # Resemblyzer's
-_SILENCE = 1e-4  # peak of full scale 1
+_SILENCE = 1e-4  # peak, where full scale is 1
 
 
 class VoiceJudge:
-    """Speaker similarity with Resemblyzer, whose weights come in its package.
+    """Speaker similarity with Resemblyzer, whose weights ship with its package.
 
     Raises:
-        ConfigError: Resemblyzer is not installed, or one of its libraries does not import.
+        ConfigError: Resemblyzer is not installed, or one of its libraries cannot be imported.
     """
 
     def __init__(self, device: torch.device):
@@ -37,12 +37,12 @@ class VoiceJudge:
         self._encoder = self._library.VoiceEncoder(str(device), verbose=False)
 
     def similarity(self, wave: np.ndarray, reference: np.ndarray, rate_hz: int) -> float | None:
-        """Cosine of two clips' voices, 1 for the same; None if one of them has no voiced sound."""
+        """Cosine of two clips' voice embeddings, 1 for the same; None if either has no voiced sound."""
         first, second = self._embedding(wave, rate_hz), self._embedding(reference, rate_hz)
         return None if first is None or second is None else float(first @ second)
 
     def _embedding(self, wave: np.ndarray, rate_hz: int) -> np.ndarray | None:
-        """A unit vector of the voiced parts."""
+        """Unit vector of the voiced parts; None if there are none."""
         if not len(wave) or float(np.abs(wave).max()) < _SILENCE:
             return None
         voiced = self._library.preprocess_wav(resample(wave, rate_hz, _RATE_HZ))
@@ -54,12 +54,12 @@ class Recogniser:
 
     Raises:
         ModelError: it cannot be loaded.
-        ConfigError: it does not know the language, or knows but one.
+        ConfigError: it does not know the language, or takes none because it knows only one.
     """
 
     def __init__(self, path: str, device: torch.device, revision: str | None, language: str | None):
         try:
-            # the task's name is a literal type of its own in each version of transformers
+            # Any: the type of the task's name differs between versions of transformers
             make: Any = pipeline
             self._pipeline: Any = make(
                 "automatic-speech-recognition", model=path, revision=revision, device=device
@@ -75,35 +75,35 @@ class Recogniser:
         self._at_once: float = extractor.n_samples if is_whisper else float("inf")
         self._arguments = {"generate_kwargs": {"language": language}} if language else {}
         if language:
-            try:  # what it knows, each kind of recogniser says at its first clip only
+            try:  # a recogniser refuses a language only when it transcribes
                 self.text_of(np.zeros(self._rate_hz, np.float32), self._rate_hz)
             except ValueError as error:
                 raise ConfigError(
-                    f"--asr-language {language}: {path} does not take it: {error}"
+                    f"--asr-language {language}: {path} does not accept it: {error}"
                 ) from error
 
     def text_of(self, wave: np.ndarray, rate_hz: int) -> str:
-        """What is said; nothing in a clip without samples."""
+        """Transcript of a clip; empty for one without samples."""
         if not len(wave):
             return ""
         heard = resample(wave, rate_hz, self._rate_hz)
         arguments: dict[str, Any] = dict(self._arguments)
-        if len(heard) > self._at_once:  # Whisper goes on after 30 s only by its own time stamps
+        if len(heard) > self._at_once:  # Whisper continues after 30 s only with timestamps
             arguments["return_timestamps"] = True
         result = self._pipeline({"raw": heard, "sampling_rate": self._rate_hz}, **arguments)
         return result["text"]
 
     def error_rate(self, heard: str, target: str) -> float | None:
-        """Character error rate of what was heard; None for a target without letters.
+        """Character error rate of a transcript; None for a target without letters or digits.
 
-        A recogniser chooses case, punctuation, vowel signs and the script of digits freely: they are
-        no errors of speech.
+        Case, punctuation, vowel signs and the script of digits are ignored: recognisers choose them
+        freely, so they are not errors of speech.
         """
         plain = plain_text(target)
         return character_error_rate(plain_text(heard), plain) if plain else None
 
 
 def resample(wave: np.ndarray, rate_hz: int, target_hz: int) -> np.ndarray:
-    """The wave at another rate."""
+    """The wave resampled from `rate_hz` to `target_hz`."""
     resampled = torchaudio.functional.resample(torch.from_numpy(wave), rate_hz, target_hz)
     return resampled.numpy()

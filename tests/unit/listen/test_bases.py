@@ -73,7 +73,7 @@ def test_an_adapter_is_evaluated_on_the_base_that_it_names(tmp_path, headless, a
 def test_the_embedded_base_of_another_machine_is_the_one_here(adapter_of):
     adapter = adapter_of("/elsewhere/lib/higgs_tune/embedded/base")
     assert base_for([adapter], {}, "generate").path == "embedded"
-    with pytest.raises(ModelError, match="the base that it names is not here"):
+    with pytest.raises(ModelError, match="the base that it names is not on this machine"):
         base_for([adapter_of("/elsewhere/base", "other")], {}, "generate")
 
 
@@ -106,7 +106,7 @@ def test_what_is_given_beside_the_adapter_holds(adapter_of):
 def test_a_base_that_is_not_here_can_be_said(tmp_path, adapter_of):
     adapter = adapter_of(tmp_path / "gone")
     with pytest.raises(
-        ModelError, match=r"adapter: the base .* is not here: .*gone.* --base where"
+        ModelError, match=r"adapter: the base .* is not on this machine: .*gone.* with --base"
     ):
         base_for([adapter], {}, "generate")
     assert base_for([adapter], {"path": "embedded"}, "generate").path == "embedded"

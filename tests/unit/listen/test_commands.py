@@ -61,7 +61,7 @@ def test_speech_cut_off_at_the_limit_is_said_in_the_json_and_on_stderr(tmp_path,
     generate(tmp_path / "short.wav", *arguments, "0.2")
     cut = json.loads((tmp_path / "short.json").read_text())
     assert (cut["reached_eos"], cut["hit_length_limit"], cut["seconds"]) == (False, True, 0.2)
-    assert "no end after 0.2 s, cut off there" in capsys.readouterr().err
+    assert "speech had not ended after 0.2 s and was cut off" in capsys.readouterr().err
     first, second = (soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("long", "short"))
     assert len(second) == 4800 < len(first)
 
@@ -258,7 +258,7 @@ def test_a_sweeps_best_adapter_is_evaluated_and_linked_from_its_report(tmp_path,
         ((), "give --adapter DIR (none for the base alone), or --results DIR"),
         (("--adapter", "none"), "--out: give a folder"),
         (("--adapter", "none", "--out", "."), "--out: . exists. Give a name that does not"),
-        (("--results", "nowhere", "--data", "x"), "--data: the folder of --results says it"),
+        (("--results", "nowhere", "--data", "x"), "--data: comes from the folder of --results"),
         (
             ("--results", "nowhere"),
             "--results nowhere: found no sweep.yaml, needed the results folder",
@@ -266,9 +266,12 @@ def test_a_sweeps_best_adapter_is_evaluated_and_linked_from_its_report(tmp_path,
         (("--adapter", "none", "--out", "o", "--num-clips", "1"), "num_clips: Input should be"),
         (
             ("--adapter", "none", "--out", "o", "--asr-language", "ar"),
-            "--asr-language: belongs to a recogniser; name one with --asr",
+            "--asr-language: needs a recogniser; name one with --asr",
         ),
-        (("--adapter", "none", "--out", "o", "--asr-revision", "1"), "--asr-revision: belongs to"),
+        (
+            ("--adapter", "none", "--out", "o", "--asr-revision", "1"),
+            "--asr-revision: needs a recogniser",
+        ),
     ],
 )
 def test_an_evaluation_of_nothing_is_one_clear_error(capsys, arguments, message):

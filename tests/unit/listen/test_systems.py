@@ -54,6 +54,6 @@ def test_a_codec_with_other_weights_than_the_datas_is_refused(tmp_path, data, ca
     error = capsys.readouterr().err
     found, needed = weights_digest(other)[:12], weights_digest(load_codec("embedded"))[:12]
     assert f"codec {tmp_path / 'other'}: its weights are {found}…, but {data} was" in error
-    assert f"was coded with embedded, weights {needed}…" in error
+    assert f"was encoded with embedded, weights {needed}…" in error
     assert "Give that codec with --codec, or prepare the data again" in error
     assert not (tmp_path / "out").exists()

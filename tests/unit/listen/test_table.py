@@ -59,5 +59,5 @@ def test_a_mean_over_fewer_clips_says_over_how_many():
     assert table.splitlines()[-3:] == [
         "ended by itself                               –      1.00   1.00",
         "speaker similarity                     0.88 (3)  0.75 (1)   0.50",
-        "losses on 8 held-out clips, speech and text on 4, in brackets: on fewer",
+        "losses on 8 held-out clips, speech and text on 4 or the number in brackets",
     ]

@@ -122,7 +122,7 @@ def test_a_language_that_a_recogniser_does_not_know_is_told_before_anything_is_h
     monkeypatch.setattr(voices, "pipeline", lambda *_, **__: FakeWhisper())
     assert Recogniser("whisper", CPU, None, "arabic").text_of(np.ones(9, np.float32), 16_000)
     with pytest.raises(
-        ConfigError, match=r"^--asr-language arabicc: whisper does not take it: Uns"
+        ConfigError, match=r"^--asr-language arabicc: whisper does not accept it: Uns"
     ):
         Recogniser("whisper", CPU, None, "arabicc")
 
