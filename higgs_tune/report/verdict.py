@@ -12,8 +12,8 @@ Outcome = Literal[
 ]
 _VERDICTS: dict[Outcome, tuple[str, Tone]] = {
     "better": ("Better than by hand", "good"),
-    "within_noise": ("Not surely better than by hand", "fair"),
-    "worse": ("Keeps audio, text less well", "fair"),
+    "within_noise": ("Not clearly better than by hand", "fair"),
+    "worse": ("Keeps audio, but text is worse", "fair"),
     "unconfirmed": ("Not confirmed", "fair"),
     "baseline_best": ("Trial 0 stays best", "fair"),
     "no_feasible": ("Nothing to choose", "poor"),

@@ -81,9 +81,9 @@ def test_losses_are_told_against_base_and_trial_0(tmp_path: Path) -> None:
     "origin, best, verdict",
     [
         ("search", [2.0, 2.1], "Better than by hand"),
-        ("search", [2.9, 3.1], "Not surely better than by hand"),
+        ("search", [2.9, 3.1], "Not clearly better than by hand"),
         ("baseline_fixed", [2.0, 2.1], "Better than trial 0"),
-        ("baseline_fixed", [2.9, 3.1], "Not surely better than trial 0"),
+        ("baseline_fixed", [2.9, 3.1], "Not clearly better than trial 0"),
     ],
 )
 def test_trial_1_is_by_hand_itself(
