@@ -82,7 +82,7 @@ class Encoded:
 def delay_codes(codes_TC: np.ndarray, bos: int, eos: int) -> np.ndarray:
     """Lay codes out for the model: (T, C) → (T + C + 1, C), codebook k delayed by k rows.
 
-    Source: HiggsAudioV2Processor.build_delay_pattern, transformers 5.23.
+    Source: HiggsAudioV2Processor.build_delay_pattern, transformers 5.24.
     """
     num_frames, num_codebooks = codes_TC.shape
     delayed_AC = np.full((num_frames + num_codebooks + 1, num_codebooks), eos, dtype=np.int64)

@@ -133,16 +133,16 @@ class CrossAttentionDecoderLayer(HiggsAudioV2DecoderLayer):
         attention_mask: Tensor | None = None,
         audio_token_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
         """As the stock layer; no `audio_token_mask` means that every row is audio."""
         assert position_embeddings is not None
-        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+        if cache is not None and not isinstance(cache, DynamicCache):
             raise ModelError(
                 f"cross_attention {self.cross_attention} does not work with a "
-                f"{type(past_key_values).__name__}; generate with the default DynamicCache."
+                f"{type(cache).__name__}; generate with the default DynamicCache."
             )
         residual = hidden_states
         audio_BL = audio_token_mask
@@ -152,7 +152,7 @@ class CrossAttentionDecoderLayer(HiggsAudioV2DecoderLayer):
         x = torch.where(
             audio_BL1, self.audio_input_layernorm(residual), self.input_layernorm(residual)
         )
-        past = (past_key_values, self.cache_index)
+        past = (cache, self.cache_index)
         if self.cross_attention == "audio_self":
             update = self.audio_attn(x, audio_BL, *position_embeddings, *past)
             residual = torch.where(audio_BL1, residual + update, residual)
@@ -165,7 +165,7 @@ class CrossAttentionDecoderLayer(HiggsAudioV2DecoderLayer):
             hidden_states=x,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
             **kwargs,

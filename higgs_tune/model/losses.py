@@ -22,7 +22,7 @@ def nll_sum(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         float32 sums, shape (K,) or (K, C); 0 where there is no target.
 
-    Source: HiggsAudioV2ForConditionalGeneration.forward, transformers 5.23.
+    Source: HiggsAudioV2ForConditionalGeneration.forward, transformers 5.24.
     """
     nll = F.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"

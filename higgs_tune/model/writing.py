@@ -64,12 +64,12 @@ def write_text(
     cache: Any = None
     written: list[int] = []
     while len(written) < max_tokens:
-        output = model.model(input_ids=fed, past_key_values=cache, use_cache=True, **audio)
+        output = model.model(input_ids=fed, cache=cache, use_cache=True, **audio)
         logits_V = head(output.last_hidden_state[0, -1]).float()
         logits_V[never] = -torch.inf
         token = int(logits_V.argmax())
         if token == end:
             return Written(tuple(written), reached_end=True)
         written.append(token)
-        cache, fed, audio = output.past_key_values, torch.tensor([[token]], device=device), {}
+        cache, fed, audio = output.cache, torch.tensor([[token]], device=device), {}
     return Written(tuple(written), reached_end=False)

@@ -57,7 +57,7 @@ def test_row_by_row_logits_equal_the_full_forward(model, task, first):
     whole = model.model(**inputs_of([one]), use_cache=False).last_hidden_state
     cache, rows = DynamicCache(config=model.config), []
     for given in chunks(one, first):
-        out = model.model(**given, past_key_values=cache, use_cache=True)
+        out = model.model(**given, cache=cache, use_cache=True)
         rows.append(out.last_hidden_state)
     assert cache.get_seq_length() == one.num_rows
     hidden = torch.cat(rows, dim=1)
@@ -132,12 +132,12 @@ def test_the_marks_of_audio_rows_survive_a_crop_of_the_cache(model):
     one = example("clone", 3, num_frames=9, num_letters=5)
     cache = DynamicCache(config=model.config)
     outs = [
-        model.model(**given, past_key_values=cache, use_cache=True).last_hidden_state
+        model.model(**given, cache=cache, use_cache=True).last_hidden_state
         for given in chunks(one, 4)
     ]
     last = list(chunks(one, one.num_rows - 1))[-1]
     cache.crop(-1)
-    again = model.model(**last, past_key_values=cache, use_cache=True).last_hidden_state
+    again = model.model(**last, cache=cache, use_cache=True).last_hidden_state
     torch.testing.assert_close(again, outs[-1], rtol=1e-5, atol=1e-5)
 
 
@@ -146,4 +146,4 @@ def test_a_cache_that_the_new_modules_cannot_grow_is_refused(mode):
     model = with_cross_attention(tiny_base().model, mode, seed=1)
     cache = StaticCache(config=model.config, max_cache_len=64)
     with pytest.raises(ModelError, match="does not work with a StaticCache"):
-        model(**inputs_of([example("speak", 1)]), past_key_values=cache)
+        model(**inputs_of([example("speak", 1)]), cache=cache)
