@@ -1,4 +1,4 @@
-"""Recordings to codes: what one process needs to code clips, in this process or in an actor.
+"""Encode recordings into codes in one process, be it the main process or a Ray actor.
 
 Shape letters: T frames, C codebooks.
 """
@@ -19,13 +19,13 @@ from higgs_tune.errors import DataError
 _CACHED_CLIPS = 64  # a reference recording often serves many rows
 
 Names = tuple[str, ...]  # the recordings of one row, as the manifest gives them
-Codes = tuple[np.ndarray, ...]  # (T, C) of each of them
+Codes = tuple[np.ndarray, ...]  # (T, C) for each of them
 Outcome = Codes | str  # the codes of a row, or why its audio cannot be used
 
 
 @dataclass(frozen=True)
 class ClipRules:
-    """Which recordings are taken."""
+    """Where recordings must be and how long they may be."""
 
     root: Path  # resolved
     min_seconds: float
@@ -34,9 +34,9 @@ class ClipRules:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One torch thread: a sum cut up for more threads can round to another code.
+    """Limit torch to one thread, so that codes do not depend on the number of workers or cores.
 
-    So the codes of a clip do not depend on how many workers or cores there are.
+    A sum that is split over several threads can round differently and give another code.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -47,7 +47,7 @@ def one_thread() -> Iterator[None]:
 
 
 def clip_coder(codec: Codec, rules: ClipRules) -> Callable[[Names], Outcome]:
-    """A function from a row's recordings to their codes; it remembers the clips it saw last."""
+    """Return a function that encodes a row's recordings; it caches the most recent clips."""
 
     @lru_cache(maxsize=_CACHED_CLIPS)
     def codes(name: str) -> np.ndarray:
@@ -72,14 +72,14 @@ def clip_coder(codec: Codec, rules: ClipRules) -> Callable[[Names], Outcome]:
 
 
 def reason_of(names: Names, place: int, problem: Exception) -> str:
-    """Why a row is rejected; the rejection has the path of its first recording only."""
+    """Why a row is rejected. Any recording but the first is named: a `Rejection` has the first's path."""
     return f"{names[place]!r}: {problem}" if place else str(problem)
 
 
 def code_here(
     codec: Codec, rules: ClipRules, rows: Iterable[Names]
 ) -> Generator[Outcome, None, None]:
-    """Code row by row in this process."""
+    """Encode row by row in this process."""
     coder = clip_coder(codec, rules)
     for names in rows:
         with one_thread():

@@ -1,7 +1,7 @@
-"""Audio codecs: wave ↔ codes, 25 frames a second in 8 codebooks for those of Higgs Audio V2.
+"""Audio codecs: wave ↔ codes (25 frames per second in 8 codebooks for Higgs Audio V2).
 
-Two kinds with one interface: `HiggsAudioV2TokenizerModel`, the codec of the real checkpoint, and
-`MelRvqCodec`, which ships with the package.
+Two classes share one interface: `HiggsAudioV2TokenizerModel`, the codec of the published checkpoint,
+and `MelRvqCodec`, which ships with the package.
 
 Shape letters: N samples, T code frames, C codebooks.
 """
@@ -31,16 +31,16 @@ Codec = MelRvqCodec | HiggsAudioV2TokenizerModel
 
 
 def load_codec(path: str, device: str | torch.device = "cpu", revision: str | None = None) -> Codec:
-    """A codec in eval mode that has coded a probe of noise as its configuration says.
+    """Load a codec in eval mode and check it by encoding a second of noise.
 
     Args:
         path: "embedded", a folder that `save_pretrained` wrote, or a Hub id.
-        revision: Hub commit; needed for a Hub id.
+        revision: commit on the Hub; required for a Hub id.
 
     Raises:
-        ModelError: nothing to load there, not a codec that this version knows, or one whose weights
-            and configuration do not fit each other.
-        NoMemoryError: the device has no memory for it, or for coding a second.
+        ModelError: there is nothing to load, this version does not know the codec, or its weights and
+            configuration do not match.
+        NoMemoryError: the device has no memory for the codec, or for encoding a second.
     """
     source, codec_class = _find_codec(path, revision)
     if not sys.stderr.isatty():
@@ -69,15 +69,15 @@ def load_codec(path: str, device: str | torch.device = "cpu", revision: str | No
 
 
 def _refuse_no_memory(error: Exception, path: str, device: str | torch.device) -> None:
-    """NoMemoryError if that is what an exception says."""
+    """Raise NoMemoryError if `error` says that memory ran out."""
     if is_out_of_memory(error):
         raise NoMemoryError(
-            f"codec {path}: finds no memory on {device}: {error}. Free some, or choose another device."
+            f"codec {path}: not enough memory on {device}: {error}. Free some, or choose another device."
         ) from error
 
 
 def _find_codec(path: str, revision: str | None) -> tuple[str, type[Codec]]:
-    """What `from_pretrained` gets, and the class that reads it."""
+    """Return the source for `from_pretrained`, and the class to load it with."""
     folder = EMBEDDED_CODEC if path == "embedded" else Path(path).expanduser()
     if not folder.is_dir():
         if path == "embedded" or not could_be_hub_id(path):
@@ -97,7 +97,7 @@ def _find_codec(path: str, revision: str | None) -> tuple[str, type[Codec]]:
     try:
         model_type = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"codec {path}: {config_path} is no JSON object: {error}") from None
+        raise ModelError(f"codec {path}: {config_path} is not a JSON object: {error}") from None
     known: dict[str, type[Codec]] = {
         "mel_rvq_codec": MelRvqCodec,
         "higgs_audio_v2_tokenizer": HiggsAudioV2TokenizerModel,
@@ -110,7 +110,7 @@ def _find_codec(path: str, revision: str | None) -> tuple[str, type[Codec]]:
 
 
 def _probe(codec: Codec, path: str) -> None:
-    """Code a second of noise and see that the codes are those that the configuration promises."""
+    """Encode a second of noise; check that the codes vary and have the configuration's shape."""
     config = codec.config
     seconds_to_frames = config.sample_rate / config.hop_length
     generator = torch.Generator().manual_seed(0)
@@ -122,9 +122,9 @@ def _probe(codec: Codec, path: str) -> None:
         if is_out_of_memory(error):
             raise
         raise ModelError(
-            f"codec {path}: a second of audio at {config.sample_rate} Hz cannot be coded ({error}). "
+            f"codec {path}: a second of audio at {config.sample_rate} Hz cannot be encoded ({error}). "
             "sample_rate, downsampling ratios and semantic_sample_rate of its config.json do not "
-            "belong together: use the config.json that came with the weights."
+            "match: use the config.json that came with the weights."
         ) from None
     found = tuple(output.audio_codes.shape[1:])
     needed = (config.num_quantizers, math.ceil(seconds_to_frames))
@@ -156,13 +156,13 @@ def weights_digest(codec: Codec) -> str:
 
 
 def encode_clip(codec: Codec, wave: np.ndarray, rate_hz: int) -> np.ndarray:
-    """Codes (T, C), uint16, of one mono clip of any rate.
+    """Encode one mono clip of any rate into codes (T, C), uint16.
 
     One clip at a time and without padding: padding changes the codes of a neural codec.
 
     Raises:
-        DataError: the clip is empty, not one-dimensional, not finite, or shorter than a frame of a
-            codec that needs a whole one.
+        DataError: the clip is empty, not one-dimensional, not finite, or shorter than the one frame that
+            `HiggsAudioV2TokenizerModel` needs.
     """
     assert not codec.training, "dropout and layer drop would change the codes"
     if wave.ndim != 1 or wave.size == 0:
@@ -183,7 +183,7 @@ def encode_clip(codec: Codec, wave: np.ndarray, rate_hz: int) -> np.ndarray:
 
 
 def decode_clip(codec: Codec, codes_TC: np.ndarray) -> np.ndarray:
-    """The float32 wave, at the codec's rate, of one clip's codes (T, C)."""
+    """Decode one clip's codes (T, C) into a float32 wave at the codec's rate."""
     codes = torch.from_numpy(codes_TC.astype(np.int64)).T[None].to(codec.device)
     with torch.inference_mode():
         output: Any = codec.decode(codes)

@@ -1,9 +1,9 @@
-"""Lay the examples of a pack of adapters out for one forward, every index decided on the host.
+"""Lay out the examples of a pack of adapters for one forward pass; all indices are made on the host.
 
-Rows live in slots, adapter-major, text rows before audio rows: (K, T + A). Linear layers, norms and
-heads read slots directly; only attention needs sequences, and gets the indices to and fro. A slot or a
-sequence position that only pads maps to a row of the same adapter, so nothing, not even a NaN, crosses
-from one adapter to another.
+Rows are stored in slots (K, T + A): adapter by adapter, text rows before audio rows. Linear layers, norms
+and heads read slots directly. Only attention needs sequences, so it gets indices for both directions.
+Padding slots and positions map to a row of the same adapter, so that nothing, not even a NaN, crosses from
+one adapter to another.
 
 Shape letters: K adapters of this batch, T text slots, A audio slots, N = T + A, R sequences,
 L longest sequence, C codebooks, M labelled rows.
@@ -21,34 +21,34 @@ from higgs_tune.data.tokens import IGNORE, Encoded
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`; the host does not wait for the copy."""
+    """Copy a host tensor to `device`; the host does not wait for the copy."""
     if device.type == "cuda":
-        tensor = tensor.pin_memory()  # from pageable memory the driver may wait for the stream
+        tensor = tensor.pin_memory()  # copying pageable memory may block until the stream is idle
     return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
 class CrossIndex:
-    """Where the adapters of one cross_attention mode find their text and audio rows.
+    """Indices of the text and audio rows of the adapters that share one cross_attention mode.
 
-    Sequences here are compact: the audio rows (and the text rows) of a conversation side by side.
-    Indices are local to the J adapters of the mode. S sequences of theirs.
+    Sequences here are compact: only the audio rows, or only the text rows, of one conversation. Indices
+    are local to the J adapters of the mode, which have S conversations in all.
     """
 
     adapters: tuple[int, ...]  # positions among the K adapters
-    adapters_J: Tensor  # the same
+    adapters_J: Tensor  # the same as a tensor
     audio_from_slot_SA: Tensor  # compact audio sequences ← flat (J, A) slots
     audio_slot_from_seq_JA: Tensor  # (J, A) slots ← flat compact audio sequences
     audio_position_SA: Tensor  # original positions, for RoPE
     text_from_slot_ST: Tensor
     text_slot_from_seq_JT: Tensor
     text_position_ST: Tensor
-    sees_audio_ST1A: Tensor  # bool: text row (S, T) may read [nothing, audio row ...]
+    sees_audio_ST1A: Tensor  # bool: text row (S, T) may attend to [nothing, audio row ...]
 
 
 @dataclass(frozen=True, eq=False)
 class PackBatch:
-    """One forward's worth of rows of K adapters."""
+    """The rows of K adapters for one forward pass."""
 
     slots: tuple[int, ...]  # bank rows of the K adapters, ascending
     text_ids_KT: Tensor
@@ -59,7 +59,7 @@ class PackBatch:
     text_labels_KM: Tensor  # IGNORE where an adapter has fewer
     audio_rows_KM: Tensor  # labelled audio slots, index into A
     audio_labels_KMC: Tensor
-    # each adapter's own among the padded T, A and M
+    # each adapter's own counts, without the padding of T, A and M
     num_text_K: tuple[int, ...]
     num_audio_K: tuple[int, ...]
     num_text_labelled_K: tuple[int, ...]
@@ -67,7 +67,7 @@ class PackBatch:
     cross: dict[str, CrossIndex]  # cross_attention mode → its adapters; no entry for "off"
 
     def to(self, device: torch.device) -> "PackBatch":
-        """A copy on `device`; host-to-device copies do not wait."""
+        """Return the batch on `device`; the host does not wait for the copies."""
         if device.type == "cpu":
             return self
 
@@ -84,14 +84,14 @@ class PackBatch:
 
 @dataclass(frozen=True)
 class TargetCounts:
-    """Targets of one adapter over a whole optimizer step."""
+    """Number of targets of one adapter in a whole optimizer step."""
 
     text: int
     audio_C: np.ndarray
 
 
 def count_targets(examples: Sequence[Encoded], num_codebooks: int) -> TargetCounts:
-    """Count what is learnt, per modality and codebook."""
+    """Count the targets: text tokens, and audio codes per codebook."""
     audio_C = np.zeros(num_codebooks, dtype=np.int64)
     for example in examples:
         audio_C += (example.audio_labels_AC != IGNORE).sum(axis=0)
@@ -99,7 +99,7 @@ def count_targets(examples: Sequence[Encoded], num_codebooks: int) -> TargetCoun
 
 
 def split_micro_batches(examples: Sequence[Encoded], token_budget: int) -> list[list[Encoded]]:
-    """Cut one step's examples into runs of at most `token_budget` padded rows, order kept.
+    """Split one step's examples, in order, into micro-batches of at most `token_budget` padded rows.
 
     A single example over the budget gets a micro-batch of its own.
     """
@@ -118,7 +118,7 @@ def split_micro_batches(examples: Sequence[Encoded], token_budget: int) -> list[
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """The rows of one adapter: its examples one after another, text and audio apart."""
+    """The rows of one adapter: its examples concatenated, text and audio separately."""
 
     ids: np.ndarray
     codes: np.ndarray
@@ -135,7 +135,7 @@ def _rows(examples: Sequence[Encoded]) -> _Rows:
         is_text[example.audio_rows_A] = False
         text_rows.append(np.flatnonzero(is_text))
         if (example.text_labels_L[example.audio_rows_A] != IGNORE).any():
-            raise AssertionError(f"{example.key}: a text label stands at an audio row")
+            raise AssertionError(f"{example.key}: a text label is at an audio row")
     return _Rows(
         ids=np.concatenate([e.ids_L[t] for e, t in zip(examples, text_rows, strict=True)]),
         codes=np.concatenate([e.codes_AC for e in examples]),
@@ -149,7 +149,7 @@ def _rows(examples: Sequence[Encoded]) -> _Rows:
 
 
 def _stack(arrays: Sequence[np.ndarray], width: int, fill: int | None = None) -> np.ndarray:
-    """Stack arrays padded to `width`; `fill` None repeats each one's last element (0 if empty)."""
+    """Stack arrays, padded to `width` with `fill`, or with each one's last element (0 if empty)."""
     out = np.zeros((len(arrays), width, *arrays[0].shape[1:]), dtype=np.int64)
     for row, array in zip(out, arrays, strict=True):
         row[: len(array)] = array
@@ -162,12 +162,12 @@ def collate(
     modes: Mapping[int, str] | None = None,
     multiple: int = 1,
 ) -> PackBatch:
-    """Build one forward's batch.
+    """Build the batch of one forward pass.
 
     Args:
         examples: bank slot → the adapter's examples of this micro-batch, at least one each.
         modes: bank slot → cross_attention; absent means "off".
-        multiple: T, A and M are padded to a multiple of it, so that fewer shapes occur.
+        multiple: T, A and M are padded to a multiple of this, so that fewer shapes occur.
     """
     slots, modes = tuple(sorted(examples)), modes or {}
     rows = [_rows(examples[slot]) for slot in slots]
@@ -234,7 +234,7 @@ def collate(
 def _compact(
     adapters: Sequence[int], rows: Sequence[_Rows], name: str, width: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Compact sequences of one modality: from-slot, slot-from-seq, positions and lengths."""
+    """Compact sequences of one modality: sequence ← slots, slots ← sequences, positions, lengths."""
     parts = [(j, p) for j, k in enumerate(adapters) for p in getattr(rows[k], name)]
     longest = max(1, *(len(p) for _, p in parts))
     from_slot = np.zeros((len(parts), longest), dtype=np.int64)
@@ -245,7 +245,7 @@ def _compact(
         count = len(positions)
         if at[j] == 0:
             to_seq[j, :] = s * longest
-        # a sequence without such rows reads its adapter's first slot, and nothing reads it
+        # a sequence without such rows reads some slot of its adapter; at most padding reads it
         first = j * width + min(at[j], width - 1)
         from_slot[s] = first + np.minimum(np.arange(longest), max(count - 1, 0))
         position[s, :count] = positions

@@ -1,4 +1,4 @@
-"""A training example before tokenising: turns of text and audio, and which turn is learnt."""
+"""A training example before tokenising: turns of text and audio, and which of them are targets."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,14 +11,14 @@ Task = Literal["transcribe", "speak", "clone", "chat"]
 
 @dataclass(frozen=True)
 class TextPart:
-    """Text as a person wrote it, no control tokens."""
+    """Text as a person wrote it, without control tokens."""
 
     text: str
 
 
 @dataclass(frozen=True, eq=False)
 class AudioPart:
-    """Codec codes of one unpadded clip, shape (T frames, C codebooks), no BOS/EOS, no delay."""
+    """Codes of one unpadded clip, shape (T frames, C codebooks), without BOS/EOS and without delay."""
 
     codes_TC: np.ndarray
 

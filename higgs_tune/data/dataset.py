@@ -1,4 +1,4 @@
-"""A prepared dataset as training and validation read it: rows, loaded when they are asked for."""
+"""Read a prepared dataset for training and validation; rows are loaded on demand."""
 
 import hashlib
 import json
@@ -17,8 +17,9 @@ EMBEDDED = Path(__file__).parents[1] / "embedded" / "speech"
 _EMBEDDED_PREFIX = "embedded:"
 _CACHED_GROUPS = 512  # row groups kept decoded: about 128 MiB of 10 s clips
 _OPEN_SHARDS = 64  # each takes a file handle and 75 kB of metadata
-# What is in memory of each row: 35 bytes. Audio counts in frames; the reference of a clip is left out
-# but for `last_audio`, which it is. Equal speakers have equal numbers, and so have texts that sound the same.
+# Kept in memory for each row: 35 bytes. Audio is measured in frames, without a clip's reference, except that
+# `last_audio` is that reference if there is one. Speakers and texts are hashes, equal for texts that sound
+# the same.
 _INDEX = np.dtype(
     [
         ("is_train", bool),
@@ -32,12 +33,12 @@ _INDEX = np.dtype(
         ("last_audio", np.int32),
     ]
 )
-# The same for what texts measure: 20 bytes. A clip's reference counts apart.
+# Kept as well once texts are measured: 20 bytes per row. A clip's reference is counted separately.
 _SIZES = np.dtype(
     [
-        ("text", np.int32),  # of a clip
+        ("text", np.int32),  # 0 for a chat
         ("longest_text", np.int32),
-        ("rows", np.int32),  # at most, as a conversation
+        ("rows", np.int32),  # upper bound, as a conversation
         ("reference_text", np.int32),  # 0 without a reference
         ("reference_rows", np.int32),
     ]
@@ -45,10 +46,10 @@ _SIZES = np.dtype(
 
 
 def dataset_folder(path: str) -> Path:
-    """Where a dataset's files are, which `data.path` names as a folder or as "embedded:NAME".
+    """Return the folder of the dataset that `data.path` names, as a folder or as "embedded:NAME".
 
     Raises:
-        DataError: no such embedded dataset.
+        DataError: there is no such embedded dataset.
     """
     if not path.startswith(_EMBEDDED_PREFIX):
         return Path(path).expanduser()
@@ -60,9 +61,9 @@ def dataset_folder(path: str) -> Path:
 
 
 class Dataset:
-    """A prepared dataset: some numbers of each row in memory, the rest in memory-mapped shards.
+    """A prepared dataset: a few numbers per row in memory, the rest in memory-mapped shards.
 
-    `index` is a structured array with a row's numbers at its place; its fields are those of `_INDEX`.
+    `index` is a structured array with one element per row; its fields are those of `_INDEX`.
     """
 
     def __init__(self, directory: Path):
@@ -92,12 +93,12 @@ class Dataset:
         """Open a folder made by `higgs-tune data prepare`, or "embedded:NAME".
 
         Raises:
-            DataError: nothing there, an unfinished or damaged dataset, or another format version.
+            DataError: no dataset, an unfinished or damaged one, or one of another format version.
         """
         return Dataset(dataset_folder(path))
 
     def texts(self) -> Iterator[tuple[str, list[str]]]:
-        """The id and every text part of each row, read anew."""
+        """Yield the id and all text parts of each row, reading the shards on each call."""
         names = ("id", "text", "ref_text", "turns")
         for place in range(len(self._paths)):
             for row_id, text, ref_text, turns in self._shard(place).values(names):
@@ -131,7 +132,7 @@ class Dataset:
         return rows
 
     def _sizes(self, text_length: tasks.TextLength) -> np.ndarray:
-        """What the texts of each row measure, as a structured array with the fields of `_SIZES`."""
+        """Measure each row's texts into a structured array with the fields of `_SIZES`."""
         num_codebooks = self.info.codec.num_codebooks
 
         def measure(
@@ -154,21 +155,21 @@ class Dataset:
     def _numbers(
         self, kind: np.dtype, names: Sequence[str], numbers: Callable[..., tuple[int, ...]]
     ) -> Iterator[np.ndarray]:
-        """Numbers of each row of a shard, made from some of its columns."""
+        """For each shard, yield an array of what `numbers` makes of the columns `names` of its rows."""
         for place in range(len(self._paths)):
             rows = self._shard(place).values(names)
             yield np.array([numbers(*values) for values in rows], dtype=kind)
 
 
 def _own_frames(kind: str, frames: list[int]) -> list[int]:
-    """Frames of each audio of a row, the reference of a clip left out."""
+    """Frames of each audio of a row, without a clip's reference."""
     return frames[:1] if kind == "clip" else frames
 
 
 def _index_entry(
     split: str, kind: str, speaker: str, text: str, ref_text: str | None, frames: list[int]
 ) -> tuple[int, ...]:
-    """A row's entry in the index."""
+    """A row's element of the index, with the fields of `_INDEX`."""
     own = _own_frames(kind, frames)
     return (
         split == "train",
@@ -184,7 +185,7 @@ def _index_entry(
 
 
 def _name_number(name: str) -> int:
-    """A number that is equal for equal names; two of 10 million differ but for 3 in a million cases."""
+    """Hash a name to 64 bits, "" to 0; among 10 million names a collision has probability 3e-6."""
     if not name:
         return 0
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

@@ -1,10 +1,9 @@
-"""From a manifest to a dataset folder: recordings become codes, shard by shard.
+"""Turn a manifest into a dataset folder by encoding its recordings, shard by shard.
 
-A shard is a contiguous range of the manifest. It is done when its Parquet file and its record stand
-side by side; the record holds a fingerprint of the rows and of the audio files, so that a run that is
-started again does what is missing or has changed, and nothing else. Codes come from this process or
-from a Ray Data pool, always in the order of the manifest; only this process writes. `dataset.json` is
-written last: without it the folder is no dataset.
+A shard is a contiguous range of the manifest. It is done when both its Parquet file and its record exist.
+The record holds a fingerprint of the rows and their audio files, so that a restarted run encodes only what
+is missing or has changed. Codes come from this process or from a Ray Data pool, always in the order of the
+manifest; only this process writes. `dataset.json` is written last: without it the folder is not a dataset.
 """
 
 import hashlib
@@ -56,27 +55,28 @@ def prepare(
     data_root: Path | None = None,
     options: PrepareOptions | None = None,
 ) -> DatasetInfo:
-    """Encode what `manifest` lists into the dataset folder `out`, or go on where a run stopped.
+    """Encode the recordings of `manifest` into the dataset folder `out`, or continue a stopped run.
 
-    Equal manifests, recordings, codecs and options give equal bytes, whatever `num_workers`.
+    Equal manifests, recordings, codecs and options give equal bytes for any `num_workers`.
 
     Args:
         codec: "embedded", a folder, or a Hub id with `codec_revision`.
         device: "auto", "cpu", "cuda", or "cuda:N" with one worker.
-        num_workers: 1 codes in this process; more are the actors of a Ray Data pool.
-        data_root: audio outside it is rejected; the manifest's folder by default.
+        num_workers: 1 encodes in this process; more are the actors of a Ray Data pool.
+        data_root: audio outside it is rejected; by default the manifest's folder.
 
     Raises:
-        DataError: unreadable manifest, more rejected rows than `max_rejected` (all of them are then in
-            rejected.jsonl), `out` belongs to other data, or it cannot be written. Finished shards stay.
+        DataError: the manifest is unreadable, more rows are rejected than `max_rejected` allows
+            (rejected.jsonl lists them all), or `out` belongs to other data or cannot be written.
+            Finished shards are kept.
         ModelError: the codec cannot be loaded.
-        ConfigError: no such device, or more workers than there is room for.
+        ConfigError: no such device, or more workers than this machine has CPUs.
     """
     options = options or PrepareOptions()
     if data_root is not None and not data_root.is_dir():
         raise DataError(f"{data_root}: no such folder. --data-root is where the recordings are.")
     root = (data_root or manifest.parent).resolve()
-    # With more workers this process codes nothing, and its device says nothing of theirs.
+    # With more workers this process encodes nothing, and they may have other devices than it has.
     model = load_codec(
         codec, resolve_device(device, "--device") if num_workers == 1 else "cpu", codec_revision
     )
@@ -113,7 +113,7 @@ def prepare(
 
 
 def codec_facts(codec: Codec, name: str) -> CodecFacts:
-    """What a dataset says about `codec`; `name` is "embedded", a folder or a Hub id."""
+    """Return what a dataset records about `codec`; `name` is "embedded", a folder or a Hub id."""
     config = codec.config
     return CodecFacts(
         id=Path(name).resolve().name if Path(name).is_dir() else name,
@@ -127,13 +127,14 @@ def codec_facts(codec: Codec, name: str) -> CodecFacts:
 
 
 def _to_do(table: RowTable, out: Path, root: Path, rows_per_shard: int) -> dict[int, str]:
-    """The shards that are missing or stale, and the fingerprints of their recordings.
+    """Return the shards that are missing or stale, each with the fingerprint of its recordings.
 
-    Notes the rejections of the others, and of these the rows whose recording is not there.
+    Also records the rejections of finished shards, and in the other shards those of rows whose recordings
+    are missing.
     """
     to_do: dict[int, str] = {}
     for index, part in enumerate(table.parts(rows_per_shard)):
-        # Before the audio is read: a file that changes meanwhile makes the record stale.
+        # Taken before the audio is read, so that a file that changes meanwhile makes the record stale.
         fingerprint, missing = look_up(part, root)
         rejected = read_record(out, index, fingerprint, part, root)
         if rejected is None:
@@ -152,7 +153,7 @@ def _encode_shards(
     code: Callable[[Iterable[Names]], Generator[Outcome, None, None]],
     rows_per_shard: int,
 ) -> None:
-    """Write the shards of `to_do`; note their rejections."""
+    """Encode and write the shards of `to_do`, and record their rejections."""
     (out / INFO_NAME).unlink(missing_ok=True)
 
     def parts() -> Iterator[tuple[int, list[ManifestRow]]]:
@@ -179,7 +180,7 @@ def _write_part(
     facts: CodecFacts,
     advance: Advance,
 ) -> list[Rejection]:
-    """Take the part's outcomes, write its shard, return its rejections."""
+    """Write the shard of a part from the next outcomes, and return its rejections."""
     encoded: list[Row] = []
     rejected: list[Rejection] = []
     for row in part:
@@ -196,7 +197,7 @@ def _write_part(
 
 
 def _job(table: RowTable, facts: CodecFacts, options: PrepareOptions) -> dict[str, Any]:
-    """What decides the content of the dataset, audio files apart."""
+    """Everything that determines the content of the dataset, except the audio files."""
     content = hashlib.sha256()
     for row in table.rows():
         content.update(row.canonical().encode() + b"\0")
@@ -212,7 +213,7 @@ def _job(table: RowTable, facts: CodecFacts, options: PrepareOptions) -> dict[st
 def _check_rejected(
     manifest: Path, out: Path, table: RowTable, num_total: int, options: PrepareOptions
 ) -> None:
-    """List what is rejected; DataError if it is more than `max_rejected`, or everything."""
+    """Write rejected.jsonl; raise DataError if all rows or more than `max_rejected` are rejected."""
     with writing(out / REJECTED_NAME):
         write_json_lines(out / REJECTED_NAME, map(asdict, table.rejected()))
     allowed = options.allowed(num_total)
@@ -220,9 +221,9 @@ def _check_rejected(
     if num_rejected <= allowed and table.num_rejected() < num_total:
         return
     (out / INFO_NAME).unlink(missing_ok=True)
-    how = "Mend the manifest or the recordings"
-    if holds_rows(out):  # of the manifest as it is: `claim` refuses another one
-        how = "Mend the recordings (what is encoded is kept), give a mended manifest a new --out"
+    how = "Fix the manifest or the recordings"
+    if holds_rows(out):  # encoded from this manifest: `claim` refuses a changed one
+        how = "Fix the recordings (what is encoded is kept), use a new --out for a fixed manifest"
     first = "; ".join(f"row {r.row}: {r.reason}" for r in table.first_rejected(_NUM_SHOWN))
     raise DataError(
         f"{manifest}: {num_rejected} of {num_total} rows are rejected, {allowed} are allowed "

@@ -1,8 +1,8 @@
-"""Coding on several processes or GPUs with Ray Data; the only module below the search that uses Ray.
+"""Encode on several processes or GPUs with Ray Data; only this module of `data` uses Ray.
 
 Light rows (the names of recordings) stream through a pool of actors that hold a codec each; codes come
-back in the rows' order. What is in memory at a time does not grow with the number of rows: a clip per
-actor, the codes of the blocks under way, and the names of one stream.
+back in the rows' order. Memory does not grow with the number of rows: it holds a clip per actor, the codes
+of the blocks in progress, and the names of one stream.
 """
 
 import logging
@@ -24,9 +24,9 @@ from higgs_tune.data.clips import ClipRules, Names, Outcome, clip_coder
 from higgs_tune.data.codec import load_codec, weights_digest
 from higgs_tune.errors import ConfigError, ModelError, NoMemoryError
 
-_MAX_BLOCK_ROWS = 32  # coded by one actor in one go: what is done again when the actor dies
-_BLOCKS_PER_WORKER = 8  # at least, so that the actors end at about the same time
-# Rows that one stream is told of; the next one starts new actors, seconds after some days of audio.
+_MAX_BLOCK_ROWS = 32  # encoded by one actor at a time, and again if that actor dies
+_BLOCKS_PER_WORKER = 8  # at least, so that the actors finish at about the same time
+# Rows of one stream. Each stream starts new actors, which costs seconds per several days of audio.
 _STREAM_ROWS = 2**17
 _MAX_RETRIES = 3  # of a block whose actor died
 _RAY_DATA_THREADS = ("StreamingExecutor-", "iter_threaded", "map_tp_")
@@ -40,7 +40,7 @@ _RESULT = pa.schema(
         pa.field("problem", pa.string()),
         pa.field("num_frames", pa.list_(pa.int64())),
         pa.field("codes", pa.binary()),
-        pa.field("fatal", pa.string()),  # Ray keeps no exception's cause
+        pa.field("fatal", pa.string()),  # an error as text, because Ray drops an exception's cause
     ]
 )
 
@@ -56,15 +56,15 @@ class CodecSource:
 
 
 class _Coder:
-    """Actor: codes blocks of rows."""
+    """Ray actor that encodes blocks of rows."""
 
     def __init__(self, source: CodecSource, rules: ClipRules, device: str) -> None:
         self._source, self._rules, self._device = source, rules, device
         self._code: Callable[[Names], Outcome] | None = None
 
     def _load(self) -> Callable[[Names], Outcome]:
-        """The codec; in __init__ its error would be one that Ray tries again and then hides."""
-        torch.set_num_threads(1)  # as in one process, see clips.one_thread
+        """Load the codec. Not done in __init__, whose errors Ray retries and then hides."""
+        torch.set_num_threads(1)  # as in a single process, see clips.one_thread
         source = self._source
         codec = load_codec(source.path, self._device, source.revision)
         if weights_digest(codec) != source.weights_sha256:
@@ -94,17 +94,17 @@ class _Coder:
 def code_on_cluster(
     source: CodecSource, rules: ClipRules, rows: Iterable[Names], *, num_workers: int, device: str
 ) -> Generator[Outcome, None, None]:
-    """Code `rows` on `num_workers` actors; outcomes come in the rows' order.
+    """Encode `rows` on `num_workers` actors, yielding outcomes in the rows' order.
 
-    A dead actor is replaced and its block coded again, `_MAX_RETRIES` times. Close the iterator to
-    end Ray if it was started here.
+    An actor that dies is replaced and its block encoded again, up to `_MAX_RETRIES` times. Closing the
+    iterator shuts Ray down if it was started here.
 
     Args:
-        device: "auto" takes the cluster's GPUs if it has some; workers share them evenly.
+        device: "auto" uses the cluster's GPUs if it has any; workers share them evenly.
 
     Raises:
         ConfigError: more workers than this machine has CPUs, or a GPU is asked for and there is none.
-        ModelError: an actor's codec is another one.
+        ModelError: an actor cannot load the codec, or loads other weights.
     """
     with join_cluster(_ENVIRONMENT) as cluster:
         num_gpus = _gpu_share(cluster, num_workers, device)
@@ -117,7 +117,7 @@ def code_on_cluster(
 def _stream(
     source: CodecSource, rules: ClipRules, rows: list[Names], num_workers: int, num_gpus: float
 ) -> Generator[Outcome, None, None]:
-    """Code some rows; Ray keeps the names of all of them until the last is coded."""
+    """Encode some rows; Ray keeps the names of all of them until the last is encoded."""
     size = max(1, min(_MAX_BLOCK_ROWS, len(rows) // (num_workers * _BLOCKS_PER_WORKER)))
     items = [{"index": n, "names": list(names)} for n, names in enumerate(rows)]
     data = ray.data.from_items(items, override_num_blocks=-(-len(rows) // size))
@@ -133,7 +133,7 @@ def _stream(
         num_cpus=None if num_gpus else 1,
     )
     expected = 0
-    # without fetching ahead, whose thread never ends
+    # no prefetching: its thread never ends
     batches = data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     blocks: Any = iter(batches)
     try:
@@ -151,9 +151,9 @@ def _stream(
 
 
 def _wait_for_threads() -> None:
-    """Let Ray Data's threads end, for which it waits two seconds only.
+    """Wait for Ray Data's threads to end; Ray Data itself waits only two seconds.
 
-    One that asks Ray for something when Ray is gone would end this process at once, with exit code 1.
+    A thread that calls Ray after its shutdown would kill this process at once, with exit code 1.
     """
     for thread in threading.enumerate():
         if thread.name.startswith(_RAY_DATA_THREADS):
@@ -168,18 +168,18 @@ def _outcome(row: dict[str, Any], num_codebooks: int) -> Outcome:
 
 
 def _gpu_share(cluster: Cluster, num_workers: int, device: str) -> float:
-    """GPUs of each worker, 0 for the CPU."""
+    """GPUs per worker; 0 means the CPU."""
     total = ray.cluster_resources()
     num_gpus, num_cpus = total.get("GPU", 0), total.get("CPU", 0)
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(
-            f"--device {device}: with --workers {num_workers} the GPUs are shared out, "
-            "so it is auto, cpu or cuda. CUDA_VISIBLE_DEVICES says which ones."
+            f"--device {device}: needed auto, cpu or cuda, because --workers {num_workers} share the "
+            "GPUs. Set CUDA_VISIBLE_DEVICES to choose among them."
         )
     if device == "cuda" and not num_gpus:
         if cluster.is_own:
             raise ConfigError("--device cuda: Ray finds no GPU. Use auto or cpu.")
-        return 1.0  # machines with GPUs may come when they are asked for
+        return 1.0  # an autoscaler may add machines with GPUs when workers ask for them
     if device != "cpu" and num_gpus:
         if num_workers <= num_gpus:
             return 1.0
@@ -193,11 +193,11 @@ def _gpu_share(cluster: Cluster, num_workers: int, device: str) -> float:
 
 
 def _be_quiet() -> None:
-    """Our own progress says what a person needs."""
+    """Silence Ray Data's progress and logs, which our own progress replaces."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # max_task_retries has no other place yet
+    # max_task_retries can only be passed in this way so far
     warnings.filterwarnings(
         "ignore", "`ray_remote_args` is deprecated", category=DeprecationWarning
     )

@@ -1,4 +1,4 @@
-"""The files of a dataset; one that cannot be written is a DataError that says how to go on."""
+"""Write a dataset's files; a failed write becomes a DataError that says what to do."""
 
 import errno
 import sqlite3
@@ -9,7 +9,7 @@ from pathlib import Path
 from higgs_tune.errors import DataError
 
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_SCRATCH_KIB = 8 * 1024  # of a scratch database that are kept in memory
+_SCRATCH_KIB = 8 * 1024  # of a scratch database that may stay in memory
 _SCRATCH_ERRORS = {
     "SQLITE_FULL",
     "SQLITE_CANTOPEN",
@@ -20,7 +20,7 @@ _SCRATCH_ERRORS = {
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say how to go on where a file cannot be written.
+    """Turn a failed write in this block into a DataError that says what to do.
 
     Raises:
         DataError: the disk is full or the folder cannot be written.
@@ -31,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno in _OUT_OF_SPACE:
             raise DataError(
                 f"{path}: no space left on the disk ({error.strerror}). Files that were finished "
-                "before are kept. Free some space and run the same command again: it goes on from there."
+                "before are kept. Free some space and run the same command again: it continues from there."
             ) from error
         if isinstance(error, FileExistsError):
             raise DataError(
@@ -45,16 +45,16 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_database() -> Iterator[sqlite3.Connection]:
-    """An empty SQLite database that goes with the block; all but a little of it is on the disk.
+    """Yield an empty SQLite database, nearly all of it on disk, that is deleted after the block.
 
-    Its file has no name, so not even a process that is killed leaves anything behind.
+    Its file has no name, so that even a killed process leaves nothing behind.
 
     Raises:
-        DataError: the disk is full, or the folder of temporary files cannot be written.
+        DataError: the disk is full, or the folder for temporary files cannot be written.
     """
     with closing(sqlite3.connect("")) as database:
         database.execute(f"PRAGMA cache_size = -{_SCRATCH_KIB}")
-        database.execute("PRAGMA temp_store = FILE")  # of sorting and grouping
+        database.execute("PRAGMA temp_store = FILE")  # for sorting and grouping
         database.execute("PRAGMA journal_mode = OFF")  # nothing is ever rolled back
         try:
             yield database
@@ -62,6 +62,6 @@ def scratch_database() -> Iterator[sqlite3.Connection]:
             if error.sqlite_errorname not in _SCRATCH_ERRORS:
                 raise
             raise DataError(
-                f"temporary files: {error} ({error.sqlite_errorname}). Rows of a manifest wait on "
-                "the disk, about as many bytes as it has. Set SQLITE_TMPDIR to a folder with room."
+                f"temporary files: {error} ({error.sqlite_errorname}). A manifest's rows are kept on "
+                "disk and take about as many bytes as it has. Set SQLITE_TMPDIR to a folder with room."
             ) from error

@@ -13,8 +13,10 @@ from higgs_tune.errors import DataError
 
 @dataclass(frozen=True)
 class ValidationSets:
-    """Fixed validation conversations. `transcribe_swapped[i]` has the text of `transcribe[i]`
-    after the audio of a clip with another text, which is another recording."""
+    """Fixed validation conversations.
+
+    `transcribe_swapped[i]` has the text of `transcribe[i]` with the audio of another recording and text.
+    """
 
     rows: tuple[int, ...]  # indices of the clips
     transcribe: tuple[Conversation, ...]
@@ -35,7 +37,7 @@ def validation_sets(
     """Draw the validation clips, spread evenly over texts and speakers, the same for every trial.
 
     Args:
-        max_rows: of a conversation, without its system turn.
+        max_rows: most rows of a conversation, without its system turn.
 
     Raises:
         DataError: the validation split has no two usable clips with different texts.
@@ -53,7 +55,7 @@ def validation_sets(
     if len(kept) < 2:
         raise DataError(
             f"{dataset.directory}: the validation split has {len(clips)} usable clips with "
-            f"{len(np.unique(texts))} different texts, needed at least 2 of two recordings "
+            f"{len(np.unique(texts))} different texts, needed at least 2 from two recordings "
             "(chat rows do not validate). Prepare the dataset with a larger --val-fraction "
             "or --clips-from-chat, or raise data.max_frames, data.max_text_tokens or data.max_rows."
         )
@@ -74,7 +76,7 @@ def validation_sets(
 def _fitting_in_pairs(
     dataset: Dataset, clips: np.ndarray, max_rows: int, text_length: tasks.TextLength
 ) -> np.ndarray:
-    """The clips without the longest ones, so that each one's audio fits with each other's text."""
+    """Drop the longest clips, so that any clip's audio and any other's text fit into `max_rows`."""
     sizes = dataset.sizes(text_length)[clips]
     order = np.argsort(sizes["rows"], kind="stable")
     longest = np.maximum.accumulate((sizes["rows"] - sizes["text"])[order])

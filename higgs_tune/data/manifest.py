@@ -1,7 +1,7 @@
-"""Manifests: what a person wrote about their recordings, read into checked rows.
+"""Read a manifest, the user's list of recordings, into checked rows.
 
-The file is read once; its rows wait on the disk. A row that cannot be used is rejected with its
-reason; a file that cannot be read as what its name says is an error. Audio itself is not touched here.
+The file is read once and its rows are kept on disk. A row that cannot be used is rejected with a reason;
+a file that cannot be read as its extension says is an error. No audio is read here.
 """
 
 import unicodedata
@@ -55,19 +55,19 @@ _SPLIT_NAMES = {
 def open_manifest(
     path: Path, data_root: Path, max_text_chars: int, clips_from_chat: bool = False
 ) -> Iterator[RowTable]:
-    """Read ChatML JSONL, `metadata.json`, CSV, TSV or Parquet, told apart by the file's ending.
+    """Read ChatML JSONL, `metadata.json`, CSV, TSV or Parquet, as the file's extension says.
 
     Args:
         data_root: folder that transcript files are relative to.
         max_text_chars: longest text of one part.
-        clips_from_chat: chats that only wrap a recording and its text become clips.
+        clips_from_chat: turn chats that only wrap a recording and its text into clips.
 
     Yields:
-        The checked rows and the rejected ones, on the disk until the block is left.
+        The checked rows and the rejected ones, kept on disk until the block ends.
 
     Raises:
-        DataError: no such file, an ending or an encoding that is not understood, no rows; or the
-            disk of temporary files is full, inside the block, too.
+        DataError: no such file, an unknown extension or encoding, or no rows; or the disk for temporary
+            files is full, also while the block runs.
     """
     with scratch_database() as database:
         table = RowTable(database, data_root)
@@ -81,7 +81,7 @@ def open_manifest(
                 table.reject([_rejection(number, fields, str(problem))], Stage.MANIFEST)
         if not table.num_rows and not table.num_rejected():
             raise DataError(
-                f"{path}: found no rows. A manifest has at least one recording with text."
+                f"{path}: found no rows. A manifest needs at least one recording with text."
             )
         table.complete()
         table.reject(_problems(table, data_root, max_text_chars), Stage.MANIFEST)
@@ -90,10 +90,10 @@ def open_manifest(
 
 
 def _problems(table: RowTable, data_root: Path, max_text_chars: int) -> Iterator[Rejection]:
-    """Rows that are well-formed and yet cannot be used."""
+    """Yield a rejection for each row that is well-formed but cannot be used."""
     for row, owner in table.rows_and_owners():
         if row.number != owner:
-            problem = f"id {row.id!r} is already that of row {owner}; ids are unique"
+            problem = f"id {row.id!r} is already used by row {owner}; ids must be unique"
         else:
             problem = _problem(row, data_root, max_text_chars)
         if problem:
@@ -103,29 +103,29 @@ def _problems(table: RowTable, data_root: Path, max_text_chars: int) -> Iterator
 def _problem(row: ManifestRow, data_root: Path, max_text_chars: int) -> str | None:
     if row.kind == "clip" and len(row.audio) == 2 and row.ref_text is None:
         return (
-            "has a reference recording without its text: add ref_transcript, or a row of its own "
+            "has a reference recording without its text: add ref_transcript, or a separate row "
             "for that recording"
         )
     if row.kind == "clip" and len({normpath(data_root / name) for name in row.audio}) < len(
         row.audio
     ):
         return (
-            "has itself as its reference recording, which teaches to copy: name another recording of "
-            "this speaker, or none, and one is drawn"
+            "has its own recording as its reference, which teaches copying: name another recording of "
+            "this speaker, or none to have one drawn"
         )
     if (copied := learnt_again(row, data_root)) is not None:
         return (
-            f"learns {copied}, which stands before that in the same chat: it teaches to copy. Name "
+            f"trains on {copied}, which appears earlier in the same chat and so teaches copying: name "
             "another recording there"
         )
     texts = texts_of(row.text, row.turns, row.ref_text)
-    if row.kind == "chat":  # has no empty message; a scene's line break between recordings may stay
+    if row.kind == "chat":  # its messages are not empty: a blank text is a scene's line break
         texts = [text for text in texts if not is_blank(text)]
     return next(filter(None, (text_problem(text, max_text_chars) for text in texts)), None)
 
 
 def _row(number: int, fields: Any, data_root: Path) -> ManifestRow:
-    """One row from its fields, whichever kind of file they came from."""
+    """Build a row from its fields, whatever the format of the manifest."""
     if not isinstance(fields, Mapping):
         raise DataError(f"found {type(fields).__name__}, needed an object with fields")
     identity = {

@@ -1,6 +1,6 @@
-"""The kinds of manifest files, read row by row: what is in memory does not grow with the file.
+"""Read each format of manifest row by row, so that memory does not grow with the file.
 
-`metadata.json` is the exception: one JSON document is parsed as a whole.
+`metadata.json` is the exception: a JSON document is parsed as a whole.
 """
 
 import csv
@@ -18,26 +18,24 @@ import pyarrow.parquet as pq
 from higgs_tune.data.rows import ID, PATH, SPEAKER, TEXT, TEXT_FILE
 from higgs_tune.errors import DataError
 
-_LJSPEECH = ("id", "transcript", "text")  # the last is normalised, and may be missing
+_LJSPEECH = ("id", "transcript", "text")  # `text` is normalised and may be missing
 _PARQUET_ROWS = 1024  # decoded at a time
 _PARQUET_BUFFER = 2**20  # bytes of a column read at a time: a row group may hold a million rows
 _AS_UTF8 = 'Save it as UTF-8: "CSV UTF-8" in Excel, `iconv -f OLD -t UTF-8` in a shell.'
 _NO_QUOTES = (
-    "TSV and fields between | are read without quotes: write this file as .csv with commas, or the text "
-    "without them."
+    "TSV files and files separated by | have no quoting: write this file as .csv with commas, or the text "
+    "without quotes."
 )
-_QUOTES = (
-    "A field that begins with a quotation mark ends with one, and those inside it are doubled."
-)
+_QUOTES = "A field that begins with a quotation mark must end with one, and those inside it must be doubled."
 
 
 def read_fields(path: Path) -> Iterator[tuple[int, Any]]:
-    """Each row's number and fields, or the error that the row is.
+    """Yield each row's number and its fields, or a DataError if the row is malformed.
 
-    The number is the line of a JSONL, CSV or TSV file where the row begins, else its place from 1.
+    The number is the line where the row begins in a JSONL, CSV or TSV file, else its position from 1.
 
     Raises:
-        DataError: no such file, an ending or an encoding that is not understood.
+        DataError: no such file, an unknown extension or encoding, or another format than the extension's.
     """
     readers = {
         ".jsonl": _read_jsonl,
@@ -58,10 +56,10 @@ def read_fields(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def encoding_of(path: Path) -> str:
-    """UTF-8, or UTF-16 where its mark says so; the whole file is, before any of it is used.
+    """Return the file's encoding after checking all of it: UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
-        DataError: it is neither, or cannot be read.
+        DataError: the file is neither, or cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -83,7 +81,7 @@ def encoding_of(path: Path) -> str:
                     ) from None
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: begins as UTF-16 and does not go on so ({error.reason}). {_AS_UTF8}"
+            f"{path}: begins as UTF-16 but is not valid UTF-16 ({error.reason}). {_AS_UTF8}"
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
@@ -92,7 +90,7 @@ def encoding_of(path: Path) -> str:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     encoding = encoding_of(path)
-    # Only \n ends a line of JSONL: U+2028 and its like may stand inside a string.
+    # Only \n ends a line of JSONL: U+2028 and the like may occur inside a string.
     with path.open(encoding=encoding, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -109,7 +107,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
         raw = json.loads(path.read_text(encoding))
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: not JSON ({error}). A file with one object a line ends in .jsonl."
+            f"{path}: not JSON ({error}). A file with one object per line must end in .jsonl."
         ) from None
     samples = raw.get("samples") if isinstance(raw, dict) else raw
     if not isinstance(samples, list):
@@ -142,7 +140,7 @@ def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
             fields: Any = dict(zip(names, cells, strict=False))
             if not has_quotes and len(cells) < len(names) and any(map(_opens_quote, before)):
                 raise DataError(
-                    f"{path}, line {line}: goes on with a quoted text of the line before. {_NO_QUOTES}"
+                    f"{path}, line {line}: continues a quoted text of the line before. {_NO_QUOTES}"
                 )
             if len(cells) != len(names):
                 more = "more" if len(cells) > len(names) else "fewer"
@@ -156,9 +154,9 @@ def _read_table(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _is_ljspeech(cells: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether a first line is a row of LJSpeech's metadata.csv: the name in wavs/, and one text or two.
+    """Whether the first line is a row of LJSpeech's metadata.csv: a name in wavs/ and one or two texts.
 
-    One of column names is not, such as `id|text|speaker`: its speakers would be read as texts.
+    A line of column names such as `id|text|speaker` is not: its speakers would be read as texts.
     """
     has_names = not {*ID, *TEXT, *SPEAKER}.isdisjoint(names)
     return 2 <= len(cells) <= len(_LJSPEECH) and Path(cells[0]).suffix == "" and not has_names
@@ -167,10 +165,10 @@ def _is_ljspeech(cells: Sequence[str], names: Sequence[str]) -> bool:
 def _cells(
     path: Path, file: TextIO, delimiter: str, has_quotes: bool
 ) -> Iterator[tuple[int, list[str]]]:
-    """The line where each row begins, and the row's cells; blank lines are left out.
+    """Yield the line where each row begins, and the row's cells; blank lines are left out.
 
-    TSV has no quotes, as Common Voice writes it, and `|` none, as LJSpeech: read with them, a text that
-    begins with a quotation mark would take in the rows that follow.
+    TSV (Common Voice) and `|` (LJSpeech) are read without quoting: otherwise a text that begins with a
+    quotation mark would swallow the rows that follow.
     """
     quoting = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
     reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=has_quotes)
@@ -190,9 +188,10 @@ def _cells(
 
 
 def _delimiter(file: TextIO) -> str:
-    """What the first line has most of: spreadsheets write semicolons where the comma is decimal.
+    """Return the most frequent of comma, semicolon and tab in the first line, or `|` if it comes first.
 
-    Or `|`, if it comes before those: the first line may be a text with commas, and a name have a `|`.
+    Spreadsheets write semicolons where the decimal separator is a comma. `|` goes by position, not by
+    count: the first line may hold a text with many commas, and the column names of a CSV may contain a `|`.
     """
     first = next(filter(str.strip, file), "")
     file.seek(0)
@@ -211,7 +210,7 @@ def _opens_quote(cell: str) -> bool:
 
 
 def _is_quoted(cell: str) -> bool:
-    """Whether a writer of CSV put the quotes around it: those inside are doubled."""
+    """Whether a CSV writer quoted the cell, which shows in its doubled inner quotes."""
     inside = cell[1:-1]
     return cell[:1] == cell[-1:] == '"' and '""' in inside and '"' not in inside.replace('""', "")
 

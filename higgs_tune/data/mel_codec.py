@@ -1,6 +1,6 @@
 """The small codec that ships with the package.
 
-It has the interface of transformers' `HiggsAudioV2TokenizerModel`, so that code written for one runs
+It has the interface of transformers' `HiggsAudioV2TokenizerModel`, so that code written for one works
 with the other.
 
 Shape letters: B clips, N samples, T code frames, C codebooks, M mel bands, D features of a code frame.
@@ -26,16 +26,16 @@ class MelRvqCodecConfig(PreTrainedConfig):
 
     sample_rate: int = 24_000
     mel_hop_length: int = 240  # samples between mel frames
-    mel_frames_per_code: int = 4  # mel frames that one code frame describes
+    mel_frames_per_code: int = 4  # mel frames in one code frame
     num_mels: int = 80
-    num_features: int = 128  # principal components kept of a code frame's mels
+    num_features: int = 128  # principal components kept per code frame
     fft_length: int = 1024
     min_hz: float = 40.0
     max_hz: float = 11_000.0
-    magnitude_floor: float = 1e-2  # mel magnitudes below it are silence
+    magnitude_floor: float = 1e-2  # mel magnitudes below this count as silence
     num_quantizers: int = 8
     codebook_size: int = 256
-    num_phase_steps: int = 60  # Griffin-Lim iterations of a decode
+    num_phase_steps: int = 60  # Griffin-Lim iterations in `decode`
 
     @property
     def hop_length(self) -> int:
@@ -44,14 +44,14 @@ class MelRvqCodecConfig(PreTrainedConfig):
 
     @property
     def frame_rate(self) -> int:
-        """Code frames a second."""
+        """Code frames per second."""
         return self.sample_rate // self.hop_length
 
 
 class MelRvqCodec(PreTrainedModel):
-    """Log-mel, projected on its principal components, in 8 residual k-means codebooks.
+    """Log-mel projected on its principal components and quantised by 8 residual k-means codebooks.
 
-    Decoding inverts each step and finds the phase by Griffin-Lim. Both directions are
+    Decoding inverts each step and estimates the phase with Griffin-Lim. Both directions are
     deterministic; a clip of N samples has ceil(N / hop_length) code frames.
     """
 
@@ -77,13 +77,13 @@ class MelRvqCodec(PreTrainedModel):
             "projection": (dim, config.num_features),  # orthonormal columns
             "codebooks": (config.num_quantizers, config.codebook_size, config.num_features),
         }
-        # Parameters, not buffers: from_pretrained then loads each of them and names a missing one.
+        # Parameters, not buffers, so that from_pretrained loads each of them and reports a missing one.
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: weights come from a checkpoint or from the script that fits them."""
+        """Do nothing: weights come from a checkpoint or from the script that fits them."""
 
     def set_filters(self) -> None:
         """Fill in the window and the mel filters that the configuration defines."""
@@ -117,7 +117,7 @@ class MelRvqCodec(PreTrainedModel):
         return mel.clamp_min(config.magnitude_floor).log()
 
     def features(self, wave_BN: Tensor) -> Tensor:
-        """What is quantised, (B, T, D)."""
+        """Return the features to quantise, (B, T, D)."""
         log_mel = self.log_mel(wave_BN)
         stacked = log_mel.reshape(log_mel.shape[0], -1, self.mean.shape[0])
         return (stacked - self.mean) @ self.projection
@@ -146,7 +146,7 @@ class MelRvqCodec(PreTrainedModel):
 
     @torch.no_grad()
     def decode_log_mel(self, audio_codes: Tensor) -> Tensor:
-        """Log mel magnitudes (B, 4 T, M) that codes (B, C', T) stand for, C' ≤ C."""
+        """Decode codes (B, C', T), C' ≤ C, into log mel magnitudes (B, 4 T, M)."""
         parts = [
             codebook[codes]
             for codebook, codes in zip(self.codebooks, audio_codes.unbind(1), strict=False)
@@ -157,7 +157,7 @@ class MelRvqCodec(PreTrainedModel):
 
     @torch.no_grad()
     def decode(self, audio_codes: Tensor) -> HiggsAudioV2TokenizerDecoderOutput:
-        """Waves of codes (B, C', T), C' ≤ C: fewer codebooks give a coarser sound.
+        """Decode codes (B, C', T), C' ≤ C, into waves; fewer codebooks give a coarser sound.
 
         Returns:
             An object whose `audio_values` has shape (B, 1, T · hop_length).
@@ -189,7 +189,7 @@ class MelRvqCodec(PreTrainedModel):
 
 
 def _invert_filters(mel: Tensor, filters: Tensor, num_steps: int = 20) -> Tensor:
-    """Non-negative magnitudes whose mel magnitudes come close to `mel`.
+    """Return non-negative magnitudes whose mel magnitudes approximate `mel`.
 
     Multiplicative updates for non-negative least squares (Lee and Seung, 2001), started from the
     filters' transpose.

@@ -1,4 +1,4 @@
-"""ChatML rows: messages of text and audio parts, in the shapes that are in use."""
+"""Read ChatML rows: messages of text and audio parts, in the forms that are in use."""
 
 import json
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ _RAW_KEYS = ("raw_audio", "input_audio", "bytes")
 
 
 def chat_row(fields: Mapping[str, Any], identity: Mapping[str, Any]) -> ManifestRow:
-    """A row from `messages`.
+    """Build a chat row from `messages`.
 
-    `start_index` is the first message that may be learnt; without it only the last assistant message
-    is, so that reference audio in an earlier one stays a prompt.
+    `start_index` is the first message that may be a target; without it only the last assistant message is
+    one, so that reference audio in an earlier message stays a prompt.
 
     Raises:
-        DataError: an unknown role or part, an empty message, no audio, nothing to learn.
+        DataError: an unknown role or part, an empty message, no audio, or no target.
     """
     messages = fields["messages"]
     if not isinstance(messages, list) or not messages:
@@ -63,13 +63,13 @@ def chat_row(fields: Mapping[str, Any], identity: Mapping[str, Any]) -> Manifest
 
 
 def _start_index(value: Any, messages: list[Any]) -> int:
-    if value is None or value != value:  # NaN, pandas' missing number
+    if value is None or value != value:  # NaN is pandas' missing number
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             raise DataError("messages have no assistant message: nothing to learn")
         return answers[-1]
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # pandas writes a column of them so where one is missing
+        value = int(value)  # pandas makes integers floats in a column where one is missing
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(messages):
         raise DataError(f"start_index is {value!r}, needed a number from 0 to {len(messages) - 1}")
     return value
@@ -78,9 +78,9 @@ def _start_index(value: Any, messages: list[Any]) -> int:
 def _turns(
     messages: list[Any], audio: list[str], queue: list[Any] | None
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """The turns, and the number of the message that each is from.
+    """Return the turns, and for each the number of its message.
 
-    An empty system message is none, a scene becomes part of the system turn.
+    An empty system message is dropped; a scene becomes part of the system turn.
     """
     turns: list[dict[str, Any]] = []
     numbers: list[int] = []
@@ -105,8 +105,8 @@ def _turns(
         if role == "scene":
             if number > 1 or (number == 1 and messages[0]["role"] != "system"):
                 raise DataError(
-                    f"message {number} has role 'scene', which is the first message, or the second "
-                    "behind a system message: move it there"
+                    f"message {number} has role 'scene', which must be the first message or follow a "
+                    "system message that is the first: move it there"
                 )
             system = [*turns.pop()["parts"], "\n\n"] if turns else []
             numbers.clear()
@@ -117,7 +117,7 @@ def _turns(
 
 
 def _with_scene(system: list[Any], scene: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The parts of a system turn with its scene, as the native chat template writes them.
+    """Return the parts of a system turn with its scene, as the native chat template writes them.
 
     Source: CHAT_TEMPLATE of convert_higgs_audio_v2_to_hf.py, transformers 5.24.
     """
@@ -135,9 +135,10 @@ def _with_scene(system: list[Any], scene: list[dict[str, Any]]) -> list[dict[str
 
 
 def _joined(content: list[Any]) -> list[Any]:
-    """Content with neighbouring texts as one, so that the spaces between them are learnt.
+    """Join consecutive texts, so that the spaces between them are trained.
 
-    Other messages are read as the native chat template writes them: each of their texts is stripped.
+    Used for assistant messages and scenes. In other messages each text is stripped, as in the native chat
+    template.
     """
     joined: list[Any] = []
     for part in content:
@@ -153,7 +154,7 @@ def _joined(content: list[Any]) -> list[Any]:
 def _parts(
     content: Any, number: int, audio: list[str], queue: list[Any] | None
 ) -> list[dict[str, Any]]:
-    """The parts of one message; paths go to `audio`, parts refer to them by place."""
+    """Return the parts of one message; paths are appended to `audio`, and parts hold their index in it."""
     if isinstance(content, str):
         return _text_parts(content, number, audio, queue)
     parts: list[dict[str, Any]] = []
@@ -187,7 +188,7 @@ def _parts(
 def _text_parts(
     text: str, number: int, audio: list[str], queue: list[Any] | None
 ) -> list[dict[str, Any]]:
-    """A text part; where the row lists `audios`, each placeholder in it is the next of them."""
+    """Return a text as parts; if the row lists `audios`, each placeholder takes the next of them."""
     checked = text_field({"text": text}, ("text",), keep_empty=True) or ""
     if queue is None or _PLACEHOLDER not in checked:
         return [{"type": "text", "text": checked}]
@@ -212,7 +213,7 @@ def _audio_part(path: str, audio: list[str]) -> dict[str, Any]:
 
 
 def _target_text(turns: list[dict[str, Any]], start: int) -> str:
-    """What the row says: the learnt text, or the last text before the learnt audio."""
+    """Return the text of the targets, or if they have none the last text outside the system turn."""
 
     def texts(some: list[dict[str, Any]]) -> list[str]:
         return [part["text"] for turn in some for part in turn["parts"] if part["type"] == "text"]
@@ -224,10 +225,10 @@ def _target_text(turns: list[dict[str, Any]], start: int) -> str:
 
 
 def taught(row: ManifestRow) -> tuple[list[str], list[str]]:
-    """The texts and recordings that a chat row trains on.
+    """Return the texts and recordings that a chat row teaches.
 
-    Those of its learnt turns; a learnt recording counts with the text that it answers, which it may
-    read aloud, and a learnt text with the recording that it may write down.
+    They are those of its target turns, and those that these answer: a target recording may read aloud the
+    text that it answers, and a target text may transcribe the recording that it answers.
     """
     texts, recordings = [row.text], []
     asked_texts: list[str] = []
@@ -247,7 +248,7 @@ def taught(row: ManifestRow) -> tuple[list[str], list[str]]:
 
 
 def learnt_again(row: ManifestRow, data_root: Path) -> str | None:
-    """The first recording that a chat row learns although the chat has it before, as a prompt or learnt."""
+    """Return the first target recording that appears earlier in the same chat, as prompt or target."""
     before: set[str] = set()
     for index, turn in enumerate(json.loads(row.turns or "[]")):
         for part in turn["parts"]:
@@ -265,10 +266,10 @@ _WRITTEN_DOWN = (("user", "audio"), ("assistant", "text"))
 
 
 def clip_from_chat(row: ManifestRow) -> ManifestRow:
-    """The clip that a chat row wraps, or the row itself if it is more than that.
+    """Return the clip that a chat row wraps, or the row itself if it is more than that.
 
-    A clip is a text read aloud, a recording written down, or a text read aloud after a reference
-    (text, audio) by the same voice. System text is dropped.
+    A clip is a text read aloud, a transcribed recording, or a text read aloud after a reference (text,
+    audio) by the same voice. System text is dropped.
     """
     turns = json.loads(row.turns or "[]")
     first = int(turns[0]["role"] == "system" and _types(turns[0]) == ["text"])

@@ -1,7 +1,7 @@
-"""How long an MP3 is by its frames; its header may state less, or nothing.
+"""Measure the length of an MP3 by its frames, because its header may state less, or nothing.
 
-libsndfile reads as many samples as the first frame promises: too few of files that were joined, and of
-files with a variable bitrate that were written to a pipe.
+libsndfile reads as many samples as the first frame states: too few from joined files, and from files with a
+variable bitrate that were written to a pipe.
 """
 
 _SYNC = 0x7FF  # the first 11 bits of a frame
@@ -11,12 +11,12 @@ _RATES_HZ = (44_100, 48_000, 32_000)
 _RATE_SHIFT = {3: 0, 2: 1, 0: 2}  # MPEG 1, 2 and 2.5
 _KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
-_TAG_PLACES = (13, 21, 36)  # of Xing's and LAME's tag in the frame that only holds it
+_TAG_PLACES = (13, 21, 36)  # offsets of the Xing or LAME tag, in a frame that holds only the tag
 _HEADER_BYTES = 4
 
 
 def mp3_seconds(content: bytes) -> float:
-    """Seconds of all layer III frames, decoder delay and padding included; 0 of anything else.
+    """Seconds of all layer III frames, including decoder delay and padding; 0 without such frames.
 
     Source: ISO/IEC 11172-3, 2.4.1.3, and 13818-3 for the low rates.
     """
@@ -36,7 +36,7 @@ def mp3_seconds(content: bytes) -> float:
 
 
 def _id3_bytes(content: bytes) -> int:
-    """Bytes of the tag before the frames; its size has seven bits in a byte."""
+    """Bytes of the ID3 tag before the frames; its size field uses seven bits of each byte."""
     if content[:3] != b"ID3" or len(content) < 10:
         return 0
     return 10 + sum(
@@ -45,7 +45,7 @@ def _id3_bytes(content: bytes) -> int:
 
 
 def _frame(content: bytes, place: int) -> tuple[int, float] | None:
-    """Bytes and seconds of the frame whose header is there."""
+    """Bytes and seconds of the frame whose header is at `place`; None if there is no header."""
     header = int.from_bytes(content[place : place + _HEADER_BYTES], "big")
     version, layer = header >> 19 & 3, header >> 17 & 3
     bitrate, rate = header >> 12 & 15, header >> 10 & 3
@@ -60,7 +60,7 @@ def _frame(content: bytes, place: int) -> tuple[int, float] | None:
 
 
 def _goes_on(content: bytes, place: int) -> bool:
-    """Whether another frame begins there, or a tag, or nothing is left: else it was no frame."""
+    """Whether a frame, a tag or the end is at `place`; otherwise what came before was not a frame."""
     rest = content[place : place + _HEADER_BYTES]
     is_tag = rest[:3] in (b"TAG", b"ID3") or rest == b"APET"
     return len(rest) < _HEADER_BYTES or is_tag or _frame(content, place) is not None

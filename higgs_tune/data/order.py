@@ -1,6 +1,6 @@
-"""The order of training: a pure function of a seed.
+"""The order of training, as a pure function of a seed.
 
-So each process draws the same batches, and a run that resumes at a step sees what it would have seen.
+Each process therefore draws the same batches, and a resumed run sees what it would have seen.
 """
 
 import math
@@ -16,24 +16,24 @@ from higgs_tune.data.references import References
 from higgs_tune.errors import DataError
 
 WINDOW_BATCHES = 16  # batches whose clips are sorted by length together
-_CLONE, _CHAT = tasks.CLIP_TASKS.index("clone"), len(tasks.CLIP_TASKS)  # numbers of tasks
+_CLONE, _CHAT = tasks.CLIP_TASKS.index("clone"), len(tasks.CLIP_TASKS)  # task numbers
 _ORDER, _TASK, _REFERENCE = range(3)  # independent random streams of one epoch
 
 
 class TrainOrder:
-    """Which conversations each training step sees.
+    """The conversations that each training step sees.
 
-    Epochs follow one another without a gap, each a permutation of the rows, cut into batches of
-    exactly `batch_clips`; clips of similar length share a batch. The task of a row is drawn anew
-    in each epoch by the weights of `mix` among the tasks that the row can do: a clip can be cloned
-    if it has a reference of its own or its speaker has another text. A chat row is its own task.
+    Each epoch is a permutation of the rows. Epochs are concatenated and cut into batches of exactly
+    `batch_clips`; clips of similar length share a batch. In each epoch a row's task is drawn anew, with
+    the weights of `mix`, from the tasks that the row can do: a clip can be cloned if it has a reference
+    of its own or its speaker has another text. A chat row is always the task `chat`.
 
     Args:
-        max_frames: longest clip; rows above are skipped and counted in `num_skipped`.
+        max_frames: longest clip; longer rows are skipped and counted in `num_skipped`.
         max_text: longest text of one part, measured by `text_length` (characters by default).
-        max_rows: of a conversation, without the turn of `system_text`; rows that may need more are
-            skipped and counted, and no clip is cloned from a reference with which it would.
-        system_text: of a turn before each clip.
+        max_rows: longest conversation, without the turn of `system_text`; rows that may need more are
+            skipped and counted, and no clip is cloned from a reference with which it may need more.
+        system_text: text of a system turn before each spoken clip.
 
     Raises:
         DataError: no row is left.
@@ -56,7 +56,7 @@ class TrainOrder:
         self._system_text = system_text
         index = dataset.index
         fitting = dataset.usable("train", max_frames, max_text, text_length)
-        num_rows = np.zeros(len(index), dtype=np.int64)  # at most; 0 without a limit
+        num_rows = np.zeros(len(index), dtype=np.int64)  # upper bounds; 0 without a limit
         if max_rows is not None:
             num_rows = dataset.sizes(text_length)["rows"].astype(np.int64)
             fitting = fitting[num_rows[fitting] <= max_rows]
@@ -101,7 +101,7 @@ class TrainOrder:
         return len(self._rows)
 
     def batch(self, step: int) -> list[Conversation]:
-        """The conversations of step `step` (from 0); depends on the constructor's arguments only."""
+        """The conversations of step `step` (from 0); depends only on the constructor's arguments."""
         first = step * self._batch_clips
         places = (divmod(place, self.num_rows) for place in range(first, first + self._batch_clips))
         talks = (self._conversation(*self._epoch(epoch)[position]) for epoch, position in places)
@@ -114,7 +114,7 @@ class TrainOrder:
         return {0: tasks.transcribe, 1: tasks.speak, _CHAT: tasks.chat}[int(task)](row)
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
-        """At each position of the epoch: row, number of its task, reference row (-1: none)."""
+        """For each position of the epoch: row, task number, reference row (-1: none)."""
         index = self._dataset.index
         draws = np.random.default_rng([self._seed, epoch, _TASK]).random((self.num_rows, 1))
         task = (draws * self._cumulative[:, -1:] >= self._cumulative).sum(axis=1)
@@ -132,11 +132,11 @@ class TrainOrder:
         return plan[self._permutation(epoch, lengths)]
 
     def _permutation(self, epoch: int, lengths: np.ndarray) -> np.ndarray:
-        """All places in random order, so that each batch inside the epoch has similar lengths."""
+        """All places in random order, with similar lengths in each batch that lies inside the epoch."""
         rng = np.random.default_rng([self._seed, epoch, _ORDER])
         places = rng.permutation(self.num_rows)
         size = self._batch_clips
-        # The batch that straddles the border to the epoch before takes the first places.
+        # The batch that straddles the boundary with the previous epoch takes the first places.
         head = min(-epoch * self.num_rows % size, self.num_rows)
         num_batches = (self.num_rows - head) // size
         body = places[head : head + num_batches * size]

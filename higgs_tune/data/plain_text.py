@@ -1,27 +1,27 @@
-"""Texts without what may be written or left out: two that sound the same count as one."""
+"""Normalise texts, so that two that sound the same compare as equal."""
 
 import re
 import unicodedata
 from functools import cache
 
-# Optional in writing: vowel signs, tatweel, and what the Quran's text is annotated with.
+# Optional in writing: vowel signs, tatweel, and the annotation signs of the Quran.
 _ARABIC_MARKS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640]")
-# Letters that writers and keyboards exchange: alef with a hamza, madda or wasla, a final yeh without
-# dots, and the Persian yeh and kaf. Recognisers of Arabic are scored so.
+# Letters that writers and keyboards interchange: alef with a hamza, madda or wasla, a final yeh without
+# dots, and the Persian yeh and kaf. Arabic speech recognition is scored in this way.
 _ARABIC_LETTERS = str.maketrans(
     "\u0623\u0625\u0622\u0671\u0649\u06cc\u06a9", "\u0627\u0627\u0627\u0627\u064a\u064a\u0643"
 )
 
 
 def visible(text: str) -> str:
-    """Text without characters that only steer its layout: direction and joining marks, soft hyphens."""
+    """Text without characters that only control layout: direction and joining marks, soft hyphens."""
     return "".join(character for character in text if unicodedata.category(character) != "Cf")
 
 
 def plain_text(text: str) -> str:
-    """Text as it sounds: no case, punctuation, Arabic short vowels, invisible marks or doubled spaces.
+    """Text without case, punctuation, Arabic short vowels, invisible marks or repeated spaces.
 
-    Digits of every script are 0 to 9; all forms of alef are one, and so are those of yeh and of kaf.
+    Digits of every script become 0 to 9; all forms of alef become one, as do those of yeh and of kaf.
     """
     text = _ARABIC_MARKS.sub("", unicodedata.normalize("NFKC", text).casefold())
     text = text.translate(_ARABIC_LETTERS)
@@ -29,11 +29,11 @@ def plain_text(text: str) -> str:
 
 
 def sound_of(text: str) -> str:
-    """What texts that sound the same have in common: without spaces, too, as marks in a word leave them."""
+    """A key equal for texts that sound the same. Spaces go too: punctuation inside a word leaves one."""
     return plain_text(text).replace(" ", "")
 
 
-@cache  # asked of every letter of a dataset
+@cache  # called for every letter of a dataset
 def _kept(character: str) -> str:
     category = unicodedata.category(character)
     if category == "Cf":

@@ -1,4 +1,4 @@
-"""The command `higgs-tune data prepare`; imports no torch until it runs."""
+"""The command `higgs-tune data prepare`; imports torch only when it runs."""
 
 import argparse
 import shlex
@@ -13,12 +13,12 @@ from higgs_tune.local_path import local_path
 
 _OPTIONS = {
     "max_rejected": "rejected rows that are allowed: below 1 a share, else a count",
-    "val_fraction": "share of the clips that validate, if the manifest has no split column",
-    "min_seconds": "shortest recording",
-    "max_seconds": "longest recording",
-    "max_text_chars": "longest text of one part",
+    "val_fraction": "share of the clips for validation, if the manifest has no split column",
+    "min_seconds": "shortest recording, in seconds",
+    "max_seconds": "longest recording, in seconds",
+    "max_text_chars": "longest text of one part, in characters",
     "seed": "seed of the split",
-    "rows_per_shard": "rows in one shard: what is lost when the run is cut off",
+    "rows_per_shard": "rows in one shard: the most that an interrupted run loses",
 }
 
 
@@ -42,13 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         default=1,
-        help="processes with a codec each; 1 codes in this one, more start (or join) Ray and share "
-        "the GPUs, or else take a CPU each (default: 1)",
+        help="processes with a codec each; 1 encodes in this process, more start (or join) Ray and "
+        "share the GPUs, or without GPUs take one CPU each (default: 1)",
     )
     parser.add_argument(
         "--clips-from-chat",
         action="store_true",
-        help="chats that only wrap a recording and its text become clips, and train every task",
+        help="turn chats that only wrap a recording and its text into clips, which train every task",
     )
     for name, text in _OPTIONS.items():
         default = PrepareOptions.model_fields[name].default
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare the dataset and say what is in it. Errors are `HiggsTuneError`s."""
+    """Prepare the dataset and print what is in it. Errors are `HiggsTuneError`s."""
     raw = {name: getattr(args, name) for name in _OPTIONS}
     raw["clips_from_chat"] = args.clips_from_chat
     options = validate(PrepareOptions, raw, "data prepare")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from higgs_tune.data.encode import REJECTED_NAME, prepare  # torch: seconds to import
 
     def say(number: int, frame: FrameType | None) -> None:
-        print("interrupted: the workers end, which takes some seconds", file=sys.stderr)
+        print("interrupted: stopping the workers, which takes some seconds", file=sys.stderr)
         raise KeyboardInterrupt
 
     former = signal.getsignal(signal.SIGINT)
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         print(
-            f"interrupted; the same command goes on: finished shards of {options.rows_per_shard} rows "
+            f"interrupted; the same command continues: finished shards of {options.rows_per_shard} rows "
             f"are kept in {args.out}",
             file=sys.stderr,
         )
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"codec {info.codec.id}{revision}, weights {(info.codec.weights_sha256 or '')[:12]}")
     print(f"split: {info.split_rule}")
     if info.num_rejected:
-        print(f"{info.num_rejected} rows are not in it, see {args.out / REJECTED_NAME}")
+        print(f"{info.num_rejected} rows were left out, see {args.out / REJECTED_NAME}")
     print(f"content hash {info.content_hash}")
     if info.splits["validation"]:
         base = "" if args.codec == "embedded" else "--base BASE "

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, now and then a line elsewhere."""
+"""Show the progress of long work on stderr: a bar on a terminal, an occasional line elsewhere."""
 
 import sys
 import time
@@ -22,7 +22,7 @@ Advance = Callable[[int], None]
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """Yield a function that is told how many more of `total` are done."""
+    """Yield a function to call with the number of items, of `total`, done since the last call."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (
@@ -48,7 +48,7 @@ def _lines(title: str, total: int) -> Advance:
         nonlocal done, first, last, started
         done += count
         now = time.monotonic()
-        if not first and done < total:  # what came before it, such as loading, does not come again
+        if not first and done < total:  # time from here: what came before, such as loading, is over
             first, started, last = done, now, now
         if now - last < _LINE_EVERY_S and done < total:
             return
@@ -60,7 +60,7 @@ def _lines(title: str, total: int) -> Advance:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Format seconds for people."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,4 +1,4 @@
-"""Whose voice a clip is cloned from: another clip of its speaker."""
+"""Choose the reference that a clip is cloned from: another clip of its speaker."""
 
 import numpy as np
 
@@ -6,13 +6,13 @@ import numpy as np
 class References:
     """The clips of each speaker, as references for one another.
 
-    A reference has another text than its target, and the two together fit the rows there are.
+    A reference has another text than its target, and the two together fit into `max_rows`.
 
     Args:
         texts, speakers: a number for each text and each speaker; speaker 0 is unknown.
-        clips: indices of the clips that may refer and be referred to, rising.
-        num_rows: rows that each clip takes at most.
-        max_rows: limit of a clip and its reference together.
+        clips: ascending indices of the clips that may have and be references.
+        num_rows: upper bound on the rows of each clip.
+        max_rows: limit for a clip and its reference together.
     """
 
     def __init__(
@@ -29,13 +29,13 @@ class References:
         self._members = known[np.argsort(speakers[known], kind="stable")]  # speaker by speaker
         self._voices, self._starts = np.unique(speakers[self._members], return_index=True)
         self._ends = np.append(self._starts[1:], len(self._members))
-        # One of these two is the shortest clip with another text, whichever text that is.
+        # For any text, one of these two is the speaker's shortest clip with another text.
         by_length = known[np.lexsort((num_rows[known], speakers[known]))]
         self._shortest = by_length[self._starts]
         voice = np.searchsorted(self._voices, speakers[by_length])
         is_other = texts[by_length] != texts[self._shortest[voice]]
         with_other, places = np.unique(voice[is_other], return_index=True)
-        self._other = self._shortest.copy()  # itself where there is none: never another text
+        self._other = self._shortest.copy()  # stays so where a speaker has one text only
         self._other[with_other] = by_length[is_other][places]
 
     def exist(self, clips: np.ndarray) -> np.ndarray:
@@ -50,7 +50,7 @@ class References:
         return found
 
     def draw(self, index: int, pick: float) -> int:
-        """A reference of a clip that has one; `pick` in [0, 1) is the chance."""
+        """Draw a reference for a clip that has one; `pick` in [0, 1) is the random number."""
         voice = np.searchsorted(self._voices, self._speakers[index])
         members = self._members[self._starts[voice] : self._ends[voice]]
         start = int(pick * len(members))

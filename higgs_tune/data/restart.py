@@ -1,4 +1,4 @@
-"""What a run that stopped left behind: whose folder it is, and which of its shards are done."""
+"""What a stopped run left behind: which job the folder belongs to, and which shards are done."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ JOB_NAME = "prepare.json"
 
 
 def claim(out: Path, job: dict[str, Any]) -> None:
-    """Take `out` for this job, or see that it already is this job's.
+    """Claim `out` for this job, or check that it already belongs to it.
 
     Raises:
-        DataError: other data was prepared there; nothing is touched.
+        DataError: other data was prepared there; nothing is changed.
     """
     path = out / JOB_NAME
-    advice = "Give another --out, or delete the folder to prepare it anew."
+    advice = "Give another --out, or delete the folder to prepare it again."
     if not path.is_file():
         if (out / INFO_NAME).exists() or list_shards(out):
             raise DataError(f"{out}: holds a dataset that this command did not make. {advice}")
@@ -39,30 +39,30 @@ def claim(out: Path, job: dict[str, Any]) -> None:
     changed = sorted(name for name in job if before.get(name) != job[name])
     if changed and holds_rows(out):
         raise DataError(
-            f"{out}: was prepared from something else: {', '.join(changed)} changed since. {advice}"
+            f"{out}: was prepared differently: {', '.join(changed)} changed since. {advice}"
         )
-    if changed:  # nothing is encoded yet, so nothing could be mixed up
+    if changed:  # nothing is encoded yet, so nothing can be mixed up
         with writing(path):
-            for empty in list_shards(out):  # or more of them than the job has
+            for empty in list_shards(out):  # there may be more of them than the new job has
                 empty.unlink()
                 empty.with_suffix(".json").unlink(missing_ok=True)
             write_json(path, job)
-    for half_written in out.rglob("*.tmp"):  # of a run that was killed
+    for half_written in out.rglob("*.tmp"):  # left by a run that was killed
         half_written.unlink()
 
 
 def holds_rows(out: Path) -> bool:
-    """Whether something is encoded in `out`: a shard whose rows were all rejected holds nothing."""
-    # No codes are read, so their number of codebooks does not matter.
+    """Whether `out` has any encoded row; a shard whose rows were all rejected has none."""
+    # No codes are read, so the number of codebooks does not matter.
     return any(ShardFile(path, num_codebooks=1).group_starts[-1] for path in list_shards(out))
 
 
 def look_up(part: Sequence[ManifestRow], root: Path) -> tuple[str, list[Rejection]]:
-    """The state of a shard's recordings before they are read.
+    """Find a shard's recordings without reading them.
 
     Returns:
-        A fingerprint, which changes with the rows and with the size or time of any of their audio
-        files, and the rows that cannot be coded because a file is not there.
+        A fingerprint, which changes with the rows and with the size or modification time of any of their
+        audio files, and rejections of the rows that have a missing or unusable file.
     """
     digest = hashlib.sha256()
     missing: list[Rejection] = []
@@ -85,7 +85,7 @@ def look_up(part: Sequence[ManifestRow], root: Path) -> tuple[str, list[Rejectio
 def read_record(
     out: Path, index: int, fingerprint: str, part: Sequence[ManifestRow], root: Path
 ) -> list[Rejection] | None:
-    """The rejections of a finished shard; None if it has to be encoded."""
+    """Return the rejections of a finished shard, or None if the shard has to be encoded."""
     path = _record_path(out, index)
     if not (path.is_file() and shard_path(out, index).is_file()):
         return None
@@ -100,7 +100,7 @@ def read_record(
 
 
 def write_record(out: Path, index: int, fingerprint: str, rejected: Sequence[Rejection]) -> None:
-    """Note that a shard is done."""
+    """Record that a shard is done."""
     path = _record_path(out, index)
     with writing(path):
         write_json(path, {"fingerprint": fingerprint, "rejected": list(map(asdict, rejected))})
@@ -111,7 +111,7 @@ def _record_path(out: Path, index: int) -> Path:
 
 
 def _is_mended(rejected: Sequence[Rejection], part: Sequence[ManifestRow], root: Path) -> bool:
-    """Whether recordings that could not be opened then, or on another machine, can be now."""
+    """Whether a rejected row's recordings, which could not be opened at the time, can be now."""
     rows = {row.number: row for row in part}
     return any(
         all(can_be_opened(root, name) for name in rows[rejection.row].audio)

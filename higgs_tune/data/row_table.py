@@ -1,4 +1,4 @@
-"""The rows of a manifest as a table on the disk: there may be more than memory holds."""
+"""The rows of a manifest as a table on disk, because there may be more than fit in memory."""
 
 import json
 import re
@@ -16,23 +16,23 @@ from higgs_tune.data.rows import ManifestRow, Rejection
 
 _FIELDS = [field.name for field in fields(ManifestRow)]
 _AUDIO = _FIELDS.index("audio")
-# Columns of `rows`; `path` and `wanted` are a clip's recording, and the reference without a text, in
-# one spelling.
+# Columns of `rows`. As normalised paths: `path` is a clip's recording, `wanted` its reference if that has
+# no text.
 _COLUMNS = [*_FIELDS, "path", "wanted"]
 _PARTICULARS = re.compile(r"""(?<!\w)'[^']*'|"[^"]*"|\d+""")  # quoted names, and numbers
 
 
 class Stage(IntEnum):
-    """When a row was rejected."""
+    """The stage in which a row was rejected."""
 
     MANIFEST = 0
-    MISSING = 1  # no recording, seen before anything is coded; coding says it again
+    MISSING = 1  # no recording, found before anything is encoded; encoding reports it again
     AUDIO = 2
     SPLIT = 3  # left out of a drawn split: no fault of the row
 
 
 class RowTable:
-    """Rows by number, those that are rejected apart, in a scratch database.
+    """Rows by number, and separately those that are rejected, in a scratch database.
 
     Args:
         root: folder that recordings are relative to.
@@ -48,7 +48,7 @@ class RowTable:
         )
 
     def add(self, row: ManifestRow) -> None:
-        """Append a row; its id and its reference's text are seen to by `complete`."""
+        """Append a row; `complete` adds its reference's text if that is missing."""
         values = list(astuple(row))
         values[_AUDIO] = json.dumps(row.audio)
         clip = [normpath(self._root / name) for name in row.audio if row.kind == "clip"]
@@ -59,14 +59,14 @@ class RowTable:
         )
 
     def reject(self, rejections: Iterable[Rejection], stage: Stage) -> None:
-        """Note rows that are not used; a row of the table stays in it until `drop_rejected`."""
+        """Record rejections; a rejected row stays in the table until `drop_rejected`."""
         self.database.executemany(
             "INSERT INTO rejected VALUES (?, ?, ?, ?, ?)",
             ((r.row, r.id, r.path, r.reason, stage) for r in rejections),
         )
 
     def forget(self, stage: Stage) -> None:
-        """Take back what was rejected in one stage."""
+        """Delete the rejections of one stage."""
         self.database.execute("DELETE FROM rejected WHERE stage = ?", (stage,))
 
     def drop_rejected(self) -> None:
@@ -74,7 +74,7 @@ class RowTable:
         self.database.execute("DELETE FROM rows WHERE number IN (SELECT number FROM rejected)")
 
     def complete(self) -> None:
-        """Give references without a text that of the first clip with their recording."""
+        """Give each reference without a text the text of the first clip with its recording."""
         self.database.execute("CREATE INDEX by_path ON rows (path)")
         self.database.execute(
             "UPDATE rows SET ref_text = (SELECT text FROM rows AS other INDEXED BY by_path "
@@ -88,7 +88,7 @@ class RowTable:
         return map(_row, found)
 
     def rows_and_owners(self) -> Iterator[tuple[ManifestRow, int]]:
-        """All rows in order, and the number of the first row with the id of each."""
+        """All rows in order, each with the number of the first row that has its id."""
         self.database.execute("CREATE TABLE repeated (id PRIMARY KEY, first)")
         self.database.execute(
             "INSERT INTO repeated SELECT id, min(number) FROM rows GROUP BY id HAVING count(*) > 1"
@@ -113,9 +113,9 @@ class RowTable:
         return (Rejection(*values) for values in found)
 
     def first_rejected(self, count: int) -> list[Rejection]:
-        """The first row of each kind of reason, in order; rows that were just left out are none.
+        """The first rejection of each kind of reason, in order, except rows left out of a split.
 
-        Reasons that differ in the names and numbers that they hold are of one kind.
+        Reasons that differ only in names and numbers are of one kind.
         """
         found = self.database.execute(
             "SELECT min(number), id, path, reason FROM rejected WHERE stage < ? "
@@ -126,11 +126,11 @@ class RowTable:
 
     @property
     def num_rows(self) -> int:
-        """Rows that are in the table."""
+        """Number of rows in the table."""
         return self._count("SELECT count(*) FROM rows")
 
     def num_rejected(self, last: Stage = Stage.SPLIT) -> int:
-        """Rows that were rejected in a stage up to `last`."""
+        """Number of rows that were rejected in stages up to `last`."""
         return self._count("SELECT count(*) FROM rejected WHERE stage <= ?", last)
 
     def _count(self, query: str, *values: Any) -> int:

@@ -1,4 +1,4 @@
-"""A checked row of a manifest, and how its fields are found under their usual names."""
+"""A checked row of a manifest, and how to read its fields under their usual names."""
 
 import json
 import unicodedata
@@ -34,14 +34,14 @@ REF_AUDIO = ("ref_audio_file", "ref_audio", "ref_path", "ref_audio_path")
 REF_TEXT = ("ref_text", "ref_transcript")
 SEGMENT = ("offset", "start", "start_time")
 REF_TEXT_FILE = ("ref_transcript_file", "ref_text_file")
-_ZERO = " 0.,:"  # what a start of 0 is written with in a table
+_ZERO = " 0.,:"  # the characters that a table may write a start of 0 with
 
 
 @dataclass(frozen=True, slots=True)  # there may be millions
 class ManifestRow:
-    """One example as its manifest gives it; the fields are those of `shards.Row`, audio as paths."""
+    """One example of a manifest; the fields are those of `shards.Row`, with audio as paths."""
 
-    number: int  # line of a JSONL, CSV or TSV file, else the place in the file from 1
+    number: int  # line of a JSONL, CSV or TSV file, else the position in the file from 1
     id: str
     split: str | None
     speaker: str
@@ -54,7 +54,7 @@ class ManifestRow:
     start_index: int = 0
 
     def canonical(self) -> str:
-        """JSON of everything that decides what the row becomes."""
+        """JSON of everything that determines what the row becomes."""
         return json.dumps(asdict(self), sort_keys=True)
 
 
@@ -71,29 +71,29 @@ class Rejection:
 def field(
     fields: Mapping[str, Any], names: tuple[str, ...], *, keep_empty: bool = False
 ) -> str | None:
-    """The first of `names` that has a value, as stripped text; blank counts as absent.
+    """Return the value of the first of `names` that has one, as stripped text; blank counts as absent.
 
     Args:
-        keep_empty: where one is blank and none has a value, "" instead of None.
+        keep_empty: return "" instead of None if none has a value and at least one is blank.
 
     Raises:
-        DataError: the value is no text, or text that UTF-8 cannot hold.
+        DataError: the value is not text, or UTF-8 cannot encode it.
     """
     found = None
     for name in names:
         value = fields.get(name)
         if isinstance(value, float) and value.is_integer():
-            value = int(value)  # pandas writes a column of them so where one is missing
+            value = int(value)  # pandas makes integers floats in a column where one is missing
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)  # ids and speakers are often numbers
-        if value is None or value != value:  # NaN, pandas' missing number
+        if value is None or value != value:  # NaN is pandas' missing number
             continue
         if not isinstance(value, str):
             raise DataError(f"{name} is {type(value).__name__}, needed text")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise DataError(f"{name} has half a surrogate pair, which is no text") from None
+            raise DataError(f"{name} has half a surrogate pair, which is not valid text") from None
         if value := value.strip():
             return value
         found = "" if keep_empty else None
@@ -103,13 +103,13 @@ def field(
 def text_field(
     fields: Mapping[str, Any], names: tuple[str, ...], *, keep_empty: bool = False
 ) -> str | None:
-    """The same as one Unicode form (NFC): what looks equal has equal tokens."""
+    """Like `field`, normalised to NFC, so that texts that look equal have equal tokens."""
     value = field(fields, names, keep_empty=keep_empty)
     return None if value is None else unicodedata.normalize("NFC", value)
 
 
 def audio_path(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    """A local path, also from the forms {"path": …}, {"url": …} and file:// addresses."""
+    """Return a local path, also from {"path": …}, {"url": …} and file:// addresses."""
     for name in names:
         value = fields.get(name)
         if isinstance(value, Mapping):
@@ -134,20 +134,20 @@ def audio_path(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 
 
 def refuse_segment(fields: Mapping[str, Any]) -> None:
-    """DataError if the fields name only a part of a recording, as NeMo's manifests can."""
+    """Raise DataError if the fields select only a part of a recording, as NeMo's manifests can."""
     for name in SEGMENT:
         value = fields.get(name)
-        if value is None or value != value:  # NaN, pandas' missing number
+        if value is None or value != value:  # NaN is pandas' missing number
             continue
         if str(value).strip(_ZERO):
             raise DataError(
-                f"{name} is {value!r}: parts of a recording are not read, and the whole of it says "
-                f"more than the text. Cut the recording into files, and leave {name} out"
+                f"{name} is {value!r}: only whole recordings are read, and this one would say more than "
+                f"the text. Cut the recording into files, and leave {name} out"
             )
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen."""
+    """Whether a text has no visible character."""
     return not visible(text).strip()
 
 

@@ -71,7 +71,7 @@ class Row:
 
 @dataclass(frozen=True)
 class CodecFacts:
-    """What a dataset shares with the codec that decodes it and the base that learns it."""
+    """Facts about a dataset's codec, checked against the codec that decodes it and the base it trains."""
 
     id: str
     sample_rate_hz: int
@@ -84,7 +84,7 @@ class CodecFacts:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """`dataset.json`. Its presence says that the dataset is whole."""
+    """The content of `dataset.json`, whose presence means that the dataset is complete."""
 
     codec: CodecFacts
     num_rows: int
@@ -127,7 +127,7 @@ def _assert_storable(row: Row, codec: CodecFacts) -> None:
 
 
 def shard_path(directory: Path, index: int) -> Path:
-    """Where shard `index` of the dataset in `directory` is."""
+    """Path of shard `index` of the dataset in `directory`."""
     return directory / SHARD_FOLDER / f"part-{index:05d}.parquet"
 
 
@@ -158,7 +158,7 @@ class ShardFile:
         self.group_starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
     def values(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-        """Some columns, row by row."""
+        """The values of some columns, row by row."""
         columns = self._file.read(columns=list(names))
         return zip(*(columns.column(name).to_pylist() for name in names), strict=True)
 
@@ -167,7 +167,7 @@ class ShardFile:
         table = self._file.read_row_group(index).combine_chunks()
         codes = table.column("codes").combine_chunks()
         parts = (codes.offsets, codes.values.offsets, codes.values.values)
-        # to_numpy would import pandas, 0.4 s of a sweep's start
+        # to_numpy would import pandas, which takes 0.4 s of a sweep's start
         outer, inner, flat = (np.from_dlpack(part) for part in parts)
         plain = table.drop_columns(["codes", "num_frames"]).to_pylist()
         rows = []
@@ -186,9 +186,9 @@ class ShardFile:
 
 
 def content_hash(digests: Iterable[bytes]) -> str:
-    """Fingerprint of a dataset from its rows' digests, whatever their order and shards."""
+    """Fingerprint of a dataset from its rows' digests, independent of their order and shards."""
     found = hashlib.sha256()
-    with scratch_database() as database:  # sorts more of them than memory holds
+    with scratch_database() as database:  # sorts more digests than fit in memory
         database.execute("CREATE TABLE digests (digest)")
         database.executemany("INSERT INTO digests VALUES (?)", ((digest,) for digest in digests))
         for (digest,) in database.execute("SELECT digest FROM digests ORDER BY digest"):
@@ -243,7 +243,7 @@ def write_dataset(
     split_rule: str = "given by the caller",
     rows_per_shard: int = 1024,
 ) -> DatasetInfo:
-    """Write a whole dataset from rows in memory; one that stood in `directory` is replaced."""
+    """Write a whole dataset from rows in memory, replacing one that is in `directory`."""
     for stale in (directory / INFO_NAME, *list_shards(directory)):
         stale.unlink(missing_ok=True)
     for index, start in enumerate(range(0, len(rows), rows_per_shard)):
@@ -255,7 +255,7 @@ def read_info(directory: Path) -> DatasetInfo:
     """Read and check `dataset.json`.
 
     Raises:
-        DataError: no dataset there, one that was never finished, another format, or wrong fields.
+        DataError: no dataset, an unfinished one, another format, or wrong fields.
     """
     path = directory / INFO_NAME
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""What must not stand on both sides of a split: texts, recordings and voices, as hashes on the disk.
+"""What both sides of a split must not share: texts, recordings and voices, as hashes on disk.
 
-Table `clips` has a clip's voice, text, recording and kin: the number of all clips that share a text or
-a recording with it, directly or through others. `taught` has a chat's texts and recordings. `drawn`,
-`trained` and `held` are sets of hashes for the draw.
+Table `clips` has each clip's voice, text, recording and kin. Kin names a group: all clips that share a text
+or a recording, directly or through others, have the same kin. `taught` has the texts and recordings that
+chats teach. `drawn`, `trained` and `held` are sets of hashes for the draw.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from higgs_tune.data.row_table import RowTable
 
 _SETS = ("drawn", "trained", "held")
 _CLIPS = "clips (number INTEGER PRIMARY KEY, voice, text, recording, kin, split)"
-# For each kin with a recording that a lower one has, too: the lowest of these.
+# For each kin that shares a recording with a lower kin: the lowest kin with one of its recordings.
 _NEARER = """
 INSERT INTO nearer SELECT kin, min(lowest) FROM clips JOIN (
     SELECT recording, min(kin) AS lowest FROM clips GROUP BY recording HAVING min(kin) < max(kin)
@@ -29,7 +29,7 @@ INSERT INTO nearer SELECT kin, min(lowest) FROM clips JOIN (
 
 @contextmanager
 def split_marks(table: RowTable, root: Path, seed: int) -> Iterator[Connection]:
-    """The tables, while the block lasts; `root` is what recordings are relative to."""
+    """Yield the database with these tables while the block runs; recordings are relative to `root`."""
     database = table.database
     for columns in (_CLIPS, "taught (number, mark)"):
         database.execute(f"CREATE TABLE {columns}")
@@ -54,7 +54,7 @@ def split_marks(table: RowTable, root: Path, seed: int) -> Iterator[Connection]:
 
 
 def voice_mark(speaker: str, seed: int) -> bytes:
-    """What stands for a speaker in `clips`."""
+    """The hash of a speaker in `clips`."""
     return hashlib.sha256(f"{seed}\0{speaker}".encode()).digest()
 
 
@@ -63,13 +63,13 @@ def _text_mark(text: str, seed: int) -> bytes:
 
 
 def _recording_mark(root: Path, name: str, seed: int) -> bytes:
-    with suppress(OSError, ValueError):  # no usable path: the row is rejected when it is to be read
+    with suppress(OSError, ValueError):  # unusable path: the row is rejected when its audio is read
         name = os.path.realpath(as_stored(root, name))
     return hashlib.sha256(f"{seed}\0\0{name}".encode()).digest()
 
 
 def _find_kin(database: Connection) -> None:
-    """Give clips of one recording the same kin, and all clips of their texts with them."""
+    """Merge the kin of clips that share a recording; before that, each text has a kin of its own."""
     database.execute("CREATE TABLE nearer (old PRIMARY KEY, new) WITHOUT ROWID")
     while database.execute(_NEARER).rowcount:
         database.execute(

@@ -1,7 +1,7 @@
-"""Which rows validate: given by the manifest, or drawn so that no text or recording is on both sides.
+"""Choose the rows that validate: as the manifest says, or drawn so that no text or recording is shared.
 
-Clips validate, chats do not. The draw goes by hashes of texts and speakers, not by places: rows that
-are added later do not move the others. It happens on the disk, where the rows are.
+Clips validate, chats do not. The draw goes by hashes of texts and speakers, not by position, so that rows
+that are added later seldom move others. It runs in the database on disk, where the rows are.
 """
 
 import json
@@ -14,7 +14,7 @@ from higgs_tune.data.rows import Rejection
 from higgs_tune.data.split_marks import split_marks, voice_mark
 from higgs_tune.errors import DataError
 
-_MIN_SPEAKERS = 5  # fewer, and a held-out voice would be too large a share of the data
+_MIN_SPEAKERS = 5  # with fewer, a held-out voice would be too large a share of the data
 _MAX_LEFT_OUT = 0.02  # share of the clips that a speaker split may leave out
 _MAX_CHATS_LEFT_OUT = 0.25  # and of the chats: a held-out voice may have nearly all of them
 _HELD_SPEAKERS = "SELECT speaker FROM rows WHERE split = 'validation'"
@@ -23,16 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 def divide(table: RowTable, manifest: Path, root: Path, val_fraction: float, seed: int) -> str:
-    """Give each row its split, reject those that are left out, and return the rule in words.
+    """Give each row its split, reject the rows that are left out, and return the rule in words.
 
-    Warns of repeated clips, of a given split that shares texts or recordings, and of one that cannot
-    validate.
+    Warns of repeated clips, of a given split whose sides share texts or recordings, and of a split that
+    cannot validate.
 
     Args:
         root: folder that recordings are relative to.
 
     Raises:
-        DataError: some rows have a split and others none, or there are too few texts to divide.
+        DataError: some rows have a split and others none, or there are too few texts to split.
     """
     total, named = table.database.execute("SELECT count(*), count(split) FROM rows").fetchone()
     if named and named < total:
@@ -58,7 +58,7 @@ def divide(table: RowTable, manifest: Path, root: Path, val_fraction: float, see
 
 
 def _warn_of_repeated(database: Connection, manifest: Path) -> None:
-    """Say how many clips are there twice."""
+    """Warn of clips that repeat the recording and the text of an earlier row."""
     count, first = database.execute(
         "SELECT count(*), min(number) FROM (SELECT number, row_number() OVER "
         "(PARTITION BY path, text ORDER BY number) AS place FROM rows WHERE kind = 'clip') "
@@ -66,8 +66,8 @@ def _warn_of_repeated(database: Connection, manifest: Path) -> None:
     ).fetchone()
     if count:
         logger.warning(
-            "%s: %d rows, row %d first, have the recording and the text of an earlier one: "
-            "that clip weighs more than others",
+            "%s: %d rows (the first is row %d) repeat the recording and the text of an earlier row: "
+            "such clips weigh more than others",
             manifest,
             count,
             first,
@@ -75,7 +75,7 @@ def _warn_of_repeated(database: Connection, manifest: Path) -> None:
 
 
 def _warn_of_shared(database: Connection, manifest: Path) -> None:
-    """Say how many validation texts and recordings are trained."""
+    """Warn of validation texts and recordings that are also trained."""
     database.execute(
         "INSERT OR IGNORE INTO trained "
         "SELECT clips.text FROM clips JOIN rows USING (number) WHERE rows.split = 'train' UNION "
@@ -154,7 +154,7 @@ def _draw(table: RowTable, manifest: Path, val_fraction: float, seed: int) -> st
 
 
 def _leave_out(table: RowTable, by_speaker: bool) -> None:
-    """Reject the rows that would be on both sides."""
+    """Reject the rows that would put a text, a recording or a speaker on both sides."""
     table.database.execute(
         "INSERT OR IGNORE INTO held SELECT text FROM clips WHERE split = 'validation' UNION "
         "SELECT recording FROM clips WHERE split = 'validation'"
@@ -181,11 +181,11 @@ def _leave_out(table: RowTable, by_speaker: bool) -> None:
 
 
 def _brings_nearer(count: int, missing: int) -> bool:
-    return count <= 2 * missing  # or it would overshoot by more than is missing now
+    return count <= 2 * missing  # more would overshoot by more than is missing now
 
 
 def _by_text(database: Connection, target: int, num_kin: int) -> None:
-    """Whole texts go to validation, about `target` clips; two texts at least, not all."""
+    """Move whole groups of kin to validation: about `target` clips, at least two groups, not all."""
     database.execute("DELETE FROM drawn")
     num_drawn = num_rows = 0
     for kin, count in database.execute("SELECT kin, count(*) FROM clips GROUP BY kin ORDER BY kin"):
@@ -197,9 +197,9 @@ def _by_text(database: Connection, target: int, num_kin: int) -> None:
 
 
 def _by_speaker(database: Connection, target: int, seed: int) -> bool:
-    """Whole speakers go to validation; False where that is impossible or would leave out too much.
+    """Move whole speakers to validation; False if that is impossible or would leave out too much.
 
-    Rows without a speaker might be anyone's: they make a split by speaker impossible.
+    A row without a speaker may be anyone's, so a single one makes a split by speaker impossible.
     """
     unknown = _number(database, "SELECT count(*) FROM rows WHERE speaker = ''")
     num_clips, num_speakers = database.execute(
@@ -234,7 +234,7 @@ def _by_speaker(database: Connection, target: int, seed: int) -> bool:
 
 
 def _holds_few_chats(database: Connection, seed: int) -> bool:
-    """Whether the drawn speakers have no more of the chats than may be left out."""
+    """Whether the drawn speakers have no more chats than may be left out."""
     drawn = {voice for (voice,) in database.execute("SELECT hash FROM drawn")}
     num_chats = num_held = 0
     for speaker, count in database.execute(

@@ -1,4 +1,4 @@
-"""Which clips validation uses, and whose audio each one is swapped with."""
+"""Choose the clips that validation uses, and the clip that each one swaps its audio with."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -9,10 +9,10 @@ from higgs_tune.data.plain_text import sound_of
 
 
 def spread(texts: np.ndarray, speakers: np.ndarray, count: int, seed: int) -> list[int]:
-    """Places of up to `count` clips: least used text first, then speaker, then at random.
+    """Return the places of up to `count` clips: least used text first, then speaker, then at random.
 
-    No text fills more than half, so that each clip has one with another text to swap with. Equal texts
-    and speakers are equal numbers; which ones does not matter.
+    No text fills more than half, so that each clip can be swapped with one of another text. `texts` and
+    `speakers` are any numbers that are equal for equal texts and speakers.
     """
     if not len(texts):
         return []
@@ -34,10 +34,10 @@ def spread(texts: np.ndarray, speakers: np.ndarray, count: int, seed: int) -> li
 
 
 def alike(texts: list[str], recordings: list[bytes]) -> list[str]:
-    """For each clip the text that stands for all clips that share a text or a recording with it.
+    """Group clips that share a text or a recording; return for each clip one text that names its group.
 
-    Directly or through others: what is heard in any of them may be the clip's own text. Texts that sound
-    the same are one.
+    Clips may also share them through others: any recording of the group may say the clip's own text. Texts
+    that sound the same count as one.
     """
     label = list(range(len(texts)))  # of a clip: the first one of its group
     for names in ([sound_of(text) for text in texts], recordings):
@@ -49,7 +49,7 @@ def alike(texts: list[str], recordings: list[bytes]) -> list[str]:
 
 
 def without_majority(groups: Sequence[Hashable]) -> list[int]:
-    """Places of the clips that stay where a group may have half at most; the last of it go."""
+    """Return the places of the clips to keep, so that no group has over half; its last clips are dropped."""
     kept = list(range(len(groups)))
     while kept:
         most, uses = Counter(groups[place] for place in kept).most_common(1)[0]
@@ -60,9 +60,9 @@ def without_majority(groups: Sequence[Hashable]) -> list[int]:
 
 
 def swaps(groups: list[str], lengths: list[int], languages: Sequence[str | None]) -> list[int]:
-    """A derangement within each language, because another one can be heard without hearing a word.
+    """Return a derangement within each language, so that the language does not give a swap away.
 
-    Clips whose language has too few groups go with the next larger language, or with all.
+    Clips whose language has too few groups are swapped with the next larger language, or with all.
     """
     result = [0] * len(groups)
     parts: dict[str | None, list[int]] = {}
@@ -81,10 +81,10 @@ def swaps(groups: list[str], lengths: list[int], languages: Sequence[str | None]
 
 
 def derange(groups: list[str], lengths: list[int]) -> list[int]:
-    """A permutation without the same group at i and result[i], close in length.
+    """Return a permutation in which i and result[i] are of different groups and of similar length.
 
-    Sorted by group, a shift by the largest group's size never meets the same one; exchanges that bring
-    the lengths nearer follow until none is left.
+    In an order sorted by group, a shift by the largest group's size never meets the same group. Then pairs
+    are exchanged until no exchange brings lengths closer. No group may have more than half of the clips.
     """
     mean_length = {
         group: np.mean([n for n, other in zip(lengths, groups, strict=True) if other == group])

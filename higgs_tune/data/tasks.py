@@ -1,4 +1,4 @@
-"""Rows as conversations: what each task shows the model and which turn it learns."""
+"""Turn rows into conversations: what each task shows the model and which turn is its target."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -35,8 +35,8 @@ def speak(row: Row) -> Conversation:
 def clone(row: Row, reference: Row | None) -> Conversation:
     """Reference text and audio, then the target's text and audio.
 
-    The reference is the row's own where it has one, else the clip `reference`. If that is the target's very
-    recording, listed twice, the row is spoken without it: its codes would stand in the prompt.
+    The reference is the row's own if it has one, else the clip `reference`. If its codes equal the target's
+    (a recording listed twice), this is `speak` instead: the prompt would contain the target.
     """
     if row.ref_text is not None:
         key, ref_text, ref_codes_TC = f"{row.id}:clone", row.ref_text, row.codes[1]
@@ -56,7 +56,7 @@ def clone(row: Row, reference: Row | None) -> Conversation:
 
 
 def chat(row: Row) -> Conversation:
-    """The row's own turns; the assistant's from `start_index` on are learnt."""
+    """The row's own turns; the assistant's from `start_index` on are targets."""
     assert row.turns is not None, row.id
     turns = []
     for index, raw in enumerate(json.loads(row.turns)):
@@ -72,9 +72,9 @@ def chat(row: Row) -> Conversation:
 
 
 def introduced(talk: Conversation, system_text: str | None) -> Conversation:
-    """A clip's speech after a system turn, if there is a text for one.
+    """Put a system turn before a spoken clip, if there is a text for one.
 
-    A chat has its own, and the published base's tells to speak: not to write down.
+    A chat has its own system turn. Transcription gets none, because the published base's asks for speech.
     """
     if system_text is None or talk.task not in ("speak", "clone"):
         return talk
@@ -82,7 +82,7 @@ def introduced(talk: Conversation, system_text: str | None) -> Conversation:
 
 
 def texts_of(text: str, turns: str | None, ref_text: str | None = None) -> list[str]:
-    """The text parts of a row; of a clip with its reference text, if that is given."""
+    """The text parts of a row, with a clip's reference text if that is given."""
     if turns is None:
         return [text] if ref_text is None else [text, ref_text]
     parts = [part for turn in json.loads(turns) for part in turn["parts"]]
@@ -95,25 +95,25 @@ _ROWS_PER_TURN = 8  # header, role, line break and end of turn are 5 with a Llam
 def most_rows(
     num_frames: Iterable[int], text_lengths: Iterable[int], num_turns: int, num_codebooks: int
 ) -> int:
-    """No fewer rows than `encode_conversation` makes of these parts.
+    """Upper bound on the rows that `encode_conversation` makes of these parts.
 
-    T frames take T + C + 3 rows, their delay and the two control tokens around them included.
+    T frames take T + C + 3 rows, including their delay and the two control tokens around them.
     """
     audio = sum(frames + num_codebooks + 3 for frames in num_frames)
     return 1 + _ROWS_PER_TURN * num_turns + audio + sum(text_lengths)
 
 
 def system_rows(system_text: str | None, text_length: TextLength = len) -> int:
-    """No fewer rows than `introduced` adds, in the unit of `text_length`."""
+    """Upper bound on the rows that `introduced` adds, in the unit of `text_length`."""
     return 0 if system_text is None else _ROWS_PER_TURN + text_length(system_text)
 
 
 def longest_conversation(
     data: DataSettings, num_codebooks: int, positions: int, text_length: TextLength = len
 ) -> int:
-    """The most rows of a conversation that is used: `data.max_rows`, and no more than a base's positions.
+    """The longest conversation to use, in rows: `data.max_rows`, but at most the base's positions.
 
-    By default what cloning the longest clip from another may take.
+    By default it is what cloning the longest clip from another may take.
     """
     clip = most_rows([data.max_frames], [data.max_text_tokens], 2, num_codebooks)
     default = 2 * clip + system_rows(data.system_text, text_length)

@@ -1,6 +1,6 @@
-"""Tokenise a conversation: ids, delayed codes and labels that are shifted exactly once.
+"""Tokenise a conversation into ids, delayed codes, and labels that are shifted exactly once.
 
-The sequence is Llama-3's: a header per turn, `<|eot_id|>` after it, and for each clip
+The sequence is Llama-3's: a header before each turn, `<|eot_id|>` after it, and for each clip
 `<|audio_out_bos|>`, one row per delayed frame, `<|audio_eos|>`. T codec frames become T + C + 1 rows
 (C codebooks): a BOS column, the codes, an EOS column, codebook k delayed by k rows.
 
@@ -29,7 +29,7 @@ CONTROL_TOKENS = {
     "audio_delay": "<|reserved_special_token_6|>",
 }
 """Fields of `Vocabulary` → the token's name in every tokenizer of this model."""
-AUDIO_IN_BOS = "<|audio_bos|>"  # in that of the published checkpoint, too
+AUDIO_IN_BOS = "<|audio_bos|>"  # in the published checkpoint's tokenizer, not in the embedded one
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Vocabulary:
     stream_eos: int
     num_codebooks: int
     encode_text: Callable[[str], Sequence[int]]  # without special tokens
-    audio_in_bos: int | None = None  # before audio of a user; None: `audio_bos`
-    unknown: int | None = None  # what a text without a token of its own becomes, if anything does
+    audio_in_bos: int | None = None  # before a user's audio; None means `audio_bos`
+    unknown: int | None = None  # id for characters without a token, if the tokenizer has one
 
     @property
     def control_ids(self) -> dict[int, str]:
@@ -60,10 +60,10 @@ class Vocabulary:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """One tokenised conversation; labels stand at the row whose logits predict them.
+    """One tokenised conversation; each label is at the row whose logits predict it.
 
     `text_labels_L[p]` is the id at row p + 1, `audio_labels_AC[a]` the codes of audio row a + 1 of the
-    same clip, or IGNORE where nothing is learnt.
+    same clip, or IGNORE where there is no target.
     """
 
     key: str
@@ -93,7 +93,7 @@ def delay_codes(codes_TC: np.ndarray, bos: int, eos: int) -> np.ndarray:
 
 
 def undelay_codes(delayed_AC: np.ndarray, eos: int) -> np.ndarray:
-    """Invert `delay_codes`, also of a clip that was cut off before its EOS: (A, C) → (T, C).
+    """Invert `delay_codes`, also for a clip that was cut off before its EOS: (A, C) → (T, C).
 
     The clip ends before the first frame in which any codebook holds EOS.
     """
@@ -107,7 +107,7 @@ def undelay_codes(delayed_AC: np.ndarray, eos: int) -> np.ndarray:
 
 
 def _clip_labels(delayed_AC: np.ndarray, num_frames: int) -> np.ndarray:
-    """Next row's codes; BOS and the fill after each codebook's single EOS are ignored."""
+    """The next row's codes; BOS and the fill after each codebook's first EOS are ignored."""
     num_codebooks = delayed_AC.shape[1]
     labels_AC = np.full_like(delayed_AC, IGNORE)
     for codebook in range(num_codebooks):
@@ -119,13 +119,13 @@ def _clip_labels(delayed_AC: np.ndarray, num_frames: int) -> np.ndarray:
 def encode_conversation(conversation: Conversation, vocabulary: Vocabulary) -> Encoded:
     """Tokenise one conversation.
 
-    Text of a target turn is learnt up to and including `<|eot_id|>`; its audio is learnt from the first
-    code of each codebook to its one EOS. Headers, control tokens around audio, and every other turn
-    carry no label.
+    The labels of a target turn are its text up to and including `<|eot_id|>`, and in its audio each
+    codebook from its first code to its one EOS. Headers, control tokens around audio, and every other
+    turn carry no label.
 
     Raises:
-        DataError: codes of another codebook count or outside the codebook, a control token inside a
-            text, a character without a token, or nothing to learn.
+        DataError: codes with another number of codebooks or outside the codebook, a control token inside
+            a text, a character without a token, or no target.
     """
     voc = vocabulary
     ids: list[int] = [voc.begin_of_text]
@@ -174,13 +174,13 @@ def encode_conversation(conversation: Conversation, vocabulary: Vocabulary) -> E
     if len(targets) == 0 and not (encoded.audio_labels_AC != IGNORE).any():
         raise DataError(
             f"{conversation.key}: no assistant turn to learn from. "
-            "Give the row an assistant turn, or a start_index that does not lie behind it."
+            "Give the row an assistant turn, or a start_index that is not after it."
         )
     return encoded
 
 
 def unknown_in(text: str, vocabulary: Vocabulary) -> list[str]:
-    """The characters of a text that the vocabulary has no token for."""
+    """Return the characters of a text that the vocabulary has no token for."""
     unknown, encode = vocabulary.unknown, vocabulary.encode_text
     if unknown is None or unknown not in encode(text):
         return []
@@ -189,14 +189,14 @@ def unknown_in(text: str, vocabulary: Vocabulary) -> list[str]:
 
 
 def unknown_problem(characters: Sequence[str]) -> str:
-    """What is said of characters that have no token, and what to do about them."""
+    """Return a message about characters that have no token, and what to do about them."""
     shown = ", ".join(
         f"{one!r} (U+{ord(one):04X})" if len(one) == 1 else repr(one)
         for one in characters[:_NUM_SHOWN]
     )
     more = f" and {len(characters) - _NUM_SHOWN} more" if len(characters) > _NUM_SHOWN else ""
     return (
-        f"the base's tokenizer has no token for {shown}{more}; to it all are one and the same. "
+        f"the base's tokenizer has no token for {shown}{more}; it reads all such characters as one. "
         "Write the texts without them (and prepare the data again), or use a base whose tokenizer knows "
         "them. docs/reference/embedded.md lists what the embedded one knows."
     )

@@ -186,7 +186,7 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on(
         printed = process.communicate(timeout=60)[0]
         if how == signal.SIGINT:
             assert process.returncode == 130, printed
-            assert printed.splitlines()[-1].startswith("interrupted; the same command goes on")
+            assert printed.splitlines()[-1].startswith("interrupted; the same command continues")
             assert "Traceback" not in printed
             assert "Warning" not in printed
         wait_until(lambda w=workers: not any(is_alive(worker) for worker in w))
@@ -207,7 +207,7 @@ def test_more_workers_than_cpus_are_refused(monkeypatch):
         encode_ray._gpu_share(own, 3, "auto")
     with pytest.raises(encode_ray.ConfigError, match="--device cuda: Ray finds no GPU"):
         encode_ray._gpu_share(own, 2, "cuda")
-    with pytest.raises(encode_ray.ConfigError, match="CUDA_VISIBLE_DEVICES says which"):
+    with pytest.raises(encode_ray.ConfigError, match="Set CUDA_VISIBLE_DEVICES to choose"):
         encode_ray._gpu_share(own, 2, "cuda:1")
     joined = encode_ray.Cluster(is_own=False, complete=str)
     assert encode_ray._gpu_share(joined, 2, "cuda") == 1  # its machines come when asked for

@@ -118,16 +118,16 @@ def read(fields: Fields, first: int) -> tuple[list[dict[str, Any]], dict[int, st
 
 def _reason(row: dict[str, Any], owner: int) -> str | None:
     if owner != row["number"]:
-        return f"id '{row['id']}' is already that of row {owner}; ids are unique"
+        return f"id '{row['id']}' is already used by row {owner}; ids must be unique"
     if len(row["audio"]) == 2 and row["ref_text"] is None:
         return (
-            "has a reference recording without its text: add ref_transcript, or a row of its own "
+            "has a reference recording without its text: add ref_transcript, or a separate row "
             "for that recording"
         )
     if len(row["audio"]) == 2 and row["audio"][0] == row["audio"][1]:
         return (
-            "has itself as its reference recording, which teaches to copy: name another recording of "
-            "this speaker, or none, and one is drawn"
+            "has its own recording as its reference, which teaches copying: name another recording of "
+            "this speaker, or none to have one drawn"
         )
     for text in [row["text"], row["ref_text"]]:
         if text == "":

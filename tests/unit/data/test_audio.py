@@ -151,15 +151,20 @@ def test_a_few_missing_samples_are_no_reason(tmp_path: Path):
 
 
 def test_a_rate_without_common_factor_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="22051 Hz, which shares no factor with 24000 Hz"):
+    with pytest.raises(
+        DataError, match="22051 Hz, which has too small a common factor with 24000 Hz"
+    ):
         read(store(tmp_path / "a.wav", tone(0.5, 22051), 22051))
 
 
 @pytest.mark.parametrize(
     ("rate_hz", "message"),
     [
-        (0, "its header states no usable sample rate or number of channels: write it anew"),
-        (1, "header states a sample rate of 1 Hz, needed 4000 to 400000 Hz: write it anew"),
+        (0, "its header states no usable sample rate or number of channels: rewrite it"),
+        (
+            1,
+            "header states a sample rate of 1 Hz, needed 4000 to 400000 Hz: rewrite it with its true rate",
+        ),
         (10**7, "header states a sample rate of 10000000 Hz, needed 4000"),
         (2**32 - 1, "its header states no usable sample rate"),
     ],
@@ -187,7 +192,7 @@ def test_paths_lead_into_the_data_root_only(tmp_path: Path):
         with pytest.raises(DataError, match="is outside the data root"):
             locate(root, name)
     with pytest.raises(
-        DataError, match=r"audio 'missing\.wav' does not exist .*: mend the path or set --data"
+        DataError, match=r"audio 'missing\.wav' does not exist .*: correct the path or set --data"
     ):
         locate(root, "missing.wav")
     with pytest.raises(DataError, match="audio 'sub' is not a file"):

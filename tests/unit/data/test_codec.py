@@ -176,6 +176,6 @@ def test_no_memory_is_not_taken_for_a_bad_codec(
 
     monkeypatch.setattr(MelRvqCodec, where, fail)
     with pytest.raises(
-        NoMemoryError, match=r"codec embedded: finds no memory on cpu: .* 2\.00 GiB"
+        NoMemoryError, match=r"codec embedded: not enough memory on cpu: .* 2\.00 GiB"
     ):
         load_codec("embedded")

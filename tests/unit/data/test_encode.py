@@ -96,7 +96,7 @@ def test_every_bad_row_is_listed_and_the_good_ones_are_kept(tmp_path: Path, run)
     bad += [{"id": "none", "path": "0.wav", "text": ""}, {"id": "c1", "path": "1.wav", "text": "x"}]
     bad += [{"id": "much", "path": "0.wav", "text": "x" * 5000}]
     info = run(rows + bad, max_rejected=len(bad))
-    reasons |= {"none": "text is empty", "c1": "already that of row 2", "much": "5000 characters"}
+    reasons |= {"none": "text is empty", "c1": "already used by row 2", "much": "5000 characters"}
     found = rejected(tmp_path / "out")
     assert found.keys() == reasons.keys()
     assert all(reason in found[name] for name, reason in reasons.items())
@@ -128,7 +128,10 @@ def test_rows_that_repeat_a_clip_are_counted_in_a_warning(
         rows[2] | {"id": "c", "text": "other"},
     ]
     assert run(rows + more, val_fraction=val_fraction).num_rows == 9
-    assert "2 rows, row 7 first, have the recording and the text of an earlier one" in caplog.text
+    assert (
+        "2 rows (the first is row 7) repeat the recording and the text of an earlier row"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("stage", ["manifest", "audio"])
@@ -147,9 +150,9 @@ def test_too_many_rejected_rows_leave_shards_but_no_dataset(tmp_path: Path, run,
     assert (
         how
         == {
-            "manifest": "Mend the manifest or the recordings, or raise --max-rejected.",
-            "audio": "Mend the recordings (what is encoded is kept), give a mended manifest a new "
-            "--out, or raise --max-rejected.",
+            "manifest": "Fix the manifest or the recordings, or raise --max-rejected.",
+            "audio": "Fix the recordings (what is encoded is kept), use a new --out for a fixed "
+            "manifest, or raise --max-rejected.",
         }[stage]
     )
     assert list(rejected(out)) == ["c2"]
@@ -223,7 +226,8 @@ def test_the_command_prepares_and_reports(
         spy(patch, stop_after=3)
         assert prepare_cli.run(args) == 130
     assert (
-        "the same command goes on: finished shards of 256 rows are kept" in capsys.readouterr().err
+        "the same command continues: finished shards of 256 rows are kept"
+        in capsys.readouterr().err
     )
     assert prepare_cli.run(args) == 0
     printed = capsys.readouterr()

@@ -45,7 +45,7 @@ def test_a_mended_manifest_is_prepared_where_every_recording_was_unusable(tmp_pa
     bad = [row | {"path": f"bad{row['path']}"} for row in rows]
     for row in bad:
         (tmp_path / "root" / row["path"]).write_bytes(b"no audio")
-    with pytest.raises(DataError, match=r"10 of 10 rows .* Mend the manifest or the recordings"):
+    with pytest.raises(DataError, match=r"10 of 10 rows .* Fix the manifest or the recordings"):
         run(bad, max_rejected=0)
     assert len(list_shards(tmp_path / "out")) == 3
     run(rows[:6], "fresh", max_rejected=0)
@@ -163,9 +163,9 @@ def test_a_folder_of_other_data_is_left_alone(tmp_path: Path, run):
     rows = make_root(tmp_path / "root", 6)
     run(rows)
     before = content(tmp_path / "out")
-    with pytest.raises(DataError, match=r"from something else: max_seconds changed since"):
+    with pytest.raises(DataError, match=r"was prepared differently: max_seconds changed since"):
         run(rows, max_seconds=20)
-    with pytest.raises(DataError, match=r"from something else: manifest rows changed since"):
+    with pytest.raises(DataError, match=r"was prepared differently: manifest rows changed since"):
         run([*rows[:5], rows[5] | {"text": "other"}])
     assert content(tmp_path / "out") == before
     (tmp_path / "out" / "prepare.json").unlink()

@@ -82,7 +82,7 @@ def test_a_recording_with_two_texts_is_no_other_audio_to_swap_with(tmp_path: Pat
 def test_clips_that_all_share_a_recording_cannot_validate(tmp_path: Path):
     first = clip(0, "validation")
     rows = [first, replace(first, id="r1", text="the same in words"), clip(99)]
-    with pytest.raises(DataError, match="2 different texts, needed at least 2 of two recordings"):
+    with pytest.raises(DataError, match="2 different texts, needed at least 2 from two recordings"):
         validation_sets(make(tmp_path, rows), 48)
 
 

@@ -102,7 +102,7 @@ def test_rates_that_do_not_belong_together_are_refused(
     folder: Path, tmp_path: Path, changes: dict[str, int]
 ) -> None:
     path = changed_config(folder, tmp_path / "c", **changes)
-    with pytest.raises(ModelError, match=r"semantic_sample_rate .* do not belong together"):
+    with pytest.raises(ModelError, match=r"semantic_sample_rate .* do not match"):
         load_codec(path)
 
 

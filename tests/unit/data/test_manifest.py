@@ -129,9 +129,9 @@ def test_parquet_and_flat_jsonl_hold_the_same_fields(tmp_path: Path):
         (chat(("system", ["x", " "]), SPOKEN), "message 0: text is empty"),
         (
             chat(("user", "x"), ("scene", "y"), SPOKEN),
-            "message 1 has role 'scene', which is the first",
+            "message 1 has role 'scene', which must be the first",
         ),
-        (chat(("scene", "x"), ("scene", "y"), SPOKEN), "message 1 has role 'scene', which is the"),
+        (chat(("scene", "x"), ("scene", "y"), SPOKEN), "message 1 has role 'scene', which must be"),
         (chat(("user", []), SPOKEN), "message 0 is empty"),
         (
             {"path": "a.wav", "text": "x", "ref_audio": "b.wav", "ref_text": 2001 * "x"},
@@ -148,8 +148,11 @@ def test_parquet_and_flat_jsonl_hold_the_same_fields(tmp_path: Path):
             chat(("user", "<audio>"), ("user", "and <audio>"), SPOKEN, audios=["a"]),
             "message 1 has more <audio> than audios",
         ),
-        (chat(("user", "x"), SPOKEN, ("user", "x"), SPOKEN), "learns a.wav, which stands before"),
-        (chat(("user", {"type": "audio", "path": "b/../a.wav"}), SPOKEN), "learns a.wav, which"),
+        (
+            chat(("user", "x"), SPOKEN, ("user", "x"), SPOKEN),
+            "trains on a.wav, which appears earlier",
+        ),
+        (chat(("user", {"type": "audio", "path": "b/../a.wav"}), SPOKEN), "trains on a.wav, which"),
         ({"messages": []}, "messages is not a list"),
         ({"messages": ["x"]}, "message 0 is str, needed role and content"),
         ({"text": "x"}, "has no audio: needed one of the fields path"),
@@ -189,7 +192,9 @@ def test_rejections_carry_line_id_and_path(tmp_path: Path):
 def test_duplicate_ids_keep_the_first_row(tmp_path: Path):
     found = jsonl(tmp_path, *({"id": "a", "audio": f"{n}.wav", "text": "x"} for n in range(3)))
     assert [row.audio for row in found.rows] == [("0.wav",)]
-    assert {r.reason for r in found.rejected} == {"id 'a' is already that of row 1; ids are unique"}
+    assert {r.reason for r in found.rejected} == {
+        "id 'a' is already used by row 1; ids must be unique"
+    }
     assert [r.path for r in found.rejected] == ["1.wav", "2.wav"]
 
 
@@ -222,7 +227,9 @@ def test_a_missing_manifest_is_named(tmp_path: Path):
 @pytest.mark.parametrize("name", ["offset", "start", "start_time"])
 def test_a_part_of_a_recording_is_not_trained_on_all_of_it(tmp_path: Path, name: str):
     row = {"audio_filepath": "a.wav", "text": "x", "duration": 3.2}
-    assert rf"{name} is 12.5: parts of a recording" in reason(jsonl(tmp_path, row | {name: 12.5}))
+    assert rf"{name} is 12.5: only whole recordings are read" in reason(
+        jsonl(tmp_path, row | {name: 12.5})
+    )
     part = SPOKEN[1] | {name: 12.5}
     assert name in reason(jsonl(tmp_path, chat(("user", "x"), ("assistant", part))))
     for whole in (0, 0.0, None, float("nan"), "", "0", "0.0", " 0.000", "00:00:00.000", "0,0"):
@@ -232,7 +239,7 @@ def test_a_part_of_a_recording_is_not_trained_on_all_of_it(tmp_path: Path, name:
 @pytest.mark.parametrize("other", ["a.wav", "./a.wav", "sub/../a.wav", "{root}/a.wav"])
 def test_a_recording_is_not_its_own_reference(tmp_path: Path, other: str):
     row = {"path": "a.wav", "text": "x", "ref_text": "x", "ref_audio": other.format(root=tmp_path)}
-    assert "has itself as its reference recording" in reason(jsonl(tmp_path, row))
+    assert "has its own recording as its reference" in reason(jsonl(tmp_path, row))
     assert len(jsonl(tmp_path, row | {"ref_audio": "b.wav"}).rows) == 1
 
 

@@ -142,11 +142,11 @@ def test_a_tsv_that_is_quoted_as_csv_gives_no_wrong_transcript(tmp_path: Path):
     found = read(tmp_path / "m.tsv", quoted)
     assert [row.text for row in found.rows] == ["Nein"]
     assert [r.reason for r in found.rejected] == [
-        "line 2 has a text quoted as in CSV. TSV and fields between | are read without quotes: write "
-        "this file as .csv with commas, or the text without them."
+        "line 2 has a text quoted as in CSV. TSV files and files separated by | have no quoting: write "
+        "this file as .csv with commas, or the text without quotes."
     ]
     broken = 'path\ttext\na.wav\tJa\nb.wav\t"first\nsecond"\nc.wav\tNein\n'
-    with pytest.raises(DataError, match=r"m\.tsv, line 4: goes on with a quoted text of the line"):
+    with pytest.raises(DataError, match=r"m\.tsv, line 4: continues a quoted text of the line"):
         read(tmp_path / "m.tsv", broken)
 
 
@@ -155,7 +155,7 @@ def test_a_tsv_that_is_quoted_as_csv_gives_no_wrong_transcript(tmp_path: Path):
     [
         ('path,text\na.wav,ok\nb.wav,"Ja" sagte er\n', r"line 3: not csv \(',' expected after"),
         ('path,text\na.wav,ok\nb.wav,"Ja\nc.wav,x\n', r"line 3: not csv \(unexpected end of data"),
-        ('"path"x,text\na.wav,ok\n', r"line 1: not csv .* those inside it are doubled"),
+        ('"path"x,text\na.wav,ok\n', r"line 1: not csv .* those inside it must be doubled"),
     ],
 )
 def test_csv_with_a_stray_quotation_mark_names_the_line(tmp_path: Path, content: str, message: str):
