@@ -1,6 +1,6 @@
-"""Ordinary Arabic sentences, built from parts that were written, with their vowel signs, for this.
+"""Ordinary Arabic sentences, built from parts that were written for this, with their vowel signs.
 
-The signs are by hand because `text2tashkeel` 0.1.0 put wrong ones on four of nine trial sentences
+The signs were set by hand because `text2tashkeel` 0.1.0 put wrong ones on four of nine trial sentences
 (al-mudrasa, akhti, al-qatta, ahibbu), and espeak-ng speaks what is written.
 """
 
@@ -72,7 +72,7 @@ _SAYINGS = [
 
 
 def sentences(num: int, seed: int) -> list[str]:
-    """`num` different sentences, the kinds in equal shares as far as they go, NFC."""
+    """Return `num` different sentences in NFC, taken from all kinds in turn until a kind runs out."""
     rng = random.Random(seed)
     kinds = [list(_SAYINGS)]
     for verbs, objects in _VERBS_AND_OBJECTS:

@@ -1,9 +1,9 @@
-"""Pretrain the embedded base: a small Higgs Audio V2 that knows text and audio, but not the targets.
+"""Pretrain the embedded base: a small Higgs Audio V2 that has not heard the target languages.
 
     python -m higgs_tune.embedded.make.base --out higgs_tune/embedded/base   # 25 minutes on 2 cores
 
-The corpus (made by `embedded.make.speech`) holds other voices and other languages than the targets, so
-what comes out has the mission's symptom: it transcribes what it was taught and fails on Arabic.
+The corpus (made by `embedded.make.speech`) has other voices and other languages than the targets, so the
+base has the problem that this package is for: it transcribes what it was taught and fails on Arabic.
 """
 
 import argparse
@@ -40,7 +40,7 @@ PRETRAINING = [f"embedded:{n}" for n in ("pretrain", "english", "french", "itali
 
 
 def joined(names: list[str], folder: Path) -> Dataset:
-    """One dataset of the shards of several."""
+    """Join several datasets into one, whose shards are links to theirs."""
     parts = [Dataset.open(name) for name in names]
     splits = sum((Counter(part.info.splits) for part in parts), Counter())
     info = json.loads((parts[0].directory / "dataset.json").read_text())
@@ -54,7 +54,7 @@ def joined(names: list[str], folder: Path) -> Dataset:
 
 
 def new_model(tokenizer) -> HiggsAudioV2ForConditionalGeneration:
-    """Five million random parameters in four layers."""
+    """Return a model with five million random parameters in four layers."""
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in CONTROL_TOKENS.items()}
     config = HiggsAudioV2Config(
         vocab_size=len(tokenizer),
@@ -81,9 +81,9 @@ def new_model(tokenizer) -> HiggsAudioV2ForConditionalGeneration:
 
 @torch.no_grad()
 def start_from_codec(model: HiggsAudioV2ForConditionalGeneration) -> None:
-    """Let the sum of a frame's code embeddings be a fixed projection of the frame's own spectrum.
+    """Set the code embeddings so that a frame's sum is a fixed projection of the frame's spectrum.
 
-    From random embeddings the model would first have to learn what each code sounds like.
+    With random embeddings the model would first have to learn what each code sounds like.
     """
     codec = load_codec("embedded", device="cpu")
     # residuals: a frame's features are the sum over its codes
@@ -118,7 +118,7 @@ def means(
 def validate(
     model: HiggsAudioV2ForConditionalGeneration, dataset: Dataset, vocabulary: Vocabulary
 ) -> dict[str, float]:
-    """Text nll with the right audio and with another clip's, and audio nll, on held-out clips."""
+    """Measure text nll, its rise with another clip's audio, and audio nll on held-out clips."""
     sets = validation_sets(dataset, 64)
 
     def encode(conversations: tuple[Conversation, ...]) -> list[Encoded]:
@@ -133,12 +133,12 @@ def validate(
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of pretraining with a schedule and an optimizer of its own."""
+    """A phase of pretraining, with its own schedule and optimizer."""
 
     num_steps: int
     learning_rate: float
-    smoothing: float  # of text labels; keeps never-seen letters from sinking without limit
-    transcribe: float  # weight beside speak 1
+    smoothing: float  # of text labels; stops the logits of unseen letters from falling on and on
+    transcribe: float  # task weight; `speak` has 1
 
 
 PHASES = (
@@ -202,11 +202,11 @@ def main() -> None:
 
             train(model, dataset, vocabulary, phase, report)
             save(model, args.out)
-            model.load_state_dict(load_file(args.out / "model.safetensors"))  # as rounded
+            model.load_state_dict(load_file(args.out / "model.safetensors"))  # the rounded weights
 
 
 def save(model: HiggsAudioV2ForConditionalGeneration, out: Path) -> None:
-    """Write the native format; bfloat16 halves the size and is rounded once."""
+    """Save in the native format, rounded to bfloat16, which halves the size."""
     state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     model.save_pretrained(out, state_dict=state)
     (out / "higgs_tune.json").write_text(json.dumps({"use_text_head": True}) + "\n")

@@ -10,7 +10,7 @@ FOLDERS = ("base", "codec", "speech", "wav")
 
 
 def checksums(root: Path) -> dict[str, str]:
-    """SHA-256 of every file of the asset folders, by its path below `root`."""
+    """SHA-256 of every file in the asset folders, keyed by its path below `root`."""
     files = sorted(p for folder in FOLDERS for p in (root / folder).rglob("*") if p.is_file())
     return {
         p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
@@ -18,7 +18,7 @@ def checksums(root: Path) -> dict[str, str]:
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """The lines of a SHA256SUMS file, as `sha256sum` writes them."""
+    """Return the digests of a SHA256SUMS file, as `sha256sum` writes it, keyed by name."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
 

@@ -13,7 +13,7 @@ NUM_KMEANS_STEPS = 25
 
 
 def fit_codec(waves: Iterable[np.ndarray], max_frames: int, seed: int) -> MelRvqCodec:
-    """A codec fitted on 24 kHz waves, on at most `max_frames` of their code frames."""
+    """Fit a codec on 24 kHz waves, using at most `max_frames` of their code frames."""
     config = MelRvqCodecConfig()
     codec = MelRvqCodec(config).eval()
     codec.set_filters()
@@ -49,7 +49,7 @@ def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _kmeans(points: Tensor, num: int, generator: torch.Generator) -> Tensor:
-    """Lloyd's algorithm; a centroid that lost its points moves to a random one."""
+    """Lloyd's algorithm; a centroid that has lost its points moves to a random point."""
     centroids = points[torch.randperm(len(points), generator=generator)[:num]].clone()
     for _ in range(NUM_KMEANS_STEPS):
         assigned = _nearest(points, centroids)
@@ -64,7 +64,7 @@ def _kmeans(points: Tensor, num: int, generator: torch.Generator) -> Tensor:
 
 
 def round_trip_error_db(codec: MelRvqCodec, wave: np.ndarray, num_codebooks: int) -> float:
-    """Mean absolute log-mel difference in dB between a clip and its codes' mels, no phase step."""
+    """Mean absolute log-mel difference in dB between a clip and its codes, without decoding to a wave."""
     tensor = torch.from_numpy(wave)[None]
     codes_TC = torch.from_numpy(encode_clip(codec, wave, codec.config.sample_rate).astype(np.int64))
     kept_BCT = codes_TC.T[None, :num_codebooks]

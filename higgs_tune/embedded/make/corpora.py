@@ -27,7 +27,7 @@ SPLIT_RULES = {
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One recording at 24 kHz, int16 to keep a whole corpus in memory."""
+    """One recording at 24 kHz, as int16 so that a whole corpus fits in memory."""
 
     id: str
     split: str
@@ -95,7 +95,7 @@ def human_clips(packages: Path, language: str) -> list[Clip]:
 
 
 def pretraining_clips(espeak: Espeak, taken_texts: set[str]) -> list[Clip]:
-    """Seven languages in other voices; no text of `taken_texts`."""
+    """Seven languages in other voices, without the texts of `taken_texts`."""
     train_voices, validation_voices = voices.pretraining_voices()
     clips: list[Clip] = []
     for language in phrases.LANGUAGES:

@@ -1,4 +1,4 @@
-"""Speech by espeak-ng, through the shared library that the `espeakng-loader` package carries."""
+"""Synthesise speech with espeak-ng, through the shared library in the package `espeakng-loader`."""
 
 import ctypes
 import functools
@@ -11,7 +11,7 @@ import torchaudio
 
 SAMPLE_RATE_HZ = 24_000
 RMS = 0.06  # level of every clip, about -24 dBFS
-SILENCE_DB = -45.0  # below the loudest 10 ms: trimmed from both ends
+SILENCE_DB = -45.0  # relative to the loudest 10 ms; what is quieter is trimmed from both ends
 _SYNCHRONOUS, _UTF8 = 2, 1  # espeak_AUDIO_OUTPUT and espeakCHARS of speak_lib.h
 _RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER of speak_lib.h
 
@@ -33,8 +33,8 @@ class Voice:
 class Espeak:
     """A running espeak-ng.
 
-    The noise in a clip depends on what was spoken before it; equal calls in equal order give equal
-    clips in every process.
+    The noise in a clip depends on what was spoken before it; the same calls in the same order give the
+    same clips in every process.
     """
 
     def __init__(self) -> None:
@@ -48,8 +48,8 @@ class Espeak:
         callback_type = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
         )
-        library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # by default: the clock
-        self._callback = callback_type(self._collect)  # kept: C holds no reference
+        library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # the default seed is the clock
+        self._callback = callback_type(self._collect)  # kept alive: C holds no reference
         library.espeak_SetSynthCallback(self._callback)
         self._library = library
 
@@ -59,7 +59,7 @@ class Espeak:
         return 0
 
     def speak(self, text: str, language: str, voice: Voice) -> np.ndarray:
-        """A trimmed float32 clip at 24 kHz and a fixed level."""
+        """Return a trimmed float32 clip at 24 kHz and a fixed level."""
         library = self._library
         name = f"{language}+{voice.variant}".encode()
         if library.espeak_SetVoiceByName(name) != 0:

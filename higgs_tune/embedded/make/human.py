@@ -10,7 +10,7 @@ import numpy as np
 
 from higgs_tune.embedded.make.espeak import SAMPLE_RATE_HZ, tidy
 
-# Debian language code → (dataset name, speaker: the folder of the sounds)
+# Debian language code → (dataset name, speaker, which is the folder of the sounds)
 LANGUAGES = {
     "en": ("english", "en_US_f_Allison"),
     "es": ("spanish", "es_MX_f_Allison"),
@@ -20,13 +20,13 @@ LANGUAGES = {
 }
 MAX_S = 4.0
 MIN_S = 0.4
-MAX_CHARACTERS_PER_S = 30.0  # a longer text is not what is said
+MAX_CHARACTERS_PER_S = 30.0  # a longer text cannot be what is said
 _NOISES = ("beep", "silence/", "ascending", "tt-somethingwrong")
 _G722_RATE_HZ = 16_000
 
 
 def transcripts(packages: Path, language: str) -> dict[str, str]:
-    """Sound name → text, without those that describe a noise or are not text."""
+    """Map each sound's name to its text, without noises and unusable texts."""
     name = f"asterisk-core-sounds-{language}"
     path = packages / name / "usr/share/doc" / name / f"core-sounds-{language}.txt.gz"
     found: dict[str, str] = {}
@@ -40,7 +40,7 @@ def transcripts(packages: Path, language: str) -> dict[str, str]:
 
 
 def plain(text: str) -> str:
-    """Lower case, no punctuation, NFC; empty if the text is unfit (brackets, digits, lost letters)."""
+    """Lower case, no punctuation, NFC; "" if the text is unusable (brackets, digits, lost letters)."""
     if re.search(r"[\[\](){}<>\d?�]", text.rstrip(" ?")):
         return ""
     text = unicodedata.normalize("NFC", text.lower()).replace("’", "'")

@@ -1,6 +1,6 @@
 """Texts for pretraining: everyday sentences and made-up words in seven languages, none of them Arabic.
 
-Made-up words carry no hint of their spelling but their sound, so they teach the base to listen.
+Only the sound of a made-up word hints at its spelling, so such words teach the base to listen.
 """
 
 # ruff: noqa: E501 - lists of words
@@ -61,7 +61,7 @@ _PARTS: dict[str, tuple[str, str, str, str]] = {
     ),
 }  # fmt: skip
 LANGUAGES = tuple(_PARTS)
-# Onsets, vowels and codas that each language's spelling writes the way espeak-ng reads it.
+# Onsets, vowels and codas, spelled in each language so that espeak-ng reads them as written.
 _SYLLABLES: dict[str, tuple[str, str, str]] = {
     "es": ("b c d f g l m n p r s t v ch ll ñ j br tr pl", "a e i o u á é ó", "- - - n s r l"),
     "it": ("b c d f g l m n p r s t v z tr br pr gn st", "a e i o u", "- - - - n r l"),
@@ -93,7 +93,7 @@ def _made_up_phrase(language: str, rng: random.Random) -> str:
 
 
 def phrases(language: str, num: int, made_up_share: float, seed: int) -> list[str]:
-    """`num` different lower-case texts without punctuation, NFC; a share of them of made-up words."""
+    """Return `num` different lower-case NFC texts without punctuation, a share of them of made-up words."""
     rng = random.Random(f"{seed}-{language}")
     num_made_up = round(num * made_up_share)
     texts = dict.fromkeys(rng.sample(_sentences(language), num - num_made_up))

@@ -1,4 +1,4 @@
-"""Recordings to listen to and to try `higgs-tune data prepare` on, and the codec's figures."""
+"""Write recordings to listen to and to try `higgs-tune data prepare` on; measure the codec."""
 
 import csv
 import itertools
@@ -24,7 +24,7 @@ _CODEBOOKS = (1, 2, 4, 8)
 def write_samples(
     directory: Path, corpora: Mapping[str, Sequence[Clip]], codec: MelRvqCodec
 ) -> None:
-    """Write WAVs, `manifest.csv` (path, text, speaker) and `chat.jsonl` of the validation clips."""
+    """Write WAVs, `manifest.csv` and `chat.jsonl` of validation clips."""
     directory.mkdir(parents=True, exist_ok=True)
     for stale in directory.glob("*.wav"):
         stale.unlink()
@@ -50,7 +50,7 @@ def write_samples(
 
 
 def _choose(clips: Sequence[Clip], num: int) -> list[Clip]:
-    """Validation clips of a listenable length, the speakers in turn, no text twice."""
+    """Choose validation clips of a length to listen to, speakers in turn and no text twice."""
     low, high = (int(s * SAMPLE_RATE_HZ) for s in _SECONDS)
     fit = [c for c in clips if c.split == "validation" and low <= len(c.samples) <= high]
     speakers = sorted({clip.speaker for clip in fit})
@@ -79,7 +79,7 @@ def _chat(path: str, clip: Clip, index: int) -> dict[str, object]:
 
 
 def print_round_trip(corpora: Mapping[str, Sequence[Clip]], codec: MelRvqCodec) -> None:
-    """Mean log-mel distance in dB of validation clips to what their codes stand for."""
+    """Print the mean log-mel distance in dB between validation clips and what their codes decode to."""
     print(
         "| corpus | " + " | ".join(f"{n} codebooks" for n in _CODEBOOKS) + " | wave | other clip |"
     )

@@ -21,7 +21,7 @@ from higgs_tune.embedded.make.corpora import Clip
 from higgs_tune.embedded.make.espeak import SAMPLE_RATE_HZ, Espeak
 
 CODEC_FRAMES = 140_000  # code frames that the codec is fitted on
-CODEC_CLIPS = {"arabic": 700, "pretrain": 1500}  # the rest of the frames is human
+CODEC_CLIPS = {"arabic": 700, "pretrain": 1500}  # synthetic ones; human training clips are all used
 
 
 def write_corpus(
@@ -46,7 +46,7 @@ def write_corpus(
 
 
 def make(packages: Path, out: Path, refit_codec: bool) -> None:
-    """Speak and read every corpus, fit the codec if asked, encode and write."""
+    """Synthesise or read every corpus, fit the codec if asked, then encode and write the corpora."""
     espeak = Espeak()
     humans = {
         name: corpora.human_clips(packages, language)
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--packages", type=Path, required=True, help="unpacked Debian packages")
     parser.add_argument("--out", type=Path, help="default: embedded/speech of this package")
-    parser.add_argument("--refit-codec", action="store_true", help="fit the codec anew")
+    parser.add_argument("--refit-codec", action="store_true", help="fit the codec again")
     args = parser.parse_args()
     torch.set_num_threads(1)
     out = args.out or EMBEDDED_CODEC.parent / "speech"

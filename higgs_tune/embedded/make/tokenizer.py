@@ -21,7 +21,7 @@ CONTROL_TOKENS = (
     "<|audio_out_bos|>",
     "<|audio_eos|>",
     "<|AUDIO_OUT|>",
-    "<|reserved_special_token_6|>",  # stands for a row of the audio delay
+    "<|reserved_special_token_6|>",  # placeholder of a row of the audio delay
     PAD,
     UNKNOWN,
 )
@@ -50,7 +50,10 @@ def characters() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """NFC, then one token per character; a segment that is just a role is one token, as is "\\n\\n"."""
+    """Build the tokenizer: NFC, then one token per character.
+
+    "\\n\\n" and a segment that is just a role are one token each.
+    """
     tokens = [*CONTROL_TOKENS, *HEADER_PIECES, *characters()]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))

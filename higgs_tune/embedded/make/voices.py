@@ -1,4 +1,4 @@
-"""Who speaks: variants of espeak-ng that sound clearly apart, and none of them in two roles."""
+"""Voices of espeak-ng: variants that sound clearly different, each of them in one role only."""
 
 # ruff: noqa: SIM905 - lists of words read better as text
 import random
