@@ -1,4 +1,4 @@
-"""Where the parameters of one adapter stand in a flat row, the buffers that hold such rows, and its seat.
+"""The layout of an adapter's parameters in a flat row, the buffers that hold such rows, and slots' contents.
 
 Shape letters: K slots, P columns.
 """
@@ -20,19 +20,20 @@ Linears = Mapping[str, nn.Linear]
 
 Kind = Literal["master", "exp_avg", "exp_avg_sq", "compute", "grad"]
 Named = tuple[str, tuple[int, ...], TargetPath]
-Where = tuple[int | slice, ...]  # an index of a storage's buffers
+Where = tuple[int | slice, ...]  # an index into a storage's buffers
 
-# columns; fp32 views stand on 64-byte borders in every slot, so that no kernel treats them otherwise
+# columns: fp32 views start at 64-byte boundaries in every slot, so that no kernel treats slots differently
 _ALIGN = 16
 
-# Ranks beyond a quarter of the highest share its layout, and so on downwards: the optimizer steps over
-# zeros, too. Lower classes end at multiples of what a GPU's matrix units read of bf16 at once.
+# Ranks above a quarter of the highest are laid out for the highest, and so on for the ranks below: one class
+# for all would waste optimizer work on zeros. A lower class ends at a multiple of _RANK_MULTIPLE, the number
+# of bf16 values that a GPU's matrix units read at once.
 _CLASS_FACTOR, _RANK_MULTIPLE = 4, 8
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of an adapter, at fixed columns of its row."""
+    """A tensor of an adapter at fixed columns of its row."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +42,7 @@ class Entry:
 
     @property
     def columns(self) -> slice:
-        """Where it stands."""
+        """Its columns in the row."""
         return slice(self.offset, self.offset + torch.Size(self.shape).numel())
 
 
@@ -49,7 +50,7 @@ class Layout:
     """Names → columns of one adapter's row."""
 
     def __init__(self, blocks: Iterable[Sequence[Named]]) -> None:
-        """Lay out tensors; those of a block stand side by side without a gap."""
+        """Lay out the tensors in order, those of one block without gaps between them."""
         self.entries: dict[str, Entry] = {}
         offset = 0
         for block in blocks:
@@ -61,9 +62,9 @@ class Layout:
         self.num_columns = offset
 
     def ranges(self, paths: Iterable[str]) -> list[slice]:
-        """Columns of some paths, neighbouring entries merged (with the gap between them)."""
+        """Columns of some paths; adjacent entries are merged, together with the gap between them."""
         wanted, merged = set(paths), []
-        after = -1  # where the next entry would continue the range
+        after = -1  # end of the last range
         for entry in self.entries.values():
             if entry.path not in wanted:
                 continue
@@ -76,7 +77,7 @@ class Layout:
 
 
 def lora_layout(groups: Sequence[tuple[TargetPath, Linears]], rank: int) -> Layout:
-    """Layout of every group's factors at a rank, path after path; PEFT's names and shapes."""
+    """Layout of all groups' factors at one rank, path by path, with PEFT's names and shapes."""
     blocks: list[list[Named]] = []
     for path, group in sorted(groups, key=lambda item: item[0]):
         a: list[Named] = [
@@ -92,7 +93,7 @@ def lora_layout(groups: Sequence[tuple[TargetPath, Linears]], rank: int) -> Layo
 
 
 def shared_rank(rank: int, highest: int) -> int:
-    """For which rank a slot is laid out whose neighbours multiply with it: the highest of its class."""
+    """The rank that a slot is laid out for where neighbours share matmuls: the highest of its class."""
     while (share := highest // _CLASS_FACTOR) >= _RANK_MULTIPLE:
         lower = -(-share // _RANK_MULTIPLE) * _RANK_MULTIPLE
         if lower < rank:
@@ -115,8 +116,8 @@ class Storage:
         """Make the buffers, all zero.
 
         Args:
-            shared: with the processes that are forked from this one, in a host's memory; a page of it is
-                taken when it is first read or written.
+            shared: put them in host memory that processes forked from this one share; a page is allocated
+                when it is first read or written.
         """
         self._maps: list[mmap.mmap] = []
 
@@ -125,20 +126,20 @@ class Storage:
             if not (shared and count):
                 return torch.zeros(shape, dtype=kind, device=device)
             num_bytes = count * kind.itemsize
-            try:  # anonymous: of no size that a container's /dev/shm would limit
+            try:  # anonymous memory, which a container's /dev/shm limit does not affect
                 self._maps.append(mmap.mmap(-1, num_bytes))
             except OSError as error:
                 raise MemoryError(f"cannot share {num_bytes / 2**20:.0f} MiB: {error}") from error
             return torch.frombuffer(self._maps[-1], dtype=kind, count=count).view(shape)
 
         self.master, self.exp_avg, self.exp_avg_sq = zeros(), zeros(), zeros()
-        # compute and gradient are in the base's dtype; in fp32 compute is the master itself
+        # compute and grad have the base's dtype; if that is fp32, compute is the master itself
         half = dtype != torch.float32
         self.compute = zeros(dtype) if half else self.master
         self.grad = zeros(dtype)
-        # fp32 sums over the micro-batches of a step, made when first needed if one process needs it
+        # fp32 sum over a step's micro-batches; allocated on first use, or before the fork if shared
         self.grad_sum: Tensor | None = zeros() if shared and half else None
-        self._making_sum = threading.Lock()  # lanes may need it at the same moment
+        self._making_sum = threading.Lock()  # several lanes may allocate the sum at once
 
     def buffers(self) -> list[Tensor]:
         """Every buffer, each once."""
@@ -147,7 +148,7 @@ class Storage:
         return every + ([self.grad_sum] if self.grad_sum is not None else [])
 
     def keep_gradient(self, where: Where) -> None:
-        """Make room for another micro-batch: bf16 gradients go to an fp32 sum, fp32 ones add up."""
+        """Prepare for another micro-batch: add bf16 gradients to the fp32 sum; fp32 ones just accumulate."""
         if self.grad.dtype == torch.float32:
             return
         with self._making_sum:
@@ -157,22 +158,22 @@ class Storage:
         self.grad[where].zero_()
 
     def leaf(self, where: Where) -> Tensor:
-        """The compute copy at an index of the buffers; autograd adds to the gradient there."""
+        """An autograd leaf: the compute copy at an index of the buffers; its `grad` is the gradient there."""
         leaf = self.compute[where].detach().requires_grad_()
         leaf.grad = self.grad[where]
         return leaf
 
     def gradient(self, where: Where) -> Tensor:
-        """The step's gradient in fp32 at an index of the buffers."""
+        """The step's fp32 gradient at an index of the buffers."""
         grad = self.grad[where].float()
         return grad if self.grad_sum is None else self.grad_sum[where] + grad
 
     def give_back(self) -> None:
-        """Zero shared buffers, all of them, and give their memory back until they are written to."""
+        """Zero all buffers if they are shared, and free their memory until they are used again."""
         try:
             for memory in self._maps:
                 memory.madvise(mmap.MADV_REMOVE)
-        except OSError:  # a kernel that cannot, such as gVisor's, keeps it
+        except OSError:  # kernels without MADV_REMOVE, such as gVisor's, keep the memory
             for buffer in self.buffers():
                 buffer.zero_()
 
@@ -195,7 +196,7 @@ class Part:
 
 @dataclass(eq=False)
 class Seat:
-    """What a slot holds."""
+    """The adapter in a slot: its hyperparameters and its layout."""
 
     rank: int
     scale: float
@@ -204,8 +205,8 @@ class Seat:
     layout: Layout
     new_layout: Layout
     new: Storage | None
-    parts: list[Part]  # its own ranges: LoRA path by path, then the new modules
+    parts: list[Part]  # its ranges: LoRA path by path, then the new modules
 
     def keep(self, path: TargetPath) -> float:
-        """The share of a linear's inputs that training keeps."""
+        """The share of inputs of a path's linears that dropout keeps in training."""
         return 1 - self.dropout if path in self.paths else 1.0

@@ -1,8 +1,8 @@
 """Cross-attention variants of Higgs Audio V2 as whole models, for inference, export and reference.
 
-`audio_self` is the original code's `use_audio_out_self_attention`: audio rows read earlier audio rows
-through a module of their own, before the shared attention. It opens no way from audio to text.
-`text_to_audio` is what that flag is often thought to do: text rows read earlier audio rows.
+`audio_self` is the original code's `use_audio_out_self_attention`: audio rows attend to earlier audio rows
+in a separate module before the shared attention. It adds no path from audio to text.
+`text_to_audio` is what that flag is often thought to do: text rows attend to earlier audio rows.
 
 Both start as the identity: `o_proj` is 0, and audio_self's extra norm is a copy of
 `audio_input_layernorm`.
@@ -35,7 +35,7 @@ from higgs_tune.model.new_modules import initial_new_modules, new_module_shapes
 
 
 class CrossAttentionConfig(HiggsAudioV2Config):
-    """Has a model_type of its own, because the stock classes would drop the new weights."""
+    """The stock config with its own model_type, because the stock classes would drop the new weights."""
 
     model_type = "higgs_audio_v2_cross_attention"
 
@@ -43,10 +43,10 @@ class CrossAttentionConfig(HiggsAudioV2Config):
 
 
 class CrossAttentionModule(nn.Module):
-    """Grouped-query attention to audio rows, with weights and rotary positions of its own."""
+    """Grouped-query attention to audio rows, with its own weights and rotary positions."""
 
     def __init__(self, config: HiggsAudioV2Config, *, zero_key: bool) -> None:
-        """`zero_key` lets every row attend to nothing: a zero key with a zero value is always there."""
+        """With `zero_key`, rows can also attend to nothing: a zero key with a zero value comes first."""
         super().__init__()
         assert config.head_dim is not None
         self.head_dim: int = config.head_dim
@@ -68,9 +68,9 @@ class CrossAttentionModule(nn.Module):
         cache: DynamicCache | None = None,
         cache_index: int = 0,
     ) -> Tensor:
-        """Attend to the audio rows so far, those in the cache included.
+        """Attend to the audio rows so far, including those in the cache.
 
-        Without a zero key the value of a row that is not audio means nothing.
+        Without a zero key, the output at rows that are not audio is meaningless.
         """
 
         def heads(linear: nn.Linear) -> Tensor:
@@ -85,7 +85,7 @@ class CrossAttentionModule(nn.Module):
         if self.zero_key:
             k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
             sees = F.pad(sees, (1, 0), value=True)
-        else:  # other rows see the causal past, only so that no softmax is empty
+        else:  # other rows attend to all earlier rows, only so that no softmax is empty
             sees = torch.where(audio_BL[:, None, :, None], sees, causal_LS)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -96,8 +96,8 @@ def _with_past(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values and audio marks (B, S) of all rows so far.
 
-    The marks have an entry of their own behind the keys', so that the stock cache's operations (crop,
-    reorder, move to another device) take them along.
+    The marks are stored as a cache layer after that of the keys, so that the stock cache's operations
+    (crop, reorder, move to another device) apply to them too.
     """
     if cache is None:
         return k, v, audio_BL
@@ -110,12 +110,12 @@ def _with_past(
 
 
 class CrossAttentionDecoderLayer(HiggsAudioV2DecoderLayer):
-    """The stock layer with one of the new modules in front of the shared attention."""
+    """The stock layer with one of the new modules before the shared attention."""
 
     def __init__(self, config: CrossAttentionConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.cross_attention = config.cross_attention
-        # behind the stock layers' own entries
+        # after the stock layers' entries; two per layer: keys and values, then audio marks
         self.cache_index: int = config.num_hidden_layers + 2 * layer_idx
         if self.cross_attention == "audio_self":
             self.audio_attn = CrossAttentionModule(config, zero_key=False)
@@ -137,7 +137,7 @@ class CrossAttentionDecoderLayer(HiggsAudioV2DecoderLayer):
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
-        """As the stock layer; no `audio_token_mask` means that every row is audio."""
+        """Apply the new module, then the stock layer; without `audio_token_mask` every row is audio."""
         assert position_embeddings is not None
         if cache is not None and not isinstance(cache, DynamicCache):
             raise ModelError(
@@ -191,7 +191,7 @@ class CrossAttentionModel(HiggsAudioV2Model):
         self.post_init()
 
 
-# The name's ending stays: transformers derives the loss type from it.
+# Keep the ending of this name: transformers derives the loss type from it.
 class CrossAttentionHiggsAudioV2ForConditionalGeneration(HiggsAudioV2ForConditionalGeneration):
     """Higgs Audio V2 with `config.cross_attention` "audio_self" or "text_to_audio"."""
 
@@ -210,29 +210,29 @@ def cross_attention_config(stock: dict[str, Any], mode: CrossAttention) -> Cross
 
 
 def cross_attention_of(config: HiggsAudioV2Config) -> CrossAttention:
-    """Which new modules a model with this config has."""
+    """The cross_attention mode of a model with this config."""
     return getattr(config, "cross_attention", "off")
 
 
 def with_cross_attention(
     base: HiggsAudioV2ForConditionalGeneration, mode: CrossAttention, seed: int | None
 ) -> HiggsAudioV2ForConditionalGeneration:
-    """A model with the base's weights and the new modules, which leaves every output unchanged.
+    """A model with the base's weights and new modules that at first leave every output unchanged.
 
     Args:
         base: a stock model with its text head; its tensors are shared, not copied.
         mode: "off" returns the base itself.
-        seed: of the new modules' random weights; with None they are 0, for a file to fill.
+        seed: for the new modules' random weights; None makes all of them 0, to be loaded from a file.
 
     Raises:
-        ModelError: the base has new modules already.
+        ModelError: the base already has such modules.
     """
     if mode == "off":
         return base
     found = cross_attention_of(base.config)
     if found != "off":
         raise ModelError(
-            f"the base has cross_attention modules of its own ({found}), so none can be added. "
+            f"the base already has cross_attention modules ({found}), so none can be added. "
             "Use a base without them."
         )
     config = cross_attention_config(base.config.to_dict(), mode)
@@ -241,7 +241,7 @@ def with_cross_attention(
         model = CrossAttentionHiggsAudioV2ForConditionalGeneration(
             config, use_text_head=base.text_lm_head is not None
         )
-    # what no state dict has; a cast to bf16 would round the rotary frequencies
+    # their buffers are in no state dict; a cast to bf16 would round the rotary frequencies
     model.model.rotary_emb = base.model.rotary_emb
     model.model.embed_audio_tokens = base.model.embed_audio_tokens
     model.generation_config = base.generation_config

@@ -1,10 +1,10 @@
-"""The original `boson_multimodal` format: its config and weight names, to and from the native ones.
+"""The original `boson_multimodal` format: convert its config and weight names to and from the native ones.
 
 Sources: configuration_higgs_audio.py, modeling_higgs_audio.py and audio_head.py of boson-ai/higgs-audio;
 config.json and model.safetensors.index.json of the checkpoint as first released; and transformers'
-convert_higgs_audio_v2_to_hf.py, whose name mapping is the one here. The original has no token of its own
-for delay rows: native sequences mark them with `<|reserved_special_token_6|>`, whose embedding is never
-read, so the two agree in everything that is computed.
+convert_higgs_audio_v2_to_hf.py, whose name mapping is used here. The original has no token for delay rows.
+Native sequences mark them with `<|reserved_special_token_6|>`, whose embedding is never read, so both
+compute the same.
 """
 
 import re
@@ -25,14 +25,14 @@ NATIVE_NAMES = {
     r"^(embed_tokens|layers|norm)\.": r"model.\1.",
     r"^audio_decoder_proj\.": "",
 }
-"""Pattern → replacement, as `from_pretrained` takes them for `key_mapping`."""
+"""Pattern → replacement, in the form of `from_pretrained`'s `key_mapping`."""
 
 _SHARED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range",
     "rms_norm_eps", "attention_bias", "attention_dropout", "mlp_bias",
 )  # fmt: skip
-# What else the original code can be told to do; none of it is in a released checkpoint.
+# Options of the original code that the native model supports only as the released checkpoint sets them.
 _OFF = (
     "audio_embed_avg",
     "use_audio_out_embed_projector",
@@ -43,14 +43,14 @@ _ON = ("use_delay_pattern", "skip_audio_tower")
 
 
 def native_name(name: str) -> str:
-    """The native name of one of the original's weights."""
+    """The native name of an original weight."""
     for pattern, replacement in NATIVE_NAMES.items():
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def boson_name(name: str) -> str:
-    """The original's name of a native weight."""
+    """The original name of a native weight."""
     if name.endswith("lm_head.weight"):
         return f"audio_decoder_proj.{name}"
     embedding = "model.embed_audio_tokens.embed_audio_tokens."
@@ -60,15 +60,15 @@ def boson_name(name: str) -> str:
 
 
 def native_config(raw: Mapping[str, Any], ids: Mapping[str, int], where: str) -> HiggsAudioV2Config:
-    """The native config of an original one.
+    """Convert an original config to a native one.
 
     Args:
-        raw: the original's config.json.
-        ids: token → id of its tokenizer, the control tokens among them.
-        where: for messages.
+        raw: the original config.json.
+        ids: token → id of its tokenizer, including the control tokens.
+        where: prefix of error messages.
 
     Raises:
-        ModelError: an option that the native model does not have, or ids that are not the tokenizer's.
+        ModelError: an option that the native model does not support, or ids that differ from the tokenizer's.
     """
     text = raw.get("text_config")
     if not isinstance(text, dict) or text.get("model_type", "llama") != "llama":
@@ -83,7 +83,7 @@ def native_config(raw: Mapping[str, Any], ids: Mapping[str, int], where: str) ->
         found = ids[CONTROL_TOKENS[token]]
         if field in raw and raw[field] != found:
             raise ModelError(
-                f"{where}: {field} is {raw[field]}, {CONTROL_TOKENS[token]} is {found} in the tokenizer. "
+                f"{where}: {field} is {raw[field]}, but {CONTROL_TOKENS[token]} is {found} in the tokenizer. "
                 "Use tokenizer and model of one checkpoint."
             )
     config = HiggsAudioV2Config(
@@ -114,25 +114,25 @@ def _whole(raw: Mapping[str, Any], field: str, where: str) -> int:
 
 
 def _check_options(raw: Mapping[str, Any], num_layers: int, where: str) -> None:
-    """Refuse what the native model would compute differently."""
+    """Refuse options with which the native model would compute something else."""
     adapter = raw.get("audio_adapter_type")
     layers = raw.get("audio_dual_ffn_layers")
     if not str(adapter).startswith("dual_ffn") or layers != list(range(num_layers)):
         raise ModelError(
             f"{where}: audio_adapter_type is {adapter!r} with audio_dual_ffn_layers {layers}, needed "
-            f"dual_ffn in all {num_layers} layers, as the released checkpoint has it."
+            f"dual_ffn in all {num_layers} layers, as in the released checkpoint."
         )
     for field in (*_OFF, *_ON):
         needed = field in _ON
         if bool(raw.get(field)) != needed:
             raise ModelError(
-                f"{where}: {field} is {raw.get(field)!r}, and this model exists only with "
-                f"{str(needed).lower()}, as the released checkpoint has it."
+                f"{where}: {field} is {raw.get(field)!r}, needed "
+                f"{str(needed).lower()}, as in the released checkpoint."
             )
 
 
 def loading(config: HiggsAudioV2Config) -> dict[str, Any]:
-    """What `from_pretrained` has to be told beyond the folder of an original checkpoint."""
+    """The arguments of `from_pretrained` that an original checkpoint needs besides its folder."""
     generation = GenerationConfig(  # as the original generates by default
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
@@ -144,15 +144,15 @@ def loading(config: HiggsAudioV2Config) -> dict[str, Any]:
 
 
 def check_modes(cross_attention: CrossAttention) -> None:
-    """Can the original code have these new modules?
+    """Check that the original code supports these new modules.
 
     Raises:
-        ModelError: it cannot.
+        ModelError: it does not.
     """
     if cross_attention not in ("off", "audio_self"):
         raise ModelError(
-            f"cross_attention {cross_attention} is unknown to the original code: its format can "
-            "carry audio_self only. Export it with --format native."
+            f"cross_attention {cross_attention} is unknown to the original code, whose format "
+            "supports audio_self only. Export it with --format native."
         )
 
 
@@ -162,13 +162,13 @@ def boson_config(
     dtype: torch.dtype,
     cross_attention: CrossAttention,
 ) -> dict[str, Any]:
-    """The original's config.json of a native config.
+    """Convert a native config to an original config.json.
 
     Args:
-        config: of the base.
-        ids: token → id of its tokenizer, the control tokens among them.
+        config: the base's config.
+        ids: token → id of its tokenizer, including the control tokens.
         dtype: of the weights.
-        cross_attention: the new modules among the weights.
+        cross_attention: which new modules the weights include.
 
     Raises:
         ModelError: the original code cannot run this model.
@@ -177,7 +177,7 @@ def boson_config(
     size = config.codebook_size - 2
     if (config.audio_stream_bos_id, config.audio_stream_eos_id) != (size, size + 1):
         raise ModelError(
-            f"the original code needs BOS {size} and EOS {size + 1} behind {size} codes; the base has "
+            f"the original code needs BOS {size} and EOS {size + 1} after {size} codes; the base has "
             f"{config.audio_stream_bos_id} and {config.audio_stream_eos_id}. Export with --format native."
         )
     rope = dict(config.rope_parameters or {})

@@ -1,4 +1,4 @@
-"""The packed forward as one graph of torch.compile for each kind of pack."""
+"""The packed forward under torch.compile, one graph for each kind of pack."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import fields, replace
@@ -28,17 +28,17 @@ Nll = tuple[Tensor, Tensor]
 
 
 class CompiledForward:
-    """Stands in for `packed_nll` of one base."""
+    """A compiled replacement for `packed_nll` with one base."""
 
     def __init__(
         self, base: HiggsAudioV2ForConditionalGeneration, backend: str = "inductor"
     ) -> None:
         self._base, self._backend = base, backend
         self._graphs: dict[Hashable, Callable[..., Nll]] = {}
-        self._lock = Lock()  # lanes ask at once
+        self._lock = Lock()  # lanes may call at the same time
 
     def __call__(self, batch: PackBatch, weights: PackWeights | None) -> Nll:
-        """As `packed_nll`; the first call of a kind compiles, for seconds to minutes."""
+        """Compute `packed_nll`; the first call of a kind compiles, which takes seconds to minutes."""
         batch = _wide(batch)
         _mark(batch)
         if weights is None:
@@ -62,7 +62,7 @@ class CompiledForward:
                 weights = None if inputs is None or plan is None else GraphWeights.of(plan, inputs)
                 return packed_nll(base, batch, weights)
 
-            # Dynamo counts, and generalises from, what it compiled of one code object by its name
+            # a name per kind: Dynamo counts recompiles and infers dynamic sizes by code object and name
             code = forward.__code__.replace(co_name=f"packed_nll_{len(self._graphs)}")
             own = FunctionType(code, globals(), code.co_name, None, forward.__closure__)
             self._graphs[kind] = torch.compile(own, fullgraph=True, backend=self._backend)
@@ -70,7 +70,7 @@ class CompiledForward:
 
 
 def _wide(batch: PackBatch) -> PackBatch:
-    """At least two labelled rows of each kind: widths of 0 and 1 would each be a graph of its own."""
+    """Pad to at least two labelled rows of text and of audio: widths 0 and 1 would each compile a graph."""
     text, audio = batch.text_rows_KM.shape[1], batch.audio_rows_KM.shape[1]
     if min(text, audio) > 1:
         return batch
@@ -85,7 +85,7 @@ def _wide(batch: PackBatch) -> PackBatch:
 
 
 def _mark(batch: PackBatch | CrossIndex) -> None:
-    """Say which axes differ from batch to batch: not the adapters', which a graph is made for."""
+    """Mark the axes that vary from batch to batch as dynamic: all but adapters and codebooks."""
     for field in fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):

@@ -1,8 +1,8 @@
-"""LoRA dropout of a pack: which inputs of each factor are dropped in one forward.
+"""LoRA dropout of a pack: the masks of one forward.
 
-A mask is drawn for an adapter's own rows only, from a generator of its own, so it depends neither on the
-padding nor on the neighbours. Nothing outlives a forward: the generator starts from the trial's seed,
-the step and the micro-batch, which a checkpoint knows already.
+A mask is drawn for an adapter's own rows only, from that adapter's generator, so it depends neither on the
+padding nor on the neighbours. No state outlives a forward: the generator is seeded with the trial's seed,
+the step and the micro-batch, so a checkpoint needs nothing more.
 
 Shape letters: K adapters, k adapters of a run, N rows, D inputs, X inputs of several linears.
 """
@@ -16,20 +16,20 @@ from torch import Tensor
 
 
 class Section(NamedTuple):
-    """Rows of one kind that stand side by side in an input."""
+    """Consecutive rows of an input that are all text or all audio."""
 
-    width: int  # of every adapter, padding included
-    own_K: Sequence[int]  # the adapter's own, in front
+    width: int  # rows per adapter, padding included
+    own_K: Sequence[int]  # each adapter's own rows, which come first
 
 
 class Masks:
-    """Draws the masks of one forward; call after call, so each adapter's calls must come in its order."""
+    """Draws the masks of one forward; an adapter's masks depend on the order of its draws."""
 
     def __init__(self, device: torch.device, seeds: Mapping[int, Sequence[int]]) -> None:
         """Start a generator for each adapter that has dropout.
 
         Args:
-            seeds: position among the batch's adapters → numbers that name the adapter's forward.
+            seeds: position among the batch's adapters → numbers that identify the adapter's forward.
         """
         self._device = device
         self._generators = {k: _generator(device, numbers) for k, numbers in seeds.items()}
@@ -42,12 +42,12 @@ class Masks:
         num_inputs: int,
         sections: Sequence[Section],
     ) -> list[Tensor]:
-        """True where an input of a linear is kept: bool, (k, N, D), or (N, D) for a single adapter.
+        """One bool mask per linear, True where an input is kept: (k, N, D), or (N, D) for a single adapter.
 
         Args:
             rows: positions among the batch's adapters.
-            keeps: each one's probability of being kept; 1 draws nothing.
-            num_linears: that read the same inputs, each through a mask of its own.
+            keeps: each adapter's probability that an input is kept; 1 draws nothing.
+            num_linears: linears that read the same inputs, each through its own mask.
         """
         alone = isinstance(rows, int)
         every = range(rows, rows + 1) if alone else range(rows.start, rows.stop)

@@ -1,8 +1,8 @@
-"""The adapters of a batch as tensors of a traced graph, which differentiates them itself.
+"""The adapters of a batch as inputs of a traced graph, differentiated by autograd.
 
-The eager operations add gradients to the bank as they go, which no graph can hold. Here each adapter's
-flat row is one leaf: the graph splits it into factors, so that its derivative is one concatenation, and
-autograd adds that to the bank's gradient row, which is the leaf's `grad`.
+The eager operations write gradients into the bank as a side effect, which a graph cannot do. Here each
+adapter's flat row is one leaf. The graph splits it into factors, so its derivative is one concatenation,
+which autograd adds to the leaf's `grad`: the bank's gradient row.
 
 Shape letters: as in model.packed_lora; J adapters of a cross_attention mode.
 """
@@ -23,35 +23,35 @@ from higgs_tune.model.dropout import Section
 from higgs_tune.model.pack_weights import PackWeights
 
 Pieces = tuple[tuple[str, tuple[int, ...]], ...]
-"""Names and shapes of what stands side by side in a row; no name: nobody reads it."""
+"""Names and shapes of the consecutive pieces of a row; a piece without a name is unused."""
 
 
 class AdapterPlan(NamedTuple):
-    """What a graph must know of an adapter."""
+    """How a graph splits the rows of one adapter."""
 
     lora: Pieces
     new: Pieces
 
 
 class GraphPlan(NamedTuple):
-    """What a graph must know of a pack: it serves every pack that has an equal one."""
+    """What a graph is built for; it serves every pack with an equal plan."""
 
     adapters: tuple[AdapterPlan, ...]
-    joined: tuple[tuple[int, int], ...]  # [start, stop) of neighbours that share a matmul
+    joined: tuple[tuple[int, int], ...]  # [start, stop) of adapters that share a matmul
 
 
 class GraphInputs(NamedTuple):
-    """What differs from forward to forward, beside the batch."""
+    """The inputs of a graph besides the batch."""
 
-    lora: list[Tensor]  # each adapter's row
-    new: list[Tensor]  # its new modules' row, empty where it has none
+    lora: list[Tensor]  # each adapter's LoRA row
+    new: list[Tensor]  # each adapter's row of new modules, empty if it has none
     scale_K: Tensor
-    masks: dict[str, list[Tensor]]  # first linear of a group and adapter → dropout's, one a linear
+    masks: dict[str, list[Tensor]]  # "<group's first linear> <adapter>" → a dropout mask per linear
 
 
 @dataclass(frozen=True, eq=False)
 class GraphWeights:
-    """Stands in for `PackWeights` in a traced forward."""
+    """Replaces `PackWeights` in a traced forward."""
 
     plan: GraphPlan
     scale_K: Tensor
@@ -60,7 +60,7 @@ class GraphWeights:
 
     @classmethod
     def of(cls, plan: GraphPlan, inputs: GraphInputs) -> "GraphWeights":
-        """Split the rows; part of the graph."""
+        """Split the rows into factors; runs inside the graph."""
         factors = [
             _split(row, adapter.lora) | _split(new, adapter.new)
             for adapter, row, new in zip(plan.adapters, inputs.lora, inputs.new, strict=True)
@@ -68,7 +68,7 @@ class GraphWeights:
         return cls(plan, inputs.scale_K, inputs.masks, factors)
 
     def adapted_linear(self, x_KND: Tensor, group: Linears) -> Tensor:
-        """As `packed_ops.adapted_linear`."""
+        """The same as `packed_ops.adapted_linear`."""
         outputs = [F.linear(x_KND, linear.weight, linear.bias) for linear in group.values()]
         y_KNO = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         sizes = [stop - start for start, stop in self.plan.joined]
@@ -97,7 +97,7 @@ class GraphWeights:
         return y_kNO + (updates[0] if len(updates) == 1 else torch.cat(updates, 2))
 
     def new_linear(self, x_JND: Tensor, names: Sequence[str], adapters: Sequence[int]) -> Tensor:
-        """As `new_module_ops.new_linear`."""
+        """The same as `new_module_ops.new_linear`."""
         outputs = [
             torch.cat([x_ND @ self.factors[k][name].mT for name in names], -1)
             for x_ND, k in zip(x_JND.unbind(), adapters, strict=True)
@@ -105,7 +105,7 @@ class GraphWeights:
         return torch.stack(outputs)
 
     def new_scale(self, x_JND: Tensor, name: str, adapters: Sequence[int]) -> Tensor:
-        """As `new_module_ops.new_scale`."""
+        """The same as `new_module_ops.new_scale`."""
         return x_JND * torch.stack([self.factors[k][name] for k in adapters])[:, None]
 
 
@@ -113,7 +113,7 @@ Adapters = PackWeights | GraphWeights
 
 
 def _kept(x_kND: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
-    """The inputs that each adapter's mask keeps; without one all of them."""
+    """Zero the inputs that each adapter's mask drops; None drops none."""
     if all(mask is None for mask in masks):
         return x_kND
     every = x_kND.new_ones(x_kND.shape[1:], dtype=torch.bool)
@@ -121,7 +121,7 @@ def _kept(x_kND: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
 
 
 def graph_kind(weights: PackWeights) -> Hashable:
-    """Equal for packs whose plans are equal."""
+    """A key for a pack's plan: packs with equal keys have equal plans."""
     bank, seats = weights.bank, [weights.bank.seats[slot] for slot in weights.slots]
     new = tuple(next(iter(seat.new_layout.entries), "") for seat in seats)
     ranks = tuple(bank.layout_rank(seat.rank) for seat in seats)
@@ -129,7 +129,7 @@ def graph_kind(weights: PackWeights) -> Hashable:
 
 
 def graph_plan(weights: PackWeights) -> GraphPlan:
-    """What a graph for these adapters must know."""
+    """The plan of a graph for these adapters."""
     bank, seats = weights.bank, [weights.bank.seats[slot] for slot in weights.slots]
     adapters = [
         AdapterPlan(
@@ -148,7 +148,7 @@ def graph_plan(weights: PackWeights) -> GraphPlan:
 
 
 def graph_inputs(weights: PackWeights, masks: dict[str, list[Tensor]]) -> GraphInputs:
-    """The adapters' rows, each with the bank's gradient row for its `grad`."""
+    """The inputs of a graph for these adapters; each row's `grad` is the bank's gradient row."""
     bank = weights.bank
     seats = [bank.seats[slot] for slot in weights.slots]
     lora = [
@@ -164,7 +164,7 @@ def graph_inputs(weights: PackWeights, masks: dict[str, list[Tensor]]) -> GraphI
 
 
 def draw_masks(weights: PackWeights, batch: PackBatch, num_layers: int) -> dict[str, list[Tensor]]:
-    """The masks that the eager forward draws on its way, each adapter's in the same order."""
+    """Draw the masks that the eager forward would draw, each adapter's in the same order."""
     found: dict[str, list[Tensor]] = {}
     if weights.masks is None:
         return found
@@ -184,7 +184,7 @@ def draw_masks(weights: PackWeights, batch: PackBatch, num_layers: int) -> dict[
 
 
 def _sections(batch: PackBatch, path: TargetPath, *, labelled: bool) -> list[Section]:
-    """What the rows of a linear of this path are."""
+    """The sections of the input rows of a path's linears."""
     if labelled:
         text = Section(batch.text_rows_KM.shape[1], batch.num_text_labelled_K)
         audio = Section(batch.audio_rows_KM.shape[1], batch.num_audio_labelled_K)
@@ -198,12 +198,12 @@ def _sections(batch: PackBatch, path: TargetPath, *, labelled: bool) -> list[Sec
 
 
 def _lora_pieces(layout: Layout, paths: frozenset[TargetPath]) -> Pieces:
-    """The factors of some paths; those of A that share an input as one."""
+    """The pieces of a LoRA row, with the factors of some paths named."""
     return _pieces(layout, [e.name for e in layout.entries.values() if e.path in paths])
 
 
 def _pieces(layout: Layout, wanted: Sequence[str]) -> Pieces:
-    """Cut a row into the wanted tensors and what lies between them."""
+    """Cut a row into the wanted tensors and the gaps between them."""
     pieces: list[tuple[str, tuple[int, ...]]] = []
     at = 0
     for name in wanted:

@@ -1,4 +1,4 @@
-"""The linears that the forward multiplies: by LoRA path, grouped by the input that they share."""
+"""The base's linears by LoRA path, those that share an input as one group."""
 
 from typing import cast
 
@@ -41,7 +41,7 @@ def layer_groups(index: int, layer: HiggsAudioV2DecoderLayer) -> dict[TargetPath
 
 
 def head_groups(base: HiggsAudioV2ForConditionalGeneration) -> dict[TargetPath, Linears]:
-    """LoRA path → head."""
+    """LoRA path → the head as a group."""
     assert base.text_lm_head is not None
     return {
         "text_head": {"text_lm_head": base.text_lm_head},
@@ -54,7 +54,7 @@ def lora_groups(
 ) -> list[tuple[TargetPath, Linears]]:
     """Every input group of the adapted paths, in the forward's order.
 
-    The anchored rules of `model.targets` say what a path is; the forward's groups must agree.
+    `model.targets` defines which linears belong to a path; an assertion checks that the groups agree.
     """
     groups: list[tuple[TargetPath, Linears]] = []
     for index, layer in enumerate(decoder_layers(base)):

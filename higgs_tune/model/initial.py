@@ -1,4 +1,4 @@
-"""The weights that an adapter starts from."""
+"""Initial weights of an adapter."""
 
 import math
 from collections.abc import Iterable
@@ -17,13 +17,13 @@ def initial_weights(
     groups: Iterable[tuple[TargetPath, Linears]],
     config: TrialConfig,
 ) -> dict[str, Tensor]:
-    """Full names → first weights of an adapter, float32 on the CPU.
+    """Full names → initial weights of an adapter, float32 on the CPU.
 
-    PEFT's start (A uniform, B zero), drawn from the seed whatever else is in the pack, and the new
-    modules of its cross_attention.
+    LoRA starts as in PEFT (A uniform, B zero). All draws depend on the config's seed only, not on the rest
+    of the pack. Includes the new modules of the config's cross_attention.
 
     Args:
-        groups: `groups.lora_groups` of the model, at least of the adapter's targets.
+        groups: from `groups.lora_groups`, with at least the adapter's targets.
     """
     generator = torch.Generator().manual_seed(config.seed)
     weights: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Load a frozen base with its text head, tokenizer and control tokens, and check that they fit."""
+"""Load a frozen base with its text head, tokenizer and control tokens, and check that they match."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -39,19 +39,19 @@ _ORIGINAL_HEADS = {f"audio_decoder_proj.{kind}_lm_head.weight" for kind in ("aud
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A frozen model and what is needed to write sequences for it."""
+    """A frozen model and what is needed to encode sequences for it."""
 
     model: HiggsAudioV2ForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
-    source: str  # what an adapter names as its base
-    revision: str | None = None  # commit of a source that is a Hub id
-    folder: Path | None = None  # where its files are, if it came from a checkpoint
-    compile: bool = False  # training's forward
+    source: str  # the base's name in an adapter's files
+    revision: str | None = None  # commit, if the source is a Hub id
+    folder: Path | None = None  # the checkpoint's folder, if there is one
+    compile: bool = False  # run training's forward under torch.compile
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Token → id of the whole tokenizer.
+    """Token → id of the whole tokenizer, with all control tokens.
 
     Raises:
         ModelError: a control token is missing.
@@ -67,7 +67,7 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: HiggsAudioV2Config) -> Vocabulary:
-    """Look the control tokens up by name and check them against the model's config.
+    """Look up the control tokens by name and check them against the model's config.
 
     Raises:
         ModelError: a control token is missing, or tokenizer and config disagree about one.
@@ -86,7 +86,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: HiggsAudioV2Config
             )
     if max(known.values()) >= config.vocab_size:
         raise ModelError(
-            f"tokenizer of {tokenizer.name_or_path} has ids up to {max(known.values())}, the model's "
+            f"tokenizer of {tokenizer.name_or_path} has ids up to {max(known.values())}, but the model's "
             f"vocab_size is {config.vocab_size}. Use tokenizer and model of one checkpoint."
         )
     if max(config.audio_stream_bos_id, config.audio_stream_eos_id) >= config.codebook_size:
@@ -101,7 +101,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: HiggsAudioV2Config
         num_codebooks=config.num_codebooks,
         encode_text=lambda text: tokenizer.encode(text, add_special_tokens=False),
         audio_in_bos=known.get(AUDIO_IN_BOS),
-        unknown=tokenizer.unk_token_id,  # type: ignore[arg-type]  # a list only of several tokens
+        unknown=tokenizer.unk_token_id,  # type: ignore[arg-type]  # a list only for several tokens
     )
 
 
@@ -109,15 +109,15 @@ def load_base(settings: BaseSettings) -> Base:
     """Load a checkpoint with its text head for training: frozen, in eval mode.
 
     Raises:
-        ConfigError: a Hub id without a revision, a GPU that is not there, an attention that
-            training does not have, or no compiler for `base.compile`.
-        ModelError: not a checkpoint of this model, one without text head, or with cross-attention
-            modules of its own.
+        ConfigError: a Hub id without a revision, a GPU that does not exist, an attention that
+            training does not support, or no compiler for `base.compile`.
+        ModelError: the folder is not a checkpoint of this model, has no text head, or already has
+            cross-attention modules.
     """
     if settings.attention != "sdpa":
         raise ConfigError(
             f"base.attention: found {settings.attention}, but training has its own forward with "
-            "torch's SDPA. Leave it at sdpa; it acts where whole models run, as in generation."
+            "torch's SDPA. Leave it at sdpa; other values are for running whole models, as in generation."
         )
     if settings.compile:
         prepare_compile(resolve_device(settings.device, "base.device"))
@@ -125,8 +125,8 @@ def load_base(settings: BaseSettings) -> Base:
     found = cross_attention_of(base.model.config)
     if found != "off":
         raise ModelError(
-            f"base.path: {base.source} has {found} modules of its own. A trial adds, trains and saves "
-            "such modules beside a stock base; here they would be left out. Train on the checkpoint "
+            f"base.path: {base.source} already has {found} modules. A trial adds, trains and saves such "
+            "modules beside a stock base; those of the base would be ignored. Train on the checkpoint "
             "without them; this one can generate and be exported."
         )
     return base
@@ -135,18 +135,18 @@ def load_base(settings: BaseSettings) -> Base:
 def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base:
     """Load any checkpoint of this model with its text head, frozen, in eval mode.
 
-    Reads the native format, the original `boson_multimodal` one (renamed while it is read, nothing is
-    written), and merged checkpoints with cross-attention modules. Weights go straight to the device,
-    shard by shard.
+    Reads the native format, the original `boson_multimodal` format (weights are renamed while they are
+    read, nothing is written), and merged checkpoints with cross-attention modules. Weights go straight to
+    the device, shard by shard.
 
     Args:
         settings: what to load, and how.
-        keep_dtype: leave the weights in the type they are stored in, whatever `settings.dtype` says.
+        keep_dtype: keep the dtype in which the weights are stored instead of `settings.dtype`.
 
     Raises:
-        ConfigError: a Hub id without a revision, or a GPU that is not there.
-        ModelError: the folder is not a checkpoint of this model, or it has no text head.
-        NoMemoryError: it does not fit.
+        ConfigError: a Hub id without a revision, or a GPU that does not exist.
+        ModelError: the folder is not a checkpoint of this model, or has no text head.
+        NoMemoryError: it does not fit in memory.
     """
     device = resolve_device(settings.device, "base.device")
     source, folder = locate(settings)
@@ -179,11 +179,11 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
     ) as error:
         if is_out_of_memory(error):
             raise NoMemoryError(
-                f"base.path: {source} finds no memory on {device} as {settings.dtype}: {error}. "
-                "Free some, or choose another base.device or base.dtype."
+                f"base.path: {source} does not fit in memory on {device} as {settings.dtype}: {error}. "
+                "Free some memory, or choose another base.device or base.dtype."
             ) from error
         raise ModelError(f"base.path: {source} cannot be loaded: {error}") from error
-    # PEFT and save_pretrained would go by the original's names
+    # else PEFT and save_pretrained would use the original names
     model._weight_conversions = None  # type: ignore[assignment]
     if not has_head:
         embedding = model.model.embed_tokens.weight
@@ -196,11 +196,11 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
 
 
 def locate(settings: BaseSettings) -> tuple[str, Path]:
-    """What an adapter calls the base, and the folder that it is in, downloaded if it is a Hub id.
+    """The base's name in an adapter's files, and its folder, downloaded if it is a Hub id.
 
     Raises:
         ConfigError: a Hub id without a revision.
-        ModelError: not there.
+        ModelError: not found, or it cannot be downloaded.
     """
     local = local_folder(settings)
     if local is not None:
@@ -216,10 +216,10 @@ def locate(settings: BaseSettings) -> tuple[str, Path]:
 
 
 def read_config(folder: Path) -> tuple[HiggsAudioV2Config, PreTrainedTokenizerBase]:
-    """The native configuration of a checkpoint in any format, and its tokenizer; no weights.
+    """The native config of a checkpoint in any format, and its tokenizer; reads no weights.
 
     Raises:
-        ModelError: not the configuration of this model, or not its tokenizer.
+        ModelError: the config or the tokenizer is not of this model.
     """
     where = f"base.path: {folder / 'config.json'}"
     raw = read_object(folder / "config.json")
@@ -230,7 +230,7 @@ def read_config(folder: Path) -> tuple[HiggsAudioV2Config, PreTrainedTokenizerBa
             f"transformers format) or {boson.MODEL_TYPE!r} (the original one)."
         )
     try:
-        # every format has the native model's tokenizer, whatever its config.json calls the model
+        # all formats have the native model's tokenizer, whatever model_type is
         tokenizer = AutoTokenizer.from_pretrained(folder, config=HiggsAudioV2Config())
         if model_type == boson.MODEL_TYPE:
             config = boson.native_config(raw, control_ids(tokenizer), where)
@@ -240,7 +240,7 @@ def read_config(folder: Path) -> tuple[HiggsAudioV2Config, PreTrainedTokenizerBa
         raise ModelError(f"base.path: {folder} cannot be loaded: {error}") from error
     if config.hidden_act != "silu":  # `packed_ops.swiglu`
         raise ModelError(
-            f"{where}: hidden_act is {config.hidden_act!r}, needed 'silu': training computes no other."
+            f"{where}: hidden_act is {config.hidden_act!r}, needed 'silu': training supports no other."
         )
     return config, tokenizer
 
@@ -251,11 +251,11 @@ def _check_weights(
     folder: Path,
     settings: BaseSettings,
 ) -> tuple[bool, torch.dtype]:
-    """Is there a text head, and the dtype of the weights; everything else must fit exactly."""
+    """Whether there is a text head, and the weights' dtype; all other weights must match exactly."""
     where = f"base.path: {folder}"
     stored = stored_tensors(folder)
     if config.model_type == HiggsAudioV2Config.model_type and stored.keys() >= _ORIGINAL_HEADS:
-        # converted checkpoints can hold the heads under their original names as well
+        # converted checkpoints can also have the heads under their original names
         native = {name: value for name, value in stored.items() if name not in _ORIGINAL_HEADS}
         stored = native if "audio_lm_head.weight" in native else stored
     stored = {boson.native_name(name): value for name, value in stored.items()}

@@ -1,4 +1,4 @@
-"""Negative log-likelihoods as sums per adapter; whoever steps divides them once.
+"""Negative log-likelihoods as sums per adapter; the caller divides by the step's target counts.
 
 Shape letters: K adapters, M labelled rows, V classes of a codebook or of the vocabulary, C codebooks.
 """
@@ -10,7 +10,7 @@ from higgs_tune.data.tokens import IGNORE
 
 
 def nll_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum each adapter's nats over its labelled rows: of its texts, or of each of its codebooks.
+    """Each adapter's NLL in nats summed over its labelled rows: for text, or for each codebook.
 
     A sum, not a mean: the caller divides by the target count of the whole step, so a short
     micro-batch weighs no more per frame than a long one.

@@ -1,4 +1,4 @@
-"""The products with new cross-attention modules, each adapter's rows with its own weights.
+"""Products with the new cross-attention modules: each adapter's rows with its own weights.
 
 As in model.packed_ops, gradients are added straight into the bank's buffers.
 
@@ -18,7 +18,7 @@ from higgs_tune.model.graph_weights import Adapters, GraphWeights
 def new_linear(
     x_JND: Tensor, weights: Adapters, names: tuple[str, ...], adapters: Sequence[int]
 ) -> Tensor:
-    """Multiply each adapter's rows by its own (O, D) matrices side by side: (J, N, ΣO)."""
+    """Multiply each adapter's rows by its own (O, D) matrices; outputs side by side, (J, N, ΣO)."""
     if isinstance(weights, GraphWeights):
         return weights.new_linear(x_JND, names, adapters)
     matrices = weights.new_tensors(names, adapters)

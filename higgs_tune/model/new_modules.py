@@ -1,6 +1,6 @@
-"""The modules that each cross-attention mode adds to a base: their names, shapes and first weights.
+"""The modules that each cross-attention mode adds to a base: names, shapes and initial weights.
 
-They leave every output as it was: `o_proj` is 0, and audio_self's extra norm is a copy of
+Initially they leave every output unchanged: `o_proj` is 0, and audio_self's extra norm is a copy of
 `audio_input_layernorm`.
 """
 
@@ -21,7 +21,7 @@ MODULE_NAMES: dict[CrossAttention, tuple[str, ...]] = {
 def new_module_shapes(
     base: HiggsAudioV2ForConditionalGeneration, mode: CrossAttention
 ) -> dict[str, torch.Size]:
-    """Full names → shapes of the new modules' weights, in the order in which they are drawn."""
+    """Full names → shapes of the new modules' weights, in the order in which they are initialised."""
     shapes: dict[str, torch.Size] = {}
     for index, layer in enumerate(base.model.layers):
         for module_name in MODULE_NAMES[mode]:
@@ -41,8 +41,8 @@ def initial_new_modules(
 ) -> dict[str, Tensor]:
     """Full names → initial weights of the new modules, float32 on the CPU.
 
-    q, k and v are normal with the checkpoint's initializer_range, o is 0, the norm copies
-    `audio_input_layernorm`: setting o to 0 alone would change the output.
+    q, k and v are normal with the checkpoint's initializer_range as standard deviation, and o is 0. The
+    norm copies `audio_input_layernorm`, because with another one the output would change even if o is 0.
     """
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The adapters of one batch as the forward wants them: whose rows share a matmul, and with which factors.
+"""The adapters of one batch as the forward needs them: which share a matmul, and their factors.
 
 Shape letters: K slots (or adapters of a batch), k adapters of a run, P columns, N rows, D inputs,
 O outputs, r rank, S without and with dropout.
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """What neighbouring slots of one layout hold for a group of linears; of one slot without its axis."""
+    """The factors of neighbouring slots of one layout for a group of linears; for one slot, no k axis."""
 
     path: TargetPath
-    a_krD: Tensor  # of the group's linears, stacked
+    a_krD: Tensor  # A of the group's linears, stacked along r
     a_grad_krD: Tensor
-    b_kOr: list[Tensor]  # of each linear
+    b_kOr: list[Tensor]  # B of each linear
     b_grad_kOr: list[Tensor]
 
 
@@ -33,32 +33,32 @@ class Factors:
 class Run:
     """Adapters whose rows share a matmul: those of neighbouring slots, or a single one.
 
-    A run of one has an integer for its rows and no leading dimension.
+    In a run of one, `rows` is an integer and the tensors have no k axis.
     """
 
     rows: int | slice  # positions among the batch's adapters
-    scale: float  # LoRA's, if it is the same for all of them; else 1 here
-    scales_k11: Tensor | None  # and this, float32
-    keeps: tuple[float, ...]  # of each adapter: the share of inputs that dropout keeps in training
+    scale: float  # LoRA's scale if all adapters have the same, else 1
+    scales_k11: Tensor | None  # each adapter's scale if they differ, float32
+    keeps: tuple[float, ...]  # each adapter's share of inputs that dropout keeps in this forward
     factors: Factors
 
 
 @dataclass(eq=False)
 class PackWeights:
-    """The adapters of one batch as the forward wants them."""
+    """The adapters of one batch as the forward needs them."""
 
     bank: "AdapterBank"
     slots: tuple[int, ...]  # ascending
-    masks: Masks | None = None  # of a training forward in which somebody has dropout
+    masks: Masks | None = None  # for a training forward in which an adapter has dropout
     _runs: dict[tuple[str, bool], list[Run]] = field(default_factory=dict)
     _new: dict[tuple[str, ...], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def training(self, masks: Masks | None) -> "PackWeights":
-        """The same adapters in a forward that drops inputs."""
+        """The same adapters in a forward with these dropout masks, if any."""
         return self if masks is None else replace(self, masks=masks)
 
     def runs(self, group: Linears) -> list[Run]:
-        """The runs of an input group; none if nobody targets it."""
+        """The runs of an input group; empty if no adapter targets it."""
         key = next(iter(group)), self.masks is None
         if key not in self._runs:
             self._runs[key] = [self._run(span, group) for span in self._spans(key[0])]
@@ -67,7 +67,7 @@ class PackWeights:
     def new_tensors(
         self, names: tuple[str, ...], adapters: Sequence[int]
     ) -> list[tuple[Tensor, Tensor]]:
-        """For each of these adapters the named new weights, stacked, and their gradient."""
+        """Each of these adapters' named new weights, stacked, and their gradients."""
         key = (*names, *map(str, adapters))
         if key not in self._new:
             self._new[key] = [self._new_tensor(self.slots[j], names) for j in adapters]
@@ -82,15 +82,15 @@ class PackWeights:
         return seat.new.compute[columns].view(shape), seat.new.grad[columns].view(shape)
 
     def _spans(self, name: str) -> list[tuple[int, int]]:
-        """Positions [start, stop) that share a matmul; whoever stands at an end of one targets it.
+        """Spans [start, stop) of positions that share a matmul; the first and last of each target the linear.
 
-        Without sharing every adapter multiplies alone: on a CPU that is as fast, and what it computes
-        does not depend on who sits beside it, to the last bit.
+        Without sharing every adapter multiplies alone. On a CPU that is as fast, and an adapter's results
+        do not depend on its neighbours, bit for bit.
         """
         spans: list[tuple[int, int]] = []
         for position, slot in enumerate(self.slots):
             seat = self.bank.seats[slot]
-            factor = seat.layout.entries.get(f"{name}.lora_A.weight")  # None: no trial adapts it
+            factor = seat.layout.entries.get(f"{name}.lora_A.weight")  # None: no trial can adapt it
             if factor is None or factor.path not in seat.paths:
                 continue
             start = spans[-1][0] if spans and self.bank.share_matmuls else position

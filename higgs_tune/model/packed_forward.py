@@ -1,8 +1,8 @@
 """Training forward of a pack over the stock modules' frozen weights.
 
-Reads top to bottom as the stock forward does, with three differences: rows stand in slots, so that text
-and audio rows need no boolean mask and no host sync; every adapter's rows get that adapter's LoRA; and
-the last layer's feed-forward and the heads run at labelled rows only.
+Has the structure of the stock forward, with three differences: rows are laid out in slots, so that telling
+text from audio needs no boolean mask and no host sync; every adapter's rows get that adapter's LoRA; and
+after the last attention only labelled rows are computed.
 
 Shape letters: as in data.collate; D hidden, H heads, E head size, J adapters of a cross_attention mode.
 """
@@ -35,7 +35,7 @@ from higgs_tune.model.packed_ops import (
 
 
 class _Layout:
-    """Slots ↔ sequences: of the whole batch, or of one modality of some adapters."""
+    """Converts slots ↔ sequences, for the whole batch or for one modality of some adapters."""
 
     def __init__(self, seq_from_slot_SL: Tensor, slot_from_seq_KN: Tensor) -> None:
         self._to_seq = seq_from_slot_SL.flatten()
@@ -65,7 +65,7 @@ def _mlp(
 
 
 def _attend(q_SLHE: Tensor, k_SLHE: Tensor, v_SLX: Tensor, **mask: Any) -> Tensor:
-    """Attention over rotated queries and keys: (S, L, H·E)."""
+    """Attention over queries and keys that are rotated already: (S, L, H·E)."""
     v_SLHE = v_SLX.unflatten(-1, (-1, k_SLHE.shape[-1]))
     q, k, v = (t.transpose(1, 2) for t in (q_SLHE, k_SLHE, v_SLHE))
     if "attn_mask" in mask:  # text_to_audio: a zero key and value in front, so no softmax is empty
@@ -75,7 +75,7 @@ def _attend(q_SLHE: Tensor, k_SLHE: Tensor, v_SLX: Tensor, **mask: Any) -> Tenso
 
 
 class _Rope:
-    """Rotary tables of every position of the batch."""
+    """Rotary tables for every position of the batch."""
 
     def __init__(self, rotary: HiggsAudioV2RotaryEmbedding, length: int, like: Tensor) -> None:
         positions = torch.arange(length, device=like.device)[None]
@@ -90,7 +90,7 @@ class _Rope:
 
 
 class _Cross:
-    """The adapters of one cross_attention mode in one batch."""
+    """The new modules of the adapters of one cross_attention mode in one batch."""
 
     def __init__(
         self, index: CrossIndex, weights: Adapters, rope: _Rope, widths: list[int]
@@ -122,7 +122,11 @@ class _Cross:
     def audio_self(
         self, prefix: str, h_JAD: Tensor, x_JAD: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """Audio rows read earlier audio rows; returns the new residual and what attention reads."""
+        """Let audio rows attend to earlier audio rows.
+
+        Returns:
+            The new residual, and the input of the shared attention.
+        """
         name = f"{prefix}.audio_attn"
         qkv = self._audio.sequences(self._project(x_JAD, name, "qkv"))
         q, k, v = qkv.split(self._widths, 2)
@@ -134,7 +138,7 @@ class _Cross:
         return h_JAD, new_scale(plain_JAD, self._weights, gain, self._index.adapters)
 
     def text_to_audio(self, prefix: str, h_JTD: Tensor, x_JTD: Tensor, x_JAD: Tensor) -> Tensor:
-        """Text rows read earlier audio rows; returns the new residual."""
+        """Let text rows attend to earlier audio rows; returns the new residual."""
         name, index = f"{prefix}.text_audio_attn", self._index
         q = self._text.sequences(self._project(x_JTD, name, "q"))
         k, v = self._audio.sequences(self._project(x_JAD, name, "kv")).split(self._widths[1:], 2)
@@ -150,7 +154,7 @@ class _Cross:
 def packed_nll(
     base: HiggsAudioV2ForConditionalGeneration, batch: PackBatch, weights: Adapters | None
 ) -> tuple[Tensor, Tensor]:
-    """Summed nats of every adapter's targets: float32, text (K,), audio (K, C).
+    """Summed NLL in nats of every adapter's targets: float32, text (K,), audio (K, C).
 
     Arguments as for `packed_logits`.
     """
@@ -169,7 +173,7 @@ def packed_logits(
     Args:
         base: the stock model with its text head.
         batch: from `data.collate.collate`, labels already shifted.
-        weights: the adapters at `batch.slots`; None runs the bare base for each.
+        weights: the adapters at `batch.slots`; None runs the base without adapters.
 
     Returns:
         Text (K, M, V) and audio (K, M, C, V), each with its own M, in the base's dtype.
@@ -207,7 +211,7 @@ def packed_logits(
         q, k = rope(qk).split([num_heads, num_kv], dim=2)
         attended = layout.slots(_attend(q, k, v, is_causal=True))
         a_text, a_audio = attended.split([h_text.shape[1], h_audio.shape[1]], dim=1)
-        if index == len(layers) - 1:  # nothing reads the other rows any more
+        if index == len(layers) - 1:  # nothing reads the unlabelled rows any more
             h_text, a_text = (_pick(t, batch.text_rows_KM) for t in (h_text, a_text))
             h_audio, a_audio = (_pick(t, batch.audio_rows_KM) for t in (h_audio, a_audio))
             attended = torch.cat([a_text, a_audio], dim=1)
@@ -230,7 +234,7 @@ def packed_logits(
 
 
 def _pick(x_KND: Tensor, rows_KM: Tensor) -> Tensor:
-    """Some of each adapter's rows: (K, M, D)."""
+    """Each adapter's rows at `rows_KM`: (K, M, D)."""
     return x_KND.gather(1, rows_KM[..., None].expand(-1, -1, x_KND.shape[2]))
 
 
@@ -244,7 +248,7 @@ def _cross_attention(
     x_text: Tensor,
     x_audio: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the new modules of the adapters that have some; the others' rows pass unchanged."""
+    """Run the new modules of the adapters that have them; the others' rows pass unchanged."""
     read = cross.take(x_audio)
     if mode == "audio_self":
         eps = layer.audio_input_layernorm.variance_epsilon

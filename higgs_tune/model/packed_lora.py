@@ -1,11 +1,11 @@
-"""The parameters of a pack: one flat row per adapter, seen module by module.
+"""The parameters of a pack: one flat row per adapter, with views of each module's tensors.
 
-The LoRA factors of K slots live in one (K, P) buffer. Where adapters share matmuls, on a GPU, a slot is
-laid out for the highest rank of its adapter's class: neighbours of a class lie at one stride whatever
-their ranks and targets, and what an adapter does not have is zero, computes zero and gets a gradient of
-zero. Where each multiplies alone, on a CPU, a slot is laid out densely for its own rank. The new
-cross-attention modules of an adapter, large and wanted by few, live in a buffer of their own while it is
-seated. Clearing, clipping and stepping are operations on a few long ranges whatever the model's depth.
+The LoRA factors of K slots are in one (K, P) buffer. Where adapters share matmuls (on a GPU), a slot is laid
+out for the highest rank of its adapter's class. So neighbours of a class have one stride, whatever their
+ranks and targets; the parameters that an adapter does not have are zero, compute zero and get zero gradients.
+Where each adapter multiplies alone (on a CPU), a slot is laid out densely for its own rank. New
+cross-attention modules are large and rare, so an adapter that has them gets a separate buffer for them
+while it has a slot. Clearing, clipping and stepping work on a few long ranges whatever the model's depth.
 
 Shape letters: K slots (or adapters of a batch), k adapters of a run, P columns, N rows, D inputs,
 O outputs, r rank, S without and with dropout.
@@ -30,7 +30,7 @@ from higgs_tune.model.adapter_layout import (
 )
 from higgs_tune.model.pack_weights import Factors, PackWeights
 
-_MAX_PACKS = 64  # combinations of adapters whose runs are kept
+_MAX_PACKS = 64  # combinations of slots whose `PackWeights` are cached
 
 
 class AdapterBank:
@@ -51,10 +51,10 @@ class AdapterBank:
         """Make room for the adapters.
 
         Args:
-            groups: the linears that adapters may target, by what they read, each with its path.
-            share_matmuls: whether neighbours multiply together.
-            share_memory: with the processes that are forked from this one.
-            max_new_columns: of the new modules of one adapter; needed for memory that is shared.
+            groups: the linears that adapters may target, grouped by shared input, each group with its path.
+            share_matmuls: whether neighbours share matmuls.
+            share_memory: whether processes forked from this one share the buffers.
+            max_new_columns: most columns of one adapter's new modules; needed with `share_memory`.
         """
         self.num_slots, self.share_matmuls, self.max_rank = num_slots, share_matmuls, max_rank
         self.device, self._dtype, self.groups = device, dtype, groups
@@ -62,17 +62,17 @@ class AdapterBank:
         self._layouts: dict[int, Layout] = {}
         columns = self._layout(max_rank).num_columns
         self.lora = Storage((num_slots, columns), dtype, device, shared=share_memory)
-        # nobody can share what is made after the fork; unused it takes no memory
+        # reserved now: memory made after the fork cannot be shared; unused pages take none
         self._shared_new = [
             Storage((max_new_columns,), dtype, device, shared=True)
             for _ in range(num_slots if share_memory and max_new_columns else 0)
         ]
-        # without and with dropout: what it leaves of the inputs counts the more
+        # without and with dropout, which scales the kept inputs up
         self.scale_SK11 = torch.zeros(2, num_slots, 1, 1, device=device)
         self.seats: dict[int, Seat] = {}
         self._packs: dict[tuple[int, ...], PackWeights] = {}
         self._factors: dict[tuple[int, int, str], Factors] = {}
-        # makes a frozen input's product differentiable; never gets a gradient
+        # requires a gradient, so that layers whose input needs none are differentiated; never gets one
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
     def seat(
@@ -84,7 +84,7 @@ class AdapterBank:
         new: Sequence[Named] = (),
         dropout: float = 0.0,
     ) -> None:
-        """Lay a free slot out for an adapter; all its parameters are zero."""
+        """Lay out a free slot for an adapter; its parameters are zero if the slot was cleared."""
         assert slot not in self.seats, slot
         new_layout = Layout([new])
         size = new_layout.num_columns
@@ -106,10 +106,10 @@ class AdapterBank:
             parts.append(Part("new", "audio_attention", storage, (slice(size),)))
         self.seats[slot] = Seat(
             rank, scale, dropout, adapted, layout, new_layout, storage, parts
-        )  # at last
+        )  # last, so that a failure above leaves the slot free
 
     def layout_rank(self, rank: int) -> int:
-        """For which rank a slot of an adapter is laid out."""
+        """The rank that the slot of an adapter of this rank is laid out for."""
         return shared_rank(rank, self.max_rank) if self.share_matmuls else rank
 
     def clear(self, slot: int) -> None:
@@ -122,7 +122,7 @@ class AdapterBank:
                 seat.new.give_back()
 
     def vacate(self, slot: int) -> Seat | None:
-        """Free a slot and leave its memory as it is; returns who sat there."""
+        """Free a slot but keep its memory as it is; returns the seat that was there."""
         self._forget_views()
         return self.seats.pop(slot, None)
 
@@ -131,7 +131,7 @@ class AdapterBank:
         return self._cut(slot, kind, lambda row: row)
 
     def copies(self, slot: int, kind: Kind) -> dict[str, Tensor]:
-        """The same on the host, in memory of their own; a GPU sends a row in one piece."""
+        """Copies of `views` on the host; a GPU sends a row in one piece."""
         views = self._cut(slot, kind, Tensor.cpu)
         return {name: view.clone() for name, view in views.items()}
 
@@ -151,24 +151,24 @@ class AdapterBank:
         return views
 
     def storages(self) -> Iterator[Storage]:
-        """The LoRA buffers and those of the new modules."""
+        """The buffers of LoRA and of the new modules."""
         yield self.lora
         yield from (seat.new for seat in self.seats.values() if seat.new is not None)
 
     def keep_gradients(self, slots: Iterable[int]) -> None:
-        """Make room for another micro-batch of these adapters' steps."""
+        """Prepare these adapters' gradients for another micro-batch of their steps."""
         for slot in slots:
             for part in self.seats[slot].parts:
                 part.storage.keep_gradient(part.where)
 
     def clear_gradients(self, slots: Iterable[int]) -> None:
-        """Zero what a step of these adapters has used."""
+        """Zero these adapters' gradients."""
         for slot in slots:
             for part in self.seats[slot].parts:
                 part.storage.clear_gradient(part.where)
 
     def refresh_compute(self) -> None:
-        """Copy the master weights to the compute copy, where that is another tensor."""
+        """Update the compute copies from the master weights, where they are separate tensors."""
         for storage in self.storages():
             if storage.compute is not storage.master:
                 storage.compute.copy_(storage.master)
@@ -178,12 +178,12 @@ class AdapterBank:
         pack = self._packs.get(slots)
         if pack is None:
             if len(self._packs) >= _MAX_PACKS:
-                self._packs.clear()  # also under another lane
+                self._packs.clear()  # another lane may still use one: it stays valid
             self._packs[slots] = pack = PackWeights(self, slots)
         return pack
 
     def factors(self, start: int, stop: int, group: Linears) -> Factors:
-        """Those of the slots from `start` to before `stop`, which are laid out alike."""
+        """The factors of the slots [start, stop), which have one layout."""
         key = start, stop, next(iter(group))
         factors = self._factors.get(key)
         if factors is None:

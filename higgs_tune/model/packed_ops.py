@@ -1,8 +1,8 @@
-"""The differentiable operations of the packed forward, with their derivatives written out.
+"""The differentiable operations of the packed forward, with handwritten derivatives.
 
-Autograd's own derivative of a strided slice, of a gather or of a decomposed norm fills and adds whole
-tensors; on small steps those cost more than the matmuls. Gradients of adapters are added straight into
-the bank's gradient buffers, so a backward is not itself differentiable.
+Autograd's derivatives of strided slices, gathers and decomposed norms fill and add whole tensors, which on
+small steps costs more than the matmuls. Adapters' gradients are added straight into the bank's gradient
+buffers, so there are no second derivatives.
 
 Shape letters: as in model.packed_lora; S sequences, L length, H heads, E head size.
 """
@@ -28,11 +28,11 @@ def adapted_linear(
     """Apply the linears of one input group, each adapter's rows with its own LoRA.
 
     Args:
-        sections: what the N rows are.
+        sections: the sections of the N rows, in order.
 
     Returns:
-        (K, N, ΣO): the outputs side by side in the group's order. Row-wise matmuls keep a NaN in its
-        adapter.
+        (K, N, ΣO): the outputs side by side in the group's order. A NaN stays within its adapter, because
+        each output row depends on its own input row only.
     """
     if weights is None:
         outputs = [F.linear(x_KND, linear.weight, linear.bias) for linear in group.values()]
@@ -43,27 +43,27 @@ def adapted_linear(
     masks: list[list[Tensor]] = [[] for _ in runs]
     if weights.masks is not None:
         for own, run in zip(masks, runs, strict=True):
-            if min(run.keeps) < 1:  # every linear drops inputs of its own
+            if min(run.keeps) < 1:  # each linear has its own mask
                 own += weights.masks.draw(run.rows, run.keeps, len(group), x_KND.shape[2], sections)
-    # below the first adapted linear nothing needs a derivative, nor is kept for one
+    # no anchor without runs: before the first adapted linear nothing is differentiated or saved
     anchor = weights.bank.anchor if runs else None
     return _AdaptedLinear.apply(x_KND, anchor, list(group.values()), runs, masks)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The stock RMSNorm; on a CPU with a frozen weight, with a derivative in few passes."""
+    """The stock RMSNorm; on a CPU with a frozen weight, with a derivative that takes few passes."""
     if x.device.type == "cpu" and not weight.requires_grad:
         return _RmsNorm.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def rotate(x_SLHE: Tensor, cos_SLE: Tensor, sin_SLE: Tensor) -> Tensor:
-    """Rotary positions, as transformers' apply_rotary_pos_emb with the heads second to last."""
+    """Rotary embedding as in transformers' apply_rotary_pos_emb, with the heads second to last."""
     return _Rotate.apply(x_SLHE, cos_SLE[:, :, None], sin_SLE[:, :, None])
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of the two halves of the last axis."""
+    """silu(gate) · up, where gate and up are the halves of the last axis."""
     if torch.compiler.is_compiling():
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
@@ -76,13 +76,13 @@ def rearrange(rows_ND: Tensor, to: Tensor, back: Tensor, pads: Tensor) -> Tensor
     Args:
         to: source row of each new row.
         back: new row of each source row.
-        pads: bool, source rows that have no new row: they only pad and get no gradient.
+        pads: bool per source row: padding without a new row, which gets no gradient.
     """
     return _Rearrange.apply(rows_ND, to, back, pads)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, of matrices or of batches of them; `@` would send a GPU's host through more."""
+    """a b, of matrices or of batches of them; `@` costs the host of a GPU more time."""
     return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
 
 
@@ -164,7 +164,7 @@ class _AdaptedLinear(Function):
 
 
 def _reduced(x_kND: Tensor, run: Run, masks: Sequence[Tensor]) -> Tensor:
-    """x Aᵀ of the group's linears side by side, each through its own mask if there are any."""
+    """x Aᵀ of the group's linears side by side, each with its own mask of x if there are any."""
     if not masks:
         return _product(x_kND, run.factors.a_krD.mT)
     factors = run.factors.a_krD.chunk(len(masks), -2)
@@ -179,7 +179,7 @@ def _add_masked(
     x_kND: Tensor,
     dx_kND: Tensor | None,
 ) -> None:
-    """The derivative of `_reduced` with masks, for A and for x."""
+    """Add the derivatives of `_reduced` with masks to those of A and of x."""
     num = len(masks)
     factors, gradients = run.factors.a_krD.chunk(num, -2), run.factors.a_grad_krD.chunk(num, -2)
     for mask, dz, a, gradient in zip(masks, dz_kNr.chunk(num, -1), factors, gradients, strict=True):
@@ -213,7 +213,7 @@ class _Rotate(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        cos, sin = ctx.saved_tensors  # both halves equal, so the transpose turns back
+        cos, sin = ctx.saved_tensors  # equal halves, so the transpose rotates back
         return _rotated(grads[0], cos, sin, -1), None, None
 
 

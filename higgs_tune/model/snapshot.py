@@ -1,6 +1,6 @@
-"""What a checkpoint folder holds, read from its JSON files and the headers of its shards.
+"""The contents of a checkpoint folder, from its JSON files and the headers of its shards.
 
-Whatever is wrong with a folder shows here, before a byte of weights is read.
+Damaged or mismatched files are found here, before any weights are read.
 """
 
 import json
@@ -30,7 +30,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ModelError: it cannot be read, or holds something else.
+        ModelError: it cannot be read, or is not a JSON object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -45,8 +45,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Name → shape and dtype of every tensor in a folder's safetensors files.
 
     Raises:
-        ModelError: no weights, a file of the index is missing or cut off, or lacks a tensor that the
-            index says it has.
+        ModelError: there are no weights, a file that the index names is missing or cut off, or a tensor
+            that it names is in no file.
     """
     index = folder / INDEX
     if index.is_file():
@@ -100,10 +100,10 @@ def header(path: Path) -> dict[str, Stored]:
 def check_tensors(
     where: str, stored: Mapping[str, Stored], needed: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Compare what is stored with what a model needs, under the same names.
+    """Check that exactly the tensors that a model needs are stored, by name and shape.
 
     Raises:
-        ModelError: tensors are missing, unknown or of another shape.
+        ModelError: tensors are missing, unknown or of the wrong shape.
     """
     missing, unknown = (
         sorted(a.keys() - b.keys()) for a, b in ((needed, stored), (stored, needed))
@@ -116,11 +116,11 @@ def check_tensors(
     if unknown:
         raise ModelError(
             f"{where} has {len(unknown)} weights that its config.json has no place for, {unknown[0]} "
-            "among them; they would be left out silently. Correct config.json or use another checkpoint."
+            "among them; they would be ignored silently. Correct config.json or use another checkpoint."
         )
     for name, shape in needed.items():
         if stored[name].shape != shape:
             raise ModelError(
-                f"{where}: {name} has shape {stored[name].shape}, its config.json needs {shape}. "
+                f"{where}: {name} has shape {stored[name].shape}, but its config.json needs {shape}. "
                 "Use weights and config.json of one checkpoint."
             )

@@ -1,7 +1,7 @@
-"""Which modules a target path means, by anchored names, with an exact account of what matched.
+"""Which modules a target path means, by their full names, and an exact account of what matched.
 
-Suffix rules go wrong on a DualFFN model: `mlp.up_proj` hits the text path only, `up_proj` both, and
-`all-linear` both heads too. So every path is one full-match regex over full module names.
+PEFT's suffix rules mislead on a DualFFN model: `mlp.up_proj` matches the text path only, `up_proj` both, and
+`all-linear` both heads too. So every path is one regex that must match full module names.
 """
 
 import re
@@ -22,7 +22,7 @@ PATTERNS: dict[TargetPath, str] = {
     "text_head": r"text_lm_head",
     "audio_head": r"audio_lm_head",
 }
-"""Paths trained by LoRA. `audio_attention` is not here: its modules are new, so they train whole."""
+"""Paths trained by LoRA. `audio_attention` is not one: its modules are new and trained in full."""
 
 
 def lora_regex(targets: Sequence[TargetPath]) -> str:
@@ -45,17 +45,17 @@ def linear_modules(model: nn.Module, path: TargetPath) -> dict[str, nn.Linear]:
     if not found:
         raise ConfigError(
             f"targets: {path} matches no module of {type(model).__name__}. "
-            f"Known paths: {', '.join(get_args(TargetPath))}; a text_head needs a base loaded with one."
+            f"Known paths: {', '.join(get_args(TargetPath))}; text_head needs a base with a text head."
         )
     return found
 
 
 def account(model: HiggsAudioV2ForConditionalGeneration, config: TrialConfig) -> dict[str, Any]:
-    """What a trial trains of a model, as plain data for its record.
+    """The modules and parameters that a trial trains, as plain data for its record.
 
     Returns:
-        "parameters" in all, and for each target path in "modules" its "num_modules", "num_parameters"
-        (LoRA factors, or whole modules for audio_attention) and names of "modules".
+        "parameters": the total. "modules": target path → "num_modules", "num_parameters" (of the LoRA
+        factors, or of whole modules for audio_attention) and the names of the "modules".
 
     Raises:
         ConfigError: a path matches nothing in this model.

@@ -1,4 +1,4 @@
-"""Does a checkpoint's chat template write the sequences that are trained on here?"""
+"""Check that a checkpoint's chat template writes the sequences that training uses."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def wants_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _talk() -> list[dict[str, Any]]:
-    """A text that is answered with audio."""
+    """Messages: a text, and audio as its answer."""
     return [
         {"role": "user", "content": [{"type": "text", "text": _USER}]},
         {"role": "assistant", "content": [{"type": "audio"}]},
@@ -33,13 +33,13 @@ def _talk() -> list[dict[str, Any]]:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
-    """Compare a short conversation in both; a tokenizer without a template says nothing against it.
+    """Check that the chat template, if there is one, writes a short conversation as training does.
 
-    The native template wants a system turn first and nothing but audio from the assistant, so that is
-    what is compared: header, turn end, control tokens around audio, and how the pieces are tokenised.
+    The native template requires a system turn first and only audio from the assistant, so the conversation
+    has these. Compared are headers, turn ends, control tokens around audio, and how the pieces are tokenised.
 
     Raises:
-        ModelError: the template writes another sequence.
+        ModelError: the template refuses the conversation or writes another sequence.
     """
     if tokenizer.chat_template is None:
         return
@@ -58,7 +58,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (jinja2.TemplateError, ValueError) as error:
         raise ModelError(
-            f"chat template of {tokenizer.name_or_path} does not take a text that is answered with "
+            f"chat template of {tokenizer.name_or_path} does not accept a text that is answered with "
             f"audio ({error}). Use the tokenizer that belongs to the Higgs Audio V2 checkpoint."
         ) from None
     text = text.replace(CONTROL_TOKENS["audio"], frames + CONTROL_TOKENS["audio_delay"] * num_delay)
@@ -67,5 +67,5 @@ def check_template(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -
         raise ModelError(
             f"chat template of {tokenizer.name_or_path} writes {tokenizer.decode(theirs)!r} where "
             f"training writes {tokenizer.decode(ours.ids_L.tolist())!r}: the model would be trained on "
-            "other sequences than it is used with. Use the checkpoint's own tokenizer."
+            "other sequences than it gets in use. Use the checkpoint's own tokenizer."
         )

@@ -1,7 +1,7 @@
-"""Greedy text from the text head; stock `generate` only makes audio codes.
+"""Greedy text generation with the text head; stock `generate` only makes audio codes.
 
-A prompt is the training sequence of the same task, cut off where the model takes over, so there is
-no second format. Shape letters: L rows, A audio rows, C codebooks, V vocabulary.
+A prompt is the training sequence of the same task, cut off where the model continues, so there is only one
+format. Shape letters: L rows, A audio rows, C codebooks, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from higgs_tune.data.tokens import IGNORE, Encoded, Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the model is given: ids, and the delayed codes of the audio among them."""
+    """The model's input: ids, and the delayed codes of its audio rows."""
 
     key: str
     ids_L: np.ndarray
@@ -28,7 +28,7 @@ class Written:
     """A generated text."""
 
     ids: tuple[int, ...]
-    reached_end: bool  # False: cut off at the longest length
+    reached_end: bool  # False: cut off at `max_tokens`
 
 
 def prompt_before_text(encoded: Encoded) -> Prompt:
@@ -45,12 +45,12 @@ def write_text(
     prompt: Prompt,
     max_tokens: int,
 ) -> Written:
-    """The likeliest text after a prompt, token by token, up to `<|eot_id|>` or `max_tokens`.
+    """Continue a prompt greedily with text, up to `<|eot_id|>` or `max_tokens`.
 
-    No control token other than that one is ever written.
+    No other control token is ever written.
 
     Args:
-        model: with its text head, stock or with cross-attention modules, adapters attached.
+        model: with its text head: stock or with cross-attention modules, and with any adapters attached.
     """
     head: Any = model.text_lm_head
     end, device = vocabulary.end_of_turn, head.weight.device

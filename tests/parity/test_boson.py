@@ -112,5 +112,5 @@ def load_stock_part(tmp_path, weights):
 
 def test_new_modules_cannot_be_added_twice():
     model = with_cross_attention(tiny_base().model, "audio_self", seed=0)
-    with pytest.raises(ModelError, match=r"modules of its own \(audio_self\)"):
+    with pytest.raises(ModelError, match=r"already has cross_attention modules \(audio_self\)"):
         with_cross_attention(model, "text_to_audio", seed=0)

@@ -199,7 +199,7 @@ def test_an_unknown_weight_is_a_model_error(folder):
 def test_a_weight_of_another_shape_is_a_model_error(folder):
     name = first_name(folder)
     rewrite(shard_of(folder, name), lambda tensors: tensors.update({name: torch.zeros(3, 5)}))
-    with pytest.raises(ModelError, match=r"has shape \(3, 5\), its config.json needs"):
+    with pytest.raises(ModelError, match=r"has shape \(3, 5\), but its config.json needs"):
         load_base(settings(folder))
 
 
@@ -245,7 +245,7 @@ def test_an_activation_that_training_does_not_compute_is_a_model_error(folder):
         ({"audio_dual_ffn_layers": [1]}, r"audio_dual_ffn_layers \[1\], needed dual_ffn in all 2"),
         ({"audio_embed_avg": True}, "audio_embed_avg is True"),
         ({"skip_audio_tower": None}, "skip_audio_tower is None"),
-        ({"audio_out_token_idx": 99}, r"audio_out_token_idx is 99, <\|AUDIO_OUT\|> is 7"),
+        ({"audio_out_token_idx": 99}, r"audio_out_token_idx is 99, but <\|AUDIO_OUT\|> is 7"),
         ({"audio_num_codebooks": None}, "audio_num_codebooks is None"),
         ({"text_config": None}, "text_config is not that of a Llama model"),
         ({"use_audio_out_self_attention": True}, r"lacks 10 weights, model\.layers\.0\.audio_attn"),
@@ -299,13 +299,13 @@ def test_a_template_that_writes_other_sequences_is_a_model_error(folder, end):
 def test_a_template_without_audio_answers_is_a_model_error(folder):
     refusing = "{{ raise_exception('text only') }}"
     tokenizer(template=refusing).save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"does not take a text .* \(text only\)"):
+    with pytest.raises(ModelError, match=r"does not accept a text .* \(text only\)"):
         load_base(settings(folder))
 
 
 def test_a_base_with_its_own_audio_attention_generates_but_does_not_train(tmp_path):
     write_boson(tmp_path / "base", audio_self=True)
-    with pytest.raises(ModelError, match="has audio_self modules of its own"):
+    with pytest.raises(ModelError, match="already has audio_self modules"):
         load_base(settings(tmp_path / "base"))
     assert load_checkpoint(settings(tmp_path / "base")).model.config.cross_attention == "audio_self"
 

@@ -26,7 +26,9 @@ def test_what_memory_lacks_is_said_and_a_worker_may_try_again(tmp_path, monkeypa
 
     folder = write_native(tmp_path / "base", tiny_base().model)
     monkeypatch.setattr(HiggsAudioV2ForConditionalGeneration, "from_pretrained", fail)
-    with pytest.raises(NoMemoryError, match=r"base\.path: .* finds no memory on cpu") as found:
+    with pytest.raises(
+        NoMemoryError, match=r"base\.path: .* does not fit in memory on cpu"
+    ) as found:
         load_base(BaseSettings(path=str(folder), device="cpu"))
     assert isinstance(load_error(found.value, "10.0.0.2"), NoMemoryError)
 
