@@ -1,10 +1,10 @@
-"""Steps of a training forward and backward: eager against `base.compile`, and what compiling costs.
+"""Time of a training forward and backward, eager against `base.compile`, and of compiling.
 
     python benchmarks/compile_time.py [--clips 3] [--repeats 30] [--out results/compile_time.json]
 
-A pack of one on the embedded base and its clips, each batch of another length. Two processes one after
-the other share an empty cache folder: the first compiles cold, the second warm. In each, eager and
-compiled steps alternate on equal batches; their losses and gradients are compared first.
+A pack of one trains on the embedded base and clips, with batches of different lengths. Two processes run one
+after the other with the same, at first empty, cache folder: the first compiles cold, the second warm. In
+each, losses and gradients are compared first; then eager and compiled steps alternate on equal batches.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from higgs_tune.train.residents import AdapterState, PackLimits
 
 
 def side(base: Base, rank: int) -> Callable[[list[Encoded]], tuple[torch.Tensor, torch.Tensor]]:
-    """Forward and backward of one adapter; returns its losses and its gradient."""
+    """A function that runs one adapter's forward and backward; returns its losses and gradient."""
     trial = trial_of(rank, base.model.config.num_codebooks)
     engine = Engine(base, PackLimits.of([trial], num_slots=1))
     weights = start_of(base, rank)
@@ -105,7 +105,9 @@ def main() -> None:
                 stdout=subprocess.PIPE,
             )
             if done.returncode:
-                raise SystemExit(f"the {name} process ended with {done.returncode}, see above")
+                raise SystemExit(
+                    f"the {name} process ended with exit code {done.returncode}, see above"
+                )
             found[name] = json.loads(done.stdout.splitlines()[-1])
     times = found["warm"]["every_s"]
     eager, compiled = (statistics.median(times[name]) for name in ("eager", "compiled"))

@@ -1,13 +1,13 @@
-"""Hours of audio coded per hour by `higgs-tune data prepare`: 1 against 2 workers.
+"""Hours of audio that `higgs-tune data prepare` encodes per hour: 1 against 2 workers.
 
     python benchmarks/encode_throughput.py [--codec embedded|tiny-higgs|FOLDER] [--clips 120] [--repeats 3]
                                            [--out results/encode_throughput.json]
 
-The same clips each time, the two settings in turn, medians and their ratio; the datasets are compared
-first. "tiny-higgs" is HiggsAudioV2TokenizerModel with few, random weights: the real code path, not the
-real cost. `steady` leaves out what comes before the first coded clip (Ray and imports: seconds once), and
-counts what a long run does; a few clips of more workers are done by then, so use many clips.
-`peak_rss_mib` is the largest sum of this process and all below it; shared pages count more than once.
+Encodes the same clips with both settings in turn, checks that the datasets are equal, and reports medians and
+their ratio. "tiny-higgs" is HiggsAudioV2TokenizerModel with few, random weights: the real code path, not the
+real cost. `steady` is the rate of a long run: it leaves out the time before the first encoded clip (Ray and
+imports: seconds, once). With more workers, a few more clips are done by then, so use many clips.
+`peak_rss_mib` is the largest total of this process and its descendants; shared pages count more than once.
 """
 
 import argparse
@@ -37,7 +37,7 @@ RATE_HZ = 24_000
 
 
 def tiny_higgs(folder: Path) -> str:
-    """Save a random codec of the real class."""
+    """Save a codec of the real class with random weights; returns its folder."""
     ratios = [8, 5, 4, 2, 3]
     config = HiggsAudioV2TokenizerConfig(
         target_bandwidths=(0.5, 1, 1.5, 2),
@@ -67,7 +67,7 @@ def tiny_higgs(folder: Path) -> str:
 
 
 def write_clips(folder: Path, count: int) -> tuple[Path, float]:
-    """Noise clips of 5 to 15 s and their manifest; returns their hours, too."""
+    """Write noise clips of 5 to 15 s and their manifest; returns the manifest and the hours of audio."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     seconds = rng.uniform(5, 15, count)
@@ -82,7 +82,7 @@ def write_clips(folder: Path, count: int) -> tuple[Path, float]:
 
 
 class PeakRss:
-    """The largest resident size of this process and its children, sampled."""
+    """The largest resident size of this process and its descendants, sampled every 0.5 s."""
 
     def __enter__(self) -> "PeakRss":
         self.mib = 0.0
@@ -108,7 +108,7 @@ class PeakRss:
 
 
 class Timed(NamedTuple):
-    """One preparation: seconds in all, seconds after the first clip, and what came out."""
+    """One preparation: seconds in total, seconds after the first clip, and the dataset's hash."""
 
     whole_s: float
     steady_s: float
@@ -116,7 +116,7 @@ class Timed(NamedTuple):
 
 
 def timed(run: Callable[[], encode.DatasetInfo]) -> Timed:
-    """Run and measure."""
+    """Prepare a dataset and measure the time."""
     first: list[float] = []
     show = encode.progress
 
@@ -176,7 +176,7 @@ def main() -> None:
                     )
                 peaks[workers] = max(peaks[workers], rss.mib)
     hashes = {each.content_hash for runs in found.values() for each in runs}
-    assert len(hashes) == 1, "workers give different datasets"
+    assert len(hashes) == 1, "different numbers of workers give different datasets"
     one, two = args.workers
     result = {"codec": args.codec, "hours_of_audio": round(hours, 4)}
     for name in ("whole", "steady"):

@@ -1,13 +1,13 @@
-"""What a sweep pays beside training: up to its first step, and between two trials of a slot.
+"""Time that a sweep spends besides training: up to its first step, and between two trials of a slot.
 
     python benchmarks/fixed_costs.py --out results/fixed_costs.json    # and results/fixed_costs.png
 
-Ours is the user's own command, `python sweeps/run.py`, on a tiny sweep; its times are those of the JSON
-lines that it prints and of workers.json. The same trials then run with stock transformers + PEFT under Ray
-Tune, a process a trial (plain) and with processes reused (strong), see stock_tune.py. The first run of each
-is not counted: it warms the disk's caches. "Between" is from the last validated result of a trial to the
-first step of the trial that takes its slot; of ours, the median of a sweep and only the time in which the
-pack did not train.
+Ours is the user's command, `python sweeps/run.py`, on a tiny sweep, timed by the JSON lines that it prints
+and by workers.json. The same trials then run with stock transformers + PEFT under Ray Tune: with one process
+per trial (plain) and with processes reused (strong), see stock_tune.py. The first run of each is not counted:
+it warms the disk's caches. "Between" is from the last validated result of a trial to the first step of the
+trial that takes its slot; for ours it is a sweep's median, counting only time in which the pack did not
+train.
 """
 
 import argparse
@@ -38,12 +38,12 @@ def our_costs(
     """Fixed costs of our sweep.
 
     Args:
-        started: when the command was given, as `time.time` says.
-        events: what the sweep printed, each with a time.
-        workers: `workers.json`.
+        started: `time.time()` at the command.
+        events: the events that the sweep printed, each with its time.
+        workers: contents of `workers.json`.
 
     Returns:
-        Seconds. That the first step starts is seen up to 0.1 s later.
+        Seconds. The start of the first step is noticed up to 0.1 s late.
     """
     begun = min(event["time"] for event in events if event["event"] == "training")
     refills = [figures["refill_median_s"] for figures in workers.values()]
@@ -54,7 +54,7 @@ def our_costs(
 
 
 def their_costs(started: float, results: Results, processes: int) -> dict[str, Any]:
-    """Fixed costs of stock trials: the n-th that ends leaves its place to the next that starts."""
+    """Fixed costs of stock trials: the n-th trial that ends makes room for the next that starts."""
     starts = sorted(lines[0][STARTED] for lines in results.values())
     ends = sorted(lines[-1][REPORTED] for lines in results.values())
     gaps = [begun - ended for begun, ended in zip(starts[processes:], ends, strict=False)]
@@ -62,18 +62,20 @@ def their_costs(started: float, results: Results, processes: int) -> dict[str, A
 
 
 def run_command(settings: Path) -> tuple[float, list[dict[str, Any]]]:
-    """Sweep as a user does; returns when the command was given, and the events it printed."""
+    """Run the sweep as a user does; returns `time.time()` at the command and the printed events."""
     command = [sys.executable, str(HERE.parent / "sweeps" / "run.py"), "--config", str(settings)]
     started = time.time()
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    if done.returncode not in (0, 3):  # 3: nothing was feasible, a short sweep's usual end
-        raise SystemExit(f"our sweep ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    if done.returncode not in (0, 3):  # 3: nothing was feasible, usual for a short sweep
+        raise SystemExit(
+            f"our sweep ended with exit code {done.returncode}:\n{done.stderr[-4000:]}"
+        )
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"event"')]
     return started, [json.loads(line) for line in lines]
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
-    """Run every way once; the costs of each."""
+    """Run every way once; returns the costs of each."""
     settings = settings_file(folder, args)
     started, events = run_command(settings)
     trials, _ = our_trials(folder / "ours")
@@ -91,7 +93,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians over the runs of one way, with every figure beside them."""
+    """Medians over the runs of one way, and the single figures."""
     firsts = [run["command_to_first_step_s"] for run in runs]
     gaps = [gap for run in runs for gap in run["between_s"]]
     if not gaps:
@@ -123,26 +125,29 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = new_parser(__doc__)
     parser.add_argument("--trials", type=at_least(1), default=9)
-    parser.add_argument("--slots", type=at_least(1), default=4, help="of our worker")
+    parser.add_argument("--slots", type=at_least(1), default=4, help="slots of our worker")
     parser.add_argument(
-        "--processes", type=at_least(1), default=num_cpus(), help="of the other ways"
+        "--processes", type=at_least(1), default=num_cpus(), help="processes of the other ways"
     )
     parser.add_argument(
-        "--repeats", type=at_least(0), default=3, help="after one that is not counted; 0: count it"
+        "--repeats",
+        type=at_least(0),
+        default=3,
+        help="runs after one that is not counted; 0: count that one",
     )
     parser.add_argument("--gpus", type=int, choices=(0, 1), default=0, help="1: on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--ways", nargs="*", choices=("plain", "strong"), default=["plain", "strong"]
     )
-    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
+    parser.add_argument("--out", type=json_file, help="JSON file; the picture is saved beside it")
     args = parser.parse_args()
     # trial 1 has audio_self, which the stock model lacks
     most = max(args.slots, args.processes + 1 if args.ways else 0)
     if args.trials <= most:
         parser.error(
-            f"--trials {args.trials}: no trial would follow another; with so many --slots and "
-            f"--processes it takes {most + 1}"
+            f"--trials {args.trials}: no trial would follow another; these --slots and "
+            f"--processes need {most + 1}"
         )
     small = {"num_steps": 8, "report_every": 4, "clips": 3, "val_clips": 4, "scheduler": "none"}
     return argparse.Namespace(**vars(args), **small, workers=1)

@@ -4,13 +4,13 @@
     python benchmarks/gpu_pack.py --fill --out results/gpu_pack.json
     python benchmarks/gpu_pack.py --preset small --device cpu      # a minute, to see that it works
 
-Random base of the real configuration (random_base.py), rank 16 on all linears, one clip of --tokens rows
-a step and adapter. First packs of each number of --adapters and a stock step alternate in one process
-(gpu_step.py), losses compared; then the largest pack that fitted, with ranks that are --unlike in turn, as a
-search's are. Then --processes stock processes, each with a base of its own, train side by side on the GPU
-for --seconds, started together: the driver gives them the GPU in turn, or at once if an MPS daemon runs,
-which the figures tell. With --fill the largest pack of which two steps fit is sought, from the memory
-model's prediction on. Each figure is printed, and all are saved, as soon as it is there.
+Each adapter trains rank 16 on all linears of a random base of the real configuration (random_base.py), with
+one clip of --tokens rows per step. First, for each number of --adapters, steps of the pack and of stock
+alternate in one process (gpu_step.py), after their losses were compared. Then the largest pack that fitted
+runs with the ranks of --unlike in turn, because a search mixes ranks. Then --processes stock processes, each
+with its own base, start together and train on the GPU for --seconds: the driver gives them the GPU in turn,
+or at once if an MPS daemon runs, which the figures say. --fill searches for the largest pack of which two
+steps fit, starting at the memory model's prediction. Each figure is printed and saved as soon as it is there.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from higgs_tune.errors import is_out_of_memory
 
 
 def measure_packs(args: argparse.Namespace, ranks: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Packs against the stock step in this process; its memory is free again afterwards."""
+    """Measure packs against the stock step in this process, then free their memory."""
     for record in compare(base_of(args), args, ranks=ranks):
         ours, stock = (record[side].get("ms") for side in ("ours", "stock"))
         share, faster = record["share_of_floor_h100"], record["ratio_to_stock"]
@@ -47,10 +47,9 @@ def measure_packs(args: argparse.Namespace, ranks: Sequence[int]) -> Iterator[di
 
 
 def largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> int:
-    """The largest number up to `limit` that fits, if what fits once fits for all below; 0 for none.
+    """The largest number up to `limit` that fits, 0 if none; every number below one that fits must fit.
 
-    It steps away from `guess`, each time twice as far, until it has one that fits and one that does not,
-    and halves what lies between.
+    Searches from `guess` in steps that double, until one number fits and one does not, then bisects.
     """
     good, bad, tried, stride = 0, limit + 1, min(max(guess, 1), limit), 1
     while bad - good > 1:
@@ -67,7 +66,7 @@ def largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> int:
 
 
 def measure_fill(args: argparse.Namespace, gib: float) -> dict[str, Any]:
-    """How many adapters fit: by the memory model in `gib`, and with --fill by trying."""
+    """How many adapters fit: into `gib` by the memory model, and with --fill by trying."""
     base = base_of(args)
     device = next(base.model.parameters()).device
     examples = clips_of(base, args, 0, 0)
@@ -80,13 +79,13 @@ def measure_fill(args: argparse.Namespace, gib: float) -> dict[str, Any]:
         fits = True
         try:
             step = our_step(base, [args.rank] * adapters)
-            for _ in range(2):  # the second holds the optimizer's state of the first, too
+            for _ in range(2):  # the second also holds the optimizer's state
                 step([clips_of(base, args, adapter, 0) for adapter in range(adapters)])
             synchronise(device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            fits = False  # the traceback holds tensors until this block ends
+            fits = False  # free later: the traceback holds tensors until this block ends
         step = None
         free_memory()
         print(f"{adapters} adapters {'fit' if fits else 'do not fit'}", flush=True)
@@ -120,7 +119,7 @@ def ratios(packs: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> lis
 
 
 def picture(found: Sequence[Mapping[str, Any]], processes: int) -> Figure:
-    """Speed-ups and the share of the device's rate over the number of adapters."""
+    """Speed-ups, and the share of the device's matmul rate, over the number of adapters."""
     figure, (times, shares) = new_figure(2)
     counts = [str(one["adapters"]) for one in found]
     names = {"to_one_process": "one stock process", "to_shared": f"{processes} at once"}
@@ -138,7 +137,7 @@ def picture(found: Sequence[Mapping[str, Any]], processes: int) -> Figure:
 
 
 def rank_list(text: str) -> list[int]:
-    """Numbers from "16,8", in their order."""
+    """Numbers in the given order, from text such as "16,8"."""
     return [at_least(1)(part) for part in text.split(",")]
 
 
@@ -151,25 +150,30 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adapters", type=ascending, default=[1, 8])
     parser.add_argument("--tokens", type=at_least(1), default=600, help="rows of an adapter's step")
     parser.add_argument(
-        "--text-share", type=at_least(0, float), default=0.15, help="of a clip's rows"
+        "--text-share",
+        type=at_least(0, float),
+        default=0.15,
+        help="share of a clip's rows that are text",
     )
     parser.add_argument("--rank", type=at_least(1), default=16)
-    parser.add_argument("--unlike", type=rank_list, default=[16, 8, 32, 64], help="ranks in turn")
+    parser.add_argument(
+        "--unlike", type=rank_list, default=[16, 8, 32, 64], help="ranks of the mixed pack, in turn"
+    )
     parser.add_argument("--repeats", type=at_least(1), default=15)
     parser.add_argument(
-        "--processes", type=at_least(0), default=4, help="stock ones at once; 0: none"
+        "--processes", type=at_least(0), default=4, help="stock processes at once; 0: none"
     )
     parser.add_argument(
-        "--seconds", type=at_least(0.1, float), default=20.0, help="that they train"
+        "--seconds", type=at_least(0.1, float), default=20.0, help="seconds that they train"
     )
     parser.add_argument("--fill", action="store_true", help="add adapters until none fits")
-    parser.add_argument("--limit", type=at_least(1), default=512, help="most adapters to try")
+    parser.add_argument("--limit", type=at_least(1), default=512, help="the most adapters to try")
     parser.add_argument(
         "--gib",
         type=at_least(0, float),
-        help="for the prediction; default: what is free on the device, or 80",
+        help="GiB for the prediction; default: free memory of the device, or 80 on a CPU",
     )
-    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
+    parser.add_argument("--out", type=json_file, help="JSON file; the picture is saved beside it")
     parser.add_argument("--as-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -178,7 +182,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure all, print, write JSON and a picture; or be one of the stock processes."""
+    """Measure everything, print, write JSON and a picture; or be one of the stock processes."""
     args = arguments()
     if args.as_process:
         be_stock_process(args)
@@ -209,7 +213,7 @@ def main() -> None:
 
     for pack in measure_packs(args, [args.rank]):
         packs.append(pack)
-        keep()  # what comes next may take the process with it
+        keep()  # save now: the next pack may kill the process
     if fitted := [pack["adapters"] for pack in packs if "ms" in pack["ours"]]:
         largest_pack = argparse.Namespace(**{**vars(args), "adapters": [max(fitted)]})
         result["unlike"] = list(measure_packs(largest_pack, args.unlike))

@@ -6,9 +6,9 @@
     python benchmarks/gpu_step.py --layers 8 --dtype float32 --split --adapters 1,2,4 --clips 1 --tokens 100
                                    # a fifth of the model at its real width, on a CPU with 16 GiB
 
-The base has the real configuration and random weights, made on the device; nothing is downloaded. Both
-sides train all-linear LoRA on the same frozen tensors, examples and labels, from the same start, with
-AdamW. Their losses are compared first. Then, for each number of adapters, our step and a stock step (one
+The base has the real configuration and random weights, made on the device; nothing is downloaded. Both sides
+train all-linear LoRA with AdamW on the same frozen tensors, examples and labels, from the same initial
+weights. Their losses are compared first. Then, for each number of adapters, our step and a stock step (one
 adapter) alternate. A side that runs out of memory is noted as out_of_memory; the other's figures stay.
 """
 
@@ -31,13 +31,13 @@ from higgs_tune.device import resolve_device
 from higgs_tune.files import write_json
 from higgs_tune.model.load import Base
 
-# An H100 SXM does 989 TFLOP/s in dense bf16 on paper, and about 79 % of them in large matmuls.
+# An H100 SXM does 989 TFLOP/s in dense bf16 on paper; large matmuls reach about 79 % of that.
 H100_FLOPS = 783e12
 NUM_BATCHES = 4
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matmul here: the median of ten."""
+    """FLOP/s of a large square matmul on this device: the median of ten runs."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = []
@@ -53,10 +53,10 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 def compare(
     base: Base, args: argparse.Namespace, *, ranks: Sequence[int] = (), split: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Measure each number of adapters; yields its record. Ends with the first that does not fit.
+    """Measure and yield a record for each number of adapters, up to the first that does not fit.
 
-    The adapters take `ranks` in turn, the stock one the first of them; all `args.rank` by default. With
-    `split` our pack is spread over the cores of a CPU; its host syncs are not seen and its memory is
+    The pack's adapters have `ranks` in turn (by default all `args.rank`), the stock one has the first. With
+    `split` our pack is spread over the cores of a CPU; then its host syncs are not seen and its memory is
     not predicted. Host syncs of a compiled step are counted on a GPU only.
     """
     parameter = next(base.model.parameters())
@@ -72,7 +72,7 @@ def compare(
     ]
     ranks = ranks or (args.rank,)
     here = matmul_flops(device, dtype)
-    # of a pack that shares its matmuls; behind that computation autograd lets no lane be forked
+    # for a pack with shared matmuls; after this computation autograd prevents forking lanes
     predicted = None if split else prediction(base, max(ranks), batches[0][0])
     stock: Side | None = None
     alone: float | None = None
@@ -108,12 +108,12 @@ def compare(
         yield record | shares(record, alone)
         if ours.step is None:
             return
-        ours.step = None  # its memory is the next pack's
+        ours.step = None  # frees its memory for the next pack
         free_memory()
 
 
 def shares(record: dict[str, Any], alone_ms: float | None) -> dict[str, float | None]:
-    """Ratios of a record: to both floors, to as many stock steps, to as many packs of one."""
+    """A record's ratios: to both floors, and to stock steps and packs of one for as many adapters."""
     ours, stock, adapters = record["ours"].get("ms"), record["stock"].get("ms"), record["adapters"]
     share = partial(ratio, digits=4)
     return {
@@ -126,7 +126,7 @@ def shares(record: dict[str, Any], alone_ms: float | None) -> dict[str, float | 
 
 
 def row(record: dict[str, Any]) -> str:
-    """One line of the table."""
+    """A line of the table."""
     cells: list[Any] = [record["adapters"]]
     for side in (record["ours"], record["stock"]):
         if side["status"] == "ok":
@@ -149,23 +149,32 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = new_parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="full")
-    parser.add_argument("--layers", type=at_least(1), help="instead of the preset's number")
+    parser.add_argument(
+        "--layers", type=at_least(1), help="number of layers, instead of the preset's"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--split", action="store_true", help="each adapter on a core, as sweeps on CPUs"
+        "--split", action="store_true", help="each adapter on one core, as in a sweep on CPUs"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--adapters", type=ascending, default=[1], help="such as 1,2,4,8")
-    parser.add_argument("--clips", type=at_least(1), default=8, help="of each adapter's step")
+    parser.add_argument(
+        "--adapters", type=ascending, default=[1], help="numbers of adapters, such as 1,2,4,8"
+    )
+    parser.add_argument("--clips", type=at_least(1), default=8, help="clips of each adapter's step")
     parser.add_argument(
         "--tokens", type=at_least(1), default=400, help="rows of a clip, text and audio"
     )
     parser.add_argument(
-        "--text-share", type=at_least(0, float), default=0.15, help="of a clip's rows"
+        "--text-share",
+        type=at_least(0, float),
+        default=0.15,
+        help="share of a clip's rows that are text",
     )
     parser.add_argument("--rank", type=at_least(1), default=16)
     parser.add_argument("--repeats", type=at_least(1), default=15)
-    parser.add_argument("--out", type=json_file, help="JSON, written after each number of adapters")
+    parser.add_argument(
+        "--out", type=json_file, help="JSON file, written after each number of adapters"
+    )
     return parser.parse_args()
 
 

@@ -31,8 +31,8 @@ _INDEXING = {
 class HostReads(TorchDispatchMode):
     """Counts operations whose result or shape depends on values: on a GPU the host waits for each.
 
-    Works on any device, in forward and backward; also an index that lies on the host. It does not see
-    `tolist()` and `numpy()` of a CPU tensor, which read memory without an operation.
+    Also counts indexing by tensors on another device. Works on any device, in forward and backward. Does not
+    see `tolist()` and `numpy()` of a CPU tensor, which read memory without an operation.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Note what waits, and go on."""
+        """Count the operation if it waits, and run it."""
         packet = func.overloadpacket
         if packet in _READS:
             self.found[str(func)] += 1
@@ -56,7 +56,7 @@ class HostReads(TorchDispatchMode):
 
 
 def count_host_syncs(step: Callable[[], Any], device: torch.device) -> int:
-    """Host syncs of one step: as CUDA reports them, elsewhere those that `HostReads` sees."""
+    """Host syncs of one step: those that CUDA reports, or those that `HostReads` sees elsewhere."""
     if device.type != "cuda":
         with HostReads() as reads:
             step()

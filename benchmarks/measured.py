@@ -1,4 +1,4 @@
-"""A side of a benchmark while it is measured: its first losses, its times, and its end if memory ends."""
+"""One side of a benchmark while it is measured: its first losses, its times, or that memory ran out."""
 
 import gc
 import statistics
@@ -14,22 +14,22 @@ from sides import Step, synchronise
 from higgs_tune.data.tokens import Encoded
 from higgs_tune.errors import is_out_of_memory
 
-NUM_CHECKED = 3  # first steps whose losses are compared, and warm-up
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}  # of a loss, relative
+NUM_CHECKED = 3  # first steps, whose losses are compared; they are also the warm-up
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}  # relative, of a loss
 
 Batch = Sequence[Sequence[Encoded]]  # adapter → examples
 
 
 @dataclass
 class Side:
-    """One way of training; without a step it has run out of memory."""
+    """One way of training; `step` is None once it has run out of memory."""
 
     adapters: int
     device: torch.device
     step: Step | None = None
     losses: list[list[float]] = field(default_factory=list)  # of the checked steps, per adapter
     host_syncs: int | None = None
-    peak_bytes: int | None = None  # as if the other side were not there
+    peak_bytes: int | None = None  # without what the other side holds
     times: list[float] = field(default_factory=list)
 
     @classmethod
@@ -43,7 +43,7 @@ class Side:
         *,
         count_syncs: bool = True,
     ) -> "Side":
-        """Build a side and do its first steps."""
+        """Build a side and run its first steps."""
         side = cls(adapters, device)
         cuda = device.type == "cuda"
         others = torch.cuda.memory_allocated(device) - base_bytes if cuda else 0
@@ -55,20 +55,20 @@ class Side:
         return side
 
     def attempt(self, act: Callable[[], None]) -> None:
-        """Do something; if memory runs out, let go of the step and all that it holds."""
+        """Call `act`; if memory runs out, drop the step and free its memory."""
         failed = False
         try:
             act()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            failed = True  # the traceback holds tensors until this block ends
+            failed = True  # free later: the traceback holds tensors until this block ends
         if failed:
             self.step = None
             free_memory()
 
     def start(self, step: Step, batches: Sequence[Batch], *, count_syncs: bool) -> None:
-        """The checked steps, then one whose host syncs are counted."""
+        """Run the checked steps, then one whose host syncs are counted."""
         for batch in batches[:NUM_CHECKED]:
             self.losses.append([float(loss) for loss in step(batch[: self.adapters])])
         if count_syncs:
@@ -77,7 +77,7 @@ class Side:
         self.step = step
 
     def timed(self, batch: Batch) -> None:
-        """One step between two waits for the device, after one that warms this side's memory."""
+        """Time one step between two device synchronisations, after an untimed one that warms up memory."""
         if (step := self.step) is None:
             return
         step(batch[: self.adapters])
@@ -88,7 +88,7 @@ class Side:
         self.times.append(time.perf_counter() - started)
 
     def figures(self, tokens: int) -> dict[str, Any]:
-        """What was measured; `tokens` are one adapter's in a step."""
+        """What was measured; `tokens` is one adapter's number per step."""
         if self.step is None:
             return {"status": "out_of_memory"}
         seconds = statistics.median(self.times)
@@ -104,16 +104,16 @@ class Side:
 
 
 def free_memory() -> None:
-    """Give what nothing refers to any more back to the device."""
+    """Return memory that nothing refers to any more to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def check_losses(ours: Side, stock: Side, dtype: torch.dtype) -> int:
-    """Stop unless the first adapter's losses are the stock ones; returns how many were compared."""
-    pairs = list(zip(ours.losses, stock.losses, strict=False))  # out of memory, a side has fewer
+    """Exit unless our first adapter's losses match the stock ones; returns how many were compared."""
+    pairs = list(zip(ours.losses, stock.losses, strict=False))  # out of memory: fewer losses
     for step, ((mine, *_), (theirs,)) in enumerate(pairs):
         if not abs(mine - theirs) <= TOLERANCE[dtype] * abs(theirs):
-            raise SystemExit(f"step {step}: our loss is {mine}, the stock one {theirs}")
+            raise SystemExit(f"step {step}: our loss is {mine}, but the stock loss is {theirs}")
     return len(pairs)

@@ -1,4 +1,4 @@
-"""What every benchmark's command line has: bounds, the file of the results, errors of one line."""
+"""Shared parts of the benchmarks' command lines: number types, the results file, one-line errors."""
 
 import argparse
 import os
@@ -10,21 +10,21 @@ from higgs_tune.errors import HiggsTuneError
 
 
 def new_parser(text: str | None) -> argparse.ArgumentParser:
-    """The parser of a script whose docstring is its help, line by line."""
+    """A parser that shows a script's docstring as its help, with its line breaks."""
     return argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def at_least(lowest: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
-    """An argparse type: numbers of a kind, from `lowest` on."""
+    """An argparse type: numbers of `kind` that are at least `lowest`."""
 
     def number(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not value >= lowest:  # NaN is not
+        if value is None or not value >= lowest:  # also refuses NaN
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"found {text!r}, needs {what} of at least {lowest}")
         return value
@@ -33,12 +33,12 @@ def at_least(lowest: float, kind: type[int] | type[float] = int) -> Callable[[st
 
 
 def ascending(text: str) -> list[int]:
-    """An argparse type: different numbers from 1 on, ascending, from "4,1,2"."""
+    """An argparse type: distinct whole numbers of at least 1, sorted, from text such as "4,1,2"."""
     return sorted({at_least(1)(part) for part in text.split(",")})
 
 
 def json_file(text: str) -> Path:
-    """An argparse type: where the results go. Refused before anything is measured for it."""
+    """An argparse type: the results file. Checked here, before anything is measured for it."""
     path = Path(text).expanduser()
     if path.suffix != ".json" or path.is_dir():  # the picture beside it ends in .png
         raise argparse.ArgumentTypeError(f"found {text!r}, needs a file that ends in .json")
@@ -47,12 +47,12 @@ def json_file(text: str) -> Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{path.parent}: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{path.parent}: no file can be written there")
+        raise argparse.ArgumentTypeError(f"{path.parent}: cannot write a file there")
     return path
 
 
 def run(main: Callable[[], None]) -> None:
-    """Be a script; what its user can mend ends it with one line."""
+    """Run a script's `main`; an error that the user can fix ends it with one line."""
     try:
         main()
     except HiggsTuneError as error:

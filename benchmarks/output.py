@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: the machine, the versions, the settings, a picture."""
+"""What every benchmark records with its figures: the machine, the versions, the settings, a picture."""
 
 import argparse
 import os
@@ -21,12 +21,12 @@ COLORS = ("#3b82c4", "#d9822b", "#0f8f6a", "#8a5bd1", "#c8453b", "#9aa5b1")
 
 
 def num_cpus() -> int:
-    """The cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def cpu_name() -> str:
-    """The processor's own name where Linux tells it."""
+    """The processor's model name if Linux reports it, else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -34,7 +34,7 @@ def cpu_name() -> str:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version; None without one, as of ray where only steps are measured."""
+    """The installed version, or None, such as for Ray where only steps are measured."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -42,12 +42,15 @@ def version_of(package: str) -> str | None:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What ran and on what; `load` is the machine's own work before the benchmark began."""
+    """The machine and the versions; `load` is the load average before the benchmark began.
+
+    Warns if that is high.
+    """
     load = [round(each, 2) for each in os.getloadavg()]
     if load[0] > num_cpus() / 2:
         print(
-            f"warning: other work loads this machine ({load[0]} on {num_cpus()} CPUs): neither times "
-            "nor their ratios say much",
+            f"warning: this machine is busy with other work (load {load[0]} on {num_cpus()} CPUs): times "
+            "and their ratios are unreliable",
             file=sys.stderr,
         )
     device = torch.device(device)
@@ -62,7 +65,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The command line as JSON can hold it, without where the results go."""
+    """The command line's settings as JSON data, without the results file."""
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
@@ -71,7 +74,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ratio(above: float | None, below: float | None, digits: int = 2) -> float | None:
-    """`above / below`; None where one was not measured."""
+    """`above / below`; None if either was not measured."""
     return round(above / below, digits) if above and below else None
 
 
@@ -83,7 +86,7 @@ def new_figure(columns: int = 1) -> tuple[Figure, list[Any]]:
 
 
 def save(out: Path | None, result: Mapping[str, Any], figure: Figure | None = None) -> None:
-    """Write the JSON to `out`, and the picture beside it under the same name; nothing without `out`."""
+    """Write the JSON to `out` and the picture beside it under the same name; without `out` do nothing."""
     if out is None:
         return
     write_json(out, result)

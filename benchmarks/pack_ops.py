@@ -1,13 +1,13 @@
-"""Operations that a pack's step sends to a GPU, counted without one.
+"""Count the operations that a pack's step sends to a GPU, without having one.
 
     python benchmarks/pack_ops.py --out results/pack_ops.json
 
-The full-size base has no values here, and the GPU is a stand-in (stand_in_gpu.py), so this runs anywhere,
-for minutes; what is one operation there, such as attention or a norm, counts as one. Each operation costs the
-host some microseconds however small it is: where they take longer than the matmuls, the host is what a GPU
-waits for. Packs of equal adapters and of unlike ones (ranks and target paths in turn, as a search mixes
-them) are counted with shared matmuls, as on a GPU, and with each adapter's own. Views and allocations cost
-no kernel and are left out.
+The full-size base is shapes without values and the GPU is simulated (stand_in_gpu.py), so this runs anywhere,
+in minutes. What is one operation on a GPU, such as attention or a norm, counts as one. Each operation costs
+the host some microseconds, however small it is; where that takes longer than the matmuls, the GPU waits for
+the host. Packs of equal adapters and of unlike ones (ranks and target paths in turn, because a search mixes
+them) are counted with shared matmuls, as on a GPU, and with separate ones for each adapter. Views and
+allocations launch no kernel and are not counted.
 """
 
 import json
@@ -57,13 +57,13 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Count, and go on."""
+        """Count the operation and run it."""
         self.count += not (func.is_view or func.name().partition(".")[0] in _MAKES_NO_KERNEL)
         return func(*args, **(kwargs or {}))
 
 
 def trials_of(adapters: int, *, unlike: bool) -> list[TrialConfig]:
-    """A pack's trials: all alike, or of several ranks and target paths in turn."""
+    """A pack's trials: all alike, or with several ranks and target paths in turn."""
     return [
         TrialConfig(
             rank=rank,
@@ -95,7 +95,7 @@ def count(base: Base, trials: Sequence[TrialConfig], tokens: int, *, share: bool
 
 
 def compare(base: Base, adapters: int, tokens: int) -> dict[str, Any]:
-    """Operations of packs of equal and of unlike adapters, with shared matmuls and each with its own."""
+    """Operations of packs of equal and of unlike adapters, with shared and with separate matmuls."""
     pack: dict[str, Any] = {"adapters": adapters}
     for kind in ("alike", "unlike"):
         trials = trials_of(adapters, unlike=kind == "unlike")
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--adapters", type=ascending, default=[1, 2, 4, 8, 16])
     parser.add_argument("--tokens", type=at_least(1), default=600, help="rows of an adapter's step")
-    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
+    parser.add_argument("--out", type=json_file, help="JSON file; the picture is saved beside it")
     args = parser.parse_args()
     have_it()
     config = PRESETS[args.preset]

@@ -1,12 +1,12 @@
-"""Rows that a pack on a GPU computes for each row that somebody needs: a simulation of lengths.
+"""Rows that a pack on a GPU computes per real row, because of padding: a simulation of lengths.
 
     python benchmarks/pack_padding.py --out results/pack_padding.json
 
-Clips last log-normally long (median 6 s, 1 to 30 s). Each adapter draws batches of similar length in an
-order of its own, as data/order.py does. Rows are padded to the longest adapter of a forward, which is
-the whole pack, or a part of it as train/forwards.py cuts it for a full-size base. Costs are its model's:
-arithmetic, or the host's time where that is longer. What the cut saves is given for hosts that take some
-HOST_US microseconds for an operation; it is made for one of forwards.OPERATION_S.
+Clip lengths are log-normal (median 6 s, 1 to 30 s). Each adapter draws batches of similar length in its own
+order, as data/order.py does. Rows are padded to the longest adapter of a forward. A forward has the whole
+pack, or a part of it as train/forwards.py cuts it for a full-size base. Costs are by that module's model:
+arithmetic, or the host's time where that is longer. The cut assumes that an operation takes the host
+forwards.OPERATION_S; the output says how much faster it is on hosts that take HOST_US microseconds.
 """
 
 import json
@@ -40,7 +40,7 @@ def steps_of(clips: int, budget: int, adapter: int) -> Iterator[Rows]:
     seconds = np.clip(rng.lognormal(np.log(6), 0.6, STEPS * clips), 1, 30)
     windows = np.sort(seconds.reshape(-1, WINDOW_BATCHES * clips), axis=1)
     for batch in rng.permutation(windows.reshape(-1, clips)):
-        # 25 frames a second and the delay; 14 letters a second, 4 a token, and the turns around
+        # 14 letters a second, 4 per token, and the turns' tokens; 25 frames a second, and the delay
         text, audio = (batch * 14 / 4 + 12).astype(int), (batch * 25 + 11).astype(int)
         at_once = max(1, budget // int((text + audio).max()))
         yield [
@@ -50,8 +50,8 @@ def steps_of(clips: int, budget: int, adapter: int) -> Iterator[Rows]:
 
 
 def measure(clips: int, budget: int, adapters: int, costs: Costs) -> dict[str, Any]:
-    """Both ways for packs of one size."""
-    free = Costs(forward=0, run=0)  # what remains are rows
+    """Rows and speed-up of the cut for packs of one size."""
+    free = Costs(forward=0, run=0)  # leaves the rows only
     real = 0
     shares = [us * 1e-6 / OPERATION_S for us in HOST_US]
     hosts = [Costs(share * costs.forward, share * costs.run) for share in shares]
@@ -82,7 +82,7 @@ def measure(clips: int, budget: int, adapters: int, costs: Costs) -> dict[str, A
 def main() -> None:
     """Simulate, print a line for each pack, write JSON."""
     parser = new_parser(__doc__)
-    parser.add_argument("--out", type=json_file, help="JSON")
+    parser.add_argument("--out", type=json_file, help="JSON file")
     args = parser.parse_args()
     base = random_base(PRESETS["full"], torch.device("meta"), torch.bfloat16)
     costs = Costs.of(base.model)

@@ -1,13 +1,13 @@
-"""Time of an adapter's step in packs of several: ours against stock transformers + PEFT alone.
+"""Time of an adapter's step in our packs against stock transformers + PEFT with one adapter.
 
     python benchmarks/pack_time.py --out results/pack_time.json    # and results/pack_time.png
     python benchmarks/pack_time.py --adapters 1,8 --tokens 100 --repeats 3
 
-The embedded base; each adapter trains on one random clip of so many rows a step, with text and audio
-targets. For each length our pack of K adapters and a stock step (always one adapter) alternate in one
-process, and the losses of the first steps are compared before. On a CPU our pack of several is spread
-over the cores, whole adapters to each (train/lanes.py); the stock step, and our pack of one, have all
-threads in each operation.
+On the embedded base, each adapter trains on one random clip of --tokens rows per step, with text and audio
+targets. For each length, steps of our pack of K adapters and of stock (always one adapter) alternate in one
+process, after the losses of the first steps were compared. On a CPU our pack of several is spread over the
+cores, whole adapters to each (train/lanes.py); the stock step and our pack of one use all threads in each
+operation.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from higgs_tune.model.load import Base, load_base
 def embedded_base(
     device: str, dtype: Literal["float32", "bfloat16"] = "float32", *, compile: bool = False
 ) -> Base:
-    """The embedded base; a text of random numbers, as random_base.py makes it, is as many ids."""
+    """The embedded base, which encodes a text of random numbers (random_base.py) as one id per number."""
     base = load_base(BaseSettings(device=device, dtype=dtype, compile=compile))
     vocabulary = base.vocabulary
     first = max(vocabulary.control_ids) + 1
@@ -44,7 +44,7 @@ def embedded_base(
 
 
 def figures(record: dict[str, Any], tokens: int, threads: int) -> dict[str, Any]:
-    """What is kept of a record of `gpu_step.compare`: times per adapter-step, and their ratios."""
+    """A record of `gpu_step.compare` as saved: times per adapter-step and their ratios."""
     adapters, ours, stock = record["adapters"], record["ours"], record["stock"]
     ms = ours.get("ms")
     return {
@@ -86,20 +86,23 @@ def arguments() -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--threads", type=at_least(1), default=num_cpus(), help="of torch, on both sides"
+        "--threads", type=at_least(1), default=num_cpus(), help="torch's threads, on both sides"
     )
     parser.add_argument("--adapters", type=ascending, default=[1, 2, 4, 8, 16])
     parser.add_argument("--tokens", type=ascending, default=[100, 400, 1200])
     parser.add_argument(
-        "--text-share", type=at_least(0, float), default=0.15, help="of a clip's rows"
+        "--text-share",
+        type=at_least(0, float),
+        default=0.15,
+        help="share of a clip's rows that are text",
     )
     parser.add_argument("--rank", type=at_least(1), default=16)
     parser.add_argument("--repeats", type=at_least(1), default=9)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="on both sides"
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of both sides"
     )
-    parser.add_argument("--compile", action="store_true", help="base.compile in ours")
-    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
+    parser.add_argument("--compile", action="store_true", help="run ours with base.compile")
+    parser.add_argument("--out", type=json_file, help="JSON file; the picture is saved beside it")
     args = parser.parse_args()
     args.clips = 1
     return args

@@ -1,4 +1,4 @@
-"""Bases of the real configuration with random weights, examples for them, and what a step must compute."""
+"""Bases of the real configuration with random weights, examples for them, and the FLOP of a step."""
 
 from collections.abc import Sequence
 
@@ -47,12 +47,12 @@ PRESETS = {
 
 
 def random_base(config: HiggsAudioV2Config, device: torch.device, dtype: torch.dtype) -> Base:
-    """A frozen base with its text head, filled on the device: nothing of its size is on the host."""
+    """A frozen base with its text head, filled directly on the device, not through the host."""
     with torch.device("meta"):
         model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
         model.to(dtype)  # type: ignore[arg-type]
     model.to_empty(device=device)
-    # buffers are in no state dict: those of the constructor are lost with the meta device
+    # the constructor made these buffers on the meta device, so their values are lost
     model.model.rotary_emb = HiggsAudioV2RotaryEmbedding(config).to(device)
     offsets = torch.arange(config.num_codebooks) * config.codebook_size
     model.model.embed_audio_tokens.audio_tokens_offsets.copy_(offsets)
@@ -68,7 +68,7 @@ def random_base(config: HiggsAudioV2Config, device: torch.device, dtype: torch.d
 
 
 def vocabulary_of(config: HiggsAudioV2Config) -> Vocabulary:
-    """Control tokens for a base without a tokenizer; its texts are ids with spaces between them."""
+    """A vocabulary for a base without a tokenizer; its texts are ids separated by spaces."""
     last = config.vocab_size - 1
     words = {"user": [0], "assistant": [1], "\n\n": [2]}
     return Vocabulary(
@@ -90,14 +90,14 @@ def vocabulary_of(config: HiggsAudioV2Config) -> Vocabulary:
 def random_clip(
     base: Base, task: Task, num_rows: int, text_share: float, rng: np.random.Generator
 ) -> Encoded:
-    """One example of exactly `num_rows` rows, `text_share` of them its text."""
+    """One example of exactly `num_rows` rows, a share of `text_share` being its text."""
     config = base.model.config
     num_text = max(1, round(text_share * num_rows))
     num_clips = 2 if task == "chat" else 1
-    # begin of text, five control rows a turn, two around each clip, its BOS and C of delay
+    # begin of text and five control rows per turn; per clip two around it, its BOS and C of delay
     num_frames = num_rows - num_text - 11 - num_clips * (3 + config.num_codebooks)
     if num_frames < num_clips:
-        raise SystemExit(f"--tokens {num_rows} leaves no room for audio beside {num_text} of text")
+        raise SystemExit(f"--tokens {num_rows} leaves no room for audio besides {num_text} of text")
     ids = rng.integers(3, config.vocab_size // 2, num_text)
     text = TextPart(" ".join(map(str, ids)))
     codes = rng.integers(0, config.audio_stream_bos_id, (num_frames, config.num_codebooks))
@@ -116,7 +116,7 @@ def random_clip(
 def random_clips(
     base: Base, count: int, num_rows: int, text_share: float, seed: Sequence[int]
 ) -> list[Encoded]:
-    """Examples that transcribe and speak in turn; one alone does both, so both losses have targets."""
+    """Examples that transcribe and speak in turn; a single one does both, so both losses have targets."""
     rng = np.random.default_rng(seed)
     tasks: list[Task] = ["chat"] if count == 1 else ["transcribe", "speak"]
     return [
@@ -127,12 +127,12 @@ def random_clips(
 def linear_flops(
     config: HiggsAudioV2Config, rank: int, num_rows: int, num_labelled: int | None = None
 ) -> int:
-    """Forward and backward of the decoder's linears with LoRA on each, for so many rows.
+    """FLOP of forward and backward through the decoder's linears, each with LoRA, for `num_rows` rows.
 
-    A frozen linear of P weights costs 2 P a row forward and 2 P for its input's gradient; a LoRA pair
-    of r (I + O) weights costs 2 of each, and 2 for its own gradient. The first layer's q, k and v owe
-    no gradient to their input, the embeddings. Behind the last attention only labelled rows count: by
-    default all are.
+    A frozen linear of P weights costs 2 P per row forward and 2 P for its input's gradient. A LoRA pair of
+    r (I + O) weights costs 2 per weight for each of these, and 2 for its own gradient. The first layer's q, k
+    and v need no gradient for their input, the embeddings. After the last attention only labelled rows count;
+    by default all are labelled.
     """
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     assert head is not None
@@ -148,7 +148,7 @@ def linear_flops(
 
 
 def attention_flops(config: HiggsAudioV2Config, lengths: Sequence[int]) -> int:
-    """Forward and backward of causal attention without recomputation: half of each square."""
+    """FLOP of forward and backward of causal attention without recomputation: half of each square."""
     assert config.head_dim is not None
     width = config.num_attention_heads * config.head_dim
     forward = sum(2 * length**2 * width for length in lengths)
@@ -156,13 +156,13 @@ def attention_flops(config: HiggsAudioV2Config, lengths: Sequence[int]) -> int:
 
 
 def head_flops(config: HiggsAudioV2Config, text_rows: int, audio_rows: int) -> int:
-    """Forward and backward of the frozen heads at so many rows."""
+    """FLOP of forward and backward of the frozen heads at these rows."""
     audio = config.num_codebooks * config.codebook_size
     return 4 * config.hidden_size * (text_rows * config.vocab_size + audio_rows * audio)
 
 
 def step_flops(config: HiggsAudioV2Config, rank: int, examples: Sequence[Encoded]) -> int:
-    """What one optimizer step of one all-linear adapter must compute for its labelled rows."""
+    """FLOP that one optimizer step of one all-linear adapter must compute."""
     lengths = [e.num_rows for e in examples]
     text_rows = sum(int((e.text_labels_L != IGNORE).sum()) for e in examples)
     audio_rows = sum(int((e.audio_labels_AC != IGNORE).any(axis=1).sum()) for e in examples)

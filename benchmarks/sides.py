@@ -1,4 +1,4 @@
-"""The two ways of training that the benchmarks compare, on the same base and the same labels."""
+"""The two sides that the benchmarks compare, ours and stock, on the same base and labels."""
 
 import copy
 import json
@@ -22,17 +22,17 @@ from higgs_tune.train.memory import Memory, StepShape, memory_of_slots, predict
 from higgs_tune.train.residents import AdapterState, PackLimits
 
 Step = Callable[[Sequence[Sequence[Encoded]]], Tensor]
-"""Trains every adapter for a step on its examples; returns the losses, (K,), unread."""
+"""Trains every adapter for a step on its examples; returns the losses, (K,), still on the device."""
 
 
 def trial_of(rank: int, num_codebooks: int) -> TrialConfig:
-    """All-linear LoRA whose loss is the stock one: the text mean and a sum of the codebooks' means."""
+    """All-linear LoRA with the stock loss: the text mean plus the sum of the codebooks' means."""
     return TrialConfig(
         rank=rank,
         alpha=32,
         targets=ALL_LINEAR,
         learning_rate=1e-4,
-        num_steps=1_000_000,  # the rate stays where it starts, as the stock side's does
+        num_steps=1_000_000,  # so the learning rate stays constant, as on the stock side
         report_every_steps=100,
         warmup_fraction=0,
         audio_loss_weight=float(num_codebooks),
@@ -40,10 +40,10 @@ def trial_of(rank: int, num_codebooks: int) -> TrialConfig:
 
 
 def prediction(base: Base, rank: int, examples: Sequence[Encoded]) -> Callable[[int], int]:
-    """Number of adapters → peak bytes of our step as `higgs-tune fit` predicts it, each on such examples.
+    """Number of adapters → peak bytes of our step on such examples, as `higgs-tune fit` predicts it.
 
-    `rank` is the largest: `fit` lays all of them out for that. Each adapter adds the same, so two steps
-    of shapes without values tell them all; more would hold a GPU's machine for minutes.
+    `rank` is the largest: `fit` lays out all adapters for it. Each adapter adds the same, so two steps on
+    shapes without values are enough; more would keep a GPU machine waiting for minutes.
     """
     config, count = base.model.config, len(examples)
     text_targets = sum(int((e.text_labels_L != IGNORE).sum()) for e in examples)
@@ -59,9 +59,9 @@ def prediction(base: Base, rank: int, examples: Sequence[Encoded]) -> Callable[[
     return lambda adapters: memory_of_slots(one, two, adapters).total
 
 
-@cache  # a quarter of a minute at full size, in which a GPU would stand idle
+@cache  # 15 s at full size, in which a GPU would be idle
 def _predicted(config: str, dtype: str, rank: int, shape: StepShape) -> list[Memory]:
-    """Memory of one and of two adapters."""
+    """Memory of a step of one and of two adapters."""
     known = HiggsAudioV2Config.from_dict(json.loads(config))
     modes: list[CrossAttention] = ["off", "off"]
     trial = trial_of(rank, known.num_codebooks)
@@ -72,7 +72,7 @@ def _predicted(config: str, dtype: str, rank: int, shape: StepShape) -> list[Mem
 
 
 def start_of(base: Base, rank: int) -> dict[str, Tensor]:
-    """Name → an adapter's first weights: A as PEFT draws it, B small but not 0, so that it counts."""
+    """Name → an adapter's initial weights: A as in PEFT, B small but not 0, so that LoRA has an effect."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for path in ALL_LINEAR:
@@ -85,13 +85,13 @@ def start_of(base: Base, rank: int) -> dict[str, Tensor]:
 
 
 def our_step(base: Base, ranks: Sequence[int], *, split: bool = False) -> Step:
-    """A pack of adapters, and its step as training does it.
+    """The step of a new pack of adapters, as training does it.
 
     Args:
-        base: what the adapters share.
-        ranks: of each adapter.
-        split: over the cores of a CPU, whole adapters to each, as a sweep does it. Lanes of their
-            own escape a count of host reads.
+        base: the base that the adapters share.
+        ranks: each adapter's rank.
+        split: spread the pack over the cores of a CPU, whole adapters to each, as a sweep does. Host reads in
+            other lanes are not counted.
     """
     num_codebooks = base.model.config.num_codebooks
     trials = [trial_of(rank, num_codebooks) for rank in ranks]
@@ -125,7 +125,7 @@ def our_step(base: Base, ranks: Sequence[int], *, split: bool = False) -> Step:
 def _accumulate(
     own: Mapping[int, tuple[Sequence[Encoded], TargetCounts]], engine: Engine
 ) -> dict[int, Tensor]:
-    """Add up the gradients of these slots; their losses."""
+    """Accumulate the gradients of these slots; returns their losses."""
     batch = engine.batch({slot: examples for slot, (examples, _) in own.items()})
     counts = {slot: count for slot, (_, count) in own.items()}
     text_K, audio_KC = engine.forward_backward(batch, counts)
@@ -137,10 +137,10 @@ def _accumulate(
 
 
 def under_autocast(model: nn.Module) -> nn.Module:
-    """Let the stock model run under CUDA's autocast, in place.
+    """Change the stock model in place so that it runs under CUDA's autocast.
 
-    Autocast sums in float32 there, and the stock forward cannot put a float32 sum of code embeddings
-    among bfloat16 rows: its masked_scatter wants one dtype.
+    There, autocast sums the code embeddings in float32, and the stock forward cannot put that sum among
+    bfloat16 rows, because its masked_scatter needs one dtype.
     """
     embedding = model.get_submodule("model.embed_audio_tokens")
     dtype = embedding.get_parameter("embed_audio_tokens.weight").dtype
@@ -149,10 +149,10 @@ def under_autocast(model: nn.Module) -> nn.Module:
 
 
 def stock_step(base: Base, rank: int) -> Step:
-    """transformers and PEFT as people run them, around the same frozen tensors: one adapter.
+    """The step of one adapter with transformers and PEFT as usually run, on the same frozen tensors.
 
-    On a base in bf16 that is PEFT's default, adapters in fp32, under autocast. The adapter starts as
-    ours do.
+    On a bf16 base that is PEFT's default: fp32 adapters under autocast. The adapter has the same initial
+    weights as ours.
     """
     shared = {id(tensor): tensor for tensor in base.model.parameters()}
     config = LoraConfig(r=rank, lora_alpha=32, target_modules=lora_regex(ALL_LINEAR))
@@ -183,13 +183,13 @@ def stock_step(base: Base, rank: int) -> Step:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all its work."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def stock_inputs(examples: Sequence[Encoded], num_codebooks: int) -> dict[str, Tensor]:
-    """Right-padded arguments of the stock forward with labels at their own inputs, as it wants them."""
+    """Right-padded arguments of the stock forward, with unshifted labels, as it expects them."""
     longest = max(e.num_rows for e in examples)
     most = max(1, *(len(e.codes_AC) for e in examples))
     ids = np.zeros((len(examples), longest), dtype=np.int64)

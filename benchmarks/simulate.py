@@ -1,14 +1,14 @@
-"""How long sweeps of 100 and 1000 trials would take on 1 to 64 GPUs, with packing and without.
+"""Simulate how long sweeps of 100 and 1000 trials take on 1 to 64 GPUs, with and without packing.
 
     python benchmarks/simulate.py --out results/simulate.json      # and results/simulate.png
     python benchmarks/simulate.py --steps results/gpu_pack.json --fixed results/fixed_costs.json
 
-A simulation (sweep_model.py), not a measurement. It takes the times of steps from the JSON of
-pack_time.py, gpu_step.py or gpu_pack.py, and the fixed costs from that of fixed_costs.py. Without these
-files it assumes figures of an H100 and clips of 600 tokens, and says so in its output. Three ways:
-packs of --slots adapters, our packs of one, and stock transformers + PEFT, one trial a GPU with its
-process reused. Where --steps has stock processes that shared a GPU, they are a fourth, and "times faster"
-is against the faster of the two.
+A simulation (sweep_model.py), not a measurement. It takes step times from the JSON of pack_time.py,
+gpu_step.py or gpu_pack.py, and the fixed costs from that of fixed_costs.py. Without these files it assumes
+figures of an H100 and clips of 600 tokens, and says so in its output. It compares our packs of --slots
+adapters, our packs of one, and stock transformers + PEFT, one trial per GPU with its process reused. If
+--steps has stock processes that shared a GPU, they are a fourth way, and "times faster" is against the faster
+stock way.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from higgs_tune.config import SchedulerSettings
 from higgs_tune.config_file import validate
 from higgs_tune.errors import DataError
 
-# Assumed until measured: at 600 tokens a step is the launching of its kernels, whatever the pack holds,
-# up to about 8 adapters, and grows with the tokens from there.
+# Assumed until measured: at 600 tokens, launching kernels takes up the step, whatever the pack holds, up to
+# about 8 adapters; from there the time grows with the tokens.
 ASSUMED_STEPS = {1: 0.100, 2: 0.100, 4: 0.100, 8: 0.100, 16: 0.170}
 ASSUMED_STOCK_S = 0.100
 ASSUMED_FIXED = {
@@ -53,26 +53,26 @@ def step_times(
     """Seconds of our step by the number of adapters, and of the stock step, from measured packs.
 
     Args:
-        packs: records of a benchmark's JSON.
-        tokens: which of several lengths; None if there is one only.
+        packs: the records in a benchmark's JSON.
+        tokens: which of several lengths to use; None if there is only one.
     """
     lengths = sorted({pack["tokens"] for pack in packs if "tokens" in pack})
     if tokens is None and len(lengths) > 1:
-        raise SystemExit(f"--steps holds several lengths, {lengths}: choose one with --tokens")
+        raise SystemExit(f"--steps has several lengths, {lengths}: choose one with --tokens")
     chosen = [p for p in packs if tokens is None or p.get("tokens", tokens) == tokens]
     ours = {p["adapters"]: p["ours"]["ms"] / 1000 for p in chosen if "ms" in p["ours"]}
     stock = [p["stock"]["ms"] / 1000 for p in chosen if "ms" in p["stock"]]
     if 1 not in ours or not stock:
-        raise SystemExit("--steps holds no time of a pack of one, or none of the stock step")
+        raise SystemExit("--steps has no time for a pack of one, or none for the stock step")
     return ours, float(np.median(stock))
 
 
 def shared_steps(measured: Mapping[str, Any], stock_s: float) -> dict[int, float]:
-    """Seconds in which each of 1 or all stock processes that share a GPU does a step; empty without.
+    """Number of stock processes on a GPU, 1 or all → seconds of a step of each; empty if not measured.
 
     Args:
-        measured: the JSON of gpu_pack.py, or of another benchmark.
-        stock_s: the step of one that has the GPU for itself.
+        measured: the JSON of gpu_pack.py or of another benchmark.
+        stock_s: a step of a process that has the GPU to itself.
     """
     shared = measured.get("shared", {})
     if shared.get("status") != "ok":
@@ -82,16 +82,18 @@ def shared_steps(measured: Mapping[str, Any], stock_s: float) -> dict[int, float
 
 
 def table_of(steps: Mapping[int, float], num_slots: int) -> tuple[float, ...]:
-    """Seconds of a step of 1, 2, … `num_slots` adapters, interpolated between measured ones."""
+    """Seconds of a step of 1, 2, … `num_slots` adapters, interpolated between those measured."""
     known = sorted(steps)
     if num_slots > known[-1]:
-        raise SystemExit(f"--slots {num_slots}: packs were measured up to {known[-1]} adapters")
+        raise SystemExit(
+            f"--slots {num_slots}: packs were measured only up to {known[-1]} adapters"
+        )
     counts = range(1, num_slots + 1)
     return tuple(float(s) for s in np.interp(counts, known, [steps[k] for k in known]))
 
 
 def ways(args: argparse.Namespace) -> tuple[dict[str, Costs], list[str]]:
-    """The costs of each way, and which of them are assumed."""
+    """The costs of each way, and the names of those that are assumed."""
     assumed = ["ask_tell_s", "validation_steps"]
     together: dict[int, float] = {}
     if args.steps:
@@ -130,7 +132,7 @@ def ways(args: argparse.Namespace) -> tuple[dict[str, Costs], list[str]]:
 
 
 def read(path: Path, *needed: str) -> dict[str, Any]:
-    """A benchmark's JSON with what is needed of it."""
+    """A benchmark's JSON, which must have the needed entries."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -138,7 +140,7 @@ def read(path: Path, *needed: str) -> dict[str, Any]:
     missing = [name for name in needed if not isinstance(found, dict) or name not in found]
     if missing:
         raise DataError(
-            f"{path}: holds no {' and no '.join(missing)}; is it the right benchmark's?"
+            f"{path}: has no {' and no '.join(missing)}; is it from the right benchmark?"
         )
     return found
 
@@ -155,7 +157,7 @@ def picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
                 continue
             hours = [run["makespan_h"] for run in own]
             points, look = ([r["gpus"] for r in own], hours), {"color": color, "ls": style}
-            # dashes over a line where the two fall together
+            # dashes above the solid line where both coincide
             axes.plot(
                 *points, marker="o", label=NAMES[way], **look, zorder=3 if style == "--" else 2
             )
@@ -172,29 +174,32 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = new_parser(__doc__)
     parser.add_argument("--steps", type=Path, help="JSON of pack_time, gpu_step or gpu_pack")
-    parser.add_argument("--tokens", type=at_least(1), help="which length of --steps")
+    parser.add_argument("--tokens", type=at_least(1), help="which length of --steps to use")
     parser.add_argument("--fixed", type=Path, help="JSON of fixed_costs")
     parser.add_argument("--trials", type=ascending, default=[100, 1000])
     parser.add_argument("--gpus", type=ascending, default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--slots", type=at_least(1), default=8, help="of a pack")
+    parser.add_argument("--slots", type=at_least(1), default=8, help="slots of a pack")
     parser.add_argument(
-        "--num-steps", type=at_least(1), default=900, help="of a trial's full budget"
+        "--num-steps", type=at_least(1), default=900, help="steps of a trial's full budget"
     )
     parser.add_argument("--report-every", type=at_least(1), default=100)
     parser.add_argument("--scheduler", choices=("asha", "none"), default="asha")
     parser.add_argument("--grace-fraction", type=float, default=0.334)
     parser.add_argument("--validation-steps", type=at_least(0, float), default=10)
     parser.add_argument(
-        "--ask-tell", type=at_least(0, float), default=ASK_TELL_S, help="seconds a trial"
+        "--ask-tell", type=at_least(0, float), default=ASK_TELL_S, help="seconds per trial"
     )
     parser.add_argument(
-        "--failures", type=at_least(0, float), default=0.01, help="of a GPU's node, per hour"
+        "--failures",
+        type=at_least(0, float),
+        default=0.01,
+        help="failures of a GPU's node per hour",
     )
     parser.add_argument(
-        "--repair", type=at_least(0, float), default=300.0, help="seconds without a lost node"
+        "--repair", type=at_least(0, float), default=300.0, help="seconds until a lost node is back"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
+    parser.add_argument("--out", type=json_file, help="JSON file; the picture is saved beside it")
     args = parser.parse_args()
     if args.num_steps % args.report_every:
         parser.error("--num-steps must be a multiple of --report-every")

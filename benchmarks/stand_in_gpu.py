@@ -1,8 +1,8 @@
-"""PyTorch's own rules for a GPU on a machine without one, for shapes without values.
+"""Apply PyTorch's rules for a GPU on a machine without one, to fake tensors (shapes without values).
 
-Which attention kernel is chosen, what is one operation and what several, what lies on which device:
-PyTorch's CUDA build decides it before it would run a kernel, and for fakes no kernel runs. A preloaded
-library, stand_in_gpu.cpp, answers for the driver meanwhile. Nothing here says how long anything takes.
+PyTorch's CUDA build decides which attention kernel is used, what is one operation and what several, and what
+is on which device before it runs a kernel; for fake tensors no kernel runs. Meanwhile a preloaded library,
+stand_in_gpu.cpp, answers instead of the driver. Nothing here measures how long anything takes.
 """
 
 import os
@@ -21,10 +21,10 @@ _HEADERS = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 
 
 def preload(folder: Path) -> dict[str, str]:
-    """Build the library in `folder`; returns the environment of a process that is to have it.
+    """Build the library in `folder`; returns the environment for a process that preloads it.
 
     Raises:
-        OSError, subprocess.CalledProcessError: no C++ compiler (CXX, or g++), or it failed and has said why.
+        OSError, subprocess.CalledProcessError: no C++ compiler (CXX, or g++), or it failed and printed why.
     """
     library = folder / _LIBRARY
     shared = ["-shared", "-fPIC", f"-Wl,-soname,{_LIBRARY}", f"-I{_HEADERS}"]
@@ -35,14 +35,14 @@ def preload(folder: Path) -> dict[str, str]:
 
 
 def take_for_real() -> None:
-    """In a process that has the library: let fakes live on "cuda", as `resolve_device` sets it up."""
-    torch.cuda.is_available = lambda: False  # else fakes ask the driver for more
-    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]  # fakes cannot
+    """Let fake tensors be on "cuda", set up as by `resolve_device`; needs the library preloaded."""
+    torch.cuda.is_available = lambda: False  # else fake tensors call more of the driver
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]  # fake tensors cannot
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def have_it() -> None:
-    """Start this script again with the library if it runs without, and end with its exit code."""
+    """Ensure the library: without it, run this script again with it, and exit with its exit code."""
     if _LIBRARY not in os.environ.get("LD_PRELOAD", ""):
         with TemporaryDirectory() as folder:
             again = [sys.executable, *sys.argv]

@@ -3,10 +3,10 @@
     python benchmarks/step_time.py [--clips 8] [--repeats 15] [--dtype bfloat16] [--compile]
                                    [--out results/step_time.json]
 
-The embedded base and its clips; same labels, same start, AdamW on all sides. They alternate in one
-process, and the figure is the ratio of medians. Losses are compared first: a faster step that computes
-something else would be no result. With --compile ours also runs with `base.compile`, whose first step, which
-compiles, is told apart.
+All sides train on the embedded base and clips, with the same labels and initial weights, and AdamW. They
+alternate in one process; the result is the ratio of medians. Losses are compared first, because a faster step
+that computes something else would mean nothing. With --compile ours also runs with `base.compile`; its first
+step, which compiles, is reported separately.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from higgs_tune.model.load import Base, load_base
 
 
 def batches_of(base: Base, clips: int) -> Iterator[list[Encoded]]:
-    """Endless batches of the embedded clips, those in which both losses have targets."""
+    """Endless batches of the embedded clips, only those in which both losses have targets."""
     order = TrainOrder(Dataset.open("embedded:arabic"), TaskMix(), clips, seed=0)
     for step in count():
         batch = [encode_conversation(c, base.vocabulary) for c in order.batch(step)]
@@ -46,7 +46,7 @@ def batches_of(base: Base, clips: int) -> Iterator[list[Encoded]]:
 def alternate(
     steps: Mapping[str, Callable[[Any], object]], batches: Iterable[Any], device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each side's steps, which take turns on equal batches."""
+    """Seconds of each side's steps, which alternate on equal batches."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for batch in batches:
         for name, step in steps.items():
@@ -59,7 +59,7 @@ def alternate(
 
 
 def picture(times: dict[str, list[float]]) -> Figure:
-    """Every step of each side, in the order in which they were taken."""
+    """Times of all steps of each side, in order."""
     figure, (axes,) = new_figure()
     for color, (name, taken) in zip(COLORS, times.items(), strict=False):
         axes.plot([1000 * t for t in taken], marker="o", color=color, label=name)
@@ -71,7 +71,12 @@ def picture(times: dict[str, list[float]]) -> Figure:
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=at_least(2), default=8, help="2: to read and to speak")
+    parser.add_argument(
+        "--clips",
+        type=at_least(2),
+        default=8,
+        help="clips per step; at least 2, so that both losses have targets",
+    )
     parser.add_argument("--rank", type=at_least(1), default=16)
     parser.add_argument("--repeats", type=at_least(1), default=15)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -1,4 +1,4 @@
-"""The stock model with its data, as a person trains it with transformers + PEFT, on our labels."""
+"""The stock model with its data, as people train it with transformers + PEFT, on our labels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,11 +22,11 @@ from higgs_tune.train.examples import Examples
 from higgs_tune.train.optim import learning_rate_factor
 
 STARTED, REPORTED, PROCESS = "first_step_at", "reported_at", "process"
-VALIDATION_ROWS = 1024  # in one forward, as our sweep validates
+VALIDATION_ROWS = 1024  # per forward, as in our sweep's validation
 
 
 def labelled_inputs(examples: Sequence[Encoded], num_codebooks: int) -> dict[str, Tensor]:
-    """Arguments of the stock forward; labels of which there is none would make its loss NaN."""
+    """Arguments of the stock forward, without labels that are all ignored: its loss would be NaN."""
     counts = count_targets(list(examples), num_codebooks)
     inputs = stock_inputs(examples, num_codebooks)
     if not counts.text:
@@ -37,7 +37,7 @@ def labelled_inputs(examples: Sequence[Encoded], num_codebooks: int) -> dict[str
 
 
 class StockBase:
-    """A base, its data and what one process keeps between trials."""
+    """A base and its data: what one process keeps between trials."""
 
     def __init__(self, base: BaseSettings, data: DataSettings) -> None:
         self.base = load_base(base)
@@ -65,19 +65,19 @@ class StockBase:
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 
     def order(self, trial: TrialConfig) -> TrainOrder:
-        """Which clips each step sees, as our sweep draws them."""
+        """The clips of each step, as our sweep draws them."""
         return self.examples.order(trial.batch_clips, trial.seed)
 
     def batch(self, order: TrainOrder, step: int) -> list[Encoded]:
-        """The tokenised clips of a step."""
+        """The encoded clips of a step."""
         return [self.examples.encode(clip) for clip in order.batch(step)]
 
     def adapted(self, trial: TrialConfig) -> PeftModel:
-        """The base with a fresh adapter, in place; `unload` takes it off again."""
+        """Add a new adapter to the base in place; `unload` removes it again."""
         torch.manual_seed(trial.seed)
         config = LoraConfig(
             r=trial.rank,
-            lora_alpha=trial.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
+            lora_alpha=trial.lora_alpha,  # type: ignore[arg-type]  # PEFT accepts any number
             target_modules=lora_regex(trial.targets),
         )
         model = get_peft_model(self.model, config)
@@ -85,12 +85,12 @@ class StockBase:
         return model.train()
 
     def forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """The stock loss: the text mean and the sum of the codebooks' means."""
+        """The stock loss: the text mean plus the sum of the codebooks' means."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             return model(**inputs, use_cache=False).loss
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Nats per text token and per code of the held-out clips."""
+        """Nats per text token and per code on the held-out clips."""
         model.eval()
         transcribe, speak = self.validation
         with torch.no_grad():
@@ -98,7 +98,7 @@ class StockBase:
             audio = [(c.audio_C, float(self.forward(model, inputs))) for c, inputs in speak]
         model.train()
         codes = [int(count_C[0]) for count_C, _ in audio]
-        # every codebook of a clip has as many targets, so the mean of means is the mean
+        # all codebooks of a clip have equally many targets, so the mean of their means is the mean
         assert all((count_C == count_C[0]).all() for count_C, _ in audio)
         return {
             VAL_TEXT_NLL: sum(n * loss for n, loss in text) / sum(n for n, _ in text),
@@ -110,7 +110,7 @@ class StockBase:
 def optimizer_of(
     model: nn.Module, trial: TrialConfig
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW over the adapter, and the schedule that our sweep has."""
+    """AdamW over the adapter, and our sweep's learning-rate schedule."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=trial.learning_rate, weight_decay=trial.weight_decay, fused=True

@@ -1,4 +1,4 @@
-"""Several stock processes that train side by side on one device, each with a base of its own."""
+"""Several stock processes that train at the same time on one device, each with its own base."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ START_PATIENCE_S = 300.0
 
 
 def base_of(args: argparse.Namespace) -> Base:
-    """The random base on the device."""
+    """The preset's random base, on the device."""
     device = resolve_device(args.device, "--device")
     return random_base(PRESETS[args.preset], device, getattr(torch, args.dtype))
 
@@ -35,7 +35,7 @@ def clips_of(base: Base, args: argparse.Namespace, adapter: int, number: int) ->
 
 
 def be_stock_process(args: argparse.Namespace) -> None:
-    """One of several stock processes: say "ready", wait for a line, train, say how often."""
+    """Be one of several stock processes: print "ready", wait for a line, train, print the number of steps."""
     torch.set_num_threads(args.threads)
     try:
         base = base_of(args)
@@ -62,10 +62,10 @@ def be_stock_process(args: argparse.Namespace) -> None:
 
 
 def measure_shared(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
-    """Several stock processes on the device at once; milliseconds per adapter-step of all together.
+    """Run several stock processes on the device at once; returns figures such as their ms per adapter-step.
 
     Args:
-        command: what calls `be_stock_process`, but for the options that only such a process has.
+        command: the command that calls `be_stock_process`, without the options of such a process.
     """
     command = [*command, "--as-process"]
     command += ["--threads", str(max(1, torch.get_num_threads() // args.processes))]
@@ -79,7 +79,7 @@ def measure_shared(args: argparse.Namespace, command: Sequence[str]) -> dict[str
     patience.start()
     try:
         heard = [_line(process) for process in started]
-        # the barrier: only now does each know that all have warmed up, or have said what failed
+        # a barrier: by now every process has warmed up, or has said what failed
         if set(heard) == {"ready"}:
             for process in started:
                 assert process.stdin is not None
@@ -96,7 +96,7 @@ def measure_shared(args: argparse.Namespace, command: Sequence[str]) -> dict[str
 
 
 def has_mps() -> bool:
-    """Whether a daemon of NVIDIA's Multi-Process Service lets processes use a GPU at the same moment."""
+    """Whether a daemon of NVIDIA's Multi-Process Service lets processes use a GPU at the same time."""
     folder = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps")
     return (folder / "control").exists()
 
@@ -108,7 +108,7 @@ def _line(process: subprocess.Popen[str]) -> str:
 
 
 def shared_figures(found: Sequence[Mapping[str, Any]], processes: int) -> dict[str, Any]:
-    """Figures of several processes that trained side by side, from what each counted."""
+    """Figures of processes that trained at the same time, from the steps that each counted."""
     bad = [one for one in found if one["status"] != "ok"]
     if bad:
         return {**bad[0], "processes": processes}

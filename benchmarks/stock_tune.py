@@ -1,13 +1,13 @@
-"""Stock transformers + PEFT under Ray Tune: the plain way and the strong way to run given trials.
+"""Run given trials with stock transformers + PEFT under Ray Tune, in a plain or a strong way.
 
-plain: a function trainable, HF Trainer, one process a trial, as tutorials have it.
-strong: a class trainable with reuse_actors, the base loaded and the clips tokenised once a process, a
-loop without the Trainer.
+plain: a function trainable with HF Trainer, one process per trial, as in tutorials.
+strong: a class trainable with reuse_actors; the base is loaded and the clips are tokenised once per process;
+a loop without the Trainer.
 
-Both train the same adapters on the same batches with the same AdamW, schedule and clip as our sweep does,
-validate the same clips at the same steps, and end each trial at a given step. Nothing is done that the
-comparison does not need: no checkpoints, no logs, and not the validation after other clips' audio, which
-our side does.
+Both train the same adapters on the same batches with the same AdamW, schedule and gradient clip as our sweep,
+validate the same clips at the same steps, and end each trial at a given step. They do nothing that the
+comparison does not need: no checkpoints, no logs, and no validation after other clips' audio, which our side
+does.
 """
 
 import os
@@ -32,7 +32,7 @@ from higgs_tune.metrics import STEP, VAL_AUDIO_NLL, VAL_TEXT_NLL
 
 
 class Steps(Dataset):
-    """The batches of a trial in their order, one item each."""
+    """The batches of a trial in order, one per item."""
 
     def __init__(self, base: StockBase, trial: TrialConfig) -> None:
         self._base, self._order, self._num_steps = base, base.order(trial), trial.num_steps
@@ -45,7 +45,7 @@ class Steps(Dataset):
 
 
 class Reporter(TrainerCallback):
-    """Validates and reports when the trial has to."""
+    """Validates and reports at the end of each report interval."""
 
     def __init__(self, validate: Callable[[], dict[str, float]], trial: TrialConfig) -> None:
         self._validate, self._every = validate, trial.report_every_steps
@@ -56,7 +56,7 @@ class Reporter(TrainerCallback):
         self._started = time.time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report at the end of an interval."""
+        """Report if an interval or the training ends."""
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             figures = {STEP: state.global_step, **self._validate()}
             stamps = {STARTED: self._started, REPORTED: time.time(), PROCESS: os.getpid()}
@@ -64,7 +64,7 @@ class Reporter(TrainerCallback):
 
 
 def plain_trial(config: dict[str, Any]) -> None:
-    """A trial in a process of its own: load everything, let HF Trainer train, report."""
+    """Run a trial in its own process: load everything, train with HF Trainer, report."""
     torch.set_num_threads(config["threads"])
     sweep, trial = SweepConfig.model_validate(config["sweep"]), _trial_of(config)
     base = StockBase(sweep.base, sweep.data)
@@ -75,7 +75,7 @@ def plain_trial(config: dict[str, Any]) -> None:
             args=TrainingArguments(
                 output_dir=folder,
                 max_steps=_own(config)["stop_at"],
-                per_device_train_batch_size=1,  # an item is a whole batch
+                per_device_train_batch_size=1,  # each item is a whole batch
                 max_grad_norm=trial.clip_norm,
                 bf16=base.half,
                 use_cpu=base.device.type == "cpu",
@@ -91,23 +91,23 @@ def plain_trial(config: dict[str, Any]) -> None:
             optimizers=optimizer_of(model, trial),
             callbacks=[Reporter(lambda: base.validate(model), trial)],
         )
-        # otherwise Trainer has the audio loss divided by the number of text targets
+        # otherwise Trainer divides the audio loss by the number of text targets
         trainer.model_accepts_loss_kwargs = False
         trainer.train()
 
 
 class StrongTrial(Trainable):
-    """A trial in a process that keeps base and clips for the next one."""
+    """A trial in a process that keeps the base and the clips for the next trial."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Load what outlives a trial, then start the first."""
+        """Load what is kept between trials, then start the first trial."""
         torch.set_num_threads(config["threads"])
         sweep = SweepConfig.model_validate(config["sweep"])
         self._base = StockBase(sweep.base, sweep.data)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Become another trial: only the adapter is new."""
+        """Switch to another trial; only the adapter is new."""
         self._model.unload()
         self._begin(new_config)
         return True
@@ -138,7 +138,7 @@ class StrongTrial(Trainable):
 
 
 def _own(config: dict[str, Any]) -> dict[str, Any]:
-    """The entry of `run_stock`'s trials that a Tune trial runs."""
+    """The entry of `run_stock`'s `trials` that this Tune trial runs."""
     return config["trials"][config["number"]]
 
 
@@ -147,7 +147,7 @@ def _trial_of(config: dict[str, Any]) -> TrialConfig:
 
 
 class Collector(Callback):
-    """Every result of every trial, by the trial's id."""
+    """Collects every result of every trial by the trial's id."""
 
     def __init__(self) -> None:
         self.results: dict[str, list[dict[str, Any]]] = {}
@@ -160,7 +160,7 @@ class Collector(Callback):
     ) -> None:
         """Keep what the trainable reported."""
         names = (STEP, VAL_TEXT_NLL, VAL_AUDIO_NLL, STARTED, REPORTED, PROCESS)
-        if STEP in result:  # a function's last result only says that it is done
+        if STEP in result:  # a function trainable's last result only says that it is done
             lines = self.results.setdefault(_own(trial.config)["id"], [])
             lines.append({name: result[name] for name in names})
 
@@ -168,18 +168,21 @@ class Collector(Callback):
 def run_stock(
     way: str, sweep: SweepConfig, trials: Sequence[dict[str, Any]], processes: int, storage: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run trials on a Ray that is there; returns each one's results.
+    """Run trials on a running Ray; returns each trial's results by its id.
 
     Args:
         way: plain or strong.
-        sweep: base and data.
-        trials: "id", "trial" (a TrialConfig as plain data), "stop_at" (its last step).
-        processes: how many train side by side; each has its share of the machine.
+        sweep: its base and data are used.
+        trials: each with "id", "trial" (a TrialConfig as plain data) and "stop_at" (its last step).
+        processes: how many train at the same time; each gets an equal share of the machine.
         storage: a folder for Tune.
     """
     total = ray.cluster_resources()
     cpus = max(1, int(total["CPU"]) // processes)
-    share = {"cpu": cpus, "gpu": sweep.tune.gpus_per_worker / processes}  # of ours, all together
+    share = {
+        "cpu": cpus,
+        "gpu": sweep.tune.gpus_per_worker / processes,
+    }  # together they get our workers' share
     common = {"sweep": sweep.model_dump(mode="json"), "threads": cpus, "trials": list(trials)}
     trainable: Any = {"plain": plain_trial, "strong": StrongTrial}[way]
     collector = Collector()

@@ -1,9 +1,9 @@
-"""A sweep as discrete events: rounds of packs on several GPUs, one driver, early stopping, failures.
+"""A discrete-event model of a sweep: rounds of packs on several GPUs, one driver, early stopping, failures.
 
-A GPU is a worker with slots. When all its slots are filled, or nobody is left to fill them, it trains one
-report interval of all its residents and validates them: a round. Between rounds the driver, which does
-one thing at a time, hears the results and asks for new trials. A GPU that fails loses its round; its
-trials go on elsewhere, or here once it is back, from the end of their last round.
+A GPU is a worker with slots. When all its slots are filled, or no trial is left to fill them, it trains all
+its trials for one report interval and validates them: a round. Between rounds the driver, which does one
+thing at a time, handles the results and asks for new trials. A GPU that fails loses its round; its trials
+continue from the end of their last round on another GPU, or on this one once it is back.
 """
 
 import heapq
@@ -22,13 +22,13 @@ from higgs_tune.sweep.scheduler import Earlier, make_scheduler
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that the simulated sweep pays."""
+    """Durations in the simulated sweep."""
 
-    step_s: tuple[float, ...]  # of an optimizer step of a pack of 1, 2, … adapters; one each
-    start_s: float  # a worker: process, imports, base
-    between_s: float  # a slot: from its last result to the first step of the next trial
-    ask_tell_s: float  # the driver, for each trial, one after the other
-    validation_steps: float  # a validation takes as long as so many steps
+    step_s: tuple[float, ...]  # an optimizer step of a pack of 1, 2, … adapters
+    start_s: float  # a worker's start: process, imports, base
+    between_s: float  # per slot: from a trial's last result to the next one's first step
+    ask_tell_s: float  # the driver's time per trial, one after the other
+    validation_steps: float  # a validation takes as long as this many steps
 
     @property
     def num_slots(self) -> int:
@@ -38,7 +38,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched."""
+    """The simulated search."""
 
     num_trials: int
     num_steps: int
@@ -52,7 +52,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Failures:
-    """How often a GPU's node is lost, and for how long."""
+    """How often a GPU's node fails, and for how long."""
 
     per_gpu_hour: float = 0.0
     repair_s: float = 0.0
@@ -60,15 +60,15 @@ class Failures:
 
 @dataclass
 class Outcome:
-    """What a simulated sweep took; steps are those of one adapter."""
+    """Result of a simulated sweep; steps are counted per adapter."""
 
     makespan_s: float
-    steps_kept: int  # the sum of what each trial has trained at its end
-    steps_lost: float  # trained and lost in failures
-    steps_done: float  # counted while the GPUs train: kept and lost
+    steps_kept: int  # sum of the trials' steps at their ends
+    steps_lost: float  # trained, then lost in failures
+    steps_done: float  # all that the GPUs trained: kept and lost
     num_stopped: int
     num_failures: int
-    occupancy: float  # share of all GPUs' time spent in rounds
+    occupancy: float  # share of all GPUs' time that is spent in rounds
 
 
 @dataclass(eq=False)
@@ -78,19 +78,19 @@ class _Trial:
     step: int = 0
 
 
-@dataclass(eq=False)  # two that look alike are two
+@dataclass(eq=False)  # compared by identity: two GPUs can have equal fields
 class _Gpu:
     residents: list[_Trial] = field(default_factory=list)
     up: bool = False
     training: bool = False
     ready_at: float = 0.0
     round_at: float = 0.0
-    life: int = 0  # a failure ends one; events of a former life are void
+    life: int = 0  # incremented by a failure; events of an earlier life are ignored
     busy_s: float = 0.0
 
 
 class _Sweep:
-    """The state between events."""
+    """The state of the simulation and its event handlers."""
 
     def __init__(
         self, costs: Costs, search: Search, num_gpus: int, failures: Failures, seed: int
@@ -116,13 +116,13 @@ class _Sweep:
         self.scheduler = make_scheduler(SweepConfig(train=train, tune=tune))
 
     def at(self, time: float, kind: str, number: int) -> None:
-        """Something will happen to a GPU, unless it fails before."""
+        """Schedule an event of a GPU; it is dropped if the GPU fails before."""
         self.num_events += 1
         life = self.gpus[number].life
         heapq.heappush(self.events, (time, self.num_events, kind, number, life))
 
     def rise(self, now: float, number: int) -> None:
-        """A GPU is there, and may fail from now on."""
+        """A GPU is ready, and can fail from now on."""
         self.gpus[number].up = True
         self.gpus[number].ready_at = now
         if self.failures.per_gpu_hour:
@@ -130,7 +130,7 @@ class _Sweep:
             self.at(now + lasts_s, "failure", number)
 
     def fill(self, now: float) -> None:
-        """Seat waiting trials, each where most slots are free, then let every filled pack train."""
+        """Give waiting trials slots, each on the GPU with most free ones; start rounds on idle GPUs."""
         resting = [gpu for gpu in self.gpus if gpu.up and not gpu.training]
         while self.queue and resting:
             gpu = min(resting, key=lambda gpu: len(gpu.residents))
@@ -151,12 +151,12 @@ class _Sweep:
                 self.at(gpu.round_at + self.round_s(gpu), "round", number)
 
     def round_s(self, gpu: _Gpu) -> float:
-        """How long the residents of a GPU train together."""
+        """Duration of a GPU's round."""
         steps = self.search.report_every_steps + self.costs.validation_steps
         return steps * self.costs.step_s[len(gpu.residents) - 1]
 
     def end_round(self, now: float, gpu: _Gpu) -> None:
-        """Everyone reports; who is stopped or at the end leaves."""
+        """All residents report; those that are stopped or finished leave."""
         gpu.training = False
         gpu.busy_s += self.round_s(gpu)
         staying = []
@@ -174,7 +174,7 @@ class _Sweep:
         gpu.residents = staying
 
     def fail(self, now: float, number: int) -> None:
-        """A node is lost with its round; its trials wait for another."""
+        """A node fails and loses its round; its trials wait for a slot."""
         gpu = self.gpus[number]
         spent_s = max(0.0, now - gpu.round_at) if gpu.training else 0.0
         if spent_s:
@@ -208,7 +208,9 @@ def simulate(
         sweep.at(costs.start_s, "up", number)
     while sweep.left:
         now = sweep.events[0][0]
-        while sweep.events and sweep.events[0][0] == now:  # what falls together is filled together
+        while (
+            sweep.events and sweep.events[0][0] == now
+        ):  # handle all events of this moment before filling
             _, _, kind, number, life = heapq.heappop(sweep.events)
             if life != sweep.gpus[number].life:
                 continue
@@ -221,6 +223,6 @@ def simulate(
         sweep.fill(now)
     outcome = sweep.outcome
     outcome.steps_kept = sum(trial.step for trial in sweep.trials)
-    # what still trains at the end of the last trial is none: every trial has ended
+    # no GPU is in a round any more: every trial has ended
     outcome.occupancy = sum(g.busy_s for g in sweep.gpus) / (num_gpus * outcome.makespan_s)
     return outcome

@@ -1,15 +1,15 @@
-"""Time of a whole sweep: ours against stock transformers + PEFT under Ray Tune, in two ways.
+"""Time of a whole sweep: ours against stock transformers + PEFT under Ray Tune, run in two ways.
 
     python benchmarks/sweep_time.py --out results/sweep_time.json    # and results/sweep_time.png
     python benchmarks/sweep_time.py --trials 24 --num-steps 400 --report-every 100
 
-Ours runs first, a search with ASHA on the embedded base. The two others (stock_tune.py) then run the very
-trials that it ran, on the same batches, each as long as our sweep let it live: equal work, whatever order
-results come in. Theirs is spared what ours does besides: asking Optuna, checkpoints, validation
-after other clips' audio. Each way has a process and a Ray of its own, and its time is that of this
-process, start and end included. With --repeats the order rotates, and times are medians. If the same trials
-end at losses that lie further apart than TOLERANCE in the median, it stops. Trial 1 of a sweep is
-always one with audio_self, which the stock model lacks; here it is sampled as the others are.
+Ours runs first, a search with ASHA on the embedded base. The two others (stock_tune.py) then run the same
+trials on the same batches, each for as many steps as in our sweep: equal work, whatever order results come
+in. They skip what ours does besides: asking Optuna, checkpoints, validation after other clips' audio. Each
+way has its own process and Ray; its time is that of the whole process, including start and end. With
+--repeats the order rotates, and times are medians. The script stops if the final losses of the same trials
+differ by more than TOLERANCE in the median. Trial 1 of a sweep normally has audio_self, which the stock model
+lacks; here it is sampled like the others.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from higgs_tune.metrics import STEP, VAL_TEXT_NLL
 HERE = Path(__file__).resolve().parent
 QUICK = HERE.parent / "sweeps" / "quick.yaml"
 WAYS = {"ours": "ours", "plain": "plain: a process a trial", "strong": "strong: processes reused"}
-TOLERANCE = 0.03  # between two programs whose float32 sums are cut in other ways
+TOLERANCE = 0.03  # relative; float32 sums are split differently in each way
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # trial → its results
 
 
 def settings_file(folder: Path, args: argparse.Namespace) -> Path:
-    """The YAML of our sweep: quick.yaml, smaller, with what a stock model can train."""
-    codebooks = 8  # our mean over the codebooks, weighted so, is the stock loss's sum
+    """Write our sweep's YAML: a smaller quick.yaml with only what a stock model can train."""
+    codebooks = 8  # as the weight of our mean over codebooks, it gives the stock loss's sum
     overrides = {
         "name": "ours",
         "results_dir": str(folder),
@@ -54,7 +54,7 @@ def settings_file(folder: Path, args: argparse.Namespace) -> Path:
         "tune.num_workers": args.workers,
         "tune.slots_per_worker": args.slots,
         "tune.gpus_per_worker": args.gpus,
-        "base.device": "cuda" if args.gpus else "cpu",  # of every way
+        "base.device": "cuda" if args.gpus else "cpu",  # for every way
         "tune.seed": args.seed,
         "tune.scheduler.name": args.scheduler,
         "data.num_val_clips": args.val_clips,
@@ -67,17 +67,17 @@ def settings_file(folder: Path, args: argparse.Namespace) -> Path:
 
 
 def run_ours(settings: Path) -> None:
-    """In a process of its own: the sweep."""
+    """Run our sweep; called in its own process."""
     from higgs_tune.sweep.driver import run_sweep
     from higgs_tune.sweep.searcher import StudySearcher
 
-    # index 1 would be audio_self, which the stock model cannot train
+    # trial 1 would have audio_self, which the stock model cannot train
     StudySearcher._ask_baseline = StudySearcher._sample
     run_sweep(load_sweep(settings, []), resume=False, command=["benchmarks/sweep_time.py"])
 
 
 def run_theirs(way: str, settings: Path, trials: Path, processes: int, out: Path) -> None:
-    """In a process of its own: given trials with stock transformers + PEFT."""
+    """Run given trials with stock transformers + PEFT; called in its own process."""
     from stock_tune import run_stock
 
     from higgs_tune.cluster import join_cluster
@@ -90,7 +90,7 @@ def run_theirs(way: str, settings: Path, trials: Path, processes: int, out: Path
 
 
 def environment() -> dict[str, str]:
-    """Of a way's process: every core, and a Ray of its own whose workers find these modules."""
+    """Environment of a way's process: all cores, and its own Ray whose workers find these modules."""
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     ours = {"RAY_ADDRESS": "local", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -98,21 +98,21 @@ def environment() -> dict[str, str]:
 
 
 def timed(way: str, *options: object) -> float:
-    """Seconds of a way's whole process."""
+    """Run a way in a process; returns the seconds of the whole process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--way", way, *map(str, options)]
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
         done = subprocess.run(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
         seconds = time.perf_counter() - started
-        if done.returncode not in (0, 3):  # 3: nothing was feasible, a short sweep's usual end
+        if done.returncode not in (0, 3):  # 3: nothing was feasible, usual for a short sweep
             log.seek(0)
             tail = log.read().decode(errors="replace")[-4000:]
-            raise SystemExit(f"{way} ended with {done.returncode}:\n{tail}")
+            raise SystemExit(f"{way} ended with exit code {done.returncode}:\n{tail}")
     return seconds
 
 
 def our_trials(folder: Path) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """What our sweep ran: its trials with the step at which each ended, and their results."""
+    """Our sweep's trials with the step at which each ended, and their results."""
     from higgs_tune.sweep.records import TrialFiles
 
     files = TrialFiles(folder)
@@ -128,18 +128,18 @@ def our_trials(folder: Path) -> tuple[list[dict[str, Any]], dict[str, list[dict[
 
 
 def losses(results: Results) -> dict[str, float]:
-    """Each trial's validation text loss at its end."""
+    """Each trial's final validation text loss."""
     return {trial: lines[-1][VAL_TEXT_NLL] for trial, lines in results.items()}
 
 
 def compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
-    """How far the final losses of the same trials lie apart, relative; stops if that is too far."""
+    """Relative differences of the same trials' final losses; exits if they are too large."""
     if ours.keys() != theirs.keys():
-        raise SystemExit(f"other trials than ours: {sorted(ours.keys() ^ theirs.keys())}")
+        raise SystemExit(f"not the same trials as ours: {sorted(ours.keys() ^ theirs.keys())}")
     apart = [abs(theirs[trial] - ours[trial]) / ours[trial] for trial in ours]
     found = {"median": round(median(apart), 4), "largest": round(max(apart), 4)}
     if found["median"] > TOLERANCE:
-        raise SystemExit(f"the same trials end at other losses, relative: {found}")
+        raise SystemExit(f"final losses of the same trials differ too much, relative: {found}")
     return found
 
 
@@ -173,7 +173,7 @@ def picture(ways: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
-    """Run every way as often as asked, and compare what they reached."""
+    """Run every way --repeats times and compare the final losses; returns each way's figures."""
     names = ["ours", *args.ways]
     times: dict[str, list[float]] = {name: [] for name in names}
     found: dict[str, Results] = {}
@@ -183,7 +183,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]
         here = folder / str(repeat)
         here.mkdir()
         settings, given = settings_file(here, args), here / "trials.json"
-        first = repeat % len(names)  # of the rotating order; ours begins the first time
+        first = repeat % len(names)  # the order rotates; ours is first in repeat 0
         for name in names[first:] + names[:first]:
             if name == "ours":
                 times[name].append(timed(name, "--sweep", settings))
@@ -213,12 +213,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=at_least(1), default=12)
     parser.add_argument("--num-steps", type=at_least(1), default=80)
     parser.add_argument("--report-every", type=at_least(1), default=20)
-    parser.add_argument("--clips", type=at_least(1), default=3, help="of a step")
+    parser.add_argument("--clips", type=at_least(1), default=3, help="clips per step")
     parser.add_argument("--val-clips", type=at_least(1), default=16)
-    parser.add_argument("--workers", type=at_least(1), default=1, help="of ours")
-    parser.add_argument("--slots", type=at_least(1), default=4, help="of each of our workers")
+    parser.add_argument("--workers", type=at_least(1), default=1, help="our workers")
+    parser.add_argument("--slots", type=at_least(1), default=4, help="slots of each of our workers")
     parser.add_argument(
-        "--processes", type=at_least(1), default=num_cpus(), help="of the other ways"
+        "--processes", type=at_least(1), default=num_cpus(), help="processes of the other ways"
     )
     parser.add_argument("--gpus", type=int, choices=(0, 1), default=0, help="1: on a GPU")
     parser.add_argument("--scheduler", choices=("asha", "none"), default="asha")
@@ -227,15 +227,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ways", nargs="*", choices=("plain", "strong"), default=["plain", "strong"]
     )
-    parser.add_argument("--out", type=json_file, help="JSON; the picture beside it")
-    inside = parser.add_argument_group("inside the process of one way")
+    parser.add_argument("--out", type=json_file, help="JSON file; the picture is saved beside it")
+    inside = parser.add_argument_group("used inside the process of one way")
     for name in ("--way", "--sweep", "--given"):
         inside.add_argument(name, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure all ways, or be the process of one."""
+    """Measure all ways, or be the process of one way."""
     args = arguments()
     if args.way == "ours":
         run_ours(Path(args.sweep))

@@ -26,7 +26,7 @@ MISTAKES = [
     (compile_time, "--repeats=0", "found '0', needs a whole number of at least 1"),
     (encode_throughput, "--clips=none", "found 'none', needs a whole number of at least 1"),
     (encode_throughput, "--device=cuda:x", "--device: found 'cuda:x', which names no device"),
-    (fixed_costs, "--trials=4", "no trial would follow another; with so many --slots and"),
+    (fixed_costs, "--trials=4", "no trial would follow another; these --slots and"),
     (fixed_costs, "--gpus=2", "argument --gpus: invalid choice: "),
     (gpu_pack, "--unlike=16,0", "found '0', needs a whole number of at least 1"),
     (gpu_pack, "--processes=-1", "found '-1', needs a whole number of at least 0"),
@@ -98,4 +98,4 @@ def test_no_compiler_is_said_in_one_line(monkeypatch):
 def test_a_busy_machine_is_told(load, warned, monkeypatch, capsys):
     monkeypatch.setattr(output.os, "getloadavg", lambda: (load, 0.0, 0.0))
     assert output.machine()["load"] == [load, 0.0, 0.0]
-    assert ("other work loads this machine (99.0" in capsys.readouterr().err) == warned
+    assert ("this machine is busy with other work (load 99.0" in capsys.readouterr().err) == warned

@@ -135,7 +135,7 @@ def test_stock_processes_that_share_a_gpu_are_the_ones_to_beat(tmp_path, monkeyp
 def test_figures_of_another_benchmark_are_refused(tmp_path, monkeypatch):
     steps = tmp_path / "steps.json"
     steps.write_text(json.dumps({"ways": {}}))
-    with pytest.raises(DataError, match="holds no packs; is it the right benchmark's"):
+    with pytest.raises(DataError, match="has no packs; is it from the right benchmark"):
         simulate.read(steps, "packs")
     steps.write_text("{")
     with pytest.raises(DataError, match=r"steps\.json: "):
