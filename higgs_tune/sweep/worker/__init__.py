@@ -1,1 +1,1 @@
-"""One process that trains a pack: the actor, whom it seats at which step, and what it tells the driver."""
+"""The process that trains a pack: the actor, which trials it seats at which step, and its reports."""

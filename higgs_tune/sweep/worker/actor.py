@@ -1,8 +1,9 @@
-"""One process that holds the base model once and trains the trials of its slots together.
+"""The Ray actor that holds the base model once and trains the trials in its slots together.
 
-The `Table` says who trains and when the pack has to look up; this actor asks the pack to do it and
-passes results on. All methods run on one event loop. Torch is imported where the loop is built, never
-by this module, and every call of the loop runs on one thread; only a checkpoint is written on another.
+The `Table` decides which trials train and at which step the pack must stop for a change; this actor
+carries that out and passes results on. All its methods run on one event loop. This module never imports
+torch; building the training loop does. All calls of the training loop run on one thread, except that
+checkpoints are written on another.
 """
 
 import asyncio
@@ -64,41 +65,41 @@ class Worker:
         self._table = Table(num_slots, strict=strict, ahead=ahead)
         self._meter = Meter()
         self._thread = PackThread(ends=not config.base.compile)
-        self._num_forwards: Callable[[], int] = lambda: 0  # of the loop, once it is there
+        self._num_forwards: Callable[[], int] = lambda: 0  # the training loop's, once it is loaded
         self._loading: asyncio.Future[Loop] | None = None
         self._running: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        self._look_up = False  # the pack is to stop after its current step
+        self._look_up = False  # the pack must stop after its current step
         self._closed = False
         self._broken = False  # the process is about to end
         self._answers = Answers()
         self._notices = Notices()
         logging.getLogger("higgs_tune").addHandler(self._notices)
-        self._news = asyncio.Event()  # a notice is there
-        self._accepted = asyncio.Event()  # the driver agrees with what was loaded, or is ending
+        self._news = asyncio.Event()  # there are notices for the driver
+        self._accepted = asyncio.Event()  # the driver has accepted what was loaded, or is ending
         self._trains = asyncio.Event()  # the pack has begun
 
     async def describe(self) -> dict[str, Any]:
-        """Load the base if that has not happened; what base.json says of it and the data, and the node."""
+        """Load the base if necessary; returns the content of base.json and this node's address."""
         node = ray.util.get_node_ip_address()
         try:
             loop = await self._loaded()
-        except Exception as error:  # raised again, with the node, as one that Ray can carry
-            release_frames(error)  # the next try needs the memory of a base half loaded
+        except Exception as error:  # re-raised, with the node, as one that Ray can pass on
+            release_frames(error)  # the next try needs the memory of the half-loaded base
             raise pack.load_error(error, node) from error
         return pack.description(loop) | {"node": node}
 
     async def ready(self) -> None:
-        """Answers once trials may join: the driver has accepted what was loaded.
+        """Return once trials may join, because the driver has accepted what was loaded.
 
-        A process that cannot load its base ends, and must take no trial along.
+        A process that cannot load its base ends, and must take no trial with it.
         """
         await self._accepted.wait()
 
     async def serve(self) -> list[str]:
-        """Train the trials that join, from now on; answers when there are new warnings.
+        """Train the trials that join from now on; returns new warnings once there are some.
 
-        The driver always has one such call out, which fails when this process dies.
+        The driver always has one such call pending, which fails if this process dies.
         """
         loop = asyncio.get_running_loop()
         self._notices.tell(lambda: loop.call_soon_threadsafe(self._news.set))
@@ -109,20 +110,21 @@ class Worker:
         return self._notices.take()
 
     async def trains(self) -> None:
-        """Answers once the pack trains: those who are to wait for a slot may come."""
+        """Return once the pack trains: then trials that must wait for a slot may join, too."""
         await self._trains.wait()
 
     async def figures(self) -> dict[str, Any]:
-        """Where the time went so far."""
+        """The worker's entry in workers.json: where its time went so far."""
         return self._meter.figures()
 
     async def sync(self, roster: Roster, *, beat: bool = False) -> None:
-        """Who is live, how many are to come.
+        """Take the driver's roster: which trials are live and how many are still to come.
 
         Args:
-            beat: the driver's heartbeat of once a second, not only news: time that someone is silent.
+            beat: whether this is the driver's heartbeat, sent once a second, which times how long trials
+                are silent. Otherwise the roster has only changed.
         """
-        if self._closed or self._broken:  # everyone leaves, perhaps with a last checkpoint
+        if self._closed or self._broken:  # all trials are leaving, perhaps after a last checkpoint
             return
         for trial_id in self._table.gone(roster):
             self._evict(trial_id, "the driver no longer runs this trial")
@@ -130,7 +132,7 @@ class Worker:
         self._silence.beat(self._table.quiet(), int(beat))
         self._give_up_waiting()
         self._look()
-        watched = beat and self._accepted.is_set()  # loading may take as long
+        watched = beat and self._accepted.is_set()  # before that, loading may take very long
         if watched and self._thread.beat(self._num_forwards()):
             self._break(SweepError("the pack has hung, see workers.log"))
 
@@ -142,7 +144,7 @@ class Worker:
         roster_version: int,
         attempt: int,
     ) -> Lease:
-        """Lease a slot, or a place among the next to get one."""
+        """Lease a seat to a trial: a slot, or a place among those that wait for one."""
         if self._broken or not self._accepted.is_set():
             return "away"
         lease = self._table.join(trial_id, config, files, roster_version, attempt)
@@ -155,7 +157,7 @@ class Worker:
         return lease
 
     async def restore(self, trial_id: str, files: Files) -> None:
-        """Start a trial that has joined from a checkpoint instead."""
+        """Make a trial that has joined start from a checkpoint instead."""
         self._seat(trial_id)
         self._table.restore(trial_id, files)
         self._heard(trial_id)
@@ -171,7 +173,7 @@ class Worker:
         return await answer
 
     async def save(self, trial_id: str) -> list[Any]:
-        """The trial's adapter and training state, as of the result handed out last: Ray's reference."""
+        """A list with one Ray reference: to the trial's checkpoint as of the result handed out last."""
         seat = self._seat(trial_id)
         self._heard(trial_id)
         report = seat.last
@@ -181,14 +183,14 @@ class Worker:
             return [await self._writer.put(seat.files)]
         reference = await self._writer.take(report)
         self._silence.heard(trial_id, num_bytes=report.num_bytes)
-        # the next one's is written while the driver deals with this; no more, for the memory
+        # write the next report's while the driver handles this one; no more, to save memory
         self._writer.begin(self._table.coming())
         return [reference]
 
     async def close(self) -> None:
-        """Let everyone who asks go; the pack trains no further."""
+        """Stop training, and answer all trials that wait for a result with `CANCELLED`."""
         self._closed = True
-        self._accepted.set()  # nobody need wait for that any more
+        self._accepted.set()  # releases the trials that wait in `ready`
         self._answers.give_all(CANCELLED)
         self._look()
 
@@ -206,11 +208,11 @@ class Worker:
         self._answers.fail(trial_id, SlotLostError(f"{trial_id}: {why}"))
 
     def _look(self) -> None:
-        """Hand out what can be handed out, and let the pack begin, or look up, if the table asks for it."""
+        """Hand out the reports that are due, and start or interrupt the pack as the table asks."""
         while not self._closed and (report := self._table.next_report()) is not None:
             self._silence.heard(report.trial_id)
             self._answers.give(report.trial_id, report.result)
-            self._writer.begin(report)  # it will be asked for
+            self._writer.begin(report)  # its trial will ask for the checkpoint
         self._look_up = self._closed or self._table.needs_a_look()
         self._wake.set()
         may_run = self._accepted.is_set() and not self._closed
@@ -218,7 +220,7 @@ class Worker:
             self._running = asyncio.get_running_loop().create_task(self._run())
 
     def _give_up_waiting(self) -> None:
-        """Go on without whoever the driver lists but nobody has heard of for too long."""
+        """Continue without trials that the driver lists but that have been silent for too long."""
         lost = self._silence.lost()
         if not lost or not self._answers:
             return
@@ -233,7 +235,7 @@ class Worker:
         return await self._loading
 
     async def _run(self) -> None:
-        """Train whoever sits at the table, until the sweep ends."""
+        """Train the trials at the table until the sweep ends."""
         try:
             loop = await self._loaded()
             self._num_forwards = lambda: loop.num_forwards
@@ -247,7 +249,7 @@ class Worker:
                 if out or joining:
                     kind = "join_s"
                     num_filled = await self._change(loop, out, joining)
-                    self._trains.set()  # or has refused everyone: others may come
+                    self._trains.set()  # even if all were refused: then others may come
                 elif self._table.can_train():
                     kind = "other_s"
                     seconds, num_ended = await self._advance(loop)
@@ -262,11 +264,11 @@ class Worker:
                 self._meter.add(seconds, busy=busy, wanted=wanted)
                 self._meter.filled(num_filled)
                 self._meter.freed(num_ended)
-        except Exception as error:  # logged; every trial hears it, and the process ends
+        except Exception as error:  # `_break` logs it, fails every trial and ends the process
             self._break(error)
 
     async def _change(self, loop: Loop, out: list[Seat], joining: list[Seat]) -> int:
-        """Free slots, then fill them; how many have been filled."""
+        """Free slots, then fill them; returns how many were filled."""
         self._meter.freed(len(out))
         outcomes = await self._thread.run(lambda: pack.change(loop, out, joining))
         for seat, outcome in zip(joining, outcomes, strict=True):
@@ -279,7 +281,11 @@ class Worker:
         return sum("account" in outcome for outcome in outcomes)
 
     async def _advance(self, loop: Loop) -> tuple[dict[str, float], int]:
-        """Train until a trial is due or something takes effect; seconds by kind, how many ended."""
+        """Train until a trial is due or a change takes effect.
+
+        Returns:
+            Seconds by kind, and how many trials ended.
+        """
         table, stop_at = self._table, self._table.next_stop()
 
         def stop() -> bool:
@@ -290,7 +296,7 @@ class Worker:
         return seconds, len(table.reported(results, snapshots))
 
     def _break(self, error: Exception) -> None:
-        """Tell every trial, then end the process: a pack that failed cannot be trusted."""
+        """Fail every trial with the error, then end the process: its pack cannot be trusted any more."""
         self._broken = True
         logger.error("the pack failed", exc_info=error)
         for trial_id in list(self._table.line.seats):

@@ -1,4 +1,4 @@
-"""Trials that wait for their next result, and what they are told."""
+"""Answers to trials that wait for their next result."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ from higgs_tune.sweep.seats import Result
 
 
 class Answers:
-    """One open question a trial; who has already gone away is told nothing."""
+    """Holds one pending answer per trial; one that was cancelled meanwhile is skipped."""
 
     def __init__(self) -> None:
         self._open: dict[str, asyncio.Future[Result]] = {}
@@ -15,23 +15,23 @@ class Answers:
         return bool(self._open)
 
     def ask(self, trial_id: str) -> "asyncio.Future[Result]":
-        """What the trial waits for from now on; an earlier question of it stays without an answer."""
+        """A future for the trial's next result; an earlier one of the same trial is never answered."""
         self._open[trial_id] = asyncio.get_running_loop().create_future()
         return self._open[trial_id]
 
     def give(self, trial_id: str, result: Result) -> None:
-        """Its next result."""
+        """Answer a waiting trial with its next result."""
         future = self._open.pop(trial_id)
         if not future.done():
             future.set_result(result)
 
     def give_all(self, result: Result) -> None:
-        """The same to everyone who waits."""
+        """Answer all waiting trials with the same result."""
         for trial_id in list(self._open):
             self.give(trial_id, result)
 
     def fail(self, trial_id: str, error: Exception) -> None:
-        """There will be none, if it waits for one."""
+        """Answer the trial with an error, if it is waiting."""
         future = self._open.pop(trial_id, None)
         if future is not None and not future.done():
             future.set_exception(error)

@@ -1,7 +1,7 @@
 """Where a worker's time goes, from its pack's first step to its last.
 
-A slot is refilled in the time from when its trial left it until the next sits in it, as far as there
-was one that could have: whatever its neighbours did meanwhile.
+The time to refill a slot runs from its trial's departure until the next trial is in it, but only while
+there is a trial that could fill it. What the neighbours do meanwhile does not matter.
 """
 
 from statistics import median
@@ -20,7 +20,7 @@ KINDS: tuple[str, ...] = (
 
 
 class Meter:
-    """Adds up seconds by kind; time after the last step counts once another step is done."""
+    """Adds up seconds by kind; time after the latest step counts only once another step is done."""
 
     def __init__(self) -> None:
         self._counted = dict.fromkeys(KINDS, 0.0)
@@ -30,15 +30,15 @@ class Meter:
         self._started = False
         self._freed: list[float] = []  # `_lacking_s` when each free slot lost its trial
         self._refills: list[float] = []
-        self._lacking_s = 0.0  # time in which a trial could have filled a slot that had none
+        self._lacking_s = 0.0  # time in which a trial could have filled an empty slot
 
     def add(self, seconds: dict[str, float], *, busy: int, wanted: int) -> None:
-        """A stretch of time in which the same trials sat in the pack.
+        """Add a stretch of time in which the same trials were in the pack.
 
         Args:
             seconds: by kind; with `train_s` if the pack trained.
-            busy: slots with a trial in them that has not been stopped.
-            wanted: slots that the trials there, or to come, could have filled.
+            busy: slots that hold a trial which has not been stopped.
+            wanted: slots that the trials present or to come could have filled.
         """
         has_trained = "train_s" in seconds
         self._started |= has_trained
@@ -47,7 +47,7 @@ class Meter:
         total = sum(seconds.values())
         for kind, spent in seconds.items():
             self._tail[kind] += spent
-        if "idle_s" in seconds:  # nobody waits for what is free now
+        if "idle_s" in seconds:  # no trial wants the slots that are free now
             self._freed.clear()
         else:
             self._lacking_s += total if wanted > busy else 0.0
@@ -61,17 +61,17 @@ class Meter:
                 self._tail[kind] = 0.0
 
     def freed(self, num_slots: int) -> None:
-        """So many slots have lost their trials."""
+        """Note that so many slots have become empty."""
         self._freed += [self._lacking_s] * num_slots
 
     def filled(self, num_slots: int) -> None:
-        """So many slots have trials again, or for the first time."""
+        """Note that so many slots have been filled, again or for the first time."""
         for since in self._freed[:num_slots]:
             self._refills.append(self._lacking_s - since)
         del self._freed[:num_slots]
 
     def figures(self) -> dict[str, Any]:
-        """What `workers.json` says of a worker."""
+        """The worker's entry in `workers.json`."""
         spent = {kind: round(seconds, 3) for kind, seconds in self._counted.items()}
         occupancy = self._busy_slot_s / self._wanted_slot_s if self._wanted_slot_s else None
         return {

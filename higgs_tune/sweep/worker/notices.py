@@ -1,4 +1,4 @@
-"""What this package warns about in a worker's process, kept until the driver takes it."""
+"""This package's warnings in a worker's process, kept until the driver takes them."""
 
 import logging
 from collections import deque
@@ -17,17 +17,17 @@ class Notices(logging.Handler):
         self._tell: Callable[[], object] | None = None
 
     def tell(self, tell: Callable[[], object]) -> None:
-        """Call `tell` for each new text, and now if there are some."""
+        """Call `tell` for each new text from now on, and at once if there are some already."""
         self._tell = tell
         if self._texts:
             tell()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep it."""
+        """Keep the record's text."""
         self._texts.append(self.format(record))
         if self._tell is not None:
             self._tell()
 
     def take(self) -> list[str]:
-        """Every text once."""
+        """Remove and return all texts."""
         return [self._texts.popleft() for _ in range(len(self._texts))]

@@ -1,4 +1,4 @@
-"""What a worker lets its loop do, on the pack's thread."""
+"""A worker's calls of its training loop, run on the pack's thread."""
 
 import logging
 import tempfile
@@ -20,7 +20,7 @@ NO_MEMORY = (
 
 
 def description(loop: Loop) -> dict[str, Any]:
-    """What base.json says of a loop's base and data."""
+    """The content of base.json for a loop's base and data."""
     return {
         "metrics": dict(loop.base_metrics),
         "preflight": dict(loop.preflight),
@@ -30,7 +30,7 @@ def description(loop: Loop) -> dict[str, Any]:
 
 
 def load_error(error: Exception, node: str) -> HiggsTuneError:
-    """Why base and data cannot be loaded on a node."""
+    """An error that says why a node cannot load base and data."""
     if isinstance(error, HiggsTuneError):
         return type(error)(f"on node {node}: {error}")
     what = f"{type(error).__name__}: {error}"
@@ -40,10 +40,13 @@ def load_error(error: Exception, node: str) -> HiggsTuneError:
 
 
 def change(loop: Loop, out: Sequence[Seat], joining: Sequence[Seat]) -> list[Result]:
-    """Free slots, then fill them: of each that joins its account, or its end.
+    """Free slots, then fill them.
+
+    Returns:
+        For each trial that joins, in order: its account, or the result it ends with.
 
     Raises:
-        Exception: it is the machine's fault and not the trials'.
+        Exception: the machine is at fault, not the trials.
     """
     for seat in out:
         loop.leave(seat.trial_id)
@@ -55,13 +58,13 @@ def change(loop: Loop, out: Sequence[Seat], joining: Sequence[Seat]) -> list[Res
 def advance(
     loop: Loop, stop: Callable[[], bool]
 ) -> tuple[dict[str, Result], dict[str, Snapshot], dict[str, float]]:
-    """Train until a trial is due or `stop` says so; who has ended leaves.
+    """Train until trials are due or `stop` returns true; trials that have ended leave the loop.
 
     Returns:
-        Results and snapshots of who was due, by trial, and seconds by kind.
+        Results of the trials that were due, snapshots of the healthy ones, and seconds by kind.
 
     Raises:
-        Exception: it is the machine's fault and not the trials'.
+        Exception: the machine is at fault, not the trials.
     """
     trained_s, prepared_s, validated_s = loop.train_s, loop.prepare_s, loop.validate_s
     results = loop.advance(stop)
@@ -82,11 +85,11 @@ def advance(
 
 
 def _join(loop: Loop, seat: Seat) -> Result:
-    """Seat a trial in the loop, or say why it cannot be: the others go on without it.
+    """Seat a trial in the loop, or return why it cannot be; the others go on without it.
 
     Raises:
-        Exception: it is the machine's fault and not the trial's: a file cannot be written or read here,
-            or not even the base can be computed.
+        Exception: the machine is at fault, not the trial: a file cannot be written or read here, or not
+            even the base can be computed.
     """
     if seat.files is None:
         return _seat(loop, seat, None)
@@ -98,7 +101,7 @@ def _join(loop: Loop, seat: Seat) -> Result:
 def _seat(loop: Loop, seat: Seat, folder: Path | None) -> Result:
     try:
         return {"account": loop.join(seat.trial_id, seat.config, folder)}
-    except Exception as error:  # raised again, or recorded as its end; `join` has freed the slot
+    except Exception as error:  # re-raised, or returned as its end; `join` has freed the slot
         reason = f"{type(error).__name__}: {error}"
         if is_out_of_memory(error):
             return {"status": "out_of_memory", "reason": reason}
@@ -111,13 +114,13 @@ def _seat(loop: Loop, seat: Seat, folder: Path | None) -> Result:
 
 
 def _check_memory(loop: Loop, results: Iterable[Result]) -> None:
-    """Raise if memory has emptied the pack and the bare base finds none either: somebody else has it."""
+    """Raise if lack of memory has emptied the pack and even the bare base finds none: others hold it."""
     statuses = {result.get("status") for result in results}
     if not loop.num_residents and statuses == {"out_of_memory"}:
         loop.check()
 
 
 def _is_of_files(error: Exception) -> bool:
-    """Whether the machine could not read or write; a file that is missing is the checkpoint's own fault."""
+    """Whether reading or writing failed; a missing file does not count, as the checkpoint is at fault."""
     cause = error if isinstance(error, OSError) else error.__cause__
     return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)

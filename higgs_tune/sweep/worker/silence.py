@@ -1,34 +1,34 @@
-"""How long a worker has heard nothing of a trial that it waits for."""
+"""How long a worker has heard nothing from each trial that it waits for."""
 
 import logging
 from collections.abc import Iterable
 
 logger = logging.getLogger(__name__)
 
-SLOWEST_BYTES_A_BEAT = 10_000_000  # of a disk on which checkpoints are stored, twice by Tune
+SLOWEST_BYTES_A_BEAT = 10_000_000  # of the slowest disk for checkpoints; Tune writes each one twice
 
 
 class Silence:
-    """Counts the driver's heartbeats since each trial was heard."""
+    """Counts the driver's heartbeats since each trial was last heard."""
 
     def __init__(self, patience: int, *, together: bool) -> None:
-        """Hear everybody for the first time.
+        """Start with no silence.
 
         Args:
-            patience: heartbeats after which a trial is lost.
-            together: all wait for the slowest, so a word of one counts for everyone.
+            patience: heartbeats of silence after which a trial is lost.
+            together: whether a sign of life from one trial counts for all, which wait for the slowest.
         """
         self.patience, self._together = patience, together
         self._beats: dict[str, int] = {}
-        self._busy: dict[str, int] = {}  # heartbeats more for what it has to do
+        self._busy: dict[str, int] = {}  # extra heartbeats for a trial that stores a checkpoint
         self._warned = False
 
     def beat(self, missing: Iterable[str], number: int) -> None:
-        """So many heartbeats more for these trials; the others are there."""
+        """Add `number` heartbeats of silence to the missing trials; all others are not silent."""
         self._beats = {trial_id: self._beats.get(trial_id, 0) + number for trial_id in missing}
 
     def heard(self, trial_id: str, num_bytes: int = 0) -> None:
-        """Count anew; it may be silent for longer while it stores a checkpoint of so many bytes."""
+        """Restart the count; a trial that stores a checkpoint of `num_bytes` may be silent for longer."""
         if self._together:
             self._beats.clear()
         self._beats.pop(trial_id, None)
@@ -45,8 +45,8 @@ class Silence:
         }
 
     def warn(self, lost: Iterable[str]) -> None:
-        """Say once that the sweep goes on without some."""
+        """Warn that the sweep goes on without some trials, the first time only."""
         if not self._warned:
             self._warned = True
-            text = "going on without %s after %d heartbeats; this sweep may not repeat exactly"
+            text = "going on without %s after %d silent heartbeats; the sweep may not be repeatable"
             logger.warning(text, sorted(lost), self.patience)

@@ -1,16 +1,16 @@
-"""Who sits in a worker, and which of the pack's steps each change takes effect at.
+"""Which trials sit in a worker, and at which of the pack's steps each change takes effect.
 
-The pack does not stand still while Tune decides what becomes of a trial that has reported. Its clock
-is its own optimizer step, and what follows from a report at step s takes effect at step s + `ahead`:
-the trial that was stopped leaves there, the one that was suggested in its place sits down there. The
-slot of a trial that has ended goes to one that waits, at step s; if none does, what follows from its
-report takes effect at step s as well. Those who are to wait come when the pack already trains.
+The pack keeps training while Tune decides about a trial that has reported. Its clock counts its own
+optimizer steps. What follows from a report at step s takes effect at step s + `ahead`: a stopped trial
+leaves there, and the trial suggested in its place joins there. If a trial ends at step s, a waiting trial
+takes its slot at step s. If none waits, what follows from its report takes effect at step s, too. The
+trials that will wait for slots come once the pack trains.
 
-In a sweep with one worker this is strict, which makes a sweep repeatable: the pack waits at that step if
-the decision is not there yet, and reports go out one at a time, in a fixed order, each when everything
-that followed from the former is known, if only by name: a trial's process may come later. Otherwise
-results that race to the driver would decide what the sampler and the scheduler have seen when they
-choose. With several workers nothing waits: a change takes effect at the pack's next step.
+With one worker, the table is strict, which makes the sweep repeatable. If the decision is late, the pack
+waits at that step. Reports go out one at a time, in a fixed order, each once everything that follows from
+the one before is known; for a new trial its name is enough, and its process may come later. Otherwise
+the order in which results happen to reach the driver would decide what the sampler and the scheduler have
+seen when they choose. With several workers nothing waits: a change takes effect at the pack's next step.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,24 +21,24 @@ from higgs_tune.sweep.worker.line import Line
 
 
 class Table:
-    """The seats of a worker. Knows no clock but the pack's, no thread and no event loop."""
+    """The seats of a worker. Uses no clock but the pack's, no thread and no event loop."""
 
     def __init__(self, num_slots: int, *, strict: bool, ahead: int) -> None:
         self.line = Line(num_slots)
         self.roster = Roster(-1, (), 0)
         self._num_seats = num_seats(num_slots, strict=strict)
         self._num_batches = 0  # of reports
-        self._unweighed: list[Report] = []  # of trials that have ended, for `_hurry`
+        self._unweighed: list[Report] = []  # of ended trials, which `_hurry` has yet to consider
         self._strict = strict
         self._ahead = ahead if strict else 0
-        self._began: int | None = None  # at which step, until those are named who are to wait
-        self._attempts: dict[str, int] = {}  # the newest with which each trial has come
+        self._began: int | None = None  # at which step, until the trials that will wait are named
+        self._attempts: dict[str, int] = {}  # the newest attempt with which each trial has joined
         self._dealing: Report | None = None  # handed out; what follows from it is not known yet
 
     def seat_new(self) -> None:
-        """Seat the trials that begin as the roster says, whether or not their processes are there.
+        """Seat the roster's new trials, even if their processes have not come yet.
 
-        With several workers it is not known at which of them each will sit.
+        Does nothing with several workers, because any of them may get the trial.
         """
         new, version = self.roster.new, self.roster.version
         for trial_id in self.missing() & new.keys():
@@ -52,10 +52,10 @@ class Table:
         roster_version: int,
         attempt: int,
     ) -> Lease:
-        """Lease a seat, if one is free. Replaces a seat of the same trial that has reported something.
+        """Lease a seat, if one is free. Keeps the trial's former seat only if it is as good as new.
 
-        Tune sometimes asks for a process for a trial and then gives it one that has become idle. The
-        first may come after the second all the same; its lower `attempt` tells.
+        Tune sometimes requests a process for a trial and then gives the trial an idle one instead. The
+        requested one may still come, and later than that; its lower `attempt` shows that it is outdated.
         """
         if attempt < self._attempts.get(trial_id, 0):
             return "outdated"
@@ -77,19 +77,19 @@ class Table:
         self.line.expected.absent.discard(trial_id)
 
     def drop(self, trial_id: str) -> None:
-        """Forget a trial; what it trains until it leaves the pack is thrown away."""
+        """Forget a trial; what it still trains until it leaves the pack is discarded."""
         seat = self.line.seats.pop(trial_id, None)
         if seat is not None and self.line.residents.get(trial_id) is seat:
             self.line.leaving.append((seat, None))
 
     def restore(self, trial_id: str, files: Files) -> None:
-        """Let a trial start from another checkpoint."""
+        """Make a trial start from another checkpoint."""
         seat = self.line.seats[trial_id]
         self.drop(trial_id)
         self.line.seats[trial_id] = Seat(trial_id, seat.config, files, seat.roster_version)
 
     def gone(self, roster: Roster) -> list[str]:
-        """Take the driver's roster; the trials that it no longer names."""
+        """Take the driver's roster; returns the seated trials that it no longer names."""
         self.roster = roster
         self.line.expected.keep(roster.live)
         return [
@@ -99,9 +99,9 @@ class Table:
         ]
 
     def settled(self) -> bool:
-        """Whether everything that followed from the last report is known, and note what did.
+        """Whether everything that follows from the last report is known; if so, sets the step it applies at.
 
-        Not so before everyone is named who is to wait for a slot.
+        At the start this is false until all trials that will wait for a slot are named.
         """
         is_decided = not self._strict or self._is_decided()
         if is_decided:
@@ -120,10 +120,11 @@ class Table:
         return is_decided and self._began is None
 
     def next_report(self) -> Report | None:
-        """The report to hand out now, if there is one; its trial no longer asks.
+        """Take out the report to hand out now, if there is one; its trial no longer counts as asking.
 
-        None, too, while the pack stands still for a process that is to come: the driver's next work is that.
-        A strict worker waits for the process whose turn it is.
+        None, too, while the pack waits for a trial's process: the driver must start that first, unless
+        the pack needs the report's consequences now. A strict worker hands out reports in their order
+        and waits for the trial whose turn it is to ask.
         """
         if not self.settled():
             return None
@@ -142,12 +143,12 @@ class Table:
         return report
 
     def coming(self) -> Report | None:
-        """The report that goes out next, unless others come in before."""
+        """The report that goes out next, unless another comes in that has an earlier turn."""
         ready = [seat.reports[0] for seat in self.line.seats.values() if seat.reports]
         return min(ready, key=Report.turn, default=None)
 
     def take_changes(self) -> tuple[list[Seat], list[Seat]]:
-        """Who leaves the pack at this step, and who then joins it, in that order."""
+        """Apply this step's changes; returns the seats that leave the pack and those that then join."""
         if not self.line.residents and self._began is None:
             self._skip_to_next_change()
         if not self._is_open():
@@ -163,23 +164,23 @@ class Table:
         return out, joining
 
     def needs_a_look(self) -> bool:
-        """Whether the pack must not go on to its next stop, because something came in between."""
+        """Whether the pack must stop before `next_stop`, because something has changed meanwhile."""
         return not self._is_open() or bool(self.line.due_to_leave() or self.line.due_to_join())
 
     def can_train(self) -> bool:
-        """Whether the pack may do a step now; the first only with every slot taken that can be."""
+        """Whether the pack may do a step now; for the first, all slots must be filled that can be."""
         is_short = self._began is not None and len(self.line.residents) < self.line.num_slots
         return bool(self.line.residents) and not is_short and self._is_open()
 
     def next_stop(self) -> int | None:
-        """The step at which the pack has to look at the table again; None: when a trial is due."""
+        """The step at which the pack must consult the table again; None: not before a trial is due."""
         steps = [*self._changes(), *(since for _, since in self.line.leaving if since is not None)]
         return min((step for step in steps if step > self.line.clock), default=None)
 
     def reported(
         self, results: Mapping[str, Result], snapshots: Mapping[str, Snapshot]
     ) -> list[str]:
-        """Take what the pack has validated; the trials that leave it because they have ended."""
+        """Take validated results; returns the trials that have ended and therefore leave the pack."""
         ended = []
         self._num_batches += 1
         for trial_id, result in results.items():
@@ -196,9 +197,9 @@ class Table:
         return ended
 
     def refused(self, seat: Seat, result: Result) -> bool:
-        """A seat that was to join the pack cannot; whether it waits to try again.
+        """Handle a seat that could not join the pack; returns whether it waits to try again.
 
-        If memory is what it lacks and others are there, it does so until one of them leaves.
+        It waits if it lacks memory and other trials are in the pack, until one of them leaves.
         """
         del self.line.residents[seat.trial_id]
         if result["status"] == "out_of_memory" and self.line.residents:
@@ -212,19 +213,20 @@ class Table:
         return False
 
     def quiet(self) -> set[str]:
-        """Trials of which a word is waited for: who does not ask for the next result, or has no seat."""
+        """Trials that the worker waits to hear from: they have no seat or do not ask for a result."""
         idle = {seat.trial_id for seat in self.line.seats.values() if not seat.asks}
         return idle | self.missing()
 
     def missing(self) -> set[str]:
-        """Trials that have no seat yet; with several workers they may sit elsewhere."""
+        """Live trials that have no seat yet; none with several workers: they may sit elsewhere."""
         live = set(self.roster.live) if self._strict else set()
         return live - self.line.seats.keys() - self.line.expected.absent
 
     def _is_decided(self) -> bool:
-        """Whether nobody else could be sent, and whoever was heard of before asks for more, or is gone.
+        """Whether the driver owes the worker no decision.
 
-        The driver names a trial before its process is there: that need not be waited for.
+        It can send no further trial for now, and each trial that got a result has asked for the next one
+        or is gone. A new trial's process need not have come, because the driver names the trial before.
         """
         live = self.roster.live
         full = len(live) >= self.roster.num_sent(self._num_seats) or self.roster.to_come == 0
@@ -232,14 +234,14 @@ class Table:
         return full and self.line.seats.keys() <= set(live) and not deciding
 
     def _unplaced(self) -> list[str]:
-        """Trials of which it is to be said from which step they may train."""
+        """Trials that need to be given the step from which they may train."""
         if not self._strict:  # others may sit elsewhere
             return [t for t, seat in self.line.seats.items() if seat.asks and seat.since is None]
         named = {trial_id: self.line.seats.get(trial_id) for trial_id in self.roster.live}
         return [trial_id for trial_id, seat in named.items() if seat is None or seat.since is None]
 
     def _is_open(self) -> bool:
-        """Whether everything that takes effect at this step, or before, is known."""
+        """Whether everything is known that takes effect by this step."""
         if not self._strict:
             return True
         if self._began is not None:  # nothing changes before the first report
@@ -252,7 +254,7 @@ class Table:
         return self._dealing is not None or self._is_decided()
 
     def _outstanding(self) -> Iterable[Report]:
-        """Reports whose consequences are not known yet."""
+        """Reports whose consequences are not known yet; none with several workers."""
         if self._strict:
             if self._dealing is not None:
                 yield self._dealing
@@ -260,14 +262,14 @@ class Table:
                 yield from seat.reports
 
     def _is_owed(self) -> bool:
-        """Whether something that takes effect at this step is not known yet."""
+        """Whether something that takes effect by this step is not known yet."""
         return any(report.takes_effect <= self.line.clock for report in self._outstanding())
 
     def _hurry(self) -> None:
-        """Let successors of trials that have just ended come at once to the slots for which nobody waits.
+        """Give trials that have just ended their successors at this step, if no trial waits for the slots.
 
-        The pack stands still until they are known. Each report is weighed once, when the slots of its step
-        are known: later it is a matter of time whether it is still there.
+        The pack stands still until the successors are known. Each report is considered once, when the
+        slots of its step are known: later, timing would decide whether it is still there.
         """
         if self._is_owed() or not self._unweighed:
             return
@@ -284,11 +286,11 @@ class Table:
         return report
 
     def _skip_to_next_change(self) -> None:
-        """Nobody trains, so the clock goes to the next step at which that can change."""
+        """While no trial trains, move the clock to the next step at which one may."""
         self.line.clock = max(self.line.clock, min(self._changes(), default=0))
 
     def _changes(self) -> list[int]:
-        """The steps at which a report takes effect or somebody may sit down."""
+        """The steps at which a report takes effect or a trial may join."""
         waiting = [since for since, _ in self.line.waiting()]
         reports = [report.takes_effect for report in self._outstanding()]
         return [*reports, *waiting, *self.line.expected.steps().values()]

@@ -1,4 +1,4 @@
-"""Checkpoints on their way from a worker to its trials, written beside the pack's own thread."""
+"""Checkpoints that a worker writes for its trials, beside the pack's own thread."""
 
 import asyncio
 import json
@@ -14,41 +14,41 @@ logger = logging.getLogger(__name__)
 
 
 class Writer:
-    """Writes each checkpoint once, perhaps before anyone asks for it."""
+    """Writes each checkpoint once, perhaps before its trial asks for it."""
 
     def __init__(self, put: Callable[[Files], Any]) -> None:
-        """`put` brings files to where a trial finds them by what it returns."""
+        """`put` stores files and returns a reference by which a trial gets them."""
         self._put = put
 
     def begin(self, report: Report | None) -> None:
-        """Begin to write what belongs to a report, if that has not begun and there is something."""
+        """Begin to write a report's checkpoint, if it has one and that has not begun."""
         if report is not None and report.snapshot is not None and report.written is None:
             executor = asyncio.get_running_loop().run_in_executor
             report.written = executor(None, lambda: self._put(_files(report)))
             report.written.add_done_callback(_note)
 
     async def take(self, report: Report) -> Any:
-        """What refers to a report's files, which have a snapshot; the next time they are written anew."""
+        """A reference to the checkpoint of a report with a snapshot; another call writes it anew."""
         written, report.written = report.written, None
-        if written is None or (written.done() and written.exception()):  # space may be there now
+        if written is None or (written.done() and written.exception()):  # there may be space now
             self.begin(report)
             written, report.written = report.written, None
         assert written is not None
         return await written
 
     async def put(self, files: Files) -> Any:
-        """What refers to files that are there already."""
+        """A reference to files that exist already."""
         return await asyncio.to_thread(self._put, files)
 
 
 def _note(done: asyncio.Future[Any]) -> None:
-    """Tell of a failure: perhaps nobody asks for what was to be written, or the second try succeeds."""
+    """Log a failure, which nothing else shows if the trial never asks or the second try succeeds."""
     if not done.cancelled() and (error := done.exception()):
         logger.warning("a checkpoint could not be written: %s: %s", type(error).__name__, error)
 
 
 def _files(report: Report) -> Files:
-    """What a report's snapshot writes, and a note of whose it is."""
+    """The files that a report's snapshot writes, and one with its trial and step."""
     assert report.snapshot is not None
     info = {"trial_id": report.trial_id, "step": report.result["step"]}
     with tempfile.TemporaryDirectory() as folder:
