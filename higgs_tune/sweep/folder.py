@@ -1,4 +1,4 @@
-"""The results folder of a sweep: may it be used, can it be written, what started it."""
+"""The results folder of a sweep: whether it may be used and can be written, and what started it."""
 
 import fcntl
 import importlib.metadata
@@ -21,8 +21,8 @@ from higgs_tune.sweep.records import read_json
 
 LOCK = ".lock"  # held by the process that runs the sweep; the system frees it when that ends
 BASE = "base.json"  # what the first worker measured of base and data
-TUNE = "ray"  # what Ray Tune stores; gone once a sweep has come to its end
-# What a sweep that ended before its first result leaves; a new one of that name starts without.
+TUNE = "ray"  # Ray Tune's storage; removed once a sweep has ended
+# What a sweep that ended before its first result leaves; a new sweep of that name removes it.
 FILES = (
     "trials", TUNE, "study.journal", BASE, "env.json", "workers.json", "tune.log",
     "workers.log", "sweep.yaml", "tensorboard",
@@ -30,8 +30,8 @@ FILES = (
 _SECRET = re.compile(r"(://)\S*@")  # user and password of tune.storage
 PROBE_BYTES = 4 * 1024 * 1024
 PACKAGES = ("higgs-tune", "torch", "torchaudio", "transformers", "peft", "ray", "optuna", "pyarrow")
-# What a resumed sweep may change: how and how long it runs, never what its trials are. Data at another
-# path is compared by its content, as it is on another machine.
+# What a resumed sweep may change: how and how long it runs, never what its trials are. Data may be at
+# another path, as on another machine, because its content is compared.
 MAY_CHANGE = (
     "results_dir", "base.device", "data.path", "confirm.", "tune.num_trials", "tune.num_workers",
     "tune.slots_per_worker", "tune.cpus_per_worker", "tune.gpus_per_worker", "tune.max_failures",
@@ -41,11 +41,11 @@ MAY_CHANGE = (
 
 @contextmanager
 def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Iterator[Path]:
-    """The sweep's results folder, checked, writable, held, with sweep.yaml and env.json in it.
+    """The sweep's results folder, checked, writable and locked, with sweep.yaml and env.json in it.
 
     Raises:
         ConfigError: it holds a sweep and `resume` is false, or another sweep and `resume` is true,
-            or there is nothing to resume, or another process runs a sweep there.
+            or there is nothing to resume, or another process runs a sweep there, or it cannot be locked.
         SweepError: it cannot be written, or the disk is full.
     """
     folder = config.results_root.absolute() / config.name
@@ -63,14 +63,14 @@ def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Ite
                 f"{folder}: a sweep is running here. Wait for its end, or give --name NAME for "
                 "another one."
             ) from None
-        except OSError as error:  # such as Lustre that is mounted without it
+        except OSError as error:  # such as Lustre mounted without flock
             raise ConfigError(
-                f"{folder}: this file system cannot lock a file ({error.strerror}), which keeps a second "
-                "sweep out. Give --set results_dir=FOLDER with one on another disk."
+                f"{folder}: this file system cannot lock a file ({error.strerror}), as is needed to keep "
+                "a second sweep out. Give --set results_dir=FOLDER with a folder on another disk."
             ) from None
-        _check(folder, config, resume)  # a sweep may have ended here since
+        _check(folder, config, resume)  # another sweep may have ended here since
         try:
-            # Tune writes over the checkpoints of a former run, to whose files the adapters are links
+            # Tune would overwrite an earlier run's checkpoints, whose files the adapters are links to.
             _clear(folder, (TUNE,) if resume else FILES)
             probe(folder)
             write_text(folder / "sweep.yaml", to_yaml(config))
@@ -81,7 +81,7 @@ def open_folder(config: SweepConfig, *, resume: bool, command: list[str]) -> Ite
 
 
 def record_slots(folder: Path, config: SweepConfig) -> None:
-    """Note the number that `tune.slots_per_worker: auto` has become."""
+    """Record the number that `tune.slots_per_worker: auto` has become."""
     write_text(folder / "sweep.yaml", to_yaml(config))
     environment = read_json(folder / "env.json") or {}
     slots = {"slots_per_worker": config.tune.slots_per_worker}
@@ -103,8 +103,8 @@ def _check(folder: Path, config: SweepConfig, resume: bool) -> None:
         )
     elif resume:
         raise ConfigError(
-            f"{folder} holds no sweep to resume. Leave --resume out, give --name, or, if its results_dir "
-            "is another, --set results_dir=FOLDER."
+            f"{folder} holds no sweep to resume. Leave --resume out, give the sweep's --name, or, if it is "
+            "in another folder, --set results_dir=FOLDER."
         )
     elif folder.exists() and (
         not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())
@@ -115,7 +115,7 @@ def _check(folder: Path, config: SweepConfig, resume: bool) -> None:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a new sweep may have this folder: no other ran or runs here, or none got a result."""
+    """Whether a new sweep may use this folder: no sweep runs here, and none has left a result."""
     if not folder.exists():
         return True
     if not folder.is_dir():
@@ -125,7 +125,7 @@ def is_free(folder: Path) -> bool:
             return False
     elif [path.name for path in folder.iterdir()] != [
         LOCK
-    ]:  # alone: a start that a full disk ended
+    ]:  # a lone lock: a start that failed on a full disk
         return False
     if not (folder / LOCK).exists():
         return True
@@ -138,7 +138,7 @@ def is_free(folder: Path) -> bool:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether a sweep left a result, or a study elsewhere, that a new one must not touch."""
+    """Whether a sweep left a result or a study in a database, which a new one must not touch."""
     stored = read_yaml(folder / "sweep.yaml")
     if (stored.get("tune") or {}).get("storage") is not None:
         return True
@@ -155,16 +155,16 @@ def _clear(folder: Path, names: Iterable[str]) -> None:
 
 
 def disk_error(folder: Path, error: OSError) -> SweepError:
-    """What to tell a person whose results folder cannot be written."""
+    """The error for a results folder that cannot be written."""
     return SweepError(
         f"{folder}: cannot be written ({error.strerror or reason_of(error)}). What was recorded is kept. "
-        "Free space, mend the permissions or choose another results_dir; then start again, with "
+        "Free space, fix the permissions or choose another results_dir; then start again, with "
         "--resume if the sweep had begun."
     )
 
 
 def disk_fault(folder: Path) -> SweepError | None:
-    """What is wrong with the results folder, or None if it can be written."""
+    """The error if the results folder cannot be written, else None."""
     try:
         probe(folder)
     except OSError as error:
@@ -173,7 +173,7 @@ def disk_fault(folder: Path) -> SweepError | None:
 
 
 def differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[str]:
-    """Names of the settings in which two dumped configurations differ."""
+    """Names of the settings that differ between two dumped configurations."""
     for name in sorted({*left, *right}):
         if left.get(name) == right.get(name):
             continue
@@ -235,10 +235,10 @@ def _version(package: str) -> str | None:
 
 
 def git_sha(package: Path) -> str | None:
-    """The commit of a package's checkout; None if git does not hold it.
+    """The commit of a package's checkout; None if git does not track the package.
 
-    With `-dirty` if it was changed, with `-unchecked` where git cannot tell.
-    An installed package may lie in the repository of whoever uses it.
+    With `-dirty` if the checkout was changed, with `-unchecked` if git cannot tell. An installed package
+    may be inside its user's own repository, which does not track it.
     """
     git = ["git", "-C", str(package)]
     if _output([*git, "ls-files", "--error-unmatch", "__init__.py"]) is None:
@@ -246,7 +246,7 @@ def git_sha(package: Path) -> str | None:
     found = _output([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
     if found is not None:
         return found
-    commit = _output([*git, "rev-parse", "HEAD"])  # cluster.yaml leaves git's objects behind
+    commit = _output([*git, "rev-parse", "HEAD"])  # cluster.yaml does not copy git's objects
     return commit and f"{commit}-unchecked"
 
 
@@ -256,9 +256,9 @@ def _gpus() -> list[str]:
 
 
 def _output(command: list[str]) -> str | None:
-    """Standard output of a command, or None when it is missing or fails."""
+    """Standard output of a command, or None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git, no driver: then it is not known
+    except (OSError, subprocess.SubprocessError):  # no git, no driver: unknown
         return None
     return done.stdout.strip()

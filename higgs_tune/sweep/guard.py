@@ -1,4 +1,4 @@
-"""What stands before every scheduler: baselines are left alone, and a decision to stop stays one."""
+"""A mixin for Tune's schedulers that leaves baselines alone and makes a decision to stop final."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from ray.tune.schedulers import TrialScheduler
 
 
 class Guard(TrialScheduler):
-    """Goes before a scheduler of Tune: baselines run their whole budget, and it never sees them.
+    """Mixin in front of a Tune scheduler, which never sees the baselines: they run their whole budget.
 
-    They start first and do badly, as a rule: among the first results at a rung of ASHA, theirs would
-    let nearly everyone pass.
+    Baselines start first and usually do badly. As the first results at a rung of ASHA, theirs would
+    let nearly every trial pass.
 
-    Tune stops a trial once its checkpoint is there. If its process dies before that, the trial comes
-    back with the same result; a scheduler of Tune that is asked twice lets it train on, or fails.
+    Tune stops a trial once its checkpoint is stored. If the trial's process dies before that, the trial
+    restarts and reports the same result again. Tune's schedulers would then let it train on, or fail.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -21,38 +21,38 @@ class Guard(TrialScheduler):
         self._told_to_stop: set[Trial] = set()
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Take a trial in, if it is not a baseline; likewise below."""
+        """Pass on a new trial unless it is a baseline; likewise below."""
         if is_searched(trial):
             super().on_trial_add(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """A trial failed."""
+        """Pass on that a trial failed."""
         if is_searched(trial):
             super().on_trial_error(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Continue, or what the scheduler decides, once."""
+        """CONTINUE for a baseline, else the scheduler's decision; STOP is final."""
         if not is_searched(trial):
             return TrialScheduler.CONTINUE
         if trial in self._told_to_stop:
             return TrialScheduler.STOP
         decision = super().on_trial_result(tune_controller, trial, result)
-        is_replay = tune_controller is None  # which shows all that a trial had
+        is_replay = tune_controller is None  # which shows all of a trial's earlier results
         if decision == TrialScheduler.STOP and not is_replay:
             self._told_to_stop.add(trial)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """A trial ended by itself."""
+        """Pass on that a trial ended by itself."""
         if is_searched(trial):
             super().on_trial_complete(tune_controller, trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """A trial was stopped."""
+        """Pass on that a trial was stopped."""
         if is_searched(trial):
             super().on_trial_remove(tune_controller, trial)
 
 
 def is_searched(trial: Trial) -> bool:
-    """Whether a trial's configuration was sampled: it is no baseline."""
+    """Whether a trial's configuration was sampled, so that it is not a baseline."""
     return trial.config["record"]["origin"] == "search"

@@ -1,4 +1,4 @@
-"""What the nodes of a Ray cluster hold, and how much of one a worker asks for."""
+"""The resources of a Ray cluster's nodes, and how many of them a worker requests."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ from ray.exceptions import RayActorError
 from higgs_tune.config import TuneSettings
 from higgs_tune.errors import ConfigError
 
-PATIENCE_S = 15.0  # after that a person is told that a process has found no node
+PATIENCE_S = 15.0  # until the user is told that a process has found no node
 
 
 class Node(NamedTuple):
-    """What Ray may give out on one machine."""
+    """What Ray may allocate on one machine."""
 
     num_cpus: float
     num_gpus: float
@@ -25,10 +25,10 @@ def alive_nodes() -> list[Node]:
 
 
 def cpus_of_worker(tune: TuneSettings) -> int:
-    """CPUs that each worker asks for: by default the most with which all can run at once.
+    """CPUs that each worker requests: by default the most with which all can run at once.
 
-    Only nodes with a worker's GPUs count. Where too few are up, those to come are taken to be like
-    them; where none is, it is 1, with which a worker starts on a machine of any size.
+    Only nodes with a worker's GPUs count. If too few are up, those to come are assumed to be like them.
+    If none is up, it is 1, with which a worker starts on a machine of any size.
     """
     if tune.cpus_per_worker is not None:
         return tune.cpus_per_worker
@@ -46,16 +46,16 @@ def cpus_of_worker(tune: TuneSettings) -> int:
 
 
 def most_on_one_node(num_workers: int, num_cpus: int) -> int:
-    """How many workers with so many CPUs and no GPU may share a machine: as many as the largest one holds.
+    """How many workers without a GPU may share a machine: as many as the largest one has CPUs for.
 
-    Where none holds one yet, all may share.
+    If none has CPUs for one yet, all may share.
     """
     largest = max((node.num_cpus for node in alive_nodes()), default=0)
     return min(num_workers, int(largest // num_cpus) or num_workers)
 
 
 def refuse_more_than_here(tune: TuneSettings) -> None:
-    """ConfigError if the cluster, to which nothing will be added, cannot hold the workers."""
+    """Raise ConfigError if the cluster, to which nothing will be added, cannot hold the workers."""
     here = _total(alive_nodes())
     for name, each, have in (
         ("gpus_per_worker", tune.gpus_per_worker, here.num_gpus),
@@ -69,7 +69,7 @@ def refuse_more_than_here(tune: TuneSettings) -> None:
 
 
 def idle_gpus(tune: TuneSettings) -> str | None:
-    """A warning if the cluster has GPUs and the sweep asks for none."""
+    """A warning if the cluster has GPUs but the sweep requests none, else None."""
     num_gpus = _total(alive_nodes()).num_gpus
     if not num_gpus or tune.gpus_per_worker:
         return None
@@ -80,7 +80,7 @@ def idle_gpus(tune: TuneSettings) -> str | None:
 
 
 def shortage(who: str, num_cpus: int, num_gpus: int) -> str:
-    """Who waits for what, and what the cluster has of it."""
+    """A message that `who` waits for resources, with those that the cluster has."""
     nodes = alive_nodes()
     with_gpus = [node for node in nodes if num_gpus and node.num_gpus]
     largest = max(with_gpus or nodes)
@@ -92,11 +92,11 @@ def shortage(who: str, num_cpus: int, num_gpus: int) -> str:
 
 
 def cannot_start(error: RayActorError) -> str:
-    """What to tell a person of a process that has ended for good before it did anything."""
+    """A message about a process that ended for good before it did anything."""
     cause = str(error).strip().splitlines()[-1].strip().rstrip(".")
     return (
-        f"cannot start: {cause}. Every machine of the cluster needs this package and what it "
-        "needs, in the same versions, and memory for it"
+        f"cannot start: {cause}. Every machine of the cluster needs this package and its "
+        "dependencies in the same versions, and enough memory"
     )
 
 

@@ -1,4 +1,4 @@
-"""Where base and data lie: here, or only where the workers are, whose current folder is another."""
+"""Where base and data are: here, or only on the workers' machines. Workers run in another folder."""
 
 from pathlib import Path
 
@@ -12,17 +12,17 @@ from higgs_tune.sweep.records import read_json
 
 
 def refuse_absent(config: SweepConfig) -> None:
-    """Refuse a base or data that is not on this machine; a Hub id is not looked up.
+    """Refuse base or data that are not on this machine; a Hub id is not looked up.
 
     Raises:
-        HiggsTuneError: it is not there, or damaged.
+        HiggsTuneError: base or data are missing or damaged.
     """
     local_folder(config.base)
     read_info(dataset_folder(config.data.path))
 
 
 def refuse_other_data(config: SweepConfig) -> None:
-    """Refuse to go on with other data than the sweep began with, before its folder names them.
+    """Refuse to resume with other data than the sweep began with, before sweep.yaml names them.
 
     Raises:
         ConfigError: the content differs.
@@ -30,7 +30,7 @@ def refuse_other_data(config: SweepConfig) -> None:
     folder = config.results_root.absolute() / config.name
     base = read_json(folder / BASE)
     if base is None:
-        return  # no worker has seen its data yet
+        return  # no worker has loaded the data yet
     expected = base["content_hash"]
     found = read_info(dataset_folder(config.data.path)).content_hash
     if found != expected:
@@ -42,9 +42,9 @@ def refuse_other_data(config: SweepConfig) -> None:
 
 
 def whole_paths(config: SweepConfig) -> SweepConfig:
-    """The configuration with whole paths for a base and data that lie here, where the command was typed."""
+    """The configuration with absolute paths for base and data that exist relative to this folder."""
     base, data = config.base, config.data.model_copy(update={"path": _whole(config.data.path)})
-    if base.path != "embedded":  # a name, whatever lies here
+    if base.path != "embedded":  # a name, even if there is a file called so
         base = base.model_copy(update={"path": _whole(base.path)})
     return config.model_copy(update={"base": base, "data": data})
 

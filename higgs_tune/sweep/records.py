@@ -21,7 +21,7 @@ from higgs_tune.sweep.seats import CHECKPOINT_INFO
 from higgs_tune.sweep.study import TrialRecord
 
 ADAPTER = "adapter"
-MOMENTS = "training_state.safetensors"  # of the optimizer: two thirds of a checkpoint
+MOMENTS = "training_state.safetensors"  # the optimizer's: two thirds of a checkpoint
 # Numbers that Tune and the worker add to a result beside the metrics.
 NOT_METRICS = (
     "done", "pid", "sits_at", "timestamp", "training_iteration", "time_this_iter_s", "time_total_s",
@@ -60,7 +60,7 @@ class TrialFiles:
         return self._trials / trial_id
 
     def records(self, prefix: str) -> list[TrialRecord]:
-        """The trials whose ids begin with `prefix`, in the order of their ids."""
+        """The trials whose ids begin with `prefix`, sorted by id."""
         found = (read_json(path) for path in sorted(self._trials.glob(f"{prefix}*/config.json")))
         fields = TrialRecord.__dataclass_fields__
         return [
@@ -70,10 +70,10 @@ class TrialFiles:
         ]
 
     def start(self, record: TrialRecord) -> dict[str, Any]:
-        """A trial starts, or goes on from its checkpoint; what lies beyond that is dropped.
+        """Prepare the files of a trial that starts, or that continues from its checkpoint.
 
         Returns:
-            The metrics that it reported last, of those that are kept.
+            The last metrics that are kept: those beyond the checkpoint are dropped.
         """
         folder = self.folder(record.trial_id)
         known = read_json(folder / "config.json") or {"account": {}}
@@ -89,20 +89,20 @@ class TrialFiles:
         return kept[-1] if kept else {}
 
     def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Append one result; the account of its modules comes with the first."""
+        """Append a result to the metrics; the first one brings the account of the trial's modules."""
         folder = self.folder(trial_id)
         if result.get("account"):
             known = read_json(folder / "config.json")
             assert known is not None
             write_json(folder / "config.json", {**known, "account": result["account"]})
         metrics = metrics_of(result)
-        # One that was killed between its last checkpoint and its end reports the last step again.
+        # A trial that was killed between its last checkpoint and its end reports the last step again.
         if metrics.get(STEP, -1) > self._num_steps.get(trial_id, -1):
             append_json_line(folder / "metrics.jsonl", metrics)
             self._num_steps[trial_id] = metrics[STEP]
 
     def checkpoint(self, trial_id: str, source: Path) -> None:
-        """Make a checkpoint folder of Tune's the trial's adapter; files are linked, not copied."""
+        """Make one of Tune's checkpoint folders the trial's adapter, by hard links where possible."""
         target = self.folder(trial_id) / ADAPTER
         replace_folder(
             target,
@@ -112,12 +112,12 @@ class TrialFiles:
         )
 
     def copied(self, record: TrialRecord, donor_id: str) -> None:
-        """A trial took over another's newest checkpoint, and with it the history of those weights."""
+        """Give a trial the donor's newest checkpoint and the metrics of those weights."""
         donor = self.folder(donor_id)
         known = read_json(donor / "config.json")
         assert known is not None
         self._write(record, known["account"], read_json_lines(donor / "metrics.jsonl"))
-        # at last: by it `mend_copy` knows that the copy is whole
+        # last, because it shows `mend_copy` that the copy is complete
         self.checkpoint(record.trial_id, donor / ADAPTER)
 
     def _write(self, record: TrialRecord, account: Any, lines: list[dict[str, Any]]) -> None:
@@ -127,9 +127,9 @@ class TrialFiles:
         self._num_steps[record.trial_id] = max((line[STEP] for line in lines), default=-1)
 
     def mend_copy(self, record: TrialRecord) -> None:
-        """Do what a crash left undone of `copied` after the study had recorded it.
+        """Complete a `copied` that the study has recorded but a crash has interrupted.
 
-        Until the copy reports by itself, its checkpoint is the donor's and says so.
+        Until the copy reports a result of its own, its checkpoint is the donor's and names the donor.
         """
         if not record.config.schedule:
             return
@@ -141,7 +141,7 @@ class TrialFiles:
             self.copied(record, change.copied_from)
 
     def checkpoint_of(self, trial_id: str) -> tuple[Path, int] | None:
-        """A trial's last checkpoint and its step."""
+        """The folder and step of a trial's last checkpoint, or None."""
         target = self.folder(trial_id) / ADAPTER
         for folder in (target, former(target)):
             info = read_json(folder / CHECKPOINT_INFO)
@@ -150,7 +150,7 @@ class TrialFiles:
         return None
 
     def end(self, trial_id: str, status: str, reason: str | None, is_feasible: bool | None) -> None:
-        """Record how a trial ended. Moments are of use only to one with which a resumed sweep goes on."""
+        """Record how a trial ended; drops the optimizer's moments unless a resumed sweep continues it."""
         assert status in STATUSES, status
         spent_s = time.monotonic() - self._started.pop(trial_id, time.monotonic())
         content = {
@@ -165,12 +165,12 @@ class TrialFiles:
             (self.folder(trial_id) / ADAPTER / MOMENTS).unlink(missing_ok=True)
 
     def ended(self, trial_id: str) -> dict[str, Any] | None:
-        """The status.json of a trial with which no resumed sweep goes on."""
+        """A trial's status.json; None if it has not ended or a resumed sweep continues it."""
         status = self.status(trial_id)
         return None if status is None or status["status"] == "cancelled" else status
 
     def last(self, trial_id: str) -> dict[str, Any]:
-        """The metrics that a trial reported last; none before its first report."""
+        """The metrics that a trial reported last; empty before its first report."""
         lines = read_json_lines(self.folder(trial_id) / "metrics.jsonl")
         return lines[-1] if lines else {}
 

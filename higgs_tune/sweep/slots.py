@@ -21,7 +21,7 @@ from higgs_tune.sweep.places import whole_paths
 
 
 def slots_of(config: SweepConfig) -> int:
-    """The slots of a worker, of a configuration that `resolve_slots` has been through."""
+    """The number of slots of a worker; `config` must come from `resolve_slots` if it was `auto`."""
     assert config.tune.slots_per_worker != "auto"
     return config.tune.slots_per_worker
 
@@ -29,14 +29,14 @@ def slots_of(config: SweepConfig) -> int:
 def resolve_slots(
     config: SweepConfig, control: Control, warn: Callable[[str], None]
 ) -> SweepConfig:
-    """The configuration with a number for a `tune.slots_per_worker` that is `auto`.
+    """The configuration with `tune.slots_per_worker: auto` replaced by a number.
 
-    An actor with a worker's resources, so on a machine like its, counts what fits there.
-    More than the sweep has trials would stand idle.
+    An actor with a worker's resources, hence on a machine like a worker's, counts what fits there. There
+    are never more slots than trials to fill them.
 
     Args:
-        control: when it says so the configuration comes back as it was.
-        warn: is told, once, if no machine is there to count.
+        control: if it stops the sweep meanwhile, the configuration is returned unchanged.
+        warn: called once if no machine is there to count on.
 
     Raises:
         ConfigError: not even one trial fits.
@@ -60,10 +60,10 @@ def resolve_slots(
 def _ask_a_machine(
     config: SweepConfig, control: Control, warn: Callable[[str], None]
 ) -> int | None:
-    """What fits on a machine like a worker's; None if the sweep is to end before one has answered."""
+    """How many trials fit on a machine like a worker's; None if the sweep stops before it answers."""
     num_cpus, num_gpus = cpus_of_worker(config.tune), config.tune.gpus_per_worker
     remote: Any = ray.remote(Counter)
-    # as often again as Ray does a task
+    # as often as Ray retries a task
     lives = {"max_restarts": 3, "max_task_retries": 3}
     counter = remote.options(num_cpus=num_cpus, num_gpus=num_gpus, **lives).remote()
     is_there = counter.__ray_ready__.remote()
@@ -76,24 +76,24 @@ def _ask_a_machine(
             late = time.monotonic() - asked_at >= PATIENCE_S
             if late and not warned and not ray.wait([is_there], timeout=0)[0]:
                 warned = True
-                who = "a machine that counts tune.slots_per_worker"
+                who = "a machine on which to determine tune.slots_per_worker"
                 warn(shortage(who, num_cpus, num_gpus))
         return ray.get(answer)
     except RayTaskError as error:
         raise error.cause from None
     except RayActorError as error:
-        who = "the process that counts tune.slots_per_worker"
+        who = "the process that determines tune.slots_per_worker"
         raise SweepError(f"{who} {cannot_start(error)}.") from None
     finally:
-        ray.kill(counter)  # the workers need what it holds
+        ray.kill(counter)  # the workers need its resources
 
 
 class Counter:
-    """Runs where a worker will."""
+    """An actor that counts slots on a machine where a worker could run."""
 
     def count(self, config: SweepConfig, num_cpus: int) -> int:
-        """What fits into the memory that is free there, of which other workers of that host take a share."""
-        import torch  # the driver does without
+        """How many trials fit into this machine's free memory; on CPUs, other workers get their share."""
+        import torch  # which the driver does not need
 
         from higgs_tune.train.capacity import slots_on_cpu, slots_on_gpu
         from higgs_tune.train.fit_cli import base_shape
@@ -107,7 +107,7 @@ class Counter:
 
 
 def _free_host_bytes() -> int:
-    """What Linux can give out without swapping."""
+    """Bytes that Linux can allocate without swapping."""
     with open("/proc/meminfo", encoding="ascii") as file:
         lines = dict(line.split(":") for line in file)
     return int(lines["MemAvailable"].split()[0]) * 1024

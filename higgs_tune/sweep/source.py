@@ -1,4 +1,4 @@
-"""Where Tune's trials come from: what the search and the confirm stage share."""
+"""The source of Tune's trials: what the search and the confirm stage share."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ from higgs_tune.sweep.study import TrialRecord
 
 logger = logging.getLogger(__name__)
 
-FINISHED = cast("dict[str, Any]", Searcher.FINISHED)  # a string that Tune takes for the end
+FINISHED = cast("dict[str, Any]", Searcher.FINISHED)  # a string: no more trials
 
 
 @dataclass
@@ -28,10 +28,10 @@ class LiveTrial:
     record: TrialRecord
     worker: int
     trial: optuna.Trial | None  # None: a trial outside the study (the confirm stage)
-    is_new: bool  # it starts at step 0, and no result of it has come
+    is_new: bool  # it starts at step 0 and has no result yet
     last: dict[str, Any] = field(default_factory=dict)  # metrics of its newest result
-    status: str | None = None  # by its newest result
-    reported: set[int] = field(default_factory=set)  # a failed-over trial repeats some steps
+    status: str | None = None  # in its newest result
+    reported: set[int] = field(default_factory=set)  # a trial retried after a failure repeats steps
 
 
 class TrialSource(Searcher):
@@ -54,9 +54,9 @@ class TrialSource(Searcher):
         self._checkpoint_of = checkpoint_of
         self._deadline = deadline
         self._version = 0
-        self._attempt = 0  # counts Tune's loop: of two starts of a trial, the later has the higher
-        self._named: tuple[str, ...] = ()  # whom the newest roster names
-        self._trials: Sequence[Trial] = ()  # Tune's, whose status says who is paused
+        self._attempt = 0  # counts Tune's loop, so that a trial's later start has the higher number
+        self._named: tuple[str, ...] = ()  # ids of the trials in the newest roster
+        self._trials: Sequence[Trial] = ()  # Tune's, whose status says which are paused
         self._ready: set[str] = set()  # Tune's ids of trials whose pause is over
         self._stopped = False
         self.live: dict[str, LiveTrial] = {}  # by Tune's trial id
@@ -72,12 +72,12 @@ class TrialSource(Searcher):
         self._unseat(trial_id)
 
     def cancel_live(self, reason: str) -> None:
-        """End every running trial: a resumed sweep goes on with it."""
+        """Drop every live trial; a resumed sweep continues it."""
         for tune_id in list(self.live):
             self._unseat(tune_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Count the trial where it sits: at another worker if that one had a free slot sooner."""
+        """Count the trial at the worker where it sits, which need not be the one chosen for it."""
         live = self.live.get(trial_id)
         self._ready.discard(trial_id)
         if live is not None:
@@ -85,11 +85,11 @@ class TrialSource(Searcher):
             live.is_new = False
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
-        """Keep to the workers' limits ourselves: Tune's own counts paused trials."""
+        """True: `is_full` keeps to the workers' limits, because Tune would count paused trials."""
         return True
 
     def on_unpause(self, trial_id: str) -> None:
-        """A scheduler lets a trial go on: it gets a slot before any new trial does."""
+        """Note that a scheduler lets a trial continue: it gets a slot before any new trial does."""
         self._ready.add(trial_id)
         self.publish()
 
@@ -100,7 +100,7 @@ class TrialSource(Searcher):
         """Nothing: a resumed sweep is a new Tuner on the same study."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its settings for Tuner.restore, which this package never uses."""
+        """Nothing: Tune pickles this only for Tuner.restore, which is never used here."""
         return {}
 
     def over(self) -> bool:
@@ -111,14 +111,14 @@ class TrialSource(Searcher):
         return self._stopped or self.num_to_come() == 0
 
     def nothing(self) -> dict[str, Any] | None:
-        """What to suggest when no further trial is to come: the end, once every trial has come to its own.
+        """What to suggest when no new trial is left: None, then FINISHED once all trials have ended.
 
-        Tune ends idle processes when the search is over, also those that paused trials will need.
+        FINISHED makes Tune end idle processes, also those that paused trials will need.
         """
         return None if self.live else FINISHED
 
     def given_up(self, tune_id: str) -> str:
-        """Why Tune has given a trial up."""
+        """Why Tune gave a trial up."""
         return reason_of(next((t for t in self._trials if t.trial_id == tune_id), None))
 
     def stop(self) -> None:
@@ -129,40 +129,40 @@ class TrialSource(Searcher):
     def is_full(self) -> bool:
         """Whether every seat is taken, or kept for a trial whose pause is over.
 
-        While a sweep's only worker loads its base, the processor has more urgent things to do than to
-        start trials' processes: the pack begins without them (`seats.Roster.new`).
+        While a sweep's only worker loads its base, one trial is enough. The processes of others would
+        only compete with loading, and the pack begins without them (`seats.Roster.new`).
         """
         resting = self.paused().keys() - self._ready
         loads = len(self._workers) == 1 and not self._serving()
-        # one is always let in: asked while nobody runs, Tune would wait for minutes, heartbeats too
+        # At least one: if it gets none and none runs, Tune blocks for minutes, and heartbeats with it.
         return len(self.live) - len(resting) >= max(1, 0 if loads else sum(self._rooms()))
 
     def paused(self) -> dict[str, Trial]:
-        """The trials that Tune has paused, by its ids: they keep no slot."""
+        """The trials that Tune has paused, by Tune's ids; they hold no slot."""
         found = (trial for trial in self._trials if trial.status == Trial.PAUSED)
         return {trial.trial_id: trial for trial in found if trial.trial_id in self.live}
 
     def resuming(self, paused: Collection[str]) -> set[str]:
-        """Those of the paused trials, by Tune's ids, that the workers have to wait for."""
+        """Tune's ids of the paused trials that the workers must wait for."""
         return self._ready.intersection(paused)
 
     def watch(self, trials: Sequence[Trial]) -> None:
-        """Look at Tune's trials, and tell the workers at once if one was paused or goes on."""
+        """Take Tune's trials, and tell the workers at once if one was paused or continues."""
         self._trials = trials
         self._attempt += 1
         for trial in trials:
             if trial.status in (Trial.PENDING, Trial.PAUSED):
                 trial.config["attempt"] = self._attempt
                 if live := self.live.get(trial.trial_id):
-                    trial.config["worker"] = live.worker  # elsewhere a seat would be left of it
+                    trial.config["worker"] = live.worker  # else it would leave its seat there
         if self._seated() != self._named:
             self.publish()
 
     def publish(self, *, beat: bool = False) -> None:
-        """Tell the workers who is live.
+        """Send the workers the roster of live trials.
 
         Args:
-            beat: this is the driver's heartbeat, by which the workers count time.
+            beat: whether this is the driver's heartbeat, by which the workers measure time.
         """
         paused = self.paused()
         to_come = 0 if self.over() else self.num_to_come()
@@ -170,7 +170,7 @@ class TrialSource(Searcher):
         if self._seated() != self._named:
             self._version += 1
             self._named = self._seated()
-        for trial in paused.values():  # no roster without it is as new as its next lease
+        for trial in paused.values():  # its next lease must be newer than rosters without it
             trial.config["roster_version"] = self._version + 1
         new = {x.record.trial_id: x.record.config for x in self.live.values() if x.is_new}
         roster = Roster(self._version, self._named, to_come, sum(self._rooms()), new)
@@ -198,7 +198,7 @@ class TrialSource(Searcher):
         return self._tune_config(self.live[tune_id], str(checkpoint[0]) if checkpoint else "")
 
     def _next_worker(self, loads: Sequence[int]) -> int:
-        """The one with the fewest trials, of those that train if one of these has room."""
+        """The worker with the fewest trials, among those that serve and have room, if there are any."""
         rooms = self._rooms()
         ready = [worker for worker in self._serving() if loads[worker] < rooms[worker]]
         return min(ready or range(len(loads)), key=lambda worker: loads[worker])

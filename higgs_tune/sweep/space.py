@@ -28,7 +28,7 @@ def trial_seed(sweep_seed: int, *path: str | int) -> int:
 
 
 def fixed_values(config: SweepConfig) -> Values:
-    """The parameters that the space gives exactly one value."""
+    """The parameters for which the space has exactly one value."""
     fixed: Values = {}
     for name, setting in config.space:
         if isinstance(setting, tuple):
@@ -40,7 +40,7 @@ def fixed_values(config: SweepConfig) -> Values:
 
 
 def distributions(config: SweepConfig) -> dict[str, BaseDistribution]:
-    """The parameters that are searched, by name; rank is a category, never an integer range."""
+    """The searched parameters, by name; rank is a category, never an integer range."""
     searched: dict[str, BaseDistribution] = {}
     fixed = fixed_values(config)
     for name, setting in config.space:
@@ -54,13 +54,13 @@ def distributions(config: SweepConfig) -> dict[str, BaseDistribution]:
 
 
 def rate_ranges(config: SweepConfig) -> dict[str, Range]:
-    """What a running trial may change without another layout of its adapter, where it is searched."""
+    """Ranges of the searched rates, which a running trial may change within its adapter's layout."""
     settings = {name: getattr(config.space, name) for name in RATES}
     return {name: setting for name, setting in settings.items() if isinstance(setting, Range)}
 
 
 def suggest(trial: optuna.Trial, config: SweepConfig) -> Values:
-    """Ask `trial` for each searched parameter that acts, in the order of the settings."""
+    """Ask `trial` for each searched parameter that has an effect, in the order of the settings."""
     values = fixed_values(config)
     searched = distributions(config)
     conditional = searched.pop(CROSS_ATTENTION_ONLY, None)
@@ -82,7 +82,7 @@ def baseline_values(config: SweepConfig, *, fixed_flag: bool) -> Values:
     """The user's own configuration, before (`fixed_flag` false) and after the usual fix."""
     values: Values = config.baseline.model_dump()
     values["cross_attention"] = "audio_self" if fixed_flag else "off"
-    # what a person who sets nothing has, for what is searched
+    # what applies to a user who sets none of these
     usual = {"text_loss_weight": 1.0, "audio_loss_weight": 1.0, "dropout": 0.0}
     if fixed_flag:
         usual[CROSS_ATTENTION_ONLY] = 0.1
@@ -92,10 +92,10 @@ def baseline_values(config: SweepConfig, *, fixed_flag: bool) -> Values:
 
 
 def searched_part(values: Values, config: SweepConfig) -> Values | None:
-    """The Optuna parameters that stand for `values`, or None if the space does not contain them.
+    """The Optuna parameters for `values`, or None if the space does not contain all of them.
 
-    All or nothing: a trial that holds some of the parameters would split the joint space of the
-    sampler, and one that holds a value outside a distribution would have to widen the search.
+    All or nothing: a trial with only some of the parameters would split the sampler's joint space,
+    and one with a value outside its distribution would have to widen the search.
     """
     inside: Values = {}
     searched = distributions(config)
@@ -130,10 +130,10 @@ def resolve(values: Mapping[str, Any], config: SweepConfig, seed: int) -> TrialC
 
 
 def check(config: SweepConfig) -> None:
-    """Refuse a space whose baseline cannot be built.
+    """Refuse a space whose baselines cannot be built or that lists a value twice.
 
     Raises:
-        ConfigError: see `resolve`.
+        ConfigError: it is such a space.
     """
     for fixed_flag in (False, True):
         resolve(baseline_values(config, fixed_flag=fixed_flag), config, 0)
@@ -147,11 +147,11 @@ def check(config: SweepConfig) -> None:
 
 
 def short_name(trial_id: str, trial: TrialConfig) -> str:
-    """What a person reads in tables and in the Ray dashboard."""
+    """A trial's name in tables and in the Ray dashboard."""
     rate = trial.rates_at(trial.num_steps)["learning_rate"]
     return f"{trial_id} r{trial.rank} lr{rate:.1e} {trial.cross_attention} {trial.target_set}"
 
 
 def same_but_seed(left: TrialConfig, right: TrialConfig) -> bool:
-    """Whether two trials would differ in nothing but their randomness."""
+    """Whether two trials differ in nothing but their seeds."""
     return left.model_copy(update={"seed": right.seed}) == right

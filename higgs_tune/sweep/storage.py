@@ -1,6 +1,6 @@
-"""The database of `tune.storage`: how it is opened, and what follows when it fails.
+"""Open the database of `tune.storage`, and handle its failures.
 
-SQLAlchemy, a quarter of a second, is imported where there is one.
+SQLAlchemy takes a quarter of a second to import, so this happens only if there is a database.
 """
 
 import sys
@@ -17,56 +17,55 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
     from sqlalchemy.engine import URL
 
-WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between the tries of a write; the sweep's heartbeat waits too
-# What pip calls the Python packages that are not called as they are imported.
+WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts of a write; the sweep's heartbeat waits, too
+# pip's names for drivers whose modules are named differently.
 PACKAGES = {"MySQLdb": "mysqlclient", "psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary"}
 Arguments = ParamSpec("Arguments")
 
 
 def database_errors() -> tuple[type[Exception], ...]:
-    """What Optuna and SQLAlchemy raise of a database."""
+    """The exceptions that Optuna and SQLAlchemy raise when a database fails."""
     sqlalchemy = sys.modules.get("sqlalchemy.exc")
     return (StorageInternalError, *([sqlalchemy.SQLAlchemyError] if sqlalchemy else []))
 
 
 def open_storage(url: str) -> "RDBStorage":
-    """Connect to the database, and make Optuna's tables in a new one.
+    """Connect to the database, and create Optuna's tables in a new one.
 
     Raises:
-        ConfigError: the URL is none, its driver is not installed, or the database cannot be used.
-            It never tells the password.
+        ConfigError: the URL is invalid, its driver is not installed, or the database cannot be used.
+            It never shows the password.
     """
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import NoSuchModuleError
 
     parsed = _parse(url)
     try:
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # after a server's restart
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # the server may restart
     except NoSuchModuleError:
         _refuse(
-            f": there is no kind of database called {parsed.drivername}. Needed is one that "
-            "SQLAlchemy knows, such as sqlite, postgresql or mysql. Correct it, or install the "
-            "package that adds it."
+            f": SQLAlchemy knows no kind of database called {parsed.drivername}. Needed is one such "
+            "as sqlite, postgresql or mysql. Correct it, or install the package that adds it."
         )
     except ImportError as error:
         _refuse(_missing_driver(parsed, error.__cause__ or error))
     except database_errors() as error:
         is_file = parsed.get_backend_name() == "sqlite"
         advice = (
-            "Needed is a file in a folder that is there, and both writable. Make the folder, or "
-            "give another path."
+            "Needed is a file in an existing folder, both writable. Create the folder, or give "
+            "another path."
             if is_file
-            else "Needed is a server that answers and lets this user make tables. Start it, or "
+            else "Needed is a server that answers and lets this user create tables. Start it, or "
             "correct the URL."
         )
         _refuse(f" ({_place(parsed)}) cannot be opened: {_reason(error, parsed)}. {advice}")
-    except RuntimeError as error:  # of another version of Optuna; its text says what to run
+    except RuntimeError as error:  # tables of another Optuna version; its text says what to run
         _refuse(f" ({_place(parsed)}) cannot be used: {error}")
 
 
 @contextmanager
 def storage_faults(url: str | None) -> Iterator[None]:
-    """Turn an error of the database into one that says what to do."""
+    """Turn a database's errors into ones that say what to do."""
     try:
         yield
     except database_errors() as error:
@@ -74,25 +73,25 @@ def storage_faults(url: str | None) -> Iterator[None]:
 
 
 def storage_error(url: str | None, error: Exception) -> SweepError:
-    """What to tell a person whose study cannot be read or written."""
+    """The error for a study that cannot be read or written."""
     from sqlalchemy.engine import make_url
 
     assert url is not None  # a journal raises an OSError
     parsed = make_url(url)
     return SweepError(
         f"tune.storage ({_place(parsed)}): the study cannot be read or written: "
-        f"{_reason(error, parsed)}. What was recorded is kept. Mend the database, or the way to "
-        "it; then go on with --resume."
+        f"{_reason(error, parsed)}. What was recorded is kept. Repair the database or the connection "
+        "to it; then continue with --resume."
     )
 
 
 def retried(
     write: Callable[Arguments, Any], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> None:
-    """Do a write; one that the database refuses is tried again after a short wait.
+    """Do a write; retry it after a short wait if the database fails.
 
-    Only for what may be done twice: a write that failed may have happened, and its answer got lost.
-    So it is with a value that is set, and never with a trial that is asked for.
+    Only for writes that may happen twice, because a failed one may have succeeded with its answer lost.
+    Setting a value may happen twice, asking for a trial may not.
     """
     for wait_s in WAITS_S:
         try:
@@ -104,17 +103,17 @@ def retried(
 
 
 def _parse(url: str) -> "URL":
-    """The parts of the URL; what cannot be told apart may hold a password, and is not shown."""
+    """The parsed URL; one that cannot be parsed may hold a password, so the error does not show it."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
-        url.format(SCHEMA_VERSION="")  # as Optuna does with it
+        url.format(SCHEMA_VERSION="")  # as Optuna does
         return make_url(url)
     except (ArgumentError, ValueError, KeyError, IndexError):
         _refuse(
-            ": what is set is no URL of a database. Needed is sqlite:///FILE or "
-            "KIND://USER:PASSWORD@HOST/NAME. Write one; in a password stand %40 for @, %3A for :, "
+            ": the value is not the URL of a database. Needed is sqlite:///FILE or "
+            "KIND://USER:PASSWORD@HOST/NAME. Set one; in a password write %40 for @, %3A for :, "
             "%2F for /, %7B and %7D for braces."
         )
 
@@ -135,14 +134,14 @@ def _missing_driver(url: "URL", error: BaseException) -> str:
 
 
 def _place(url: "URL") -> str:
-    """Which database, without user, password and query."""
+    """The database's address, without user, password and query."""
     path = f"{url.host or ''}/{url.database or ''}"
-    # A password with an @ of its own is taken for a part of the address.
+    # If a password contains an @, a part of it ends up in the address.
     return url.drivername if "@" in path else f"{url.drivername}://{path}"
 
 
 def _reason(error: BaseException, url: "URL") -> str:
-    """What the driver says, in a line."""
+    """The driver's message, in one line and without passwords."""
     from sqlalchemy.exc import DBAPIError
 
     if isinstance(error, StorageInternalError) and error.__cause__ is not None:

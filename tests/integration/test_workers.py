@@ -134,7 +134,7 @@ def test_a_worker_that_cannot_start_on_its_new_machine_is_started_again(tmp_path
     (said,) = [e["message"] for e in events if "cannot start" in e.get("message", "")]
     assert said.startswith("worker-0 cannot start: ")
     assert "No module named 'higgs_tune'" in said
-    assert said.endswith("and memory for it; it tries again every 0 s")
+    assert said.endswith("and enough memory; it tries again every 0 s")
 
 
 def test_a_worker_that_never_started_and_cannot_ends_the_sweep(tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def test_a_person_is_told_once_for_which_machine_the_count_waits(
     ((when, text),) = said
     assert when == nodes.PATIENCE_S
     assert text.startswith(
-        "waiting for a machine that counts tune.slots_per_worker: it needs 4 CPU, 1 GPU; "
+        "waiting for a machine on which to determine tune.slots_per_worker: it needs 4 CPU, 1 GPU; "
         "the cluster has 8 CPU, 2 GPU in all"
     )
 
@@ -138,7 +138,7 @@ def test_a_machine_on_which_nothing_can_count_is_one_clear_error(make_config, fa
         raise NOT_INSTALLED
 
     fake_ray.get = get
-    with pytest.raises(SweepError, match=r"counts tune\.\S+ cannot start: ModuleNotFoundError"):
+    with pytest.raises(SweepError, match=r"determines tune\.\S+ cannot start: ModuleNotFoundError"):
         resolve(make_config(tune=AUTO))
     assert fake_ray.killed == 1
 

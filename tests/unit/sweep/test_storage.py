@@ -46,13 +46,16 @@ def opened(tmp_path, url):
     ("url", "message"),
     [
         ("sqlite:////no/such/folder/s.db", r"\(sqlite:////no/such/folder/s\.db\) cannot be opened"),
-        ("sqlite:////no/such/folder/s.db", r"unable to open database file\. .* Make the folder"),
-        ("studies.db", r": what is set is no URL .* sqlite:///FILE"),
+        ("sqlite:////no/such/folder/s.db", r"unable to open database file\. .* Create the folder"),
+        ("studies.db", r": the value is not the URL of .* sqlite:///FILE"),
         ("posgresql://u:secret@db/studies", r"no kind of database called posgresql\. .* Correct"),
         ("mysql://u:secret@db/studies", r"package MySQLdb, .* pip install 'mysqlclient'"),
         ("oracle://u:secret@db/studies", r"package oracledb, .* or name another driver: oracle\+"),
-        ("postgresql://u:secret/studies", "no URL of a database"),  # the @ is missing
-        ("postgresql://u:se{cret}@db/studies", "no URL of a database.* %7B and %7D for braces"),
+        ("postgresql://u:secret/studies", "not the URL of a database"),  # the @ is missing
+        (
+            "postgresql://u:se{cret}@db/studies",
+            "not the URL of a database.* %7B and %7D for braces",
+        ),
     ],
 )
 def test_a_storage_that_cannot_be_opened_is_an_error_of_its_setting(tmp_path, url, message):
