@@ -1,4 +1,4 @@
-"""The state of a sweep as a person sees it, and the estimate of what is left."""
+"""The state of a sweep as displayed, and an estimate of the time left."""
 
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -18,7 +18,7 @@ class Row:
     record: TrialRecord
     state: str
     last: dict[str, Any]
-    reports: bool = False  # since it has started, the last time
+    reports: bool = False  # has reported since its last start
     is_feasible: bool | None = None
 
     @property
@@ -33,7 +33,7 @@ class Row:
 
 
 class Board:
-    """What the sweep's events say of its trials; `rows` is in the order of their last starts."""
+    """The trials' states, kept up to date by the sweep's events; `rows` are in order of last start."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.rows: dict[str, Row] = {}
@@ -42,24 +42,24 @@ class Board:
         self.num_slots = 0  # of all workers
         self.to_come = 0  # trials of this stage that have not started
         self.steps_after = 0  # optimizer steps of the stage after this one
-        self.is_ending = False  # before its time
+        self.is_ending = False  # before all trials have run
         self._clock = clock
         self._began = clock()
         self._since: float | None = None
         self._steps_done = 0
 
     def begin(self) -> None:
-        """A worker's first step starts: by the time from here on the pace is measured."""
+        """Note that a worker begins to train; the pace is measured from the first call on."""
         if self._since is None:
             self._since = self._clock()
 
     def expect(self, num_to_come: int, num_live: int) -> None:
-        """So many trials will still be suggested; of those that live some have no process yet."""
+        """Set the number of trials to come: to be suggested, or live without a process yet."""
         num_started = sum(row.is_live for row in self.rows.values())
         self.to_come = num_to_come + max(0, num_live - num_started)
 
     def start(self, record: TrialRecord, step: int, known: Mapping[str, Any]) -> None:
-        """A trial starts, or goes on at `step` with what is known of it."""
+        """Note that a trial starts, or continues at `step` with its last known metrics."""
         self.rows.pop(record.trial_id, None)
         self.rows[record.trial_id] = Row(record, "waiting", {**known, STEP: step})
         self._seat()
@@ -67,34 +67,34 @@ class Board:
     def known(
         self, record: TrialRecord, status: str, last: Mapping[str, Any], is_feasible: bool | None
     ) -> None:
-        """A trial ended in an earlier run of the sweep."""
+        """Add a trial that ended in an earlier run of the sweep."""
         self.rows[record.trial_id] = Row(record, status, dict(last), is_feasible=is_feasible)
 
     def result(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
-        """A trial reported."""
+        """Note a trial's new metrics."""
         row = self.rows[trial_id]
         self._steps_done += max(0, int(metrics.get(STEP, 0)) - row.step)
         row.last, row.reports = {**row.last, **metrics}, True
         self._seat()
 
     def pause(self, trial_ids: Collection[str]) -> None:
-        """These trials wait for others, and no other one does."""
+        """Mark these live trials as paused, and no others."""
         for trial_id, row in self.rows.items():
             if row.is_live:
                 row.state = "paused" if trial_id in trial_ids else "waiting"
         self._seat()
 
     def end(self, trial_id: str, status: str, is_feasible: bool | None = None) -> None:
-        """A trial ended."""
+        """Note how a trial ended."""
         if trial_id in self.rows:
             self.rows[trial_id].state = status
             self.rows[trial_id].is_feasible = is_feasible
             self._seat()
 
     def _seat(self) -> None:
-        """Tell those who have a slot from those who wait: they sit down in the order of their starts.
+        """Mark which trials have a slot and which wait: they get slots in the order of their starts.
 
-        New ones do in the order of their numbers, whichever process comes first.
+        New trials get them in the order of their numbers, whichever process comes first.
         """
         rows = [row for row in self.rows.values() if row.is_live and row.state != "paused"]
         new = iter(sorted((r for r in rows if not r.step), key=lambda row: row.record.number))
@@ -103,11 +103,11 @@ class Board:
             row.state = "running" if row.reports or place < self.num_slots else "waiting"
 
     def num_ended(self) -> int:
-        """Trials that have come to an end of their own, not to that of the sweep."""
+        """How many trials have ended, not counting cancelled ones."""
         return sum(not row.is_live and row.state != "cancelled" for row in self.rows.values())
 
     def best(self) -> Row | None:
-        """The lowest text loss of the search's trials that ran to their end within the audio limit."""
+        """The search's completed trial with the lowest text loss within the audio limit, or None."""
         rows = [
             row
             for row in self.rows.values()
@@ -116,11 +116,11 @@ class Board:
         return min(rows, key=text_nll, default=None)
 
     def elapsed_s(self) -> float:
-        """Since the command has begun."""
+        """Seconds since the command began."""
         return self._clock() - self._began
 
     def time_left_s(self) -> float | None:
-        """An estimate by the pace so far, the next stage too; None before a result, or while it ends."""
+        """An estimate from the pace so far, next stage included; None before a result or while ending."""
         if self._since is None or self._steps_done == 0 or self.is_ending:
             return None
         running = [row for row in self.rows.values() if row.is_live]
@@ -133,6 +133,6 @@ class Board:
 
 
 def text_nll(row: Row) -> float:
-    """The text loss that it reported last."""
+    """The text loss that the trial reported last; infinite if none."""
     value = row.last.get(VAL_TEXT_NLL)
     return float("inf") if value is None else value

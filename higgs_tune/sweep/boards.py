@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a sweep: a run for each trial, its settings beside its figures."""
+"""TensorBoard logs of a sweep: a run for each trial, with its settings and metrics."""
 
 import shutil
 from collections.abc import Iterable
@@ -17,19 +17,19 @@ BOARDS = "tensorboard"
 
 
 class Boards:
-    """Keeps `tensorboard/<id>` of a results folder like `trials/<id>/metrics.jsonl`; nobody waits for it."""
+    """Writes `tensorboard/<id>` from `trials/<id>/metrics.jsonl`, on a thread that nothing waits for."""
 
     def __init__(self, results: Path, searched: Iterable[str]) -> None:
         self._results, self._later = results, Later()
         self._searched = list(searched)  # names of settings
-        self._open: dict[str, tuple[Board, list[dict[str, Any]]]] = {}  # and the lines it has
+        self._open: dict[str, tuple[Board, list[dict[str, Any]]]] = {}  # and the lines written
 
     def update(self, record: TrialRecord) -> None:
-        """A trial's metrics have changed."""
+        """Write the metrics that a trial has added or changed."""
         self._later.queue(lambda: self._follow(record))
 
     def end(self, trial_id: str) -> None:
-        """A trial has ended, at least for now."""
+        """Close the run of a trial that has ended, at least for now."""
         self._later.queue(lambda: self._close(trial_id))
 
     def check(self) -> None:
@@ -41,13 +41,13 @@ class Boards:
         self._later.finish()
 
     def _follow(self, record: TrialRecord) -> None:
-        # Not with this module: it imports torch, for which nobody should wait before the first result.
+        # Not at the top: it imports torch, for which nothing should wait before the first result.
         from higgs_tune.train.board import Board
 
         trial_id, config = record.trial_id, record.config.model_dump()
         lines = read_json_lines(self._results / "trials" / trial_id / "metrics.jsonl")
         board, known = self._open.get(trial_id, (None, []))
-        # What an earlier start or, in a population, another configuration wrote is drawn anew.
+        # Replace what an earlier start or, in a population, another configuration wrote.
         if board is None or lines[: len(known)] != known:
             self._close(trial_id)
             folder = self._results / BOARDS / trial_id

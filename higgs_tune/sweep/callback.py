@@ -1,4 +1,4 @@
-"""The driver's part in a running Tuner: files, display, the workers' heartbeat, an early end."""
+"""The driver's hooks in a running Tuner: files, display, the workers' heartbeat, an early end."""
 
 import errno
 import shutil
@@ -63,11 +63,11 @@ class SweepCallback(Callback):
         self._cancelled = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its settings for Tuner.restore, which this package never uses."""
+        """Nothing: Tune pickles this only for Tuner.restore, which is never used here."""
         return {}
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Check the workers, see who was paused, send the heartbeat, draw."""
+        """Check the workers, note paused trials, send the heartbeat and redraw."""
         self._guard(self._check_workers)
         self._guard(self._later.check)
         self._guard(self._boards.check)
@@ -82,12 +82,12 @@ class SweepCallback(Callback):
         self._display.refresh()
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Record the end of every running trial before Tune takes its time to clean up."""
+        """If the sweep stops, record the end of every running trial before Tune's slow cleanup."""
         if self._control.stopping:
             self.cancel()
 
     def cancel(self) -> None:
-        """Record every running trial as cancelled, once: a resumed sweep goes on with it."""
+        """Record every running trial as cancelled, once; a resumed sweep continues it."""
         if self._cancelled:
             return
         self._cancelled = True
@@ -102,7 +102,7 @@ class SweepCallback(Callback):
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """A trial starts, or starts again after a failure."""
+        """Prepare files and display for a trial that starts, or starts again after a failure."""
         record = _record(trial)
         if self._cancelled:
             return
@@ -143,9 +143,9 @@ class SweepCallback(Callback):
         checkpoint: Checkpoint,
         **info: Any,
     ) -> None:
-        """The newest checkpoint becomes the trial's adapter.
+        """Make the newest checkpoint the trial's adapter.
 
-        Before its end is recorded, if it has come to that, else beside Tune's loop.
+        This runs beside Tune's loop, unless the trial has ended: then before its end is recorded.
         """
         trial_id = _record(trial).trial_id
         source = Path(checkpoint.path)
@@ -158,7 +158,7 @@ class SweepCallback(Callback):
             if is_wanted:
                 self._files.checkpoint(trial_id, source)
             for path in stale:
-                shutil.rmtree(path, ignore_errors=True)  # what stays goes with the sweep's end
+                shutil.rmtree(path, ignore_errors=True)  # leftovers go when the sweep ends
 
         self._later.do(trial_id, take)
         if self._last.get(trial_id, {}).get("status") != "running":
@@ -168,7 +168,7 @@ class SweepCallback(Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """A trial ended by itself or by the scheduler."""
+        """Record the end of a trial that ended by itself or that the scheduler stopped."""
         trial_id = _record(trial).trial_id
         if trial_id in self._last:
             status, reason = ending(self._last[trial_id])
@@ -177,7 +177,7 @@ class SweepCallback(Callback):
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Tune gave a trial up, through no fault of its configuration: a resumed sweep goes on with it."""
+        """Record as cancelled a trial that Tune gave up: it is not at fault, and --resume continues it."""
         record, cause = _record(trial), cause_of(trial)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             self._control.fail(disk_error(self._results, cause))
@@ -196,7 +196,7 @@ class SweepCallback(Callback):
         is_feasible = None if audio is None else bool(audio <= self._audio_limit())
         self._guard(self._files.end, trial_id, status, reason, is_feasible)
         self._boards.end(trial_id)
-        if status != "cancelled" and self._num_checkpoints == 1:  # else another may have to read it
+        if status != "cancelled" and self._num_checkpoints == 1:  # else another may read it
             for path in self._kept.pop(trial_id, []):
                 shutil.rmtree(path, ignore_errors=True)
         self._display.board.end(trial_id, status, is_feasible)
@@ -207,9 +207,9 @@ class SweepCallback(Callback):
     def _guard(
         self, action: Callable[Arguments, T], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> T | None:
-        """What `action` returns; an error that a user can mend becomes the clean end of the sweep.
+        """Return what `action` returns; an error that a user can fix ends the sweep cleanly.
 
-        Tune logs what some of its hooks raise and goes on; a sweep whose disk is full must not.
+        Tune only logs what some of its hooks raise and goes on; a sweep with a full disk must not.
         """
         try:
             return action(*args, **kwargs)

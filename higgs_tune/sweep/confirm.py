@@ -13,12 +13,12 @@ from higgs_tune.sweep.study import TrialRecord
 def confirm_records(
     found: optuna.Study, config: SweepConfig, existing: Sequence[TrialRecord]
 ) -> list[TrialRecord]:
-    """Full-budget repeats of trial 0 and of the best feasible trials beside it, seed by seed.
+    """Full-budget repeats of trial 0 and of the best other feasible trials, seed by seed.
 
-    Also where trial 0 leads the search: one run of each does not tell that nothing beats it.
-    Every configuration gets the same seeds, so that differences to the baseline are paired.
-    A sweep that was extended may find others to be the best: repeats that exist keep their ids, the
-    new ones get the next numbers. Nothing to confirm, nothing to run: an empty list.
+    They run even if trial 0 leads the search: one run of each does not show that nothing beats it.
+    Every configuration gets the same seeds, so that differences from the baseline are paired.
+    After a sweep was extended, other trials may be the best: repeats that exist keep their ids, and
+    new ones get the next numbers. The list is empty if there is nothing to confirm.
     """
     num_configs = config.confirm.num_configs
     best = study.best_records(found, num_configs + 1)
@@ -48,13 +48,13 @@ def confirm_records(
 
 
 def most_steps(config: SweepConfig) -> int:
-    """Optimizer steps of the stage, if so many trials are feasible."""
+    """Optimizer steps of the stage, if enough trials are feasible."""
     confirm = config.confirm
     num_runs = (confirm.num_configs + 1) * confirm.num_seeds if confirm.num_configs else 0
     return num_runs * config.train.num_steps
 
 
 def unconfirmed(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> list[TrialRecord]:
-    """The confirm trials that have not come to their end."""
+    """The confirm trials that have not ended yet."""
     records = confirm_records(found, config, files.records("c"))
     return [record for record in records if files.ended(record.trial_id) is None]

@@ -1,4 +1,4 @@
-"""What ends a sweep early: signals, errors of the host's disk, a base that cannot be loaded."""
+"""What ends a sweep early: signals, disk errors of the driver's host, a base that cannot be loaded."""
 
 import signal
 
@@ -14,17 +14,17 @@ class Control:
 
     @property
     def stopping(self) -> bool:
-        """Whether the sweep is to end now."""
+        """Whether the sweep must end now."""
         return self.request.number is not None or self.error is not None
 
     @property
     def reason(self) -> str:
-        """For the records of the trials that are cancelled."""
+        """Why the sweep ends, for the records of cancelled trials."""
         if self.request.number is not None:
             return f"interrupted by {signal.Signals(self.request.number).name}"
         return f"the sweep ended with an error: {self.error}"
 
     def fail(self, error: Exception) -> None:
-        """End the sweep with an error."""
+        """End the sweep with an error, unless it is ending already."""
         if not self.stopping:
             self.error = error

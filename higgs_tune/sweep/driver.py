@@ -1,4 +1,4 @@
-"""Runs a whole sweep, the search and then the confirm stage, and fills its results folder."""
+"""Run a whole sweep, the search and then the confirm stage, and fill its results folder."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ from higgs_tune.sweep.workers import Workers
 from higgs_tune.train.signals import exit_on_sigterm, stop_signals
 
 EXIT_NOTHING_FEASIBLE = 3
-RAY_IS_DEAD_S = 5.0  # what a sweep's end takes without it, if nothing asks it
+RAY_IS_DEAD_S = 5.0  # enough for a sweep to end without Ray, if no call to it is pending
 
 
 @dataclass(frozen=True)
@@ -38,28 +38,28 @@ class SweepOutcome:
 
     results: Path  # the folder with everything
     exit_code: int  # 0; 3 without a feasible full-budget trial; 130, 143, 129 when interrupted
-    best_trial: str | None  # the best of the search, not yet of the confirm stage
-    num_trials: int  # of the search, by what the study holds
+    best_trial: str | None  # the best of the search; the confirm stage does not count
+    num_trials: int  # of the search, as the study has them
 
 
 def run_sweep(
     config: SweepConfig, *, resume: bool, command: list[str], loop_path: str = DEFAULT_LOOP
 ) -> SweepOutcome:
-    """Run a sweep, or go on with one, and write every file of it but the report's.
+    """Run or resume a sweep and write all of its files except the report's.
 
     Args:
-        resume: go on in a folder that holds this sweep; more tune.num_trials extend it.
+        resume: continue this sweep in its existing folder; a higher tune.num_trials extends it.
         command: what the user typed, for env.json.
-        loop_path: `module:name` of what a worker builds; tests put a fake one here.
+        loop_path: `module:name` that builds a worker's training loop; tests pass a fake one.
 
     Raises:
-        ConfigError: a setting, or a results folder or a study that belongs to another sweep.
+        ConfigError: a setting is wrong, or the results folder or the study belongs to another sweep.
         SweepError: the results folder or the study cannot be written, or nothing trains.
         HiggsTuneError: the base or the data cannot be used.
     """
     check_pinned(config.base)
     space.check(config)
-    if starts_own():  # the machines of a cluster may have what this one has not
+    if starts_own():  # a cluster's machines may have base and data where this one does not
         refuse_absent(config)
         if resume:
             refuse_other_data(config)
@@ -81,7 +81,7 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
     display.note(f"results {results}")
     try:
         log = runtime.tune_log(results / "tune.log")
-        # Ray prints that a process has died on standard output, where our table or JSON lines are.
+        # Ray reports dead processes on standard output, where our table or JSON lines are.
         aside = redirect_stdout(sys.stderr)
         with (
             aside,
@@ -106,10 +106,10 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
                 from higgs_tune.sweep import search  # imports Tune and pandas: a second or two
 
                 dashboard = cluster.complete()
-                missing = "(it did not start)" if cluster.is_own else "(of the cluster)"
+                missing = "(it did not start)" if cluster.is_own else "(the cluster names none)"
                 display.note(f"dashboard {f'http://{dashboard}' if dashboard else missing}")
                 display.event("sweep_started", results=str(results), dashboard=dashboard)
-                # From here on; before, nothing needs an orderly end.
+                # Only now: until here a signal may end this process at once.
                 inherited = runtime.inherited_environment() if cluster.is_own else nullcontext()
                 with inherited, stop_signals(control.request):
                     search.run(config, results, workers, control, display, found)
@@ -130,9 +130,9 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
 def _end_with_ray(
     cluster: Cluster, control: Control, display: Display, results: Path
 ) -> Iterator[None]:
-    """End this process if Ray has ended: a job's end may be told to all of its processes at once.
+    """End this process if a stop signal has ended Ray, too: some reach all processes of a job.
 
-    A call to such a Ray would last for a minute, after which it ends the process without a word.
+    A call to a dead Ray would block for a minute and then end this process without a message.
     """
     is_over = threading.Event()
 
@@ -144,12 +144,13 @@ def _end_with_ray(
             try:
                 display.close()
                 print(
-                    f"interrupted, and Ray with it. What was recorded is kept: `higgs-tune report {results}` "
-                    f"builds the report, the same command with --resume --name {results.name} goes on",
+                    f"interrupted, and Ray has ended, too. What was recorded is kept: `higgs-tune report "
+                    f"{results}` builds the report; to continue, repeat the command with --resume "
+                    f"--name {results.name}",
                     file=sys.stderr,
                     flush=True,
                 )
-            finally:  # whoever read that may have been ended, too
+            finally:  # printing fails if the reader of our output has ended, too
                 os._exit(128 + number)
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -1,4 +1,4 @@
-"""Why Ray Tune gave a trial up: its process or its worker failed more often than it may."""
+"""Why Ray Tune gave a trial up: its process or worker failed more than tune.max_failures times."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from ray.tune.experiment import Trial
 
 
 def cause_of(trial: Trial) -> BaseException | None:
-    """What ended the trial's last attempt.
+    """The error that ended the trial's last attempt, if Tune has stored it.
 
     `Trial.get_error` looks for it in the storage folder, where Tune puts the file only later.
     """
@@ -20,7 +20,7 @@ def cause_of(trial: Trial) -> BaseException | None:
 
 
 def reason_of(trial: Trial | None) -> str:
-    """The same in a line, and what to do."""
+    """Why Tune gave the trial up, in one line, and what to do."""
     cause = None if trial is None else cause_of(trial)
     line = "" if cause is None else f": {type(cause).__name__}: {cause}".partition("\n")[0]
-    return f"Ray Tune gave it up as its process or worker failed; --resume goes on with it{line}"
+    return f"Ray Tune gave it up because its process or worker failed; --resume continues it{line}"

@@ -1,10 +1,12 @@
 """HyperBand for trials that come one by one and take turns in fewer slots than a bracket has trials.
 
-Of Tune's own two, HyperBandScheduler halves a bracket as soon as everyone who is there has reached the
-rung. HyperBandForBOHB pauses until the bracket is full, but counts only those that have not ended, so
-that a bracket whose trials end never fills; cuts only when a result of that bracket comes, so that one
-waits until nobody runs any more if its last two came at once, or its last one diverged; and takes a trial
-whose process died into another bracket, to be compared there with others' earlier steps.
+Neither of Tune's own two fits. HyperBandScheduler halves a bracket as soon as all trials present have
+reached the rung. HyperBandForBOHB waits until the bracket is full, but
+
+- it counts only trials that have not ended, so a bracket whose trials end never fills;
+- it cuts a bracket only when one of its results comes. If the last two came at once, or the last trial
+  diverged, the bracket waits until no trial runs any more;
+- it moves a trial whose process died to another bracket, where it is compared with earlier steps of others.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,32 +27,32 @@ class Bracket:
     rungs: Rungs
     num_added: int = 0
     num_cuts: int = 0
-    members: list[Trial] = field(default_factory=list)  # who has not ended and was not cut
-    waiting: dict[Trial, float] = field(default_factory=dict)  # at the next rung, by their losses
+    members: list[Trial] = field(default_factory=list)  # neither ended nor cut
+    waiting: dict[Trial, float] = field(default_factory=dict)  # at the next rung, with their losses
 
     @property
     def is_full(self) -> bool:
-        """Whether it takes nobody in any more."""
+        """Whether it takes no more trials."""
         return self.num_added == self.rungs.size
 
     @property
     def next_step(self) -> int | None:
-        """The step at which its trials are compared next."""
+        """The step at which its trials are compared next; None after the last comparison."""
         steps = self.rungs.steps
         return steps[self.num_cuts] if self.num_cuts < len(steps) else None
 
     def add(self, trial: Trial) -> None:
-        """Take a trial in."""
+        """Add a trial."""
         self.num_added += 1
         self.members.append(trial)
 
     def remove(self, trial: Trial) -> None:
-        """A trial has ended."""
+        """Remove a trial that has ended."""
         self.members = [member for member in self.members if member is not trial]
         self.waiting.pop(trial, None)
 
     def cut(self) -> tuple[list[Trial], list[Trial]]:
-        """Those that go on, in their order, and those that do not."""
+        """Cut at the rung; returns the trials that continue, in order of arrival, and the others."""
         ranked = sorted(self.members, key=self.waiting.__getitem__)
         best = ranked[: self.rungs.survivors[self.num_cuts]]
         self.members = [trial for trial in self.members if trial in best]
@@ -60,15 +62,15 @@ class Bracket:
 
 
 class HyperBand(FIFOScheduler):
-    """Pauses trials at the rungs of their brackets until a whole bracket is there, then stops the worse.
+    """Pauses trials at a rung until their whole bracket has reached it, then stops the worse ones.
 
-    A bracket that the search cannot fill any more is cut as it is.
+    A bracket that the search can no longer fill is cut as it is.
     """
 
     _supports_buffered_results = False
 
     def __init__(self, band: tuple[Rungs, ...], metric: str) -> None:
-        """`band`: the brackets that are filled one after the other, again and again."""
+        """`band`: the brackets, filled one after the other and then again from the first."""
         super().__init__()
         self._band, self._metric = band, metric
         self._brackets: list[Bracket] = []
@@ -76,7 +78,7 @@ class HyperBand(FIFOScheduler):
         self.earlier: dict[str, Mapping[int, float]] = {}  # Tune's id → values of a resumed trial
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Take a new trial into the bracket that fills; one that is tried again stays in its own."""
+        """Add a new trial to the bracket that is being filled; a retried one stays in its own."""
         if trial in self._bracket_of:
             return
         if not self._brackets or self._brackets[-1].is_full:
@@ -86,7 +88,7 @@ class HyperBand(FIFOScheduler):
         self._bracket_of[trial] = self._brackets[-1]
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Continue to the next rung, wait there, or stop."""
+        """Decide whether a trial continues to the next rung, pauses there or stops."""
         bracket = self._bracket_of[trial]
         rung = bracket.next_step
         if rung is None or result[STEP] < rung:
@@ -99,23 +101,23 @@ class HyperBand(FIFOScheduler):
         return TrialScheduler.CONTINUE if trial in bracket.members else TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """A trial failed; ERROR is its status while Tune sees to it that it is tried again."""
+        """Remove a trial that failed, unless its status is ERROR: then Tune will retry it."""
         if trial.status != Trial.ERROR:
             self.on_trial_remove(tune_controller, trial)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """A trial ended by itself."""
+        """Remove a trial that ended by itself."""
         self.on_trial_remove(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """A trial ended: perhaps the others of its bracket waited for it alone."""
+        """Remove a trial that ended; cuts its bracket if the others waited for it alone."""
         bracket = self._bracket_of[trial]
         bracket.remove(trial)
         self._cut_if_due(tune_controller, bracket)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The next trial of the earliest bracket that may go on, or has not started."""
-        # a pause may have come into effect, or the search to its end
+        """The next trial that may continue or has not started, of the earliest bracket that has one."""
+        # a pause may have taken effect, or the search may be over
         for bracket in self._brackets:
             self._cut_if_due(tune_controller, bracket)
         return next(self._ready(), None)
@@ -138,7 +140,7 @@ class HyperBand(FIFOScheduler):
     def _cut_if_due(
         self, tune_controller: Any, bracket: Bracket, reporting: Trial | None = None
     ) -> None:
-        """Cut a bracket once everybody is at its rung, and nobody is still on the way into the pause."""
+        """Cut a bracket once all its trials are at the rung, and all but the reporting one paused."""
         others = [trial for trial in bracket.members if trial is not reporting]
         if not bracket.members or len(bracket.waiting) < len(bracket.members):
             return

@@ -1,4 +1,4 @@
-"""What a person sees of a running sweep: a table in a terminal, JSON lines anywhere else."""
+"""The display of a running sweep: a table in a terminal, JSON lines anywhere else."""
 
 import sys
 import time
@@ -16,8 +16,8 @@ from higgs_tune.metrics import VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.sweep.board import Board, Row, text_nll
 
 REFRESH_S = 0.5
-AROUND = 4  # lines that are no trial's: the header, the base, how many are not shown, the state of the sweep
-GIVE_WAY = ("cross-attention", "targets")  # columns that are cut where the terminal is too narrow
+AROUND = 4  # lines besides trials: header, base, number of hidden trials, state of the sweep
+GIVE_WAY = ("cross-attention", "targets")  # columns that are cut if the terminal is too narrow
 SHOWN = (VAL_TEXT_NLL, VAL_AUDIO_NLL, VAL_AUDIO_GAIN)
 STYLES = {
     "running": "cyan",
@@ -44,37 +44,37 @@ class Display:
             self._live.start()
 
     def event(self, kind: str, **what: Any) -> None:
-        """One JSON line; a terminal shows the table instead."""
+        """Print a JSON line, unless a terminal shows the table instead."""
         if self._live is None:
             line = {"event": kind, "time": round(time.time(), 3), **what}
             print(json_line(line), file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
-        """A line above the table, e.g. the dashboard's address."""
+        """Print a line above a terminal's table, e.g. the dashboard's address."""
         if self._live is not None:
             self._live.console.print(text)
 
     def warn(self, text: str) -> None:
-        """Something that a person should know of."""
+        """Print something that the user should know, in a terminal or as an event."""
         self.event("warning", message=text)
         self.note(text)
 
     def ending(self, reason: str) -> None:
-        """The sweep ends before its time."""
+        """Show that the sweep is ending early."""
         self.board.is_ending = True
         self.event("ending", reason=reason)
         self.note(f"{reason}: trials stop; what they have reported is kept")
         self.refresh(force=True)
 
     def refresh(self, *, force: bool = False) -> None:
-        """Draw the table anew, at most twice a second."""
+        """Redraw the table, at most twice a second unless forced."""
         if self._live is None or (not force and time.monotonic() - self._refreshed < REFRESH_S):
             return
         self._refreshed = time.monotonic()
         self._live.update(render(self.board, self._live.console.height - AROUND), refresh=True)
 
     def close(self) -> None:
-        """Leave the last table on the screen, with every trial."""
+        """Leave a last table with every trial on the screen."""
         if self._live is not None:
             self._live.update(render(self.board, len(self.board.rows)))
             self._live.stop()
@@ -82,7 +82,7 @@ class Display:
 
 
 def render(board: Board, num_rows: int) -> Group:
-    """The table, with at most so many trials, and the lines below it."""
+    """The table, with at most `num_rows` trials, and the lines below it."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for name in ("trial", "state", "rank", "rate", *GIVE_WAY, "step", "text", "audio", "gain"):
         left = name in ("trial", "state", *GIVE_WAY)
@@ -113,7 +113,7 @@ def render(board: Board, num_rows: int) -> Group:
 
 
 def _most_wanted(board: Board, num_rows: int) -> list[Row]:
-    """Those that have not ended, then the best of those that ran to their end; in the order of their ids."""
+    """The `num_rows` trials to show: live ones, then the best completed ones; by id, confirm trials last."""
 
     def order(row: Row) -> tuple[bool, bool, bool, float]:
         return not row.is_live, row.state == "waiting", row.state != "completed", text_nll(row)

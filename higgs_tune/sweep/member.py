@@ -10,53 +10,53 @@ from ray.exceptions import RayActorError
 
 @dataclass
 class Member:
-    """One worker and what it was asked last."""
+    """One worker and the calls to it that are pending."""
 
-    name: str  # for people
-    start: Callable[[], Any]  # makes its actor
-    since: float  # when its process was asked for, was found dead, or has come at last
+    name: str  # in messages
+    start: Callable[[], Any]  # creates its actor
+    since: float  # when its process was requested, was found dead, or started after a wait
     actor: Any = field(init=False)
-    given_up: bool = False  # by Ray, which restarts no actor that cannot be made on a machine
-    answer: "ray.ObjectRef[Any]" = field(init=False)  # of `describe`, or once accepted of `serve`
+    given_up: bool = False  # by Ray, which restarts no actor whose constructor failed on a machine
+    answer: "ray.ObjectRef[Any]" = field(init=False)  # of `describe`; of `serve` once accepted
     figures: "ray.ObjectRef[dict[str, Any]]" = field(init=False)
     accepted: bool = False
     trains: bool = False  # its pack has begun in this stage
-    is_waited_for: bool = False  # a person was told; so was, below, who loads for long
-    loads_long: bool = False
-    num_deaths: int = 0  # while it loaded, since it last served
+    is_waited_for: bool = False  # the user was told that its process has not started
+    loads_long: bool = False  # the user was told that it has been loading for very long
+    num_deaths: int = 0  # while loading, since it last served
     has_served: bool = False
-    complaint: str | None = None  # why it cannot load its base now; a person was told
+    complaint: str | None = None  # why it cannot load its base now, as the user was told
     fails_since: float = 0.0
     retry_at: float | None = None  # when it tries again to load its base
-    _begins: "ray.ObjectRef[Any] | None" = None  # answers once its pack trains
+    _begins: "ray.ObjectRef[Any] | None" = None  # of `trains`, which returns once its pack trains
 
     def __post_init__(self) -> None:
         self.actor = self.start()
         self.ask()
 
     def ask(self) -> None:
-        """Ask its process whether it is there, and what it has loaded."""
+        """Ask its process what it has loaded, and for figures, whose answer shows that it lives."""
         self.answer = self.actor.describe.remote()
         self.figures = self.actor.figures.remote()
 
     def ask_again(self) -> None:
-        """The same after a pause, of a new actor where there is none any more."""
+        """Ask again after a pause; first replaces an actor that Ray has given up."""
         if self.given_up:
             self.actor, self.given_up = self.start(), False
         self.ask()
 
     def begin_anew(self) -> None:
-        """Its pack is to begin: another stage, or another process."""
+        """Expect its pack to begin again, in another stage or another process."""
         self._begins, self.trains = None, False
 
     def begins(self) -> bool:
-        """Whether its pack trains; asks it the first time."""
+        """Whether its pack trains; the first call asks the worker."""
         begins = self._begins = self._begins or self.actor.trains.remote()
         if not is_there(begins):
             return False
         try:
             ray.get(begins)
-        except RayActorError:  # it restarts, which its next answer will tell
+        except RayActorError:  # it restarts, as `answer` will say
             self._begins = None
             return False
         return True
@@ -73,5 +73,5 @@ class Member:
 
 
 def is_there(answer: "ray.ObjectRef[Any]") -> bool:
-    """Whether it has been answered."""
+    """Whether the call has returned or failed."""
     return bool(ray.wait([answer], timeout=0)[0])

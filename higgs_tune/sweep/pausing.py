@@ -1,7 +1,7 @@
 """Schedulers that pause trials: HyperBand's brackets, and a population that copies its best.
 
 Both reach `sweep.source` inside the ConcurrencyLimiter that Tune puts around it. A paused trial takes
-no slot, and one that may go on waits for a free one.
+no slot, and one that may continue waits for a free slot.
 """
 
 import math
@@ -23,45 +23,45 @@ RATES = "rates"  # what a population changes, in the config of a Tune trial
 
 
 class Pausing(Guard):
-    """Goes before a scheduler that pauses trials."""
+    """Mixin in front of a scheduler that pauses trials."""
 
     _keeps = False
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Take a trial in; before the first, let as many processes idle as may run.
+        """Add a trial; before the first, let Tune keep as many idle processes as may run.
 
-        Tune keeps an idle process only for a trial that it has decided to start, or a single one.
-        Starting one takes seconds, and everybody in a bracket or a population pauses at the same step.
+        By itself, Tune keeps idle processes only for trials that it has decided to start, or a single one.
+        Starting a process takes seconds, and all trials of a bracket or population pause at the same step.
         """
         if not self._keeps and tune_controller is not None:
-            cache = tune_controller._tune_controller._actor_cache  # there is no public way
+            cache = tune_controller._tune_controller._actor_cache  # there is no public API
             num_processes = tune_controller.search_alg.searcher.max_concurrent
             cache.increase_max(trial.placement_group_factory, num_processes)
             self._keeps = True
-        # Tune's population refuses searchers, because they would be told of a configuration that is no
-        # more what trained; ours is told of every copy.
+        # Tune's population refuses searchers, because they would get results for a configuration that is
+        # no longer the one that trained; ours is told of every copy.
         view: Any = SimpleNamespace(search_alg=None)
         super().on_trial_add(view, trial)
 
 
 class Brackets(Pausing, HyperBand):
-    """HyperBand beside the baselines."""
+    """HyperBand that leaves baselines alone."""
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The next trial that may go on, once a slot is free."""
+        """The next trial that may run, or None until there is a free slot for it."""
         trial = super().choose_trial_to_run(tune_controller)
         return trial if has_room(tune_controller, trial) else None
 
 
 class Population(Pausing, PopulationBasedTraining):
-    """Population based training: at equal steps the worst copy the best and change their rates.
+    """Population based training: at equal steps the worst trials copy the best and change their rates.
 
-    Synchronous, so that trials compare at the same step, a sweep repeats, and a donor's checkpoint
-    is the one it was ranked by. Tune's own synchronous mode would wait for ever for a trial that
-    diverged or failed, and would clone a trial while it is being saved, after which Tune stops it;
-    so here nothing happens before everyone who is left has been paused.
+    Synchronous, so that trials are compared at the same step, a sweep is repeatable, and a donor's
+    checkpoint is the one it was ranked by. Tune's own synchronous mode would wait for ever for a trial
+    that diverged or failed, and would clone a trial while it is being saved, after which Tune stops it.
+    So here nothing happens until all trials that are left have been paused.
 
-    The baselines run beside it: as copies they would be no baselines any more.
+    The baselines run beside the population: as copies they would no longer be baselines.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Population(Pausing, PopulationBasedTraining):
             quantile_fraction=quantile_fraction,
             hyperparam_mutations={RATES: {name: draw(r) for name, r in ranges.items()}},
             custom_explore_fn=self._bounded,
-            log_config=False,  # the trials' own files say it
+            log_config=False,  # the trials' own files have it
             synch=True,
             **metric,
         )
@@ -96,7 +96,7 @@ class Population(Pausing, PopulationBasedTraining):
         return TrialScheduler.PAUSE
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Compare and copy when everyone waits; then whoever has trained least."""
+        """Compare and copy once all are paused; returns the trial to run, which has trained least."""
         members = [trial for trial in tune_controller.get_trials() if is_searched(trial)]
         left = [trial for trial in members if not trial.is_finished()]
         if left and all(trial.status == Trial.PAUSED for trial in left):
@@ -108,7 +108,7 @@ class Population(Pausing, PopulationBasedTraining):
         return chosen if has_room(tune_controller, chosen) else None
 
     def _compare(self, tune_controller: Any, left: list[Trial]) -> None:
-        """Let the worst copy from the best, tell the searcher, and let all go on."""
+        """Let the worst trials copy the best, tell the searcher, and let all continue."""
         source = tune_controller.search_alg.searcher.searcher
         step = self._next_perturbation_sync
         before = {trial: trial.config for trial in left}
@@ -117,7 +117,7 @@ class Population(Pausing, PopulationBasedTraining):
         with seeded(f"{self._seed}:{step}"):
             super().on_trial_result(view, last, self._trial_state[last].last_result or {})
         for trial in left:
-            if trial.config is not before[trial]:  # it holds the donor's now
+            if trial.config is not before[trial]:  # it is the donor's now
                 config = source.copied(
                     trial.trial_id, trial.config["id"], trial.config[RATES], step
                 )
@@ -133,7 +133,7 @@ class Population(Pausing, PopulationBasedTraining):
 
 
 def has_room(tune_controller: Any, trial: Trial | None) -> bool:
-    """Whether a trial may start now; one that is pending has its slot already."""
+    """Whether a trial may run now; only a paused one needs a free slot, others have theirs."""
     if trial is None or trial.status != Trial.PAUSED:
         return True
     active = (Trial.PENDING, Trial.RUNNING)
@@ -142,7 +142,7 @@ def has_room(tune_controller: Any, trial: Trial | None) -> bool:
 
 
 def draw(bounds: Range) -> Any:
-    """A function that draws from a range with Python's own generator."""
+    """A function that draws from a range with Python's global random generator."""
     if bounds.log:
         low, high = math.log(bounds.low), math.log(bounds.high)
         return lambda: math.exp(random.uniform(low, high))
@@ -151,7 +151,7 @@ def draw(bounds: Range) -> Any:
 
 @contextmanager
 def seeded(seed: str) -> Iterator[None]:
-    """Seed Python's own generator, which Tune draws from, and put it back."""
+    """Seed Python's global random generator, which Tune draws from, and restore its state at the end."""
     state = random.getstate()
     random.seed(seed)
     try:

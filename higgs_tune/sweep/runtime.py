@@ -1,4 +1,4 @@
-"""What a sweep asks of Ray: its environment, its processes' and Tune's log."""
+"""A sweep's settings for Ray: its environment variables, those of trials, and Tune's log."""
 
 import logging
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 from higgs_tune import cluster
 
 ENVIRONMENT = cluster.ENVIRONMENT | {
-    "RAY_AIR_NEW_OUTPUT": "0",  # the newer console of Tune prints even at verbose=0
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's newer console output prints even at verbose=0
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # train.signals handles it
@@ -19,11 +19,11 @@ ENVIRONMENT = cluster.ENVIRONMENT | {
 
 @contextmanager
 def inherited_environment() -> Iterator[None]:
-    """Let Tune start trials in processes like any other of a Ray that this process has started.
+    """Let trials inherit their environment variables from a Ray that this process has started.
 
-    Tune names variables for them that all of this Ray has anyway (and one for PyTorch Lightning). Because
-    of them Ray would start Python and import itself once more for each trial, to set them, and the
-    processes that it keeps ready would serve none.
+    Tune sets variables for each trial that all of this Ray's processes have anyway (and one for PyTorch
+    Lightning). To set them, Ray would start Python and import itself again for each trial instead of
+    using the idle processes that it keeps ready.
     """
     from ray.tune.execution import class_cache
 
@@ -37,7 +37,7 @@ def inherited_environment() -> Iterator[None]:
 
 @contextmanager
 def tune_log(path: Path) -> Iterator[None]:
-    """Send what Tune logs to a file: the sweep's own display says what a person needs."""
+    """Send Tune's log to a file; the sweep's own display shows what a user needs."""
     tune = logging.getLogger("ray.tune")
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -1,4 +1,4 @@
-"""Tune's schedulers, set up from the settings, and rebuilt from a study where they learn from it.
+"""Tune's schedulers, built from the settings and, where they learn from results, from a study.
 
 Schedulers that pause trials are in `sweep.pausing`.
 """
@@ -26,29 +26,29 @@ from higgs_tune.sweep.pausing import Brackets, Population
 
 @dataclass(eq=False)
 class Earlier:
-    """Stands for a trial that an earlier run sampled: all that a scheduler knows of it."""
+    """A stand-in for a trial that an earlier run sampled, with all that a scheduler needs of it."""
 
     trial_id: str
     config = {"record": {"origin": "search"}}
 
 
 class Asha(Guard, AsyncHyperBandScheduler):
-    """Tune's ASHA beside the baselines."""
+    """Tune's ASHA, which leaves baselines alone."""
 
 
 class Median(Guard, MedianStoppingRule):
-    """Tune's median rule without trials that cannot be ranked, and with what earlier runs recorded.
+    """Tune's median rule, with earlier runs' values and without trials that cannot be ranked.
 
-    A trial that did not end well has no metric in its last result, for which Tune's would fall.
+    A trial that ended badly has no metric in its last result, on which Tune's rule would fail.
     """
 
     def __init__(self, **settings: Any) -> None:
-        # An endless slice: where too few others are there to compare with, nobody yields.
+        # An endless slice: with too few others to compare with, a trial continues instead of pausing.
         super().__init__(**settings, min_time_slice=cast(int, float("inf")))
         self.earlier: dict[str, dict[int, float]] = {}  # Tune's id → values in an earlier run
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Give a resumed trial, or one of an earlier run, the values that it had."""
+        """Add a trial; a resumed one, or one of an earlier run, gets the values that it had."""
         super().on_trial_add(tune_controller, trial)
         values = self.earlier.pop(trial.trial_id, None)
         if values:
@@ -56,28 +56,28 @@ class Median(Guard, MedianStoppingRule):
             self._results[trial].extend(results)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """Remember the last result of a trial that ended well; that of one it stopped is known."""
+        """Remember the last result of a trial that ended well; the rule has those of trials it stopped."""
         if VAL_TEXT_NLL in result and trial not in self._stopped_trials:
             super().on_trial_complete(tune_controller, trial, result)
 
 
 def grace_steps(scheduler: SchedulerSettings, train: TrainSettings) -> int:
-    """The first step at which a trial is judged: it reports there, beyond warm-up."""
+    """The first step at which a trial is judged: a report's step, after warm-up."""
     interval = train.report_every_steps
     wanted = round(scheduler.grace_fraction * train.num_steps / interval) * interval
     return min(max(wanted, train.past_warmup), train.num_steps)
 
 
 def perturb_steps(scheduler: SchedulerSettings, train: TrainSettings) -> int:
-    """How many steps lie between two copyings of a population."""
+    """The number of steps between two comparisons of a population."""
     return scheduler.perturb_every_steps or grace_steps(scheduler, train)
 
 
 def num_checkpoints(config: SweepConfig) -> int:
     """How many checkpoints must be kept of each trial.
 
-    Until a copying trial has read the donor's, the donor reaches the next copying at most. One is to
-    spare.
+    Before a copy has read its donor's checkpoint, the donor reaches the next comparison at most. One is
+    to spare.
     """
     if config.tune.scheduler.name != "pbt":
         return 1
@@ -89,7 +89,7 @@ def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) ->
     """The scheduler of the search.
 
     Args:
-        unfinished_steps: the steps from which the trials of an interrupted sweep go on.
+        unfinished_steps: the steps from which the trials of an interrupted sweep continue.
     """
     scheduler, train = config.tune.scheduler, config.train
     if scheduler.name == "none":
@@ -107,7 +107,7 @@ def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) ->
         )
     if scheduler.name == "pbt":
         every = perturb_steps(scheduler, train)
-        # Trials are compared at equal steps, so nobody may have passed the first comparison.
+        # Trials are compared at equal steps, so none may have passed the first comparison.
         first = max([grace_steps(scheduler, train), *(step + 1 for step in unfinished_steps)])
         return Population(
             seed=space.trial_seed(config.tune.seed, "population"),
@@ -127,13 +127,13 @@ def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) ->
 
 
 def replay(scheduler: TrialScheduler, tune_id: str, trial: FrozenTrial, *, ended: bool) -> None:
-    """Show a scheduler the values that an earlier run of the sweep recorded, as if it had run it.
+    """Show a scheduler the values that an earlier run of the sweep recorded, as if the trial ran now.
 
     ASHA's rungs and the median's averages are rebuilt. Brackets and a population consist of trials
-    that still run, so they begin anew with the unfinished ones.
+    that still run, so they start over with the unfinished ones.
 
     Args:
-        ended: the trial has ended, else it goes on as Tune's trial `tune_id`.
+        ended: whether the trial has ended; otherwise it continues as Tune's trial `tune_id`.
     """
     if study.record_of(trial).origin != "search":
         return

@@ -22,18 +22,18 @@ from higgs_tune.sweep.workers import Workers
 
 
 class ConfirmSource(TrialSource):
-    """Hands out a fixed list; nothing is told to the study."""
+    """Hands out a fixed list of trials and tells the study nothing."""
 
     def __init__(self, records: Sequence[TrialRecord], **source: Any) -> None:
         super().__init__(**source)
         self._records = list(records)
 
     def num_to_come(self) -> int:
-        """What is left of the list."""
+        """How many trials of the list are left."""
         return len(self._records)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next of the list; None while there is none, or FINISHED."""
+        """The next trial's config for Tune; None if none may start now, FINISHED at the end."""
         if self.over():
             return self.nothing()
         if self.is_full():
@@ -50,7 +50,7 @@ def run(
     display: Display,
     found: optuna.Study,
 ) -> None:
-    """Run what is missing of both stages, unless something ends the sweep."""
+    """Run what is left of both stages, unless something ends the sweep."""
     sweep = Sweep(config, results, workers, control, display)
     _search(sweep, found)
     if not control.stopping:
@@ -59,7 +59,7 @@ def run(
 
 
 def _search(sweep: Sweep, found: optuna.Study) -> None:
-    """Reconcile the study with an earlier run, then run what is missing of the search."""
+    """Restore scheduler and files from an earlier run's study, then run what is left of the search."""
     unfinished = study.unfinished(found)
     records = [study.record_of(trial) for trial in unfinished]
     for record in records:
@@ -71,7 +71,7 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
             continue
         replay(scheduler, f"earlier-{index}", trial, ended=True)
         record = study.record_of(trial)
-        if sweep.files.status(record.trial_id) is None:  # killed between the study and the file
+        if sweep.files.status(record.trial_id) is None:  # killed before the file was written
             status, reason = (trial.user_attrs[key] for key in (study.STATUS, study.REASON))
             is_feasible = study.feasible(trial) if trial.constraints else None
             sweep.files.end(record.trial_id, status, reason, is_feasible)
@@ -94,7 +94,7 @@ def _search(sweep: Sweep, found: optuna.Study) -> None:
 def steps_behind(
     records: Sequence[TrialRecord], checkpoint_of: Callable[[str], tuple[Path, int] | None]
 ) -> list[int]:
-    """From which steps sampled trials go on: baselines run ahead of a population, and are not of it."""
+    """The steps from which sampled trials continue; baselines belong to no population and run ahead."""
     searched = [record.trial_id for record in records if record.origin == "search"]
     return [known[1] for known in map(checkpoint_of, searched) if known]
 

@@ -1,11 +1,13 @@
 """Tune's searcher over one persistent Optuna study.
 
-Ray's own OptunaSearch tells a trial that the scheduler stopped as if it were complete, knows no
-constraints and leaves a diverged trial RUNNING for ever. This one tells COMPLETE (full budget),
-PRUNED (stopped early, with its intermediate values) or FAIL (cancelled), with status and reason, and
-carries the audio constraint. A trial whose configuration broke is PRUNED, too, and violates a constraint
-of its own: what FAILs the sampler does not see, so it would come back to where nothing trains, as if
-nobody had been there. It also keeps the roster, by which the workers know whom to wait for.
+Ray's own OptunaSearch reports a trial that the scheduler stopped as complete, knows no constraints and
+leaves a diverged trial RUNNING for ever. This one reports COMPLETE (full budget), PRUNED (stopped early,
+with its intermediate values) or FAIL (cancelled), with status, reason and the audio constraint.
+
+A trial whose configuration broke is PRUNED, too, and violates a constraint of its own. The sampler does
+not see FAILed trials, so it would propose the same region, where nothing trains, again and again.
+
+The searcher also keeps the roster, which tells the workers which trials to wait for.
 """
 
 import json
@@ -30,11 +32,11 @@ logger = logging.getLogger(__name__)
 Arguments = ParamSpec("Arguments")
 T = TypeVar("T")
 
-MAX_DUPLICATES = 20  # after so many in a row the space is taken as exhausted; a replicate is run
+MAX_DUPLICATES = 20  # in a row; then the space counts as exhausted, and a duplicate is run
 
 
 class StudySearcher(TrialSource):
-    """Suggests from the study and tells it; trials 0 and 1 are the user's own configurations."""
+    """Suggests trials and reports them to the study; trials 0 and 1 are the user's configurations."""
 
     def __init__(
         self,
@@ -49,9 +51,9 @@ class StudySearcher(TrialSource):
     ) -> None:
         super().__init__(**source)
         self._on_study_error = on_study_error
-        self._broken = False  # a write failed for good; another would corrupt a journal
+        self._broken = False  # a write failed for good; a further one would corrupt a journal
         self._study = study
-        # never asked: all parameters of a trial are given, see `_ask`
+        # not used: `_ask` gives the study all parameters of a trial
         study.sampler = optuna.samplers.RandomSampler(seed=0)
         self._config = config
         self._audio_limit = audio_limit
@@ -61,13 +63,14 @@ class StudySearcher(TrialSource):
         self._next_index = max(studies.latest(study), default=-1) + 1
 
     def num_to_come(self) -> int:
-        """Unfinished ones of an earlier run, and what is missing to num_trials."""
+        """How many trials are left: an earlier run's unfinished ones and new ones up to num_trials."""
         return len(self._queue) + max(0, self._config.tune.num_trials - self._next_index)
 
     def resuming(self, paused: Collection[str]) -> set[str]:
-        """A population goes on as soon as all of it is paused, even before the scheduler says so.
+        """As in TrialSource, but a whole population at once when all of it is paused.
 
-        Else the pack would train baselines on, by as many steps as that takes.
+        If the workers waited only after the scheduler's decision, the pack would train the baselines
+        meanwhile, by as many steps as that happens to take.
         """
         searched = {key for key, live in self.live.items() if live.record.origin == "search"}
         if self._config.tune.scheduler.name == "pbt" and searched == set(paused):
@@ -75,7 +78,7 @@ class StudySearcher(TrialSource):
         return super().resuming(paused)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next trial's config for Tune; None while there is none, or FINISHED."""
+        """The next trial's config for Tune; None if none may start now, FINISHED at the end."""
         if self.over():
             return self.nothing()
         if self.is_full():
@@ -98,7 +101,7 @@ class StudySearcher(TrialSource):
         return self._seat(trial_id, record, trial, None)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Report an intermediate value."""
+        """Report an intermediate value to the study."""
         super().on_trial_result(trial_id, result)
         live = self.live.get(trial_id)
         if live is not None:
@@ -108,7 +111,7 @@ class StudySearcher(TrialSource):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell the study how the trial ended; one that is stopped in a pause comes without a result."""
+        """Tell the study how the trial ended; there is no result if it was stopped while paused."""
         live = self.live.get(trial_id)
         if live is None:
             return
@@ -120,7 +123,7 @@ class StudySearcher(TrialSource):
         self._unseat(trial_id)
 
     def cancel_live(self, reason: str) -> None:
-        """Record every running trial as cancelled: a resumed sweep goes on with it."""
+        """Record every live trial as cancelled; a resumed sweep continues it."""
         for tune_id in list(self.live):
             self._write(self._tell, self.live[tune_id], "cancelled", reason)
             self._unseat(tune_id)
@@ -128,14 +131,14 @@ class StudySearcher(TrialSource):
     def copied(
         self, trial_id: str, donor_id: str, rates: dict[str, float], step: int
     ) -> dict[str, Any]:
-        """Record that a trial took over another's weights and goes on with changed rates.
+        """Record that a trial took over another's weights and continues with changed rates.
 
-        The study gets a new entry for it, without parameters: no single configuration led to what it
-        will reach, so the sampler must not learn from that. The former entry ends as pruned, with
-        what its configuration did reach.
+        The trial gets a new study entry, without parameters: no single configuration leads to its
+        further results, so the sampler must not learn from them. The former entry ends as pruned, with
+        the results of its own configuration.
 
         Args:
-            donor_id: in the sweep, not Tune's.
+            donor_id: the sweep's id of the other trial, not Tune's.
 
         Returns:
             The trial's new config for Tune.
@@ -159,7 +162,7 @@ class StudySearcher(TrialSource):
         known = self._study.get_trials(deepcopy=False)[donor.trial.number].intermediate_values
         for step, value in sorted(known.items()):
             trial.report(value, step)
-        # From here on a resumed sweep takes this entry, and finishes what is missing of it.
+        # From here on a resumed sweep uses this entry and completes the copy (`mend_copy`).
         self._store(trial, live.record)
         self._tell(former, "pruned", reason)
         live.reported, live.last = set(known), dict(donor.last)
@@ -168,10 +171,10 @@ class StudySearcher(TrialSource):
     def _write(
         self, write: Callable[Arguments, T], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> T | None:
-        """Write to the study; a failure ends the sweep, and what the study holds stays readable.
+        """Write to the study; an error ends the sweep, and the study stays readable.
 
-        A proposal is not tried again: it may have left half a trial in the study, which a resumed sweep
-        fails as it does a killed one's.
+        A failed proposal is not retried: it may have left half a trial in the study, which a resumed
+        sweep fails as it does a killed sweep's trials.
         """
         if self._broken:
             return None
@@ -205,7 +208,7 @@ class StudySearcher(TrialSource):
         elif state != TrialState.FAIL:
             excess = live.last[VAL_AUDIO_NLL] - self._audio_limit()
             retried(trial.set_constraint, VAL_AUDIO_NLL, excess)
-        # skip: one that failed may have been heard
+        # skip_if_finished: a first attempt may have succeeded although it raised
         retried(self._study.tell, trial, value, state, skip_if_finished=True)
 
     def _sample(self, index: int) -> tuple[optuna.Trial, TrialConfig]:
@@ -231,7 +234,7 @@ class StudySearcher(TrialSource):
         return self._ask_fixed(params), space.resolve(values, self._config, seed)
 
     def _ask_fixed(self, params: dict[str, Any] | None) -> optuna.Trial:
-        """A trial with exactly these parameters; with None, one that has no parameters at all."""
+        """A new study trial with exactly these parameters; with None, one without any."""
         if params is None:
             return self._study.ask()
         self._study.enqueue_trial(params)
@@ -247,7 +250,7 @@ class StudySearcher(TrialSource):
         known = {s: v for s, v in sorted(old.intermediate_values.items()) if s <= steps}
         for step, value in known.items():
             trial.report(value, step)
-        self._store(trial, record)  # from here on the former entry counts no more
+        self._store(trial, record)  # from here on the former entry does not count
         self._on_resume(tune_id, self._study.get_trials(deepcopy=False)[trial.number])
         config = self._seat(tune_id, record, trial, checkpoint)
         self.live[tune_id].reported.update(known)
@@ -255,16 +258,16 @@ class StudySearcher(TrialSource):
 
     def _store(self, trial: optuna.Trial, record: TrialRecord) -> None:
         trial.set_user_attr(studies.RECORD, json.dumps(record.to_dict()))
-        trial.set_user_attr(studies.INDEX, record.number)  # at last: `latest` looks for it
+        trial.set_user_attr(studies.INDEX, record.number)  # last: `latest` looks for it
 
     def _ask(self) -> optuna.Trial:
-        """A trial that the sampler proposes, by those that have parameters.
+        """A new study trial that the sampler proposes from those that have parameters.
 
-        It would take the others, baselines outside the space and copies, for some of the best and learn
-        less from those that are.
+        The others, baselines outside the space and copies, would take places among the sampler's best
+        trials, and it would learn less from those with parameters.
         """
         known = self._study.get_trials(deepcopy=False)
-        # A sampler that is seeded once would repeat itself after a resume.
+        # With one fixed seed the sampler would repeat itself after a resume.
         seed = space.trial_seed(self._config.tune.seed, "sampler", len(known))
         sampler = optuna.samplers.TPESampler(
             seed=seed,

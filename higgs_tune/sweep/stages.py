@@ -42,21 +42,21 @@ WORKERS_LOG = "workers.log"
 
 
 class _Stop(Stopper):
-    """What Tune asks whether the sweep is to stop."""
+    """Tells Tune whether to stop the sweep."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Never stops a single trial."""
+        """False: this never stops a single trial."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether the whole sweep is to stop."""
+        """Whether the whole sweep must stop."""
         return self._control.stopping
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its settings for Tuner.restore, which this package never uses."""
+        """Nothing: Tune pickles this only for Tuner.restore, which is never used here."""
         return {}
 
 
@@ -80,7 +80,7 @@ class Sweep:
         self._display = display
         display.board.num_slots = config.tune.num_workers * slots_of(config)
         self._base = read_json(results / BASE)  # of this or an earlier run
-        self._base_from = str(results / BASE)  # who said so
+        self._base_from = str(results / BASE)  # its origin, for messages
 
     def audio_limit(self) -> float:
         """The highest val/audio/nll_per_code that is still feasible."""
@@ -89,12 +89,12 @@ class Sweep:
         return start * (1 + self.config.objective.audio_tolerance)
 
     def check_workers(self) -> None:
-        """Hear the workers, and write workers.json now and then."""
+        """Handle the workers' answers, and write workers.json from time to time."""
         self.hear_workers()
         self.write_figures(self._workers.poll_figures())
 
     def hear_workers(self) -> None:
-        """Take what the workers say.
+        """Handle the workers' answers so far.
 
         Raises:
             HiggsTuneError: a worker cannot be used.
@@ -102,7 +102,7 @@ class Sweep:
         self._workers.hear(self._accept, self._warned, self._display.warn, self._begun)
 
     def finish(self) -> None:
-        """Write what the workers have to say at the end."""
+        """Write the workers' last figures and warnings."""
         self.write_figures(self._workers.last_figures())
         try:
             self.hear_workers()
@@ -110,12 +110,12 @@ class Sweep:
             self._control.fail(error)
 
     def write_figures(self, figures: dict[str, dict[str, Any]] | None) -> None:
-        """Write where the workers' time went, if they have said."""
+        """Write workers.json, where the workers' time went, if there are figures."""
         if figures:
             write_json(self.results / "workers.json", figures)
 
     def _accept(self, worker: str, description: dict[str, Any]) -> None:
-        """Compare base and data with what was there first, which base.json holds."""
+        """Refuse a worker whose base or data differ from base.json, which the first worker fills."""
         node = description.pop("node")
         if self._base is None:
             write_json(self.results / BASE, description)
@@ -124,8 +124,8 @@ class Sweep:
         if found is not None:
             raise ConfigError(
                 f"{worker} on node {node}: {found} (as in {self._base_from}). All losses of a sweep "
-                "must be of the same base and data: put the same there, or start another sweep "
-                "with --name NAME."
+                "must be measured on the same base and data: put the same ones on that node, or "
+                "start another sweep with --name NAME."
             )
         metrics = self._display.board.base = description["metrics"]
         self._display.event("base_loaded", worker=worker, node=node, metrics=metrics)
@@ -141,7 +141,7 @@ class Sweep:
         self._display.event("training", worker=worker)
 
     def copied(self, record: TrialRecord, donor_id: str) -> None:
-        """A trial of a population took over another's weights."""
+        """Record that a trial of a population took over another's weights."""
         for trial_id in (donor_id, record.trial_id):
             self._later.wait(trial_id)
         self.files.copied(record, donor_id)
@@ -149,7 +149,7 @@ class Sweep:
         self._display.event("trial_copied", trial=record.trial_id, **change)
 
     def source_settings(self) -> dict[str, Any]:
-        """What both trial sources need."""
+        """Arguments that both trial sources need."""
         return {
             "workers": self._workers.names,
             "publish": self._workers.publish,
@@ -170,7 +170,11 @@ class Sweep:
     def run(
         self, stage: str, source: TrialSource, scheduler: TrialScheduler, steps_after: int = 0
     ) -> None:
-        """One Tuner from its first trial to its last; `steps_after` is what the next one may take."""
+        """Run one Tuner from its first trial to its last.
+
+        Args:
+            steps_after: optimizer steps that the next stage may take, to estimate the time left.
+        """
         self._workers.begin_stage()
         self._display.board.stage, self._display.board.steps_after = stage, steps_after
         self._display.event("stage", stage=stage, trials=source.num_to_come())
@@ -193,7 +197,7 @@ class Sweep:
             tune_config=TuneConfig(
                 search_alg=source,
                 scheduler=scheduler,
-                num_samples=-1,  # the source knows when it is over
+                num_samples=-1,  # the source says when there are no more
                 max_concurrent_trials=tune.num_workers
                 * num_seats(slots_of(self.config), strict=tune.num_workers == 1),
                 reuse_actors=True,
@@ -206,8 +210,8 @@ class Sweep:
                 stop=_Stop(self._control),
                 callbacks=[callback],
                 failure_config=FailureConfig(max_failures=tune.max_failures),
-                # the callback removes old ones: with num_to_keep Tune writes the state of all trials
-                # at every checkpoint of one
+                # no num_to_keep, with which Tune writes the state of all trials at every checkpoint
+                # of one: the callback removes old ones
                 checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
                 verbose=0,
             ),
@@ -220,14 +224,14 @@ class Sweep:
                 self._control.fail(fault)
             if not self._control.stopping:
                 raise
-        except RuntimeError as error:  # Tune takes only other deaths of a trial's process for one
+        except RuntimeError as error:  # Tune's, if Ray ended a trial's process to free memory
             if not isinstance(error.__cause__, OutOfMemoryError):
                 raise
             self._control.fail(
                 SweepError(
                     "a machine's memory ran out, and Ray ended a trial's process there. What was "
-                    "recorded is kept. End other programs or use a machine with more; then start "
-                    f"again with --resume. Ray says: {error.__cause__}"
+                    "recorded is kept. End other programs or use a machine with more memory; then "
+                    f"start again with --resume. Ray says: {error.__cause__}"
                 )
             )
             callback.cancel()
@@ -246,7 +250,7 @@ class Sweep:
 
 
 def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """How a worker's base or data differ from what was there first, in words; None when they do not."""
+    """How a worker's base or data differ from the expected ones, in words; None if they do not."""
     name = "content_hash"
     if expected[name] != found[name]:
         return f"its dataset has {name} {found[name]}, needed is {expected[name]}"

@@ -21,7 +21,7 @@ from higgs_tune.sweep.space import same_but_seed
 from higgs_tune.sweep.storage import open_storage
 
 JOURNAL = "study.journal"
-STALE = "the process that ran it ended before it could record the end"
+STALE = "the process that ran it ended before it could record how the trial ended"
 
 # User attributes of a trial in the study.
 INDEX = "index"  # number within the sweep; a resumed trial keeps it
@@ -30,12 +30,12 @@ STATUS = "status"
 REASON = "reason"
 DUPLICATE_OF = "duplicate_of"
 
-BROKE = "broke"  # a constraint, violated by a trial that ended as one of metrics.BROKEN
+BROKE = "broke"  # a constraint that a trial violates by ending with a status in metrics.BROKEN
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """Who a trial is, from its suggestion on."""
+    """A trial's identity and configuration, known from its suggestion on."""
 
     trial_id: str
     number: int
@@ -55,10 +55,10 @@ class TrialRecord:
 
 
 def open_study(name: str, folder: Path, storage_url: str | None) -> optuna.Study:
-    """Load or create the study; the journal in `folder` unless a URL is given.
+    """Load or create the study, in a journal in `folder` unless a storage URL is given.
 
     Raises:
-        ConfigError: the database of the URL cannot be used.
+        ConfigError: the database at the URL cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -66,7 +66,7 @@ def open_study(name: str, folder: Path, storage_url: str | None) -> optuna.Study
     if storage_url is None:
         path = folder / JOURNAL
         drop_torn_line(path)
-        # One process owns the journal: a lock older than this belonged to a killed one.
+        # Only one process uses the journal, so a lock older than this is a killed process's.
         lock = JournalFileOpenLock(str(path), grace_period=5)
         storage = JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     else:
@@ -77,7 +77,7 @@ def open_study(name: str, folder: Path, storage_url: str | None) -> optuna.Study
 
 
 def refuse_taken(name: str, storage_url: str) -> None:
-    """ConfigError if the storage already holds a study of that name: it is another sweep's."""
+    """Raise ConfigError if the storage already holds a study of that name, from another sweep."""
     if name in optuna.get_all_study_names(open_storage(storage_url)):
         raise ConfigError(
             f"tune.storage already holds a study named {name}. Give --resume to go on with its sweep, "
@@ -97,13 +97,13 @@ def drop_torn_line(path: Path) -> None:
 
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
-    """The record that the searcher stored of a trial that `latest` gives."""
+    """The record that the searcher stored in a study entry that `latest` returns."""
     return _parsed(trial.user_attrs[RECORD])
 
 
 @cache
 def _parsed(record: str) -> TrialRecord:
-    """Of each proposal all earlier ones are read."""
+    """A parsed record; cached, because each proposal reads the records of all earlier trials."""
     return TrialRecord.from_dict(json.loads(record))
 
 
@@ -118,9 +118,9 @@ def latest(study: optuna.Study) -> dict[int, FrozenTrial]:
 
 
 def fail_stale(study: optuna.Study) -> None:
-    """End the RUNNING and WAITING entries that a former process left; they repel the sampler."""
+    """Fail the RUNNING and WAITING entries that an earlier process left; they repel the sampler."""
     for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        study.ask()  # only what runs can be told; ask hands out the waiting ones first
+        study.ask()  # makes one RUNNING: `tell` takes no other state, `ask` takes WAITING ones first
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         trial = optuna.Trial(study, frozen._trial_id)
         trial.set_user_attr(STATUS, "cancelled")
@@ -129,20 +129,20 @@ def fail_stale(study: optuna.Study) -> None:
 
 
 def unfinished(study: optuna.Study) -> list[FrozenTrial]:
-    """The cancelled trials of the sweep: they go on when it is resumed."""
+    """The cancelled trials, which a resumed sweep continues."""
     newest = latest(study).values()
     return [trial for trial in newest if trial.user_attrs.get(STATUS) == "cancelled"]
 
 
 def feasible(trial: FrozenTrial) -> bool:
-    """Whether every constraint that was recorded holds; a trial without one is not feasible."""
+    """Whether all recorded constraints hold; false for a trial without any."""
     return bool(trial.constraints) and all(value <= 0 for value in trial.constraints.values())
 
 
 def best_records(study: optuna.Study, num_records: int) -> list[TrialRecord]:
     """The best feasible full-budget trials, one per configuration, the best first.
 
-    A configuration runs again with another seed when the space is exhausted.
+    Once the space is exhausted, configurations run again with other seeds.
     """
     done = [
         trial
@@ -158,7 +158,7 @@ def best_records(study: optuna.Study, num_records: int) -> list[TrialRecord]:
 
 
 def ending(result: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The contract's status and reason of a trial that Tune has ended after `result`."""
+    """The status and reason to record for a trial that Tune ended after `result`."""
     status = result.get("status")
     if status is None:
         return "cancelled", "stopped before its first result"

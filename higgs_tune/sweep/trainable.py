@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 JOIN_PATIENCE_S = 120.0  # how long workers may answer that every slot is taken
 REMIND_S = 60.0
-START_S = 10.0  # what the worker that the driver chose gets: it may be about to be ready
-ANSWER_S = 2.0  # what the others need to say that they are
-AGAIN_S = 0.1  # after which those who were full, or are starting anew, are asked again
+START_S = 10.0  # how long to wait for the worker that the driver chose: it may be almost ready
+ANSWER_S = 2.0  # how long to wait for the others to say that they are ready
+AGAIN_S = 0.1  # until workers that were full, or are restarting, are asked again
 
 
 class PackTrial(Trainable):
@@ -28,7 +28,7 @@ class PackTrial(Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        """A trace of the driver's own node: trials stay beside the results folder."""
+        """A tiny share of the driver's own node, so that trials run where the results folder is."""
         return PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": 0.001}])
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -47,14 +47,14 @@ class PackTrial(Trainable):
         result: dict[str, Any] = self._answer(call.remote(self._trial_id))
         self._status = result["status"]
         if self._status not in HEALTHY:
-            # Without its metric no scheduler can rank it: NaN passes every cutoff.
+            # Without its metric no scheduler ranks it: NaN would pass every cutoff.
             result.pop(VAL_TEXT_NLL, None)
         return {**result, SITS_AT: self._sits_at, "done": self._status != "running"}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Bring the adapter and its training state here; Tune stores the folder.
+        """Write the adapter and its training state, from the worker, to the folder that Tune stores.
 
-        A trial that ended badly has nothing to keep: its folder stays empty.
+        The folder of a trial that ended badly stays empty, because there is nothing to keep.
         """
         self._sit_down()
         if self._status not in HEALTHY:
@@ -64,17 +64,17 @@ class PackTrial(Trainable):
         write_files(files, Path(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | str | None) -> None:
-        """Send a checkpoint back to the worker."""
+        """Send a checkpoint back to the worker, to start from."""
         assert isinstance(checkpoint, str)
         self._sit_down()
         files = read_files(Path(checkpoint))
         self._answer(self._worker.restore.remote(self._trial_id, files))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Become another trial in the same process, which sits down once Tune lets it run.
+        """Become another trial in the same process; it leases a slot only once Tune lets it run.
 
-        Tune does not try a trial again whose reset failed, or whose process died in it: a slot may be
-        waited for during hours.
+        Waiting for a slot may take hours, and Tune does not retry a trial whose reset failed or whose
+        process died during the reset.
         """
         self._trial_id: str = new_config["id"]
         self._name: str = new_config["name"]
@@ -83,7 +83,7 @@ class PackTrial(Trainable):
         return True
 
     def _sit_down(self) -> None:
-        """Lease a slot, if it has none yet."""
+        """Lease a slot, if the trial has none yet."""
         if self._worker is not None:
             return
         files = None
@@ -92,14 +92,14 @@ class PackTrial(Trainable):
         self._worker, self._sits_at = self._lease(files)
 
     def _answer(self, reference: Any) -> Any:
-        """What the worker answers; its death is this trial's failure, not this process's own."""
+        """What the worker answers; its death counts as this trial's failure, not as this process's."""
         try:
             return ray.get(reference)
-        except (RayActorError, ObjectLostError) as error:  # it owns what it refers to
+        except (RayActorError, ObjectLostError) as error:  # a dead worker's objects are lost
             raise SweepError(f"{self._name}: its worker died ({error})") from None
 
     def _lease(self, files: "ray.ObjectRef[Files] | None") -> tuple[Any, int]:
-        """The worker that took the trial in, and its place in the list of workers."""
+        """The worker that took the trial in, and its index in the list of workers."""
         first: int = self.config["worker"]
         names: list[str] = self.config["workers"]
         trial = TrialConfig.model_validate(self.config["trial"])
@@ -119,11 +119,11 @@ class PackTrial(Trainable):
                     lease = ray.get(worker.join.remote(self._trial_id, trial, files, *known))
                     if lease == "away":
                         away.append(name)
-                    elif lease != "full":  # if outdated, Tune lets this process go by itself
+                    elif lease != "full":  # if outdated, Tune will drop this process itself
                         return worker, names.index(name)
                 except (RayActorError, ValueError):  # it restarts, or is not registered yet
                     away.append(name)
-            if len(asked) == len(names):  # whoever is ready first
+            if len(asked) == len(names):  # none is ready: wait for the first that is
                 ray.wait(list(asked.values()), timeout=REMIND_S)
             else:
                 time.sleep(AGAIN_S)
@@ -136,7 +136,7 @@ class PackTrial(Trainable):
 
 
 def _is_ready(worker: Any, name: str, asked: dict[str, Any], patience_s: float) -> bool:
-    """Whether a worker takes trials; a call of one that has no process yet would wait for it.
+    """Whether a worker takes trials; waits for `patience_s` at most, even if it has no process yet.
 
     Raises:
         RayActorError: it has just died.

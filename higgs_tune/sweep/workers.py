@@ -20,14 +20,14 @@ from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.worker.actor import Worker
 
 FIGURES_S = 10.0  # how often the workers are asked where their time went
-PAUSE_S = 30.0  # until a worker that cannot load its base any more tries again
-LOADING_S = 900.0  # after which a person is told that a worker still loads
-GIVE_UP_S = 600.0  # how long it may try while nobody else trains
+PAUSE_S = 30.0  # until a worker that can no longer load its base tries again
+LOADING_S = 900.0  # until the user is told that a worker is still loading
+GIVE_UP_S = 600.0  # how long a worker may keep trying while no other serves
 MAX_DEATHS = 3  # in a row, while a worker loads: then its machine is to blame
 
 
 class Workers:
-    """Starts them, accepts what they have loaded, and hears what they say."""
+    """Starts the workers, accepts what they have loaded, and handles their answers."""
 
     def __init__(self, config: SweepConfig, *, loop_path: str) -> None:
         tune = config.tune
@@ -56,27 +56,27 @@ class Workers:
             for number, name in enumerate(self.names)
         ]
         self._figures: dict[str, dict[str, Any]] = {}
-        self._trained_at = 0.0  # when one was last known to
+        self._trained_at = 0.0  # when a worker was last known to serve
 
     def publish(self, roster: Roster, beat: bool) -> None:
-        """Tell everyone the roster; one that restarts just now hears it with the next heartbeat."""
+        """Send the roster to all workers; one that is restarting gets it with the next heartbeat."""
         for member in self._members:
             member.actor.sync.remote(roster, beat=beat)
 
     def serving(self) -> list[int]:
-        """The numbers of those that take trials: their process is there, its base and data accepted."""
+        """The numbers of the workers that take trials: the driver has accepted their base and data."""
         return [number for number, member in enumerate(self._members) if member.accepted]
 
     def begin_stage(self) -> None:
-        """All start anew: with one trial a slot."""
+        """Begin a stage: all workers start again with one trial per slot."""
         for member in self._members:
             member.begin_anew()
 
     def rooms(self) -> list[int]:
-        """How many trials each takes for now: none if it cannot load its base any more.
+        """How many trials each worker takes for now: none if it can no longer load its base.
 
-        Those who are to wait for a slot come when the pack trains: until then the processors, which
-        their processes would need for seconds, have more urgent things to do.
+        Trials that will wait for a slot come only once the pack trains. Starting their processes takes
+        seconds of processor time, for which there is more urgent work until then.
         """
         rooms = (self._num_seats if each.trains else self._num_slots for each in self._members)
         return [
@@ -90,17 +90,17 @@ class Workers:
         tell: Callable[[str], None],
         begun: Callable[[str], None],
     ) -> None:
-        """Take what the workers have answered by now, and never wait for it.
+        """Handle the answers that the workers have given so far, without waiting for any.
 
         Args:
             accept: gets a worker's name and what it has loaded, before it trains; raises to refuse it.
             warned: gets a worker's name and its new warnings.
             tell: gets, once, what keeps a worker from its work: no machine, no memory, a long load.
-            begun: gets, once a stage, the name of a worker whose pack trains.
+            begun: gets, once per stage, the name of each worker whose pack trains.
 
         Raises:
-            HiggsTuneError: a worker cannot load its base or its data, or `accept` refuses them. One that
-                had served before tries again.
+            HiggsTuneError: a worker cannot load its base or its data, or `accept` refuses them. A worker
+                that has served before tries to load again instead.
         """
         if any(member.accepted for member in self._members):
             self._trained_at = time.monotonic()
@@ -146,10 +146,10 @@ class Workers:
                 begun(member.name)
 
     def _died(self, member: Member, tell: Callable[[str], None]) -> None:
-        """Its process is gone, by itself or with its machine. Ray starts another.
+        """Handle a worker whose process died, alone or with its machine. Ray starts another.
 
         Raises:
-            SweepError: none comes so far that it serves, and no worker has.
+            SweepError: its processes keep dying while they load, and no worker has ever served.
         """
         was_loading = not member.accepted and member.lives()
         if member.accepted or was_loading:
@@ -162,7 +162,7 @@ class Workers:
             self._check_start(member, tell)
             return
         cause = SweepError(
-            "ends each time it loads base and data, as a rule because its machine's memory runs out "
+            "ends each time it loads base and data, usually because its machine runs out of memory "
             "(Ray's own messages say more). Give it a machine with more, or lower tune.num_workers"
         )
         if not any(each.has_served for each in self._members):
@@ -172,13 +172,13 @@ class Workers:
     def _retry_later(
         self, member: Member, cause: HiggsTuneError, tell: Callable[[str], None]
     ) -> None:
-        """A worker that had served cannot start or load its base: its new machine, GPU or disk is to blame.
+        """Let a worker try again later that cannot start or load its base: its machine is to blame.
 
-        Memory may be there later. After anything else the process starts anew, because a GPU's error
-        stays with the process that met it.
+        If it lacks memory, some may be free later. After any other error its process is replaced, because
+        a GPU's error stays with the process that met it.
 
         Raises:
-            HiggsTuneError: it has tried for long, and nobody has trained meanwhile.
+            HiggsTuneError: `cause`, unless it lacks memory, after GIVE_UP_S in which no worker served.
         """
         now, text = time.monotonic(), f"{member.name} {cause}"
         lacks_memory = isinstance(cause, NoMemoryError)
@@ -191,11 +191,11 @@ class Workers:
             tell(f"{text}; it tries again every {PAUSE_S:.0f} s")
         member.complaint, member.retry_at = text, now + PAUSE_S
         if not lacks_memory:
-            # the name of one that Ray has given up is taken until this
+            # needed even if Ray has given the actor up: its name is taken until then
             ray.kill(member.actor, no_restart=member.given_up)
 
     def _check_start(self, member: Member, tell: Callable[[str], None]) -> None:
-        """Say once that a worker's process is not there, or that one which is loads for very long."""
+        """Tell the user once that a worker's process has not started, or loads for very long."""
         now = time.monotonic()
         waited_s = now - member.since
         if member.accepted or waited_s < PATIENCE_S:
@@ -205,14 +205,14 @@ class Workers:
             if not member.is_waited_for:
                 member.is_waited_for = True
                 tell(shortage(who, self._num_cpus, self._num_gpus))
-        elif member.is_waited_for:  # it has come, and begins to load
+        elif member.is_waited_for:  # it has started, and begins to load
             member.since, member.is_waited_for = now, False
         elif waited_s >= LOADING_S and not member.loads_long:
             member.loads_long = True
             tell(f"{who} has been loading base and data for {waited_s / 60:.0f} minutes")
 
     def poll_figures(self) -> dict[str, dict[str, Any]] | None:
-        """Now and then, where each worker's time went a while ago; asks them again."""
+        """Every FIGURES_S, the figures that the workers have sent; requests new ones. Else None."""
         if time.monotonic() - self._asked_at < FIGURES_S:
             return None
         figures = self._take_figures(timeout_s=0)
@@ -220,33 +220,33 @@ class Workers:
         return figures
 
     def last_figures(self) -> dict[str, dict[str, Any]]:
-        """Where each worker's time went until now."""
+        """Where each worker's time went, up to now."""
         self._ask_figures()
         return self._take_figures(timeout_s=5)
 
     def _ask_figures(self) -> None:
         self._asked_at = time.monotonic()
         for member in self._members:
-            if member.accepted:  # else its first answer says that its process is there
+            if member.accepted:  # else `figures` must show whether its process is alive
                 member.figures = member.actor.figures.remote()
 
     def _take_figures(self, timeout_s: float) -> dict[str, dict[str, Any]]:
-        """What the workers have answered; one that does not keeps its former figures."""
-        # whoever has not said what it loaded may have no process
+        """The workers' figures; a worker that has not answered keeps its former ones."""
+        # one that is not accepted may have no process
         asked = [member.figures for member in self._members if member.accepted]
         ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
         for member in self._members:
             if is_there(member.figures):
-                with suppress(RayActorError):  # it restarts, and counts anew
+                with suppress(RayActorError):  # it restarts, and counts from 0
                     self._figures[member.name] = ray.get(member.figures)
         return self._figures
 
     def close(self) -> None:
-        """Let every trial that waits for a result go."""
+        """Stop training; trials that wait for a result are answered as cancelled."""
         for member in self._members:
             member.actor.close.remote()
 
     def kill(self) -> None:
-        """End the processes."""
+        """End the workers' processes."""
         for member in self._members:
             ray.kill(member.actor)
