@@ -41,7 +41,7 @@ def sweep_config(**changes: Any) -> SweepConfig:
 
 
 def trial_config(**changes: Any) -> TrialConfig:
-    """A trial's settings; `cross_attention` on adds its target."""
+    """A trial's settings; unless `cross_attention` is off, `audio_attention` is a target."""
     raw: dict[str, Any] = {
         "rank": 16,
         "alpha": 32.0,
@@ -76,7 +76,7 @@ def report_row(step: int, text: float, gain: float, audio: float) -> dict[str, f
 def curve(
     config: TrialConfig, text: float, gain: float, audio: float, num_steps: int
 ) -> list[dict[str, float]]:
-    """Losses that fall from the base's towards the given ends of a full run."""
+    """Reports whose losses go from the base's to these values at the end of a full run."""
     rows = []
     for step in range(config.report_every_steps, num_steps + 1, config.report_every_steps):
         done = 1 - math.exp(-3.2 * step / config.num_steps)
@@ -94,14 +94,14 @@ def curve(
 
 @dataclass
 class Builder:
-    """A results folder in the making."""
+    """Writes a results folder, file by file."""
 
     directory: Path
     sweep: SweepConfig = field(default_factory=sweep_config)
     base: dict[str, float] | None = field(default_factory=lambda: dict(BASE))
 
     def start(self) -> "Builder":
-        """Write what is there before the first trial."""
+        """Write the files that exist before the first trial."""
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "sweep.yaml").write_text(to_yaml(self.sweep), encoding="utf-8")
         env = {
@@ -170,7 +170,7 @@ class Builder:
 
 
 def effect(config: TrialConfig, noise: random.Random) -> tuple[float, float, float]:
-    """A made-up world: text loss, audio gain and audio loss at the end of a full run."""
+    """Made-up text loss, audio gain and audio loss at the end of a full run."""
     distance = math.log10(config.learning_rate / 1e-3)
     text = 2.35 + 1.1 * distance**2 - 0.05 * math.log2(config.rank / 4)
     text += {"attention": 0.35, "text_path": 0.12}.get(config.target_set, 0.0)

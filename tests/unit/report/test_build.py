@@ -1,4 +1,4 @@
-"""The report's files: complete, readable back, free of the network, and not torch's business."""
+"""The report's files are complete, can be read back, and need neither a network nor torch."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ def test_finished_sweep_gives_every_file(finished: tuple[Path, Summary]) -> None
     assert json.loads((folder / "summary.json").read_text())["best"]["trial_id"] == summary.best_id
 
 
-def test_a_reader_is_told_on_how_many_clips_the_losses_rest(tmp_path: Path) -> None:
+def test_report_states_how_many_clips_the_losses_are_measured_on(tmp_path: Path) -> None:
     said = "Losses are measured on 48 held-out clips"
     realistic(tmp_path)
     summary = build_report(tmp_path)
@@ -57,12 +57,12 @@ def test_a_reader_is_told_on_how_many_clips_the_losses_rest(tmp_path: Path) -> N
     assert said in (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "summary.json").read_text())["num_val_clips"] == 48
     base = json.loads((tmp_path / "base.json").read_text())
-    del base["num_val_clips"]  # an older sweep's
+    del base["num_val_clips"]  # as in an older sweep
     (tmp_path / "base.json").write_text(json.dumps(base))
     assert "held-out clips," not in build_report(tmp_path).text
 
 
-def test_a_copy_shows_every_rate_that_it_was_trained_at(tmp_path: Path) -> None:
+def test_page_shows_every_learning_rate_of_a_pbt_copy(tmp_path: Path) -> None:
     change = {
         "step": 50, "learning_rate": 3e-3, "new_module_lr_factor": 0.1, "text_loss_weight": 1.0,
         "audio_loss_weight": 1.0, "copied_from": "t003",
@@ -74,7 +74,7 @@ def test_a_copy_shows_every_rate_that_it_was_trained_at(tmp_path: Path) -> None:
     assert ">1.0e-04 → 3.0e-03<" in (tmp_path / "report.html").read_text()
 
 
-def test_pictures_and_best_config_say_what_they_rest_on(finished: tuple[Path, Summary]) -> None:
+def test_page_and_best_config_say_what_figures_are_based_on(finished: tuple[Path, Summary]) -> None:
     folder, summary = finished
     assert (
         "These show the search, in which each configuration ran once"
@@ -84,7 +84,7 @@ def test_pictures_and_best_config_say_what_they_rest_on(finished: tuple[Path, Su
     assert header.endswith(f"sweep quick. {summary.facts['answers']['found']['figure']}.")
 
 
-def test_every_listed_setting_stands_in_the_table_by_setting(tmp_path: Path) -> None:
+def test_table_by_setting_has_every_setting_with_listed_values(tmp_path: Path) -> None:
     space = {
         "alpha": [16.0, 32.0],
         "batch_clips": [4, 8],
@@ -107,7 +107,7 @@ def test_every_listed_setting_stands_in_the_table_by_setting(tmp_path: Path) -> 
     assert re.findall(r"<th scope='row'>(\w+)</th>", table) == ["alpha", "dropout", "batch_clips"]
 
 
-def test_best_config_holds_what_is_needed_to_train_it_again(finished: tuple[Path, Summary]) -> None:
+def test_best_config_holds_all_that_training_it_again_needs(finished: tuple[Path, Summary]) -> None:
     folder, summary = finished
     content = yaml.safe_load((folder / "best_config.yaml").read_text())
     assert set(content) == {
@@ -129,7 +129,9 @@ def test_best_config_holds_what_is_needed_to_train_it_again(finished: tuple[Path
     assert content["command"] == "higgs-tune train --config best_config.yaml"
 
 
-def test_exported_adapter_is_the_best_runs(finished: tuple[Path, Summary]) -> None:
+def test_exported_adapter_is_of_the_run_with_the_lowest_loss(
+    finished: tuple[Path, Summary],
+) -> None:
     folder, _ = finished
     content = yaml.safe_load((folder / "best_config.yaml").read_text())
     losses = {
@@ -143,19 +145,19 @@ def test_exported_adapter_is_the_best_runs(finished: tuple[Path, Summary]) -> No
 
 
 def content(folder: Path) -> dict[Path, bytes]:
-    """All files, as if the folder lay nowhere."""
+    """The content of all files, with the folder's own path replaced by a dot."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     here = str(folder).encode()
     return {path.relative_to(folder): path.read_bytes().replace(here, b".") for path in files}
 
 
-def test_report_can_be_built_again(finished: tuple[Path, Summary], tmp_path: Path) -> None:
+def test_rebuilt_report_is_identical(finished: tuple[Path, Summary], tmp_path: Path) -> None:
     again = shutil.copytree(finished[0], tmp_path / finished[0].name)
     build_report(again)
     assert content(again) == content(finished[0])
 
 
-def test_stale_best_goes_when_nothing_can_be_chosen(
+def test_stale_best_is_removed_when_nothing_can_be_chosen(
     finished: tuple[Path, Summary], tmp_path: Path
 ) -> None:
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
@@ -169,7 +171,7 @@ def test_stale_best_goes_when_nothing_can_be_chosen(
     assert not (tmp_path / "best_adapter").exists()
 
 
-def test_missing_adapter_is_noted_and_the_config_written(tmp_path: Path) -> None:
+def test_missing_adapter_is_noted_and_best_config_is_still_written(tmp_path: Path) -> None:
     config = trial_config()
     builder = Builder(tmp_path).start()
     builder.trial("t000", config, curve(config, 2.0, 0.4, 3.9, 150), adapter=False)
@@ -186,7 +188,7 @@ def test_empty_sweep_gives_a_report(tmp_path: Path, base: dict[str, float] | Non
     assert "No trial has reported a result yet" in summary.report_path.read_text()
 
 
-def test_page_needs_no_network_and_leaves_no_gap(finished: tuple[Path, Summary]) -> None:
+def test_page_needs_no_network_and_has_no_placeholder_left(finished: tuple[Path, Summary]) -> None:
     page = finished[1].report_path.read_text()
     assert not re.search(r"""(src|href)=["'](https?:)?//""", page)
     assert "<link" not in page
@@ -194,7 +196,7 @@ def test_page_needs_no_network_and_leaves_no_gap(finished: tuple[Path, Summary])
     assert page.count("<svg") == 5
 
 
-def test_page_escapes_what_a_name_holds(tmp_path: Path) -> None:
+def test_page_escapes_a_trials_reason(tmp_path: Path) -> None:
     config = trial_config()
     builder = Builder(tmp_path).start()
     rows = curve(config, 2.0, 0.4, 3.9, 50)
@@ -204,6 +206,6 @@ def test_page_escapes_what_a_name_holds(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert" in page
 
 
-def test_report_starts_without_torch() -> None:
+def test_importing_the_report_does_not_import_torch() -> None:
     code = "import sys, higgs_tune.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -60,7 +60,7 @@ def test_unknown_base_gives_no_choice(tmp_path: Path) -> None:
 
 
 def confirmed(tmp_path: Path, losses: dict[str, tuple[float, float]], **last) -> Builder:
-    """Trials 0, 1, 2 (3.0, 2.0, 2.1 in the search) with two fresh seeds each."""
+    """Trials 0, 1, 2 (3.0, 2.0, 2.1 in the search) with these confirm runs; `last` changes c005."""
     builder = Builder(tmp_path).start()
     for trial_id, text in (("t000", 3.0), ("t001", 2.0), ("t002", 2.1)):
         run(builder, trial_id, text, origin="baseline" if trial_id == "t000" else "search")
@@ -76,7 +76,7 @@ def confirmed(tmp_path: Path, losses: dict[str, tuple[float, float]], **last) ->
     return builder
 
 
-def test_confirm_mean_decides_over_the_search(tmp_path: Path) -> None:
+def test_confirm_mean_overrides_the_search_result(tmp_path: Path) -> None:
     confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1, 2.2)})
     choice = chosen(tmp_path)
     assert choice.trial.id == "t002"
@@ -87,7 +87,7 @@ def test_confirm_mean_decides_over_the_search(tmp_path: Path) -> None:
     assert choice.difference.sd == pytest.approx(0.0707, abs=1e-3)
 
 
-def test_setting_that_fails_in_confirm_is_not_chosen(tmp_path: Path) -> None:
+def test_configuration_that_diverges_in_confirm_is_not_chosen(tmp_path: Path) -> None:
     losses = {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1, 2.2)}
     confirmed(tmp_path, losses, status="diverged")
     assert chosen(tmp_path).trial.id == "t001"
@@ -109,7 +109,7 @@ def test_interrupted_confirm_falls_back_to_the_search(tmp_path: Path, status: st
 
 
 @pytest.mark.parametrize("status", ["cancelled", None])
-def test_a_group_without_all_its_seeds_neither_competes_nor_blocks(
+def test_unfinished_confirm_group_neither_competes_nor_blocks(
     tmp_path: Path, status: str | None
 ) -> None:
     losses = {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1, 2.2)}
@@ -118,13 +118,13 @@ def test_a_group_without_all_its_seeds_neither_competes_nor_blocks(
     assert (choice.trial.id, choice.confirm, len(choice.runs)) == ("t001", "done", 2)
 
 
-def test_a_group_of_an_earlier_best_with_fewer_seeds_does_not_compete(tmp_path: Path) -> None:
+def test_confirm_group_with_fewer_seeds_does_not_compete(tmp_path: Path) -> None:
     confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1,)})
     assert chosen(tmp_path).trial.id == "t001"
 
 
-def test_means_are_over_the_seeds_that_all_have(tmp_path: Path) -> None:
-    # two seeds suffice, but trials 0 and 1 had three before confirm.num_seeds was lowered
+def test_means_use_only_the_seeds_that_every_group_has(tmp_path: Path) -> None:
+    # num_seeds is 2; the third seed of trials 0 and 1 is from before it was lowered
     builder = confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.0, 2.0), "t002": (2.1, 2.2)})
     for run_id, confirms in (("c010", "t000"), ("c011", "t001")):
         run(builder, run_id, 9.0, seed=102, origin="confirm", confirms=confirms)
@@ -136,7 +136,7 @@ def test_means_are_over_the_seeds_that_all_have(tmp_path: Path) -> None:
     assert choice.difference.mean == pytest.approx(best.mean - baseline.mean)
 
 
-def test_runs_of_other_seeds_do_not_finish_the_confirm_stage(tmp_path: Path) -> None:
+def test_confirm_runs_with_different_seeds_do_not_finish_the_stage(tmp_path: Path) -> None:
     builder = Builder(tmp_path, sweep_config(confirm={"num_seeds": 1})).start()
     for number, text in enumerate((3.0, 2.0)):
         trial_id = f"t{number:03d}"
@@ -157,7 +157,7 @@ def test_confirm_without_the_best_of_the_search_is_unfinished(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("seeds, state", [((2.6,), "unfinished"), ((2.6, 2.5), "done")])
-def test_trial_0_that_led_the_search_is_not_confirmed_alone(
+def test_trial_0_leading_the_search_needs_a_confirmed_rival(
     tmp_path: Path, seeds: tuple[float, ...], state: str
 ) -> None:
     builder = Builder(tmp_path).start()
@@ -173,14 +173,14 @@ def test_trial_0_that_led_the_search_is_not_confirmed_alone(
     assert (choice.trial.id, choice.confirm) == ("t000", state)
 
 
-def test_whole_sweep_prefers_the_confirmed_setting(tmp_path: Path) -> None:
+def test_finished_sweep_is_decided_by_its_confirm_runs(tmp_path: Path) -> None:
     realistic(tmp_path)
     choice = chosen(tmp_path)
     assert choice.confirm == "done"
     assert len(choice.runs) == len(choice.baseline_runs) == 2
 
 
-def test_interval_is_students(tmp_path: Path) -> None:
+def test_interval_uses_students_t(tmp_path: Path) -> None:
     # mean 2, sd 1, n 3: half-width 4.303 / sqrt(3).
     interval = Stat.of([1.0, 2.0, 3.0]).interval
     assert interval == pytest.approx((2 - 2.4844, 2 + 2.4844), abs=1e-3)
@@ -190,7 +190,7 @@ def test_interval_is_students(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "num_runs, factor", [(11, 2.228), (12, 2.201), (13, 2.179), (31, 2.042), (121, 1.980)]
 )
-def test_interval_of_many_runs_is_students(num_runs: int, factor: float) -> None:
+def test_interval_of_many_runs_uses_students_t(num_runs: int, factor: float) -> None:
     # factors from a table with three decimals
     stat = Stat(2.0, 1.0, num_runs)
     assert stat.interval is not None
@@ -198,7 +198,7 @@ def test_interval_of_many_runs_is_students(num_runs: int, factor: float) -> None
     assert half * num_runs**0.5 == pytest.approx(factor, abs=6e-4)
 
 
-def test_the_exported_run_keeps_audio_itself(tmp_path: Path) -> None:
+def test_exported_run_is_itself_within_the_audio_limit(tmp_path: Path) -> None:
     builder = confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.6, 2.5)})
     limit = 1.05 * 3.93
     for run_id, seed, text, audio in (("c004", 100, 2.0, limit + 0.1), ("c005", 101, 2.2, 3.8)):
@@ -209,7 +209,7 @@ def test_the_exported_run_keeps_audio_itself(tmp_path: Path) -> None:
     assert choice.adapter_run.id == "c005"
 
 
-def test_audio_exactly_at_the_limit_holds_in_confirm(tmp_path: Path) -> None:
+def test_audio_exactly_at_the_limit_is_accepted_in_confirm(tmp_path: Path) -> None:
     builder = confirmed(tmp_path, {"t000": (3.0, 3.2), "t001": (2.6, 2.5)})
     limit = read_results(tmp_path).audio_limit
     assert limit is not None

@@ -1,4 +1,4 @@
-"""The words of the summary claim what the runs show, and no more."""
+"""The summary's sentences claim what the runs show, and no more."""
 
 import math
 from pathlib import Path
@@ -36,10 +36,10 @@ def pairs(
     baseline_audio: float = 3.9,
     origin: str = "search",
 ) -> Findings:
-    """A sweep of two trials with these text losses over the seeds of its confirm stage.
+    """Findings on a sweep of two trials whose confirm runs end at these text losses.
 
     Args:
-        gain: the audio gain of all runs, or of each seed.
+        gain: the audio gain of all runs, or one per seed.
         origin: of trial 1.
     """
     gains = gain if isinstance(gain, tuple) else (gain,) * len(best)
@@ -64,7 +64,7 @@ def test_clear_difference_is_called_better(tmp_path: Path) -> None:
     assert said in sentence(found, "found")
 
 
-def test_losses_are_told_against_base_and_trial_0(tmp_path: Path) -> None:
+def test_losses_are_compared_with_the_base_and_trial_0(tmp_path: Path) -> None:
     found = pairs(tmp_path / "low", [3.0, 3.1], [2.0, 2.1])
     _, text, audio, *_ = found.answers
     assert (text.figure, text.tone) == ("7.72 → 2.05", "good")
@@ -74,7 +74,7 @@ def test_losses_are_told_against_base_and_trial_0(tmp_path: Path) -> None:
     assert audio.sentence == "−0.8%; a rise of 5.0% is allowed."
     _, text, *_ = pairs(tmp_path / "high", [8.0, 8.1], [8.4, 8.5]).answers
     assert (text.figure, text.tone) == ("7.72 → 8.05", "poor")
-    assert text.sentence == "+0.33 nats per token against the untouched base."  # it is trial 0
+    assert text.sentence == "+0.33 nats per token against the untouched base."  # best: trial 0
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,14 @@ def test_losses_are_told_against_base_and_trial_0(tmp_path: Path) -> None:
         ("baseline_fixed", [2.9, 3.1], "Not clearly better than trial 0"),
     ],
 )
-def test_trial_1_is_by_hand_itself(
+def test_verdict_on_a_best_set_by_hand_compares_it_with_trial_0(
     tmp_path: Path, origin: str, best: list[float], verdict: str
 ) -> None:
     found = pairs(tmp_path, [3.0, 3.1 if best[0] < 2.5 else 3.3], best, origin=origin)
     assert found.answers[0].figure == verdict
 
 
-def test_difference_inside_the_noise_is_called_that(tmp_path: Path) -> None:
+def test_difference_within_seed_noise_is_reported_as_such(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.3], [2.9, 3.1])
     assert found.outcome == "within_noise"
     said = "beyond the noise of the seeds (95% interval −0.79 to +0.49, 2 seeds)."
@@ -104,7 +104,7 @@ def test_difference_inside_the_noise_is_called_that(tmp_path: Path) -> None:
     assert "Two seeds" not in sentence(found, "found")
 
 
-def test_best_that_is_worse_than_an_infeasible_trial_0_is_called_that(tmp_path: Path) -> None:
+def test_best_worse_than_an_infeasible_trial_0_is_reported_as_worse(tmp_path: Path) -> None:
     found = pairs(tmp_path, [2.0, 2.1], [3.0, 3.1], baseline_audio=5.0)
     assert found.outcome == "worse"
     said = sentence(found, "found")
@@ -113,7 +113,7 @@ def test_best_that_is_worse_than_an_infeasible_trial_0_is_called_that(tmp_path: 
 
 
 @pytest.mark.parametrize("num_steps, said", [(150, "ran with another seed"), (75, "never reached")])
-def test_without_a_confirm_stage_single_runs_are_not_compared(
+def test_single_runs_with_different_seeds_or_lengths_are_not_compared(
     tmp_path: Path, num_steps: int, said: str
 ) -> None:
     builder = Builder(tmp_path, sweep_config(confirm={"num_configs": 0})).start()
@@ -123,7 +123,7 @@ def test_without_a_confirm_stage_single_runs_are_not_compared(
     assert f"Trial 0 {said}" in sentence(findings(tmp_path), "found")
 
 
-def test_means_stand_beside_means(tmp_path: Path) -> None:
+def test_table_shows_seed_means_for_both_trial_0_and_the_best(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.2], [2.0, 2.2], origin="baseline_fixed")
     rows = comparison(read_results(tmp_path), found.choice)
     texts = {label: (round(text.mean, 2), text.n) for label, (text, *_) in rows if text is not None}
@@ -136,7 +136,7 @@ def test_means_stand_beside_means(tmp_path: Path) -> None:
 
 
 def diverged_in_confirm(directory: Path, seeds: dict[str, tuple[int, ...]]) -> Findings:
-    """Trial 0 and a better one, each confirmed with two seeds, of which these diverge, by trial."""
+    """Trial 0 and a better trial 1, confirmed with two seeds each; `seeds` are those that diverge."""
     builder = Builder(directory).start()
     for trial_id, text in (("t000", 3.0), ("t001", 2.0)):
         origin = "baseline" if trial_id == "t000" else "search"
@@ -151,7 +151,7 @@ def diverged_in_confirm(directory: Path, seeds: dict[str, tuple[int, ...]]) -> F
     return findings(directory)
 
 
-def test_a_trial_0_that_failed_its_confirm_runs_only_is_said_to_have_done_that(
+def test_trial_0_that_failed_only_its_confirm_runs_is_reported(
     tmp_path: Path,
 ) -> None:
     said = sentence(diverged_in_confirm(tmp_path, {"t000": (0, 1)}), "found")
@@ -159,7 +159,7 @@ def test_a_trial_0_that_failed_its_confirm_runs_only_is_said_to_have_done_that(
 
 
 @pytest.mark.parametrize("who", [("t001",), ("t000", "t001")])
-def test_what_broke_in_the_confirm_stage_is_said_to_be_out_for_that(
+def test_trial_that_diverged_in_confirm_is_noted_as_excluded(
     tmp_path: Path, who: tuple[str, ...]
 ) -> None:
     found = diverged_in_confirm(tmp_path, dict.fromkeys(who, (1,)))
@@ -173,14 +173,14 @@ def test_what_broke_in_the_confirm_stage_is_said_to_be_out_for_that(
         assert found.outcome == "baseline_best"
 
 
-def test_audio_that_rose_in_the_confirm_runs_is_said(tmp_path: Path) -> None:
+def test_trial_beyond_the_audio_limit_in_confirm_is_noted_as_excluded(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1], baseline_audio=5.0)
     reason = f"its audio loss, 5.00 over 2 seeds, is beyond the limit of {3.93 * 1.05:.2f}"
     note = f"t000 was confirmed and cannot be chosen: {reason}."
     assert note in found.notes
 
 
-def test_text_loss_that_rose_is_not_said_to_have_fallen(tmp_path: Path) -> None:
+def test_text_loss_that_rose_is_not_reported_as_fallen(tmp_path: Path) -> None:
     found = pairs(tmp_path, [9.0, 9.1], [8.0, 8.1], gain=0.0)
     assert "fell" not in sentence(found, "listening")
     (tmp_path / "fell").mkdir()
@@ -189,7 +189,7 @@ def test_text_loss_that_rose_is_not_said_to_have_fallen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end, verb", [(7.718, "stayed at 7.72"), (7.7, "fell from 7.72 to 7.70")])
-def test_text_loss_that_prints_the_same_is_not_said_to_have_moved(
+def test_text_loss_that_rounds_to_the_same_is_reported_as_unchanged(
     tmp_path: Path, end: float, verb: str
 ) -> None:
     builder = Builder(tmp_path).start()
@@ -198,7 +198,7 @@ def test_text_loss_that_prints_the_same_is_not_said_to_have_moved(
     assert found.headline == f"Text loss {verb} nats per token"
 
 
-def test_a_single_pair_of_runs_is_compared_and_not_confirmed(tmp_path: Path) -> None:
+def test_single_pair_of_runs_is_compared_but_called_unconfirmed(tmp_path: Path) -> None:
     builder = Builder(tmp_path, sweep_config(confirm={"num_configs": 0})).start()
     builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.4, 3.9, 150), origin="baseline")
     builder.trial("t001", CONFIG, curve(CONFIG, 2.0, 0.4, 3.9, 150))
@@ -219,7 +219,7 @@ def test_a_single_pair_of_runs_is_compared_and_not_confirmed(tmp_path: Path) -> 
         (0.4, "Yes:", "good"),
     ],
 )
-def test_low_text_loss_without_gain_is_not_called_listening(
+def test_listening_is_judged_by_audio_gain_and_not_by_text_loss(
     tmp_path: Path, gain: float, word: str, tone: str
 ) -> None:
     found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1], gain)
@@ -242,7 +242,7 @@ def test_low_text_loss_without_gain_is_not_called_listening(
         ((0.2949, 0.2949), "A little: ... 0.29 nats per token higher (0.29 to 0.29 over 2 seeds)."),
     ],
 )
-def test_listening_is_judged_by_the_figures_that_are_said(
+def test_listening_is_judged_by_the_rounded_figures_shown(
     tmp_path: Path, gains: tuple[float, ...], said: str
 ) -> None:
     found = sentence(pairs(tmp_path, [3.0, 3.1], [2.0, 2.1], gains), "listening")
@@ -256,7 +256,7 @@ def test_the_gain_of_a_single_run_has_no_range(tmp_path: Path) -> None:
     assert sentence(findings(tmp_path), "listening").endswith("0.40 nats per token higher.")
 
 
-def test_audio_beyond_the_limit_says_what_to_change(tmp_path: Path) -> None:
+def test_no_trial_within_the_audio_limit_names_the_setting_to_change(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
     for trial_id, audio in (("t000", 5.0), ("t001", 5.5)):
         builder.trial(trial_id, CONFIG, curve(CONFIG, 2.0, 0.4, audio, 150))
@@ -266,7 +266,7 @@ def test_audio_beyond_the_limit_says_what_to_change(tmp_path: Path) -> None:
     assert "objective.audio_tolerance" in sentence(found, "found")
 
 
-def test_audio_just_beyond_its_limit_does_not_read_like_the_limit(tmp_path: Path) -> None:
+def test_audio_just_beyond_the_limit_is_shown_with_enough_digits(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
     rows = curve(CONFIG, 2.0, 0.4, 1.0503 * BASE[VAL_AUDIO_NLL], 150)
     builder.trial("t000", CONFIG, rows, origin="baseline")
@@ -274,7 +274,7 @@ def test_audio_just_beyond_its_limit_does_not_read_like_the_limit(tmp_path: Path
     assert said in sentence(findings(tmp_path), "found")
 
 
-def test_trial_0_without_a_rival_is_not_said_to_be_unbeaten(tmp_path: Path) -> None:
+def test_trial_0_without_a_rival_is_not_called_unbeaten(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
     builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.4, 3.9, 150), origin="baseline")
     builder.trial("t001", CONFIG, curve(CONFIG, 2.0, 0.4, 5.0, 150))  # audio beyond its limit
@@ -290,7 +290,7 @@ def test_a_gain_that_rounds_to_zero_has_no_sign(tmp_path: Path) -> None:
     assert listening.figure == "0.01 → 0.00"
 
 
-def test_ends_that_are_no_verdict_are_noted_with_their_first_reason(tmp_path: Path) -> None:
+def test_failed_and_out_of_memory_trials_are_noted_with_their_first_reason(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
     ends = {"t000": "failed", "t001": "out_of_memory", "t002": "failed", "t003": "diverged"}
     for trial_id, status in ends.items():
@@ -306,7 +306,7 @@ def test_ends_that_are_no_verdict_are_noted_with_their_first_reason(tmp_path: Pa
 @pytest.mark.parametrize("stopped_audio, last_audio, said", [
     (3.9, 5.0, True), (5.0, 5.0, False), (3.9, 3.9, False),
 ])  # fmt: skip
-def test_trials_within_the_audio_limit_that_were_all_stopped_are_noted(
+def test_early_stopping_of_all_trials_within_the_audio_limit_is_noted(
     tmp_path: Path, stopped_audio: float, last_audio: float, said: bool
 ) -> None:
     builder = Builder(tmp_path).start()
@@ -318,6 +318,6 @@ def test_trials_within_the_audio_limit_that_were_all_stopped_are_noted(
     assert ("1 within it had been stopped early" in notes) == said
 
 
-def test_a_gain_that_is_not_finite_in_one_run_is_said_to_be_that(tmp_path: Path) -> None:
+def test_gain_that_is_not_finite_in_one_run_is_reported(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1], gain=(0.4, math.nan))
     assert sentence(found, "listening") == "Only 1 of 2 runs ended with a finite audio gain."

@@ -1,4 +1,4 @@
-"""Which setting mattered: named beyond chance only, among trials that compare."""
+"""Which setting mattered: named only if beyond chance, judged on comparable trials."""
 
 import math
 import random
@@ -35,12 +35,12 @@ def alpha_rule(config: TrialConfig) -> float:
 
 
 def middle_rate(config: TrialConfig) -> float:
-    """The best rate lies amid the searched ones, so loss neither rises nor falls with it."""
+    """The best rate is in the middle of the range, so loss is not monotonic in it."""
     return 6 * (math.log10(config.learning_rate) + 2.65) ** 2
 
 
 def factor(config: TrialConfig) -> float:
-    """The rate of new modules decides where there are some; where there are none, chance does."""
+    """The factor decides the loss of trials with new modules; in the others only noise does."""
     if config.cross_attention == "off":
         return 0.0
     return 0.5 * math.log10(config.new_module_lr_factor)
@@ -54,7 +54,7 @@ def sweep(
     stops: bool = False,
     rules: Sequence[str] = ("fixed",),
 ) -> Path:
-    """Trials 0 and 1 far behind at a rate out of range, then sampled ones in this world."""
+    """Trials 0 and 1, poor and at a rate out of range, then sampled trials with loss by `world`."""
     noise = random.Random(seed)
     builder = Builder(directory).start()
     for number, flag in enumerate(("off", "audio_self")):
@@ -79,24 +79,24 @@ def sweep(
 
 
 def info_of(directory: Path) -> ImportanceInfo:
-    """The importances, which must be there."""
+    """The importances, which must exist."""
     info = importance_info(read_results(directory))
     assert info is not None
     return info
 
 
 @pytest.mark.parametrize("num_sampled", [10, 24])
-def test_where_nothing_matters_chance_is_named_one_time_in_twenty(
+def test_a_setting_is_wrongly_named_in_about_one_sweep_in_twenty(
     tmp_path: Path, num_sampled: int
 ) -> None:
     named = [
         bool(info_of(sweep(tmp_path / str(seed), num_sampled, nothing, seed)).mattered)
         for seed in range(40)
     ]
-    assert sum(named) <= 5  # 2 expected; more than 5 would come by chance in 1 set of 70
+    assert sum(named) <= 5  # 2 expected; by chance, more than 5 occur once in 70 such sets
 
 
-def test_trials_that_cannot_tell_are_said_to_be_that(tmp_path: Path) -> None:
+def test_trials_without_a_clear_effect_are_reported_as_not_clear(tmp_path: Path) -> None:
     sweep(tmp_path, 12, nothing)
     answer = find(read_results(tmp_path)).answers[-1]
     assert (answer.key, answer.figure) == ("mattered", "not clear")
@@ -105,7 +105,7 @@ def test_trials_that_cannot_tell_are_said_to_be_that(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stops", [False, True])
-def test_setting_that_decides_is_named_alone(tmp_path: Path, stops: bool) -> None:
+def test_only_the_decisive_setting_is_named(tmp_path: Path, stops: bool) -> None:
     sweep(tmp_path, 12, target_set, stops=stops)
     info = info_of(tmp_path)
     assert info.mattered == ("target_set",)
@@ -117,7 +117,7 @@ def test_setting_that_decides_is_named_alone(tmp_path: Path, stops: bool) -> Non
     assert "Median text loss with target_set all_linear" in answer.sentence
 
 
-def test_an_alpha_rule_that_decides_is_named(tmp_path: Path) -> None:
+def test_decisive_alpha_rule_is_named(tmp_path: Path) -> None:
     sweep(tmp_path, 12, alpha_rule, rules=("fixed", "rslora", "ratio"))
     assert info_of(tmp_path).mattered == ("alpha_rule",)
     assert find(read_results(tmp_path)).answers[-1].figure.startswith("alpha rule ")
@@ -128,17 +128,17 @@ def test_an_alpha_rule_that_decides_is_named(tmp_path: Path) -> None:
     ]
 
 
-def test_rate_that_is_best_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_rate_that_is_best_in_the_middle_of_its_range_is_named(tmp_path: Path) -> None:
     assert info_of(sweep(tmp_path, 22, middle_rate)).mattered == ("learning_rate",)
 
 
-def test_setting_is_judged_among_the_trials_in_which_it_acts(tmp_path: Path) -> None:
+def test_setting_without_effect_in_some_trials_is_still_named(tmp_path: Path) -> None:
     info = info_of(sweep(tmp_path, 24, factor))
     assert "new_module_lr_factor" in info.mattered
     assert info.num_trials == 24
 
 
-def test_stopped_trials_and_those_left_compare_at_the_first_rung(tmp_path: Path) -> None:
+def test_stopped_and_surviving_trials_are_compared_at_the_first_rung(tmp_path: Path) -> None:
     sweep(tmp_path, 12, target_set, stops=True)
     info = info_of(tmp_path)
     assert (info.step, info.num_trials) == (50, 12)
@@ -147,7 +147,7 @@ def test_stopped_trials_and_those_left_compare_at_the_first_rung(tmp_path: Path)
     assert "does not show" not in find(read_results(full)).answers[-1].sentence
 
 
-def test_trials_set_by_hand_do_not_count(tmp_path: Path) -> None:
+def test_trials_set_by_hand_are_not_counted(tmp_path: Path) -> None:
     results = read_results(sweep(tmp_path, 12, nothing))
     assert info_of(tmp_path).num_trials == 12
     assert sum(level.num_trials for level in levels(results, "cross_attention")) == 12
@@ -174,7 +174,7 @@ def test_equal_losses_give_no_importance(tmp_path: Path) -> None:
     assert importance_info(read_results(tmp_path)) is None
 
 
-def test_trials_that_broke_off_do_not_set_the_step(tmp_path: Path) -> None:
+def test_diverged_and_unfinished_trials_do_not_set_the_common_step(tmp_path: Path) -> None:
     sweep(tmp_path, 12, nothing)
     builder = Builder(tmp_path, sweep_config())
     for number, status in ((20, "diverged"), (21, None)):
@@ -200,7 +200,7 @@ def test_just_enough_trials_give_an_importance(tmp_path: Path) -> None:
     assert info_of(sweep(tmp_path, MIN_TRIALS, target_set)).num_trials == MIN_TRIALS
 
 
-def test_trials_whose_rates_changed_on_the_way_do_not_count(tmp_path: Path) -> None:
+def test_trials_whose_rates_changed_during_training_are_not_counted(tmp_path: Path) -> None:
     sweep(tmp_path, 12, nothing)
     change = {
         "step": 50, "learning_rate": 1e-3, "new_module_lr_factor": 0.1, "text_loss_weight": 1.0,

@@ -1,4 +1,4 @@
-"""How the report shows an evaluation that lies in the sweep's folder."""
+"""How the report shows an evaluation that it finds in the sweep's folder."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(reported: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be evaluated."""
+    """A copy of that sweep with an empty folder for its evaluation."""
     copy = shutil.copytree(reported, tmp_path / "quick")
     (copy / "listen").mkdir()
     return copy
@@ -58,7 +58,7 @@ def test_an_evaluation_of_the_best_adapter_is_linked_with_its_figures(folder: Pa
     assert STALE not in page
 
 
-def test_an_evaluation_of_another_adapter_is_called_that(folder: Path) -> None:
+def test_an_evaluation_of_another_adapter_is_marked_stale(folder: Path) -> None:
     assert STALE in shown(folder, systems("0" * 64))
 
 

@@ -1,4 +1,4 @@
-"""The data behind the figures, and that every figure can be drawn from odd results."""
+"""The data behind the figures; every figure can be drawn even from odd results."""
 
 from pathlib import Path
 
@@ -45,13 +45,13 @@ def test_scatter_has_a_point_for_each_trial_with_losses(results: Results) -> Non
     assert info.base == (BASE[m.VAL_TEXT_NLL], BASE[m.VAL_AUDIO_NLL])
 
 
-def test_gain_bars_show_the_base_the_named_and_the_best(results: Results) -> None:
+def test_gain_bars_include_the_base_the_best_and_trials_0_and_1(results: Results) -> None:
     bars = gain_info(results, find(results).choice, most=4)
     assert [bar.role for bar in bars] == ["base", "best", "other", "baseline_fixed", "baseline"]
     assert bars[0].gain == pytest.approx(0.01)
 
 
-def test_space_takes_trials_at_one_step(results: Results) -> None:
+def test_space_compares_all_trials_at_one_step(results: Results) -> None:
     info = space_info(results, None)
     assert info is not None
     assert info.step == 50  # the first rung
@@ -59,14 +59,14 @@ def test_space_takes_trials_at_one_step(results: Results) -> None:
     assert len(info.points) == 20
 
 
-def test_space_of_one_trial_is_nothing(tmp_path: Path) -> None:
+def test_space_needs_more_than_one_trial(tmp_path: Path) -> None:
     config = trial_config()
     Builder(tmp_path).start().trial("t000", config, curve(config, 3.0, 0.1, 3.9, 150))
     assert space_info(read_results(tmp_path), None) is None
 
 
 def space(directory: Path, sampled: list[float], by_hand: list[float]) -> SpaceInfo:
-    """Of trials with these text losses at the end; all at a full budget."""
+    """The space of full-budget trials that end at these text losses."""
     builder = Builder(directory).start()
     for number, text in enumerate([*by_hand, *sampled]):
         origin = ("baseline", "baseline_fixed")[number] if number < len(by_hand) else "search"
@@ -84,7 +84,7 @@ def space(directory: Path, sampled: list[float], by_hand: list[float]) -> SpaceI
         ([1.0, 2.0, 3.0, 4.0, 9.0], [5.0, 5.5], 7.0),  # quartiles 2 and 4: 4 + 1.5 * 2
         ([1.0, 2.0, 3.0, 4.0, 5.0], [5.5, 8.5], 7.0),
         ([1.0, 2.0, 3.0, 4.0, 5.0], [5.5, 5.6], 5.6),  # all within
-        ([2.0, 2.0], [5.0, 5.5], 5.5),  # no spread to tell an outlier by
+        ([2.0, 2.0], [5.0, 5.5], 5.5),  # no spread to define an outlier
     ],
 )
 def test_outliers_do_not_stretch_the_scale_of_space(
@@ -95,7 +95,7 @@ def test_outliers_do_not_stretch_the_scale_of_space(
     assert draw_space(info).png.startswith(b"\x89PNG")
 
 
-def test_space_leaves_out_trials_that_copied(tmp_path: Path) -> None:
+def test_space_leaves_out_pbt_copies(tmp_path: Path) -> None:
     space(tmp_path, [2.0, 3.0], [5.0])
     change = {
         "step": 50, "learning_rate": 2e-3, "new_module_lr_factor": 0.1, "text_loss_weight": 1.0,
@@ -123,7 +123,7 @@ def test_same_results_give_the_same_pictures(results: Results) -> None:
 
 
 @pytest.mark.parametrize("text, audio", [(7.72, 3.93), (20.0, 9.0), (0.001, 0.001)])
-def test_single_odd_trial_is_drawn(tmp_path: Path, text: float, audio: float) -> None:
+def test_single_trial_with_odd_values_is_drawn(tmp_path: Path, text: float, audio: float) -> None:
     config = trial_config()
     Builder(tmp_path).start().trial("t000", config, curve(config, text, -0.5, audio, 150))
     results = read_results(tmp_path)
@@ -140,7 +140,7 @@ def test_trials_without_base_are_drawn(tmp_path: Path) -> None:
 
 
 def with_wild(directory: Path) -> Results:
-    """A usual sweep and three trials far beyond it: in both losses, in text, in audio."""
+    """A usual sweep and three outliers: in both losses, in text loss, in audio loss."""
     builder = realistic(directory)
     for number, (text, gain, audio) in enumerate([(402, -31, 19), (36, 6, 4), (3.1, 0.2, 7.1)]):
         config = trial_config(learning_rate=2e-2)
@@ -169,14 +169,14 @@ def test_wild_trials_do_not_stretch_the_scales(results: Results, tmp_path: Path)
 
 
 @pytest.mark.parametrize("end, leaves", [(12.9, False), (14.0, True)])
-def test_curve_that_ends_between_scale_and_edge_is_drawn(end: float, leaves: bool) -> None:
+def test_curve_leaves_the_scale_only_beyond_the_end_of_the_axis(end: float, leaves: bool) -> None:
     line = Line("other", "completed", ((0, 7.7), (25, 11.0), (50, end)))
     panel = CurvesInfo("Text loss", "nats per token", (line,), None, (2.8, 12.6))
-    drawn = draw_curves([panel, panel]).svg  # the axis goes to 13.6
+    drawn = draw_curves([panel, panel]).svg  # the axis ends at 13.6
     assert ("leaves the scale" in drawn) == leaves
 
 
-def test_wild_gain_does_not_stretch_the_bars(tmp_path: Path) -> None:
+def test_bars_of_wild_gains_are_marked(tmp_path: Path) -> None:
     wild = with_wild(tmp_path)
     bars = gain_info(wild, None, most=30)
     assert [bar.label for bar in bars if bar.wild] == ["t091 off", "t090 off"]

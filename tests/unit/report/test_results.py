@@ -37,7 +37,7 @@ def test_trial_without_status_is_unfinished(tmp_path: Path) -> None:
     assert not trial.full_budget
 
 
-def test_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+def test_line_cut_off_by_a_kill_is_ignored(tmp_path: Path) -> None:
     folder = Builder(tmp_path).start().trial("t000", CONFIG, ROWS[:2])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 75, "val/te')
@@ -67,7 +67,7 @@ def test_repeated_step_of_a_resumed_trial_counts_once(tmp_path: Path) -> None:
     assert trial.curve(m.VAL_TEXT_NLL) == [(25, 4.9), (50, 4.0)]
 
 
-def test_nan_is_no_value(tmp_path: Path) -> None:
+def test_nan_counts_as_missing(tmp_path: Path) -> None:
     rows = [report_row(25, 5.0, 0, 4.0), report_row(50, math.nan, 0, 4.0)]
     Builder(tmp_path).start().trial("t000", CONFIG, rows, status="diverged")
     (trial,) = read_results(tmp_path).trials
@@ -75,13 +75,13 @@ def test_nan_is_no_value(tmp_path: Path) -> None:
     assert trial.curve(m.VAL_TEXT_NLL) == [(25, 5.0)]
 
 
-def test_completed_with_nan_is_no_full_run(tmp_path: Path) -> None:
+def test_completed_trial_that_ends_with_nan_is_not_a_full_run(tmp_path: Path) -> None:
     rows = [*ROWS[:-1], report_row(150, math.nan, 0, 4.0)]
     Builder(tmp_path).start().trial("t000", CONFIG, rows)
     assert not read_results(tmp_path).trials[0].full_budget
 
 
-def test_feasible_is_the_tolerance_over_the_base(tmp_path: Path) -> None:
+def test_feasible_means_audio_loss_within_tolerance_of_the_base(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
     limit = 3.93 * 1.05
     builder.trial("t000", CONFIG, [*ROWS[:-1], report_row(150, 3.0, 0, limit - 1e-6)])
@@ -91,7 +91,7 @@ def test_feasible_is_the_tolerance_over_the_base(tmp_path: Path) -> None:
     assert [results.feasible(trial) for trial in results.trials] == [True, False, None]
 
 
-def test_table_has_a_row_a_trial_with_settings_and_metrics(tmp_path: Path) -> None:
+def test_table_has_one_row_per_trial_with_settings_and_metrics(tmp_path: Path) -> None:
     realistic(tmp_path / "quick")
     results = read_results(tmp_path / "quick")
     write_table(results, tmp_path / "trials.parquet")

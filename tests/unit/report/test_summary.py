@@ -17,7 +17,7 @@ from tests.unit.report.builder import Builder, curve, realistic, sweep_config, t
 def test_summary_is_one_screen(
     tmp_path: Path, monkeypatch, columns: int, width: int, num_lines: int
 ) -> None:
-    """Where the screen is too narrow the table of figures sets the width."""
+    """On a screen that is too narrow, the table of figures sets the width."""
     monkeypatch.setenv("COLUMNS", str(columns))
     realistic(tmp_path)
     results = read_results(tmp_path)
@@ -27,7 +27,7 @@ def test_summary_is_one_screen(
     assert max(len(line) for line in lines if not line.startswith(paths)) <= width
 
 
-def test_summary_names_the_program_of_this_python(tmp_path: Path, monkeypatch) -> None:
+def test_summary_names_the_program_beside_this_python(tmp_path: Path, monkeypatch) -> None:
     realistic(tmp_path / "results" / "quick")
     program = tmp_path / ".venv" / "bin" / "higgs-tune"
     program.parent.mkdir(parents=True)
@@ -46,7 +46,7 @@ def test_summary_names_the_program_of_this_python(tmp_path: Path, monkeypatch) -
     assert shown().endswith(" higgs-tune train --config results/quick/best_config.yaml")
 
 
-def test_the_command_that_trains_it_again_can_be_pasted(tmp_path: Path, monkeypatch) -> None:
+def test_train_command_can_be_pasted_despite_spaces_in_paths(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "my results" / "quick"
     program = tmp_path / "my tools" / "bin" / "higgs-tune"
     program.parent.mkdir(parents=True)
@@ -61,7 +61,7 @@ def test_the_command_that_trains_it_again_can_be_pasted(tmp_path: Path, monkeypa
     assert shlex.split(command) == [str(program), "train", "--config", best_config]
 
 
-def test_a_huge_loss_keeps_the_columns(tmp_path: Path) -> None:
+def test_a_huge_loss_keeps_the_table_aligned(tmp_path: Path) -> None:
     config = trial_config()
     builder = Builder(tmp_path, sweep_config(confirm={"num_configs": 0})).start()
     builder.trial("t000", config, curve(config, 1e6, 0.4, 3.9, 150), origin="baseline")

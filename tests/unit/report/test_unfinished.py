@@ -1,4 +1,4 @@
-"""What the findings say of a sweep that has not come to its end."""
+"""What the findings say about an unfinished sweep."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.unit.report.test_findings import (
 )
 
 
-def test_no_full_run_is_said(tmp_path: Path) -> None:
+def test_sweep_without_a_full_run_says_so(tmp_path: Path) -> None:
     rows = curve(CONFIG, 2.0, 0.4, 3.9, 100)
     Builder(tmp_path).start().trial("t000", CONFIG, rows, status="pruned", origin="baseline")
     found = findings(tmp_path)
@@ -28,11 +28,11 @@ def test_no_full_run_is_said(tmp_path: Path) -> None:
     assert labels == ["base", "t000 off, by hand, pruned at 100"]
 
 
-def test_a_sweep_cut_short_says_who_is_ahead(tmp_path: Path) -> None:
+def test_sweep_cut_short_names_the_leading_trial(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
     for trial_id, text, audio, num_steps in (
         ("t000", 4.0, 3.9, 100),
-        ("t001", 1.0, 3.9, 50),  # did not come as far
+        ("t001", 1.0, 3.9, 50),  # did not get as far
         ("t002", 1.0, 5.0, 100),  # audio beyond its limit
         ("t003", 2.0, 3.9, 100),
     ):
@@ -52,10 +52,10 @@ def test_a_sweep_cut_short_says_who_is_ahead(tmp_path: Path) -> None:
     [
         ("cancelled", ["Trial 0 was cancelled at step 50 with a text loss of 4.50."]),
         ("diverged", ["Trial 0 ended diverged at step 50 with a text loss of 4.50."]),
-        (None, []),  # it runs
+        (None, []),  # still running
     ],
 )
-def test_trial_0_is_said_to_have_ended_once_it_has(
+def test_early_end_of_trial_0_is_noted_unless_it_still_runs(
     tmp_path: Path, status: str | None, said: list[str]
 ) -> None:
     rows = [report_row(50, 4.5, 0.1, 3.9)]
@@ -63,14 +63,14 @@ def test_trial_0_is_said_to_have_ended_once_it_has(
     assert [note for note in findings(tmp_path).notes if note.startswith("Trial 0")] == said
 
 
-def test_nothing_reported_is_said(tmp_path: Path) -> None:
+def test_sweep_without_any_result_says_so(tmp_path: Path) -> None:
     Builder(tmp_path, base=None).start()
     found = findings(tmp_path)
     assert (found.outcome, found.notes) == ("no_trials", ())
     assert summary_text(read_results(tmp_path), found).startswith("Sweep quick: No trial")
 
 
-def test_a_sweep_whose_trials_all_failed_is_not_said_to_go_on(tmp_path: Path) -> None:
+def test_no_result_yet_is_said_only_while_a_trial_may_still_report(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
     builder.trial("t000", CONFIG, [], status="failed", reason="RuntimeError: no")
     found = findings(tmp_path)
@@ -79,7 +79,7 @@ def test_a_sweep_whose_trials_all_failed_is_not_said_to_go_on(tmp_path: Path) ->
     assert findings(tmp_path).headline == "No trial has reported a result yet"
 
 
-def test_interrupted_sweep_is_said(tmp_path: Path) -> None:
+def test_interrupted_sweep_counts_its_unfinished_trials(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
     builder.trial("t000", CONFIG, curve(CONFIG, 3.0, 0.1, 3.9, 150), origin="baseline")
     builder.trial("t001", CONFIG, curve(CONFIG, 3.0, 0.1, 3.9, 50), status="cancelled")
@@ -89,7 +89,7 @@ def test_interrupted_sweep_is_said(tmp_path: Path) -> None:
     assert trial_counts(read_results(tmp_path)).startswith("3 in the search: 1 ran to the end")
 
 
-def test_each_kind_of_reason_for_a_cancelled_trial_is_said(tmp_path: Path) -> None:
+def test_each_kind_of_reason_for_cancelled_trials_is_noted(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
     given_up = "Ray Tune gave it up; --resume goes on with it: ActorDiedError"
     ends = [given_up, "interrupted by SIGINT", f"{given_up} of another process"]
@@ -104,9 +104,7 @@ def test_each_kind_of_reason_for_a_cancelled_trial_is_said(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "status, said", [("cancelled", "1 cancelled"), (None, "1 running or lost")]
 )
-def test_a_confirm_run_without_an_end_is_said(
-    tmp_path: Path, status: str | None, said: str
-) -> None:
+def test_unfinished_confirm_run_is_noted(tmp_path: Path, status: str | None, said: str) -> None:
     pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
     builder = Builder(tmp_path)
     builder.trial("t002", CONFIG, curve(CONFIG, 2.5, 0.4, 3.9, 150))
@@ -124,7 +122,7 @@ def test_a_confirm_run_without_an_end_is_said(
     assert "--resume" in note
 
 
-def test_a_confirm_run_that_is_asked_for_no_more_needs_no_note(tmp_path: Path) -> None:
+def test_unfinished_confirm_run_that_is_no_longer_needed_is_not_noted(tmp_path: Path) -> None:
     pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
     config = trial_config(seed=102)  # a third seed, from before confirm.num_seeds was lowered
     options = {"origin": "confirm", "status": "cancelled"}
@@ -137,14 +135,14 @@ def test_a_finished_confirm_stage_needs_no_note(tmp_path: Path) -> None:
     found = pairs(tmp_path, [3.0, 3.1], [2.0, 2.1])
     short = "The search ended after 2 of 16 trials."
     assert found.notes == (short,)
-    shutil.rmtree(tmp_path / "trials" / "c010" / "adapter")  # of the run that would be exported
+    shutil.rmtree(tmp_path / "trials" / "c010" / "adapter")  # of the run to be exported
     lost = "c010 left no adapter; train it again to get one."
     assert findings(tmp_path).notes == (short, lost)
 
 
-def test_a_choice_by_the_search_alone_is_said_and_excludes_nobody(tmp_path: Path) -> None:
+def test_choice_by_the_search_alone_is_noted_and_excludes_no_trial(tmp_path: Path) -> None:
     diverged_in_confirm(tmp_path, {"t001": (0, 1)})
-    (tmp_path / "trials" / "c000" / "status.json").unlink()  # a confirm run of trial 0 goes on
+    (tmp_path / "trials" / "c000" / "status.json").unlink()  # a confirm run of trial 0 still runs
     found = findings(tmp_path)
     assert found.choice is not None and found.choice.trial.id == "t001"
     said = "The confirm stage has not finished; the choice rests on the search alone."
@@ -152,7 +150,7 @@ def test_a_choice_by_the_search_alone_is_said_and_excludes_nobody(tmp_path: Path
     assert not [note for note in found.notes if "cannot be chosen" in note]
 
 
-def test_a_search_that_ended_before_its_last_trial_is_said(tmp_path: Path) -> None:
+def test_search_that_ended_before_its_last_trial_is_noted(tmp_path: Path) -> None:
     for name, num_trials in (("short", 5), ("whole", 2)):
         sweep = sweep_config(tune={"num_trials": num_trials}, confirm={"num_configs": 0})
         builder = Builder(tmp_path / name, sweep).start()
@@ -167,7 +165,7 @@ def test_a_search_that_ended_before_its_last_trial_is_said(tmp_path: Path) -> No
 
 def test_a_search_that_mostly_diverged_says_what_to_lower(tmp_path: Path) -> None:
     builder = Builder(tmp_path).start()
-    ends = ["completed", "diverged", None, "cancelled"]  # half of those that ended, then more
+    ends = ["completed", "diverged", None, "cancelled"]  # half of those that ended diverged
     for number, status in enumerate(ends):
         builder.trial(
             f"t{number:03}", CONFIG, [], status=status, reason="a gradient was not finite"

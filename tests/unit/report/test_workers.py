@@ -18,7 +18,7 @@ def figures_of(train_s: float, wait_s: float) -> dict[str, float]:
     return meter.figures()
 
 
-def test_the_workers_shares_are_of_all_their_time(tmp_path: Path) -> None:
+def test_worker_shares_are_of_the_total_time_of_all_workers(tmp_path: Path) -> None:
     Builder(tmp_path).start()
     both = {"worker-0": figures_of(180.0, 0.0), "worker-1": figures_of(170.0, 30.0)}
     (tmp_path / "workers.json").write_text(json.dumps(both))
@@ -34,7 +34,7 @@ def test_the_workers_shares_are_of_all_their_time(tmp_path: Path) -> None:
     assert sentence in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_sweep_that_did_not_note_it_says_nothing(tmp_path: Path) -> None:
+def test_sweep_without_recorded_worker_times_says_nothing(tmp_path: Path) -> None:
     Builder(tmp_path).start()
     assert workers_sentence(read_results(tmp_path)) is None
     (tmp_path / "workers.json").write_text(json.dumps({"worker-0": Meter().figures()}))
