@@ -1,4 +1,4 @@
-"""A model that knows six examples by heart, the embedded base, and an adapter for it."""
+"""Fixtures: a base overfitted on six examples, the embedded base, and an adapter for it."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def state(embedded, adapter_config):
 
 @pytest.fixture(scope="session")
 def adapter(state, adapter_config, tmp_path_factory):
-    """The same on disk, exported without its training state."""
+    """That adapter on disk, exported without its training state."""
     folder = tmp_path_factory.mktemp("trained") / "adapter"
     folder.mkdir()
     save_adapter(folder, state, adapter_config, "embedded")

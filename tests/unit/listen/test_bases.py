@@ -1,4 +1,4 @@
-"""The base that is listened to is the one that the adapters name, unless another is given."""
+"""`generate` and `evaluate` use the base that the adapters name, unless another is given."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from higgs_tune.train.checkpoint import save_adapter
 
 @pytest.fixture(scope="module")
 def headless(tmp_path_factory) -> Path:
-    """Another base than the embedded one, without a text head."""
+    """A base that differs from the embedded one and has no text head."""
     folder = tmp_path_factory.mktemp("bases") / "headless"
     shutil.copytree(EMBEDDED_BASE, folder)
     weights = load_file(folder / "model.safetensors")
@@ -50,7 +50,7 @@ def evaluate(out: Path, *more: str) -> int:
     return cli.main(["evaluate", "--data", "embedded:russian", "--out", str(out), *small, *more])
 
 
-def test_an_adapter_speaks_with_the_base_that_it_names(tmp_path, headless, adapter_of):
+def test_generate_uses_the_base_that_the_adapter_names(tmp_path, headless, adapter_of):
     adapter = ("--adapter", str(adapter_of(headless)))
     assert generate(tmp_path / "named.wav", *adapter) == 0
     assert generate(tmp_path / "same.wav", *adapter, "--base", str(headless)) == 0
@@ -63,21 +63,21 @@ def test_an_adapter_speaks_with_the_base_that_it_names(tmp_path, headless, adapt
     assert json.loads((tmp_path / "other.json").read_text())["base"] == str(EMBEDDED_BASE)
 
 
-def test_an_adapter_is_evaluated_on_the_base_that_it_names(tmp_path, headless, adapter_of):
+def test_evaluate_uses_the_base_that_the_adapter_names(tmp_path, headless, adapter_of):
     adapter = str(adapter_of(headless))
     assert evaluate(tmp_path / "out", "--adapter", "none", "--adapter", adapter) == 0
     base = json.loads((tmp_path / "out" / "evaluate.json").read_text())["base"]
     assert (base["path"], base["text_head"]) == (str(headless), "from_embedding")
 
 
-def test_the_embedded_base_of_another_machine_is_the_one_here(adapter_of):
+def test_path_of_another_machines_embedded_base_means_the_local_one(adapter_of):
     adapter = adapter_of("/elsewhere/lib/higgs_tune/embedded/base")
     assert base_for([adapter], {}, "generate").path == "embedded"
     with pytest.raises(ModelError, match="the base that it names is not on this machine"):
         base_for([adapter_of("/elsewhere/base", "other")], {}, "generate")
 
 
-def test_adapters_of_one_base_under_two_names_are_evaluated_together(tmp_path, adapter_of):
+def test_two_names_of_the_embedded_base_are_the_same_base(tmp_path, adapter_of):
     first, second = adapter_of("embedded", "first"), adapter_of(EMBEDDED_BASE, "second")
     assert base_for([first, second], {}, "evaluate").path == "embedded"
 
@@ -94,7 +94,7 @@ def test_adapters_of_different_bases_are_refused(tmp_path, headless, adapter_of,
         base_for(pinned, {}, "evaluate")
 
 
-def test_what_is_given_beside_the_adapter_holds(adapter_of):
+def test_given_settings_override_what_the_adapter_names(adapter_of):
     adapter = adapter_of("owner/name", revision="0123abc")
     found = base_for([adapter], {"dtype": "bfloat16", "text_head": "checkpoint"}, "generate")
     assert (found.path, found.revision) == ("owner/name", "0123abc")
@@ -103,7 +103,7 @@ def test_what_is_given_beside_the_adapter_holds(adapter_of):
     assert base_for([adapter], {"path": "embedded"}, "generate").revision is None
 
 
-def test_a_base_that_is_not_here_can_be_said(tmp_path, adapter_of):
+def test_missing_base_is_an_error_unless_another_is_given(tmp_path, adapter_of):
     adapter = adapter_of(tmp_path / "gone")
     with pytest.raises(
         ModelError, match=r"adapter: the base .* is not on this machine: .*gone.* with --base"
@@ -112,14 +112,14 @@ def test_a_base_that_is_not_here_can_be_said(tmp_path, adapter_of):
     assert base_for([adapter], {"path": "embedded"}, "generate").path == "embedded"
 
 
-def test_without_an_adapter_the_base_is_the_given_or_the_embedded_one():
+def test_without_an_adapter_the_base_is_embedded_and_settings_are_checked():
     assert base_for([], {}, "generate").path == "embedded"
     with pytest.raises(ConfigError, match="generate:\n  text_head: Input should be 'checkpoint'"):
         base_for([], {"text_head": "none"}, "generate")
 
 
 @pytest.mark.parametrize("command", ["generate", "check"])
-def test_a_base_without_text_head_is_started_from_its_embedding(
+def test_a_base_without_text_head_needs_text_head_from_embedding(
     tmp_path, headless, capsys, command: str
 ):
     def run(*more: str) -> int:
@@ -134,9 +134,7 @@ def test_a_base_without_text_head_is_started_from_its_embedding(
     assert run("--text-head", "from_embedding") == 0
 
 
-def test_a_merged_checkpoint_speaks_after_the_system_text_of_its_adapter(
-    tmp_path, state, adapter_config
-):
+def test_a_merged_checkpoint_keeps_the_system_text_of_its_adapter(tmp_path, state, adapter_config):
     adapter, merged = tmp_path / "told", tmp_path / "merged"
     adapter.mkdir()
     save_adapter(adapter, state, adapter_config, "embedded", system_text="Speak.")
@@ -146,4 +144,4 @@ def test_a_merged_checkpoint_speaks_after_the_system_text_of_its_adapter(
     assert generate(tmp_path / "given.wav", *base, "--system-text", "") == 0
     found = [json.loads((tmp_path / f"{n}.json").read_text()) for n in ("merged", "given")]
     assert [one["system_text"] for one in found] == ["Speak.", None]
-    assert system_text_for([], None, BaseSettings(path=str(merged))) == "Speak."  # of `evaluate`
+    assert system_text_for([], None, BaseSettings(path=str(merged))) == "Speak."  # for `evaluate`

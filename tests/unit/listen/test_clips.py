@@ -1,4 +1,4 @@
-"""Which held-out clips are spoken, in whose voice."""
+"""Which held-out clips are spoken, and with which reference."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ def row(number: int, split: str, speaker: str, text: str, ref_text: str | None =
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    """Held out: two clips of anna's, one of ben's, whose other clips train, one with its own reference."""
+    """Held out: two clips of anna, one of ben, one of anna with its own reference; two others train."""
     rows = [
         row(0, "validation", "anna", "one"),
         row(1, "validation", "anna", "two"),
@@ -43,7 +43,7 @@ def chosen(dataset: Dataset, max_rows: int = 1000, **options) -> dict[str, Clip]
     return {clip.row.id: clip for clip in clips}
 
 
-def test_a_reference_is_another_held_out_clip_of_the_voice_with_another_text(dataset) -> None:
+def test_a_reference_is_another_held_out_clip_of_the_same_speaker(dataset) -> None:
     clips = chosen(dataset)
     assert clips.keys() == {"r0", "r1", "r2", "r3"}
     for number in (0, 1):
@@ -53,7 +53,7 @@ def test_a_reference_is_another_held_out_clip_of_the_voice_with_another_text(dat
         assert clips[f"r{number}"].spoken.task == "clone"
 
 
-def test_a_row_with_a_reference_of_its_own_keeps_it(dataset) -> None:
+def test_a_row_with_its_own_reference_keeps_it(dataset) -> None:
     clip = chosen(dataset)["r3"]
     assert clip.reference is not None
     assert (clip.reference.text, len(clip.reference.codes[0])) == ("mine", 6)
@@ -61,16 +61,16 @@ def test_a_row_with_a_reference_of_its_own_keeps_it(dataset) -> None:
     np.testing.assert_array_equal(prompt[1].parts[0].codes_TC, clip.reference.codes[0])
 
 
-def test_a_voice_with_one_held_out_clip_speaks_without_a_reference(dataset) -> None:
+def test_the_only_held_out_clip_of_a_speaker_has_no_reference(dataset) -> None:
     clip = chosen(dataset)["r2"]
     assert (clip.reference, clip.spoken.task) == (None, "speak")
 
 
 @pytest.mark.parametrize(("max_rows", "alone"), [(1000, {"r2"}), (100, {"r0", "r1", "r2", "r3"})])
-def test_the_page_says_how_many_speak_without_a_reference_and_claims_no_more(
+def test_note_counts_the_clips_spoken_without_a_reference(
     dataset, max_rows: int, alone: set[str]
 ) -> None:
-    """ben's other clip trains, and anna's other held-out ones may leave no room."""
+    """ben's other clip is for training; at 100 rows, anna's other held-out clips leave no room."""
     clips = chosen(dataset, max_rows)
     rows = [
         {"clip": name, "system": system, "task": clip.spoken.task}
@@ -90,7 +90,7 @@ def test_a_reference_that_leaves_no_room_for_the_speech_is_not_taken(dataset) ->
     assert chosen(dataset, max_rows=2 * rows - 8)["r0"].reference is None
 
 
-def test_an_own_reference_that_leaves_no_room_for_the_speech_is_not_taken(dataset) -> None:
+def test_a_rows_own_reference_that_leaves_no_room_for_the_speech_is_not_taken(dataset) -> None:
     sizes = dataset.sizes(len)
     rows = int(sizes["rows"][3] + sizes["reference_rows"][3])
     assert chosen(dataset, max_rows=2 * rows)["r3"].reference is not None
@@ -98,7 +98,7 @@ def test_an_own_reference_that_leaves_no_room_for_the_speech_is_not_taken(datase
     assert (clip.reference, clip.spoken.task) == (None, "speak")
 
 
-def test_a_recording_that_is_there_twice_is_not_its_own_reference(tmp_path) -> None:
+def test_a_duplicate_of_a_recording_is_not_taken_as_its_reference(tmp_path) -> None:
     rows = [replace(row(0, "validation", "anna", text), id=text) for text in ("one", "two")]
     rows += [row(n, "validation", f"speaker {n}", f"text {n}") for n in (1, 2)]
     write_dataset(tmp_path, rows, CODEC, rows_per_shard=8)
@@ -107,10 +107,10 @@ def test_a_recording_that_is_there_twice_is_not_its_own_reference(tmp_path) -> N
     assert all(clip.reference is None for clip in clips.values())
 
 
-def test_without_cloning_nothing_has_a_reference(dataset) -> None:
+def test_clips_of_the_speak_task_have_no_reference(dataset) -> None:
     assert all(clip.reference is None for clip in chosen(dataset, task="speak").values())
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_as_many_clips_as_asked_for(dataset, count: int) -> None:
+def test_as_many_clips_are_chosen_as_asked_for(dataset, count: int) -> None:
     assert len(chosen(dataset, num_generated=count)) == count

@@ -34,7 +34,7 @@ def generate(out: Path, *more: str) -> int:
     return cli.main(["generate", "--text", "هَلْ تُحِبُّ العَسَلَ", *arguments])
 
 
-def test_the_same_seed_gives_the_same_wav_and_takes_count_seeds_on(tmp_path, adapter, capsys):
+def test_equal_seeds_give_equal_wavs_and_each_take_adds_one_to_the_seed(tmp_path, adapter, capsys):
     assert generate(tmp_path / "a.wav", "--adapter", str(adapter), "--num-takes", "3") == 0
     assert generate(tmp_path / "b.wav", "--adapter", str(adapter), "--seed", "1") == 0
     takes = [(tmp_path / f"a-{n}.wav").read_bytes() for n in (1, 2, 3)]
@@ -52,7 +52,7 @@ def test_the_same_seed_gives_the_same_wav_and_takes_count_seeds_on(tmp_path, ada
     ]  # fmt: skip
 
 
-def test_speech_cut_off_at_the_limit_is_said_in_the_json_and_on_stderr(tmp_path, capsys):
+def test_speech_cut_off_at_the_limit_is_reported_in_json_and_on_stderr(tmp_path, capsys):
     arguments = ("--temperature", "0", "--max-seconds")
     generate(tmp_path / "long.wav", *arguments, "20")
     whole = json.loads((tmp_path / "long.json").read_text())
@@ -66,7 +66,7 @@ def test_speech_cut_off_at_the_limit_is_said_in_the_json_and_on_stderr(tmp_path,
     assert len(second) == 4800 < len(first)
 
 
-def test_speech_that_is_too_short_for_its_text_is_said(tmp_path, capsys):
+def test_speech_too_short_for_its_text_gives_a_warning(tmp_path, capsys):
     long = "هل تحب العسل " * 5
     assert generate(tmp_path / "a.wav", "--text", long, "--max-seconds", "5") == 0
     message = (
@@ -75,7 +75,7 @@ def test_speech_that_is_too_short_for_its_text_is_said(tmp_path, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_merged_base_with_modules_of_its_own_speaks(tmp_path, embedded, caplog, monkeypatch):
+def test_a_merged_untrained_adapter_speaks_like_the_base(tmp_path, embedded, caplog, monkeypatch):
     config = trial(cross_attention="text_to_audio", targets=("attention", "audio_attention"))
     engine = Engine(embedded, PackLimits.of([config], num_slots=1))
     engine.add("a", config)
@@ -93,7 +93,7 @@ def test_a_merged_base_with_modules_of_its_own_speaks(tmp_path, embedded, caplog
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
-def test_a_reference_changes_what_is_said(tmp_path):
+def test_a_reference_changes_the_speech(tmp_path):
     voice = ("--reference", str(WAV / "arabic-1.wav"), "--reference-text", "مَرْحَبًا")
     generate(tmp_path / "a.wav", "--temperature", "0")
     assert generate(tmp_path / "b.wav", "--temperature", "0", *voice) == 0
@@ -125,7 +125,7 @@ def test_bad_input_is_one_clear_error(tmp_path, capsys, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_base_is_as_it_was_once_an_adapter_is_off(embedded, adapter):
+def test_the_base_is_unchanged_after_an_adapter_is_removed(embedded, adapter):
     ids = torch.arange(20, 40)[None]
     with torch.inference_mode():
         before = embedded.model(input_ids=ids).logits
@@ -146,7 +146,7 @@ def evaluated(tmp_path_factory, adapter):
     return out, json.loads((out / "evaluate.json").read_text()), rows
 
 
-def test_losses_are_those_that_training_validates_with(evaluated, embedded, state, adapter_config):
+def test_losses_equal_those_of_validation_in_training(evaluated, embedded, state, adapter_config):
     _, result, _ = evaluated
     loop = PackLoop(
         embedded,
@@ -161,9 +161,7 @@ def test_losses_are_those_that_training_validates_with(evaluated, embedded, stat
     assert trained["val/text/nll"] != pytest.approx(base["val/text/nll"], rel=1e-2)
 
 
-def test_an_adapter_that_has_diverged_is_named_before_anything_is_spoken(
-    tmp_path, embedded, adapter
-):
+def test_an_adapter_with_nan_losses_is_an_error_that_names_it(tmp_path, embedded, adapter):
     broken = shutil.copytree(adapter, tmp_path / "broken")
     weights = load_file(broken / "adapter_model.safetensors")
     name = min(weights)
@@ -189,7 +187,7 @@ def test_every_clip_has_a_row_and_files_for_recording_reference_and_each_system(
     assert not list(out.rglob("*.tmp"))
 
 
-def test_means_are_over_the_clips_that_have_the_metric(evaluated):
+def test_figures_of_a_system_are_means_over_its_clips(evaluated):
     _, result, rows = evaluated
     recorded = {row["clip"]: row["seconds"] for row in rows if row["system"] == "recording"}
     for system in result["systems"]:
@@ -215,8 +213,8 @@ def test_the_page_plays_every_clip_and_shows_its_texts(evaluated):
     assert "http" not in page and "<!--" not in page
 
 
-def test_names_from_right_to_left_keep_their_places():
-    """Else two of them beside each other are one run of text, and the second stands first."""
+def test_right_to_left_names_are_isolated_from_each_other():
+    """Otherwise two adjacent names form one run of text, and the second is shown first."""
     take = {"metrics": {}, "seconds": 1.0, "wav": "a.wav", "picture": "a.png", "system": "base"}
     row = {"clip": "تسجيل-1", "speaker": "محمد", "task": "speak", "text": "نعم", **take}
     page = _clip("تسجيل-1", [row])
@@ -274,6 +272,6 @@ def test_a_sweeps_best_adapter_is_evaluated_and_linked_from_its_report(tmp_path,
         ),
     ],
 )
-def test_an_evaluation_of_nothing_is_one_clear_error(capsys, arguments, message):
+def test_bad_arguments_of_evaluate_are_one_clear_error(capsys, arguments, message):
     assert cli.main(["evaluate", *arguments]) == 2
     assert message in capsys.readouterr().err

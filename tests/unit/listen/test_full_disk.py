@@ -16,7 +16,7 @@ from tests.full_disk import largest_file
 WAVE = np.sin(np.arange(24_000) / 20).astype(np.float32)
 
 
-def test_a_wav_is_what_soundfile_writes(tmp_path):
+def test_a_wav_equals_the_one_that_soundfile_writes(tmp_path):
     write_wav(tmp_path / "a.wav", WAVE, 24_000)
     soundfile.write(tmp_path / "b.wav", WAVE, 24_000, subtype="PCM_16")
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
@@ -24,7 +24,7 @@ def test_a_wav_is_what_soundfile_writes(tmp_path):
     assert soundfile.info(tmp_path / "none.wav").frames == 0
 
 
-def test_clips_that_do_not_fit_leave_what_stood_there(tmp_path):
+def test_clips_that_do_not_fit_leave_the_former_files(tmp_path):
     write_wav(tmp_path / "a.wav", WAVE[:100], 24_000)
     former = (tmp_path / "a.wav").read_bytes()
     for name, write in {
@@ -39,7 +39,7 @@ def test_clips_that_do_not_fit_leave_what_stood_there(tmp_path):
     assert (tmp_path / "a.wav").read_bytes() == former
 
 
-def test_figures_that_do_not_fit_are_one_error_that_promises_nothing(tmp_path):
+def test_figures_that_do_not_fit_are_one_error_and_leave_no_file(tmp_path):
     rows = [{"clip": "a" * 3000}]
     with largest_file(2000), pytest.raises(DataError) as caught:
         write_result(tmp_path, {}, rows)

@@ -48,7 +48,7 @@ def test_a_prompt_is_the_training_sequence_up_to_the_targets_first_row(task):
     assert encoded.audio_rows_A[len(prompt.codes_AC)] == len(prompt.ids_L)
 
 
-def test_a_text_is_read_in_the_unicode_form_of_the_training_texts():
+def test_a_prompt_does_not_depend_on_the_unicode_form_of_its_text():
     letters = dataclasses.replace(
         vocabulary(), encode_text=lambda text: [10**6 + ord(c) for c in text]
     )
@@ -60,7 +60,7 @@ def test_a_text_is_read_in_the_unicode_form_of_the_training_texts():
 
 
 @pytest.mark.parametrize("more", ["\r\n", " ", "\n"])
-def test_a_reference_text_is_read_as_the_training_texts(tmp_path, more):
+def test_whitespace_after_a_reference_text_is_ignored(tmp_path, more):
     letters = dataclasses.replace(
         vocabulary(), encode_text=lambda text: [10**6 + ord(c) for c in text]
     )
@@ -89,7 +89,7 @@ def test_a_text_prompt_ends_before_the_first_letter():
     assert len(prompt.codes_AC) == len(encoded.codes_AC)
 
 
-def test_a_model_that_knows_its_clips_by_heart_says_them_and_stops(by_heart):
+def test_an_overfitted_model_speaks_its_clips_and_stops(by_heart):
     base, talks = by_heart
     for talk in talks[:4]:
         spoken = speak(base.model, vocabulary(), [prompt_of(talk)], GREEDY, seed=0, max_frames=40)[
@@ -99,7 +99,7 @@ def test_a_model_that_knows_its_clips_by_heart_says_them_and_stops(by_heart):
         assert (spoken.reached_eos, spoken.num_clipped) == (True, 0)
 
 
-def test_speech_of_exactly_the_limit_ends_and_one_frame_more_is_cut_off(by_heart):
+def test_speech_exactly_as_long_as_the_limit_ends_and_longer_is_cut_off(by_heart):
     base, talks = by_heart
     talk = talks[1]
     num_frames = len(spoken_codes(talk))
@@ -113,7 +113,7 @@ def test_speech_of_exactly_the_limit_ends_and_one_frame_more_is_cut_off(by_heart
 
 def test_clips_spoken_together_equal_clips_spoken_alone(by_heart):
     base, talks = by_heart
-    model = tiny_base(seed=8).model  # never ends: what is said depends on every earlier row
+    model = tiny_base(seed=8).model  # never ends: each code depends on every earlier row
     odd = [conversation("clone", 20 + n, num_frames=3, num_letters=2 + 5 * n) for n in range(3)]
     for this, some in ((base.model, talks[:4]), (model, [*odd, *talks[:2]])):
         prompts = [prompt_of(talk) for talk in some]
@@ -124,7 +124,7 @@ def test_clips_spoken_together_equal_clips_spoken_alone(by_heart):
             assert spoken.reached_eos == alone.reached_eos
 
 
-def test_the_seed_alone_decides_and_the_global_random_state_stays():
+def test_speech_depends_on_its_seed_and_not_on_the_global_random_state():
     model, prompts = tiny_base().model, [prompt_of(conversation("speak", 1))]
 
     def said(seed):
@@ -139,7 +139,7 @@ def test_the_seed_alone_decides_and_the_global_random_state_stays():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_start_code_amid_speech_becomes_the_last_code():
+def test_a_start_code_inside_speech_becomes_the_last_code():
     rows_AC = np.full((6, 2), 3)
     rows_AC[0] = BOS
     rows_AC[3, 0] = BOS  # codebook 0 of frame 2
@@ -157,7 +157,7 @@ def test_a_prompt_that_leaves_no_room_is_refused():
         speak(base.model, vocabulary(), prompts, GREEDY, seed=0, max_frames=5)
 
 
-def test_a_model_that_knows_its_clips_by_heart_writes_their_texts(by_heart):
+def test_an_overfitted_model_writes_the_texts_of_its_clips(by_heart):
     base, talks = by_heart
     for talk in talks[4:]:
         text = list(vocabulary().encode_text(talk.turns[-1].parts[0].text))
@@ -167,9 +167,9 @@ def test_a_model_that_knows_its_clips_by_heart_writes_their_texts(by_heart):
         assert (list(short.ids), short.reached_end) == (text[:2], False)
 
 
-def test_no_control_token_is_written_but_the_end():
+def test_control_tokens_other_than_the_end_are_never_written():
     model, voc = tiny_base().model, vocabulary()
-    head = model.text_lm_head.weight  # every control token but the end beats every letter
+    head = model.text_lm_head.weight  # all control tokens but the end score above every letter
     head.zero_()
     state = model.model(
         input_ids=torch.from_numpy(prompt_of(conversation("speak", 1)).ids_L)[None]

@@ -1,4 +1,4 @@
-"""What an evaluation puts side by side: names, and the codec that the data was coded with."""
+"""The names of evaluated systems, and that the codec must be the one that encoded the data."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ def test_systems_are_named_by_their_folders():
     assert names == ["base", "best", "b-c", "best-2"]
 
 
-def test_no_system_is_named_like_the_recordings_beside_it():
+def test_no_system_is_named_reference_or_recording():
     names = [system.name for system in name_systems([Path("a/reference"), Path("b/recording")])]
     assert names == ["base", "reference-2", "recording-2"]
 
@@ -40,7 +40,7 @@ def evaluate(data: Path, out: Path, *more: str) -> int:
     return cli.main(["evaluate", *place, *small, *more])
 
 
-def test_the_codec_of_the_data_is_taken_by_its_weights_whatever_its_name(tmp_path, data):
+def test_a_codec_with_the_weights_of_the_datas_codec_may_have_another_name(tmp_path, data):
     load_codec("embedded").save_pretrained(tmp_path / "renamed")
     assert evaluate(data, tmp_path / "out", "--codec", str(tmp_path / "renamed")) == 0
 

@@ -1,4 +1,4 @@
-"""The figures of an evaluation on a terminal."""
+"""The table of an evaluation's figures on a terminal."""
 
 from higgs_tune.listen.table import figures_table
 
@@ -16,7 +16,7 @@ def spoken(num_clips: int = 2, **figures: float) -> dict[str, dict[str, float]]:
     }
 
 
-def test_figures_stand_in_columns_and_those_that_nobody_has_are_left_out():
+def test_figures_are_in_columns_and_those_without_a_value_are_left_out():
     table = figures_table(
         {
             "data": {"num_clips": 8},
@@ -41,8 +41,8 @@ def test_figures_stand_in_columns_and_those_that_nobody_has_are_left_out():
     ]
 
 
-def test_a_mean_over_fewer_clips_says_over_how_many():
-    """A system that was silent but once may have the highest speaker similarity."""
+def test_a_mean_over_fewer_clips_shows_their_number():
+    """A system that spoke only once may have the highest speaker similarity."""
     silent = spoken(4, eos_rate=1.0) | spoken(1, speaker_similarity=0.75)
     loud = spoken(4, eos_rate=1.0, speaker_similarity=0.5)
     table = figures_table(

@@ -1,4 +1,4 @@
-"""Judges from other packages: there, not there, and what they are given."""
+"""The judges from other packages: present, missing, and with bad input."""
 
 import sys
 from types import SimpleNamespace
@@ -46,7 +46,7 @@ def test_without_resemblyzer_the_error_names_the_extra(monkeypatch):
         VoiceJudge(CPU)
 
 
-def test_similarity_is_the_cosine_of_what_resemblyzer_says(resemblyzer):
+def test_similarity_is_the_cosine_of_resemblyzers_embeddings(resemblyzer):
     judge = VoiceJudge(CPU)
     loud, soft = np.full(16_000, 0.75, np.float32), np.full(16_000, 0.25, np.float32)
     expected = (0.75 * 0.25 + 1) / np.sqrt((0.75**2 + 1) * (0.25**2 + 1))
@@ -84,7 +84,7 @@ def recogniser_path(tmp_path_factory):
     return folder
 
 
-def test_any_recogniser_of_transformers_is_asked_at_its_own_rate(recogniser_path):
+def test_a_wav2vec2_recogniser_gives_texts_and_error_rates(recogniser_path):
     recogniser = Recogniser(str(recogniser_path), CPU, None, None)
     wave = np.random.default_rng(0).standard_normal(24_000).astype(np.float32)
     heard = recogniser.text_of(wave, 24_000)
@@ -96,7 +96,7 @@ def test_any_recogniser_of_transformers_is_asked_at_its_own_rate(recogniser_path
 
 
 class FakeWhisper:
-    """Refuses languages and long clips as transformers' pipeline of Whisper does: when it hears."""
+    """Refuses languages and long clips only when called, as transformers' Whisper pipeline does."""
 
     type = "seq2seq_whisper"
     feature_extractor = SimpleNamespace(sampling_rate=16_000, n_samples=480_000)
@@ -118,7 +118,7 @@ def test_whisper_hears_clips_of_any_length(monkeypatch, language, seconds):
     assert Recogniser("whisper", CPU, None, language).text_of(wave, 16_000) == "نعم"
 
 
-def test_a_language_that_a_recogniser_does_not_know_is_told_before_anything_is_heard(monkeypatch):
+def test_an_unknown_language_is_an_error_before_the_first_clip(monkeypatch):
     monkeypatch.setattr(voices, "pipeline", lambda *_, **__: FakeWhisper())
     assert Recogniser("whisper", CPU, None, "arabic").text_of(np.ones(9, np.float32), 16_000)
     with pytest.raises(
