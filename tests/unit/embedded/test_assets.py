@@ -25,7 +25,7 @@ def rows(corpus: str, split: str) -> list[Row]:
     return [dataset.row(index) for index in dataset.rows(split)]
 
 
-def test_every_file_has_the_noted_checksum() -> None:
+def test_every_file_has_its_recorded_checksum() -> None:
     assert checksums(EMBEDDED) == read_sums(EMBEDDED / "SHA256SUMS")
 
 
@@ -66,7 +66,7 @@ def test_splits_share_no_voice(corpus: str) -> None:
     assert not variants[0] & variants[1]
 
 
-def test_pretraining_knows_neither_the_target_voices_nor_any_held_out_text() -> None:
+def test_pretraining_shares_no_arabic_voice_and_no_text_of_human_speech() -> None:
     pretrain = rows("pretrain", "train") + rows("pretrain", "validation")
     arabic = rows("arabic", "train") + rows("arabic", "validation")
     variants = [{row.speaker.split("-")[1] for row in part} for part in (pretrain, arabic)]
@@ -82,7 +82,7 @@ def test_pretraining_knows_neither_the_target_voices_nor_any_held_out_text() -> 
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
-def test_content_hash_and_counts_are_those_of_the_rows(corpus: str) -> None:
+def test_content_hash_and_counts_match_the_rows(corpus: str) -> None:
     info = Dataset.open(f"embedded:{corpus}").info
     found = rows(corpus, "train") + rows(corpus, "validation")
     assert content_hash(row_digest(row) for row in found) == info.content_hash
@@ -107,7 +107,7 @@ def test_no_codebook_collapsed() -> None:
         assert entropy > 4.5, "out of ln 256 = 5.5 nats"
 
 
-def test_sample_recordings_encode_to_the_codes_that_ship() -> None:
+def test_sample_recordings_encode_to_nearly_all_of_the_shipped_codes() -> None:
     codec = load_codec("embedded")
     with (EMBEDDED / "wav/manifest.csv").open(encoding="utf-8", newline="") as handle:
         samples = list(csv.DictReader(handle))
@@ -131,7 +131,7 @@ def test_sample_conversations_name_recordings_that_exist() -> None:
     assert all((EMBEDDED / "wav" / path).is_file() for path in paths)
 
 
-def test_authored_texts_are_the_same_every_time_and_unique() -> None:
+def test_authored_texts_are_reproducible_and_unique() -> None:
     assert sentences(720, seed=0) == sentences(720, seed=0)
     assert len(set(sentences(720, seed=0))) == 720
     for language in LANGUAGES:
@@ -140,7 +140,7 @@ def test_authored_texts_are_the_same_every_time_and_unique() -> None:
         assert len(set(texts)) == 100
 
 
-def test_voices_of_the_two_arabic_splits_sound_apart() -> None:
+def test_any_two_arabic_voices_differ_in_mean_spectrum() -> None:
     from higgs_tune.embedded.make.espeak import Espeak
     from higgs_tune.embedded.make.voices import (
         ARABIC_TRAIN,

@@ -24,7 +24,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
-def test_every_embedded_text_is_known_and_returns_unchanged(
+def test_every_embedded_text_round_trips_without_unknown_tokens(
     tokenizer: PreTrainedTokenizerBase, corpus: str
 ) -> None:
     dataset = Dataset.open(f"embedded:{corpus}")
@@ -36,7 +36,7 @@ def test_every_embedded_text_is_known_and_returns_unchanged(
         assert tokenizer.decode(ids) == text
 
 
-def test_spaces_and_punctuation_return_unchanged(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_spaces_and_punctuation_round_trip_unchanged(tokenizer: PreTrainedTokenizerBase) -> None:
     text = " a  b . c ,\n d's “e” ، ؟ ЁЖ ß "
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
@@ -68,7 +68,7 @@ def test_a_turn_has_one_token_for_its_role(tokenizer: PreTrainedTokenizerBase) -
     assert tokens[4:] == [*"the user", "<|eot_id|>"]
 
 
-def test_no_special_tokens_are_added_by_itself(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_no_special_tokens_are_added_by_default(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer("a").input_ids == tokenizer("a", add_special_tokens=False).input_ids
 
 
