@@ -1,4 +1,4 @@
-"""The full-size benchmark at small size, and its model of what a step must compute."""
+"""The full-size benchmark run at small size, and its count of what a step must compute."""
 
 import copy
 import json
@@ -38,10 +38,10 @@ def small_base():
     return random_base(SMALL, CPU, torch.float32)
 
 
-def test_flops_are_those_that_torch_counts_in_the_stock_step():
+def test_flops_equal_those_that_torch_counts_in_the_stock_step():
     base = small_base()
     clips = random_clips(base, 4, 60, 0.2, [0])
-    base.model.set_attn_implementation("eager")  # plain matmuls; of the whole square
+    base.model.set_attn_implementation("eager")  # plain matmuls over the whole square
     stock = get_peft_model(base.model, LoraConfig(r=4, target_modules=lora_regex(ALL_LINEAR)))
     with FlopCounterMode(display=False) as counter:
         stock(**stock_inputs(clips, SMALL.num_codebooks), use_cache=False).loss.backward()
@@ -51,11 +51,11 @@ def test_flops_are_those_that_torch_counts_in_the_stock_step():
     assert counted == {"mm": linear_flops(SMALL, 4, 240) + head_flops(SMALL, 240, 240)}
 
 
-def test_full_size_is_the_known_amount():
+def test_full_size_parameters_and_flops_are_as_counted_by_hand():
     base = random_base(PRESETS["full"], torch.device("meta"), torch.bfloat16)
     assert sum(p.numel() for p in base.model.parameters()) == pytest.approx(5.77e9, rel=1e-3)
     clips = random_clips(base, 8, 400, 0.15, [0])
-    # counted by hand from the layers' sizes: 37.6 TFLOP, less what is behind the last attention of the
+    # counted by hand from the layers' sizes: 37.6 TFLOP, less all that follows the last attention in the
     # 1,698 rows without a label
     assert step_flops(base.model.config, 16, clips) == pytest.approx(37.05e12, rel=1e-3)
     assert step_flops(base.model.config, 16, clips) / gpu_step.H100_FLOPS == pytest.approx(
@@ -63,10 +63,10 @@ def test_full_size_is_the_known_amount():
     )
 
 
-def test_behind_the_last_attention_only_labelled_rows_must_be_computed():
+def test_after_the_last_attention_only_labelled_rows_are_counted():
     one_layer = copy.deepcopy(SMALL)
     one_layer.num_hidden_layers = 1
-    # q, k and v: 8192 weights forward only; 4 (I + O) of LoRA each, three times, less A's input gradient
+    # q, k and v: 8192 weights, forward only; LoRA: 4 (I + O) each, three times, less A's input gradient
     of_a_row = 2 * 8192 + 6 * 4 * (128 + 96 + 96) - 2 * 4 * 3 * 64
     assert linear_flops(one_layer, 4, 10, num_labelled=0) == 10 * of_a_row
     assert linear_flops(one_layer, 4, 10, num_labelled=10) == linear_flops(one_layer, 4, 10)
@@ -78,16 +78,16 @@ def test_the_full_size_step_runs_on_the_meta_device():
     assert step([random_clips(base, 8, 400, 0.15, [k]) for k in range(2)]).shape == (2,)
 
 
-def test_full_size_memory_is_what_fit_states():
+def test_full_size_memory_prediction_is_close_to_the_documented_one():
     base = random_base(PRESETS["full"], torch.device("meta"), torch.bfloat16)
     clips = random_clips(base, 8, 400, 0.2, [0])
-    # docs/howto/higgs_v2.md, where a clip of its own shape stands for all
+    # docs/howto/higgs_v2.md, where `fit` assumes another clip shape
     predicted = prediction(base, 16, clips)
     assert predicted(1) / 2**30 == pytest.approx(20.58, rel=0.02)
     assert predicted(8) / 2**30 == pytest.approx(89.35, rel=0.02)
 
 
-def test_a_random_base_has_the_buffers_of_a_plainly_made_one():
+def test_a_random_base_has_the_buffers_of_a_normally_built_model():
     plain = HiggsAudioV2ForConditionalGeneration(SMALL, use_text_head=True)
     made = random_base(SMALL, CPU, torch.bfloat16).model
     buffers = dict(made.named_buffers())
@@ -110,7 +110,7 @@ def test_random_clips_have_the_length_and_the_targets_of_their_task(task):
 
 
 def records(monkeypatch, *arguments):
-    """Run on one layer; returns the packs, with no memory predicted for them."""
+    """The packs of a run on one layer, with memory prediction replaced by 0."""
     monkeypatch.setattr(sys, "argv", ["gpu_step.py", "--device=cpu", *arguments])
     monkeypatch.setattr(gpu_step, "prediction", lambda *_: lambda adapters: 0)
     base = random_base(ONE_LAYER, CPU, torch.float32)
@@ -142,7 +142,7 @@ def test_stock_out_of_memory_keeps_our_figures(monkeypatch):
     assert gpu_step.row(record).count("out of memory") == 1
 
 
-def test_memory_is_given_back_once_when_it_runs_out(monkeypatch):
+def test_memory_is_freed_only_once_after_it_runs_out(monkeypatch):
     freed = []
     monkeypatch.setattr(measured, "free_memory", lambda: freed.append(None))
     side = measured.Side(1, CPU, lambda batch: batch)
@@ -152,12 +152,12 @@ def test_memory_is_given_back_once_when_it_runs_out(monkeypatch):
 
     side.attempt(run_out)
     assert side.step is None and len(freed) == 1
-    for _ in range(3):  # would empty the allocator's cache before the other side's timed steps
+    for _ in range(3):  # freeing again would empty the cache before the other side's timed steps
         side.attempt(lambda: side.timed([[]]))
     assert len(freed) == 1 and not side.times
 
 
-def test_the_first_pack_that_does_not_fit_is_the_last(monkeypatch):
+def test_no_pack_is_tried_after_the_first_that_does_not_fit(monkeypatch):
     def limited(base, ranks, split):
         if len(ranks) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -169,7 +169,7 @@ def test_the_first_pack_that_does_not_fit_is_the_last(monkeypatch):
     assert two["ours"] == {"status": "out_of_memory"} and two["stock"]["ms"] > 0
 
 
-def test_other_losses_than_the_stock_ones_end_the_benchmark(monkeypatch):
+def test_losses_that_differ_from_stock_end_the_benchmark(monkeypatch):
     def other(base, ranks, split):
         step = our_step(base, ranks)
         return lambda examples: step(examples) * 1.001
@@ -190,7 +190,7 @@ def test_the_script_runs_end_to_end_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert [pack["adapters"] for pack in result["packs"]] == [1, 2]
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert len(capsys.readouterr().out.splitlines()) == 5
-    model = small_base().model  # of three layers, of which --layers leaves one
+    model = small_base().model  # of three layers; --layers keeps one
     whole, layer = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[2]))
     assert result["parameters"] == whole - 2 * layer
     for pack in result["packs"]:

@@ -1,4 +1,4 @@
-"""Command lines of the benchmarks: a mistake is one line, before anything is measured."""
+"""Command lines of the benchmarks: a mistake is reported before anything is measured."""
 
 import argparse
 import sys
@@ -21,7 +21,7 @@ import sweep_time
 
 from higgs_tune.errors import ConfigError
 
-# No script gets as far as its model with these.
+# With these, every script ends before it loads a model.
 MISTAKES = [
     (compile_time, "--repeats=0", "found '0', needs a whole number of at least 1"),
     (encode_throughput, "--clips=none", "found 'none', needs a whole number of at least 1"),
@@ -47,7 +47,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("script, mistake, message", MISTAKES)
-def test_a_mistake_ends_a_script_with_one_line(script, mistake, message, monkeypatch, capsys):
+def test_a_mistake_ends_a_script_with_its_message(script, mistake, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script.__name__, mistake])
     with pytest.raises(SystemExit) as ended:
         options.run(script.main)
@@ -63,11 +63,11 @@ def test_errors_of_the_package_end_a_script_with_their_message():
         options.run(main)
 
 
-def test_numbers_in_order_and_once_each():
+def test_numbers_are_sorted_and_deduplicated():
     assert options.ascending("8,1,2,8") == [1, 2, 8]
 
 
-def test_results_go_into_a_folder_that_is_made_for_them(tmp_path):
+def test_the_folder_of_the_results_file_is_created(tmp_path):
     out = options.json_file(str(tmp_path / "new" / "figures.json"))
     assert out.parent.is_dir() and not out.exists()
     (tmp_path / "folder.json").mkdir()
@@ -75,7 +75,7 @@ def test_results_go_into_a_folder_that_is_made_for_them(tmp_path):
         options.json_file(str(tmp_path / "folder.json"))
 
 
-def test_a_machine_without_ray_and_optuna_is_described_all_the_same(monkeypatch):
+def test_a_machine_without_ray_and_optuna_can_be_described(monkeypatch):
     def version(package):
         if package in ("ray", "optuna"):
             raise PackageNotFoundError(package)
@@ -87,7 +87,7 @@ def test_a_machine_without_ray_and_optuna_is_described_all_the_same(monkeypatch)
     }  # fmt: skip
 
 
-def test_no_compiler_is_said_in_one_line(monkeypatch):
+def test_a_missing_compiler_is_a_clear_error(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     with pytest.raises(SystemExit, match=r"needs a C\+\+ compiler .*no-such-compiler"):
@@ -95,7 +95,7 @@ def test_no_compiler_is_said_in_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize("load, warned", [(0.1, False), (99.0, True)])
-def test_a_busy_machine_is_told(load, warned, monkeypatch, capsys):
+def test_a_busy_machine_gives_a_warning(load, warned, monkeypatch, capsys):
     monkeypatch.setattr(output.os, "getloadavg", lambda: (load, 0.0, 0.0))
     assert output.machine()["load"] == [load, 0.0, 0.0]
     assert ("this machine is busy with other work (load 99.0" in capsys.readouterr().err) == warned

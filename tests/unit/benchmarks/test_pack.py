@@ -1,4 +1,4 @@
-"""Packs on the embedded base and at full size, exercised at small size on a CPU."""
+"""The pack benchmarks, on the embedded base and at full size, run at small size on a CPU."""
 
 import json
 import runpy
@@ -18,7 +18,7 @@ from higgs_tune.train.memory import Memory
 CPU = torch.device("cpu")
 
 
-def test_a_pack_split_over_cores_trains_what_a_whole_one_trains():
+def test_a_pack_split_over_cores_has_the_losses_of_a_whole_one():
     base = random_base(PRESETS["small"], CPU, torch.float32)
     examples = [random_clips(base, 1, 60 + 10 * k, 0.2, [k]) for k in range(3)]
     threads = torch.get_num_threads()
@@ -31,14 +31,14 @@ def test_a_pack_split_over_cores_trains_what_a_whole_one_trains():
         torch.set_num_threads(threads)
 
 
-def test_the_embedded_base_takes_random_clips_of_any_length():
+def test_random_clips_for_the_embedded_base_have_the_given_length():
     base = pack_time.embedded_base("cpu")
     for rows in (100, 401):
         (clip,) = random_clips(base, 1, rows, 0.15, [rows])
         assert clip.num_rows == rows
 
 
-def test_times_are_per_adapter_and_ratios_to_one_stock_step():
+def test_times_are_per_adapter_and_ratios_are_to_one_stock_step():
     record = {
         "adapters": 4,
         "losses_compared": 3,
@@ -49,7 +49,7 @@ def test_times_are_per_adapter_and_ratios_to_one_stock_step():
     found = pack_time.figures(record, 100, 2)
     assert (found["ours_ms_per_adapter"], found["ratio_to_stock"]) == (5.0, 6.0)
     assert (found["threads_ours"], found["threads_stock"]) == ("2 × 1", "1 × 2")
-    assert "host_syncs" not in found["ours"]  # not seen in threads
+    assert "host_syncs" not in found["ours"]  # not visible in other threads
     assert len(pack_time.picture([found]).axes) == 2
 
 
@@ -67,7 +67,7 @@ def test_the_largest_pack_is_found_by_doubling_and_halving(most, guess):
     assert len(tried) <= 2 or guess != most
 
 
-def test_processes_that_share_a_device_add_up_their_rates():
+def test_rates_of_processes_that_share_a_device_are_summed():
     ok = {"status": "ok", "steps": 100, "seconds": 10.0}
     found = stock_processes.shared_figures([ok, {**ok, "steps": 300}], 2)
     assert found["ms_per_adapter"] == 25.0  # 40 steps a second
@@ -85,7 +85,7 @@ def test_processes_that_share_a_device_add_up_their_rates():
 
 
 def gpu_script(monkeypatch, out, **measured):
-    """Run gpu_pack.py here, with functions of its own replaced; returns what it saved."""
+    """Run gpu_pack.py in this process with these functions replaced; returns what it saved."""
     measured["base_of"] = lambda args: None
     for name, function in measured.items():
         monkeypatch.setattr(gpu_pack, name, function)
@@ -136,14 +136,14 @@ def test_unlike_ranks_are_measured_in_the_largest_pack_that_fitted(monkeypatch, 
     assert result["fits"] == {"measured": 2}
 
 
-def test_a_daemon_that_lets_processes_share_a_gpu_is_told(monkeypatch, tmp_path):
+def test_mps_is_detected_by_its_control_file(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     assert not stock_processes.has_mps()
     (tmp_path / "control").touch()
     assert stock_processes.has_mps()
 
 
-def test_the_memory_model_is_asked_once_for_equal_steps(monkeypatch):
+def test_memory_is_predicted_once_for_equal_steps(monkeypatch):
     base = random_base(PRESETS["small"], CPU, torch.float32)
     clips = random_clips(base, 1, 61, 0.2, [0])
     slots = []
@@ -157,7 +157,7 @@ def test_the_memory_model_is_asked_once_for_equal_steps(monkeypatch):
     first, second = (prediction(base, 4, clips) for _ in range(2))
     assert first(3) == second(3) == 130
     assert slots == [1, 2]
-    sides._predicted.cache_clear()  # of what was made up
+    sides._predicted.cache_clear()  # it holds made-up figures
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_the_gpu_script_runs_end_to_end_on_a_cpu(tmp_path, monkeypatch):
     options = ["--preset=small", "--device=cpu", "--dtype=float32", "--tokens=60", "--adapters=1,2"]
     options += ["--repeats=2", "--processes=2", "--seconds=0.5", "--fill", "--limit=2"]
     monkeypatch.setattr(sys, "argv", [script, *options, f"--out={out}"])
-    runpy.run_path(script, run_name="__main__")  # the stock ones are processes of their own
+    runpy.run_path(script, run_name="__main__")  # the stock side starts its own processes
     result = json.loads(out.read_text())
     assert result["shared"]["status"] == "ok" and min(result["shared"]["steps"]) > 0
     assert [one["adapters"] for one in result["ratios"]] == [1, 2]

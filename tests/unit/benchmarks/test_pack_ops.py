@@ -1,4 +1,4 @@
-"""The count of a pack's operations, which needs no GPU."""
+"""Counting a pack's operations, which needs no GPU."""
 
 import pack_ops
 import torch
@@ -14,7 +14,7 @@ def counted(act):
     return operations.count
 
 
-def test_what_computes_counts_and_what_only_looks_does_not():
+def test_operations_that_compute_are_counted_and_views_are_not():
     x = torch.zeros(4, 6, device=META)
     assert counted(lambda: (x @ x.mT).relu_()) == 2
     assert counted(lambda: x.view(2, 12).split(6, 1)) == 0
@@ -23,7 +23,7 @@ def test_what_computes_counts_and_what_only_looks_does_not():
     assert counted(lambda: linear(x.requires_grad_()).sum().backward()) > 4
 
 
-def test_shared_matmuls_cost_about_as_many_operations_for_any_number_of_adapters():
+def test_with_shared_matmuls_an_adapter_adds_few_operations():
     base = random_base(PRESETS["small"], META, torch.bfloat16)
     counts = {
         (unlike, share, adapters): pack_ops.count(
@@ -33,11 +33,11 @@ def test_shared_matmuls_cost_about_as_many_operations_for_any_number_of_adapters
         for share in (False, True)
         for adapters in (4, 8)
     }
-    # the optimizer's step is each adapter's own: some 30 operations, more with several targets
+    # each adapter has its own optimizer step: some 30 operations, more with several targets
     for unlike in (False, True):
         assert counts[unlike, True, 8] - counts[unlike, True, 4] < 4 * 50
         assert counts[unlike, False, 8] - counts[unlike, False, 4] > 4 * 150
-    # ranks to 64 are of two classes, so unlike ones have one run more than equal ones, and more targets
+    # ranks up to 64 are in two classes, so unlike ones take one run more than equal ones; more targets, too
     of_a_run = (counts[False, False, 8] - counts[False, True, 8]) / 7
     assert counts[True, True, 8] - counts[False, True, 8] < of_a_run + 8 * 10
     assert len(pack_ops.picture([{"adapters": 1, **dict.fromkeys(NAMES, 2)}]).axes) == 1

@@ -1,4 +1,4 @@
-"""What the stock side of the benchmarks does on a GPU, on fakes: forward, as autograd would need a driver."""
+"""The stock side on a GPU, with fake tensors: forward only, as autograd would need a driver."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def autocast():
 
 
 def loss_on_a_gpu(model) -> torch.Tensor:
-    """The stock loss of a base in bfloat16; its masks make shapes that depend on values."""
+    """The stock loss of a bfloat16 base; a ShapeEnv, as its masks make shapes depend on values."""
     model = get_peft_model(model, LoraConfig(r=4, target_modules=lora_regex(ALL_LINEAR))).train()
     inputs = stock_inputs(EXAMPLES, NUM_CODEBOOKS)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
@@ -37,18 +37,18 @@ def loss_on_a_gpu(model) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("autocast")
-def test_the_stock_forward_runs_under_a_gpus_autocast():
+def test_stock_forward_prepared_by_under_autocast_runs_on_a_gpu():
     loss = loss_on_a_gpu(under_autocast(tiny_base(dtype=torch.bfloat16).model))
     assert (loss.device.type, loss.dtype) == ("cuda", torch.float32)
 
 
 @pytest.mark.usefixtures("autocast")
-def test_by_itself_it_does_not():
+def test_stock_forward_without_under_autocast_fails_on_a_gpu():
     with pytest.raises(RuntimeError, match="masked_scatter: expected self and source to have same"):
         loss_on_a_gpu(tiny_base(dtype=torch.bfloat16).model)
 
 
-def test_on_a_cpu_it_changes_nothing():
+def test_under_autocast_changes_nothing_on_a_cpu():
     inputs = stock_inputs(EXAMPLES, NUM_CODEBOOKS)
     plain, wrapped = tiny_base().model, under_autocast(tiny_base().model)
     losses = [model(**inputs, use_cache=False).loss for model in (plain, wrapped)]

@@ -1,4 +1,4 @@
-"""The simulated sweep against closed forms and what must hold of any sweep."""
+"""The simulated sweep against closed forms and properties that every sweep has."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ FREE = Costs((0.1, 0.12, 0.15, 0.2), 60.0, 0.5, 0.0, 10.0)
 
 
 @pytest.mark.parametrize("num_trials", [4, 12, 14])
-def test_one_gpu_takes_the_closed_form(num_trials):
+def test_the_time_on_one_gpu_has_a_closed_form(num_trials):
     outcome = run(COSTS, Search(num_trials, 400, 100, FULL), 1)
     whole, rest = divmod(num_trials, 4)
     packs = [4] * whole + ([rest] if rest else [])
@@ -45,7 +45,7 @@ def test_more_gpus_are_never_slower(num_trials, slots):
 
 @pytest.mark.parametrize("scheduler", [FULL, ASHA])
 @pytest.mark.parametrize("seed", range(5))
-def test_failures_lose_time_and_no_work(scheduler, seed):
+def test_steps_lost_to_failures_are_repeated_and_cost_time(scheduler, seed):
     search = Search(40, 400, 100, scheduler)
     outcome = run(COSTS, search, 3, failures=Failures(20.0, 30.0), seed=seed)
     assert outcome.num_failures > 0 and outcome.steps_lost > 0
@@ -56,7 +56,7 @@ def test_failures_lose_time_and_no_work(scheduler, seed):
         assert outcome.makespan_s > run(COSTS, search, 3, seed=seed).makespan_s
 
 
-def test_early_stopping_stops_at_a_rung_and_saves_time():
+def test_early_stopping_saves_steps_and_time():
     search = Search(60, 400, 100, ASHA)
     outcome = run(COSTS, search, 2)
     assert 20 < outcome.num_stopped < 60
@@ -64,12 +64,12 @@ def test_early_stopping_stops_at_a_rung_and_saves_time():
     assert outcome.makespan_s < run(COSTS, Search(60, 400, 100, FULL), 2).makespan_s
 
 
-def test_a_driver_that_does_one_thing_at_a_time_bounds_the_sweep():
+def test_a_serial_driver_limits_the_sweep():
     slow = Costs((0.001,), 0.0, 0.0, 2.0, 0.0)
     assert run(slow, Search(50, 100, 100, FULL), 64).makespan_s == pytest.approx(50 * 2.0 + 0.1)
 
 
-def test_steps_must_end_with_a_report():
+def test_num_steps_must_be_a_multiple_of_the_report_interval():
     with pytest.raises(ValueError, match="multiple"):
         Search(1, 150, 100, FULL)
 
@@ -110,7 +110,7 @@ def test_the_script_writes_figures_and_a_picture(tmp_path, monkeypatch):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_stock_processes_that_share_a_gpu_are_the_ones_to_beat(tmp_path, monkeypatch, capsys):
+def test_speedup_is_over_stock_processes_that_share_a_gpu(tmp_path, monkeypatch, capsys):
     steps = tmp_path / "steps.json"
     packs = [
         {"adapters": 1, "ours": {"ms": 10.0}, "stock": {"ms": 12.0}},

@@ -1,4 +1,4 @@
-"""The stock trainables of the sweep's comparison train what our loop trains."""
+"""The stock trainables of the sweep comparison reach the same losses as our loop."""
 
 import pytest
 import stock_tune
@@ -16,10 +16,10 @@ SWEEP = SweepConfig(base=BaseSettings(device="cpu"), data=DataSettings(num_val_c
 TRIAL = TrialConfig(
     rank=4,
     alpha=32,
-    # stock AdamW lets a text head rest in steps without text, ours goes on with its momentum
+    # no text head: without text in a step, stock AdamW skips it; ours applies its momentum
     targets=ALL_LINEAR,
     learning_rate=3e-3,
-    audio_loss_weight=8.0,  # our mean over 8 codebooks, so weighted, is the stock loss's sum
+    audio_loss_weight=8.0,  # turns our mean over 8 codebooks into the stock loss's sum
     batch_clips=2,
     num_steps=6,
     report_every_steps=3,
@@ -36,7 +36,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def ours():
-    """Our loop's metrics of the bare base, its adapter's first weights, its results."""
+    """Our loop's metrics of the bare base, its adapter's initial weights, its results."""
     loop = PackLoop.load(SWEEP.base, SWEEP.data, PackLimits.of([TRIAL], num_slots=1))
     loop.join("t", TRIAL)
     weights = {name: w.clone() for name, w in loop.engine.state("t").weights.items()}
@@ -60,7 +60,7 @@ def assert_same(theirs, ours):
             assert other[name] == pytest.approx(mine[name], rel=1e-4)
 
 
-def test_the_strong_way_trains_what_our_loop_trains(ours):
+def test_the_strong_stock_trial_has_the_losses_of_our_loop(ours):
     bare, weights, results = ours
     trial = stock_tune.StrongTrial.__new__(stock_tune.StrongTrial)  # without Tune around it
     trial._base = StockBase(SWEEP.base, SWEEP.data)
@@ -69,7 +69,7 @@ def test_the_strong_way_trains_what_our_loop_trains(ours):
     for name in (VAL_TEXT_NLL, VAL_AUDIO_NLL):
         assert untouched[name] == pytest.approx(bare[name], rel=1e-5)
     assert abs(results[-1][VAL_TEXT_NLL] - bare[VAL_TEXT_NLL]) > 0.1  # it has learnt
-    for _ in range(2):  # the second in a process that has trained a trial before
+    for _ in range(2):  # the second time in a process that has trained before
         start_as(trial._model, weights)
         lines = [trial.step(), trial.step()]
         assert_same(lines, results)
@@ -77,7 +77,7 @@ def test_the_strong_way_trains_what_our_loop_trains(ours):
         trial.reset_config(CONFIG)
 
 
-def test_the_plain_way_trains_what_our_loop_trains(ours, monkeypatch):
+def test_the_plain_stock_trial_has_the_losses_of_our_loop(ours, monkeypatch):
     _, weights, results = ours
     lines = []
 

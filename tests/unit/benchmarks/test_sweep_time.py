@@ -1,4 +1,4 @@
-"""What the sweep's comparison and the fixed costs make of what was run."""
+"""How the sweep comparison and the fixed-cost benchmark evaluate their runs."""
 
 import argparse
 
@@ -17,7 +17,7 @@ ARGS = argparse.Namespace(
 )  # fmt: skip
 
 
-def test_our_sweep_has_nothing_that_a_stock_model_lacks(tmp_path):
+def test_our_sweep_uses_only_what_a_stock_model_has(tmp_path):
     config = load_sweep(sweep_time.settings_file(tmp_path, ARGS))
     assert config.space.cross_attention == ("off",)
     assert config.space.audio_loss_weight == 8.0  # embedded base: 8 codebooks
@@ -26,16 +26,14 @@ def test_our_sweep_has_nothing_that_a_stock_model_lacks(tmp_path):
 
 
 @pytest.mark.parametrize("script", [sweep_time, fixed_costs])
-def test_each_command_line_makes_a_sweep_of_one_worker(script, tmp_path, monkeypatch):
+def test_default_arguments_make_a_sweep_of_one_worker(script, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["script"])
     tune = load_sweep(sweep_time.settings_file(tmp_path, script.arguments())).tune
     assert (tune.num_workers, tune.slots_per_worker) == (1, 4)
 
 
 @pytest.mark.parametrize("gpus, device", [(0, "cpu"), (1, "cuda")])
-def test_all_ways_run_on_the_same_device_with_the_same_share_of_it(
-    gpus, device, tmp_path, monkeypatch
-):
+def test_our_sweep_and_the_stock_trials_use_the_same_device(gpus, device, tmp_path, monkeypatch):
     args = argparse.Namespace(**{**vars(ARGS), "gpus": gpus})
     config = load_sweep(sweep_time.settings_file(tmp_path, args))
     assert config.base.device == device
@@ -67,7 +65,7 @@ def test_final_losses_are_compared_trial_by_trial():
         sweep_time.compare(ours, {"a": 1.0})
 
 
-def test_a_way_is_summed_up_by_its_best_and_its_pace():
+def test_summary_has_the_best_trial_and_trials_per_hour():
     found = sweep_time.summary([80.0, 200.0, 90.0], {"a": lines(5.0, 4.0), "b": lines(2.0)}, 60)
     assert (found["trials_per_hour"], found["best_trial"], found["best_text_nll"]) == (
         80.0,
@@ -76,7 +74,7 @@ def test_a_way_is_summed_up_by_its_best_and_its_pace():
     )
 
 
-def test_our_costs_are_those_of_the_first_step_and_of_the_refills():
+def test_our_costs_are_the_first_step_and_the_refills():
     times = [
         ("sweep_started", 1003.0),
         ("training", 1012.1),
@@ -90,7 +88,7 @@ def test_our_costs_are_those_of_the_first_step_and_of_the_refills():
     assert found["between_s"] == [0.1]
 
 
-def test_their_gaps_are_those_between_an_end_and_the_next_start():
+def test_stock_gaps_are_from_one_trials_end_to_the_next_start():
     spans = {"a": (10, 20), "b": (11, 25), "c": (22, 30), "d": (28, 40)}
     results = {
         trial: [{STARTED: begun, REPORTED: begun + 1}, {STARTED: begun, REPORTED: ended}]
