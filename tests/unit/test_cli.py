@@ -1,4 +1,4 @@
-"""What the command line makes of its arguments, its outcomes and its errors."""
+"""How the command line handles arguments, outcomes and errors."""
 
 import argparse
 import errno
@@ -31,14 +31,14 @@ def settings(*arguments: str) -> SweepConfig:
 
 
 def store(folder: Path, **sections) -> SweepConfig:
-    """The sweep.yaml of a sweep that began here."""
+    """Write the sweep.yaml of a sweep that began in this folder."""
     config = validate(SweepConfig, {"name": folder.name, **sections}, "test")
     folder.mkdir(parents=True)
     (folder / "sweep.yaml").write_text(to_yaml(config))
     return config
 
 
-def test_resume_takes_the_settings_that_the_sweep_began_with(tmp_path):
+def test_resume_uses_the_settings_that_the_sweep_began_with(tmp_path):
     stored = store(tmp_path / "wide", space={"rank": [2]}, tune={"num_trials": 32})
     place = ("--set", f"results_dir={tmp_path}", "--name", "wide", "--resume")
     here = {"results_dir": str(tmp_path)}
@@ -48,7 +48,7 @@ def test_resume_takes_the_settings_that_the_sweep_began_with(tmp_path):
     assert more.space == stored.space
 
 
-def test_resume_with_a_config_takes_that(tmp_path):
+def test_resume_with_a_config_uses_that_config(tmp_path):
     store(tmp_path / "wide", space={"rank": [2]})
     other = tmp_path / "other.yaml"
     other.write_text(f"results_dir: {tmp_path}\nspace: {{rank: [4]}}\n")
@@ -56,14 +56,14 @@ def test_resume_with_a_config_takes_that(tmp_path):
     assert config.space.rank == (4,)
 
 
-def test_resume_without_a_name_goes_on_with_the_newest(tmp_path):
+def test_resume_without_a_name_continues_the_newest_sweep(tmp_path):
     store(tmp_path / "quick")
     store(tmp_path / "quick-2", space={"rank": [2]})
     config = settings("--resume", "--set", f"results_dir={tmp_path}")
     assert (config.name, config.space.rank) == ("quick-2", (2,))
 
 
-def test_resume_without_a_name_passes_over_a_start_that_was_refused(tmp_path):
+def test_resume_without_a_name_skips_a_sweep_that_never_started(tmp_path):
     store(tmp_path / "quick", space={"rank": [2]})
     (tmp_path / "quick" / "trials").mkdir()
     store(tmp_path / "quick-2", tune={"gpus_per_worker": 1})
@@ -71,7 +71,7 @@ def test_resume_without_a_name_passes_over_a_start_that_was_refused(tmp_path):
     assert (config.name, config.space.rank) == ("quick", (2,))
 
 
-def test_a_new_sweep_takes_the_first_name_behind_those_that_have_results(tmp_path):
+def test_a_new_sweep_takes_the_first_name_without_results(tmp_path):
     place = ("--set", f"results_dir={tmp_path}")
     assert settings(*place).name == "quick"
     store(tmp_path / "quick")
@@ -89,7 +89,7 @@ def test_the_default_sweep_is_found_outside_a_checkout(tmp_path, monkeypatch):
     assert settings("--name", expected.name) == expected
 
 
-def test_an_installed_package_has_its_own_copies_of_the_sweeps(tmp_path, monkeypatch):
+def test_an_installed_package_falls_back_to_its_own_copies_of_the_sweeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copies = tmp_path / "site" / "higgs_tune" / "sweeps"
     copies.mkdir(parents=True)
@@ -118,7 +118,7 @@ def ended(monkeypatch, *, exit_code: int, best_id: str | None) -> int:
 @pytest.mark.parametrize(
     ("search", "best_id", "code"), [(0, "t003", 0), (0, None, 3), (3, None, 3), (130, None, 130)]
 )
-def test_a_sweep_without_a_best_configuration_ends_with_3(monkeypatch, search, best_id, code):
+def test_exit_code_is_3_without_a_best_configuration(monkeypatch, search, best_id, code):
     assert ended(monkeypatch, exit_code=search, best_id=best_id) == code
 
 
@@ -137,7 +137,7 @@ def test_outside_a_terminal_the_summary_is_an_event_and_its_text_goes_to_stderr(
     [(lambda: signal.raise_signal(signal.SIGINT), 130), (lambda: sys.exit(signal.SIGTERM), 143)],
     ids=["Ctrl-C", "Ray's handler of SIGTERM"],
 )
-def test_what_ends_a_start_of_ray_is_not_put_off(monkeypatch, tmp_path, capsys, end, code):
+def test_a_signal_while_ray_starts_ends_the_sweep_at_once(monkeypatch, tmp_path, capsys, end, code):
     def join(*_, **__):
         end()
         raise AssertionError("it went on")
@@ -147,7 +147,7 @@ def test_what_ends_a_start_of_ray_is_not_put_off(monkeypatch, tmp_path, capsys, 
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_full_disk_is_one_line_that_says_what_is_kept(monkeypatch, capsys):
+def test_a_full_disk_is_one_line_that_names_the_next_command(monkeypatch, capsys):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device", "report.html")
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_one_line_that_says_what_is_kept(monkeypatch, capsys):
         ("prepare_cli", ["data", "prepare", "m.csv", "--out", "b"]),
     ],
 )
-def test_an_error_of_the_system_outside_of_a_sweep_speaks_of_none(
+def test_an_os_error_outside_a_sweep_does_not_mention_sweeps(
     monkeypatch, capsys, module, arguments
 ):
     def fail(_):
@@ -182,9 +182,7 @@ def test_an_error_of_the_system_outside_of_a_sweep_speaks_of_none(
     assert error.count("\n") == 1
 
 
-def test_a_folder_whose_copy_does_not_fit_is_one_line_with_the_first_reason(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_failed_folder_copy_reports_only_its_first_reason(tmp_path, monkeypatch, capsys):
     (tmp_path / "adapter").mkdir()
     for name in ("a.json", "b.safetensors"):
         (tmp_path / "adapter" / name).touch()
@@ -212,7 +210,7 @@ def test_a_folder_whose_copy_does_not_fit_is_one_line_with_the_first_reason(
         ("data.path=embedded:klingon", "no such embedded dataset"),
     ],
 )
-def test_a_base_or_data_that_cannot_be_is_refused_before_anything_starts(
+def test_an_impossible_base_or_data_is_refused_before_ray_starts(
     tmp_path, capsys, monkeypatch, setting, error
 ):
     def started(*_, **__):
@@ -226,7 +224,7 @@ def test_a_base_or_data_that_cannot_be_is_refused_before_anything_starts(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_only_the_machines_of_a_cluster_have_is_not_looked_for_here(tmp_path, monkeypatch):
+def test_data_of_a_cluster_is_not_looked_for_on_this_machine(tmp_path, monkeypatch):
     class Joined(Exception):
         pass
 
@@ -246,7 +244,9 @@ def test_what_only_the_machines_of_a_cluster_have_is_not_looked_for_here(tmp_pat
         (["--dtype", "bfloat16", "--device", "cpu"], "bfloat16", "cpu"),
     ],
 )
-def test_check_loads_the_base_as_it_is_told_to(monkeypatch, capsys, arguments, dtype, device):
+def test_check_loads_the_base_with_the_given_dtype_and_device(
+    monkeypatch, capsys, arguments, dtype, device
+):
     def load(base, *_):
         assert (base.dtype, base.device) == (dtype, device)
         return SimpleNamespace(preflight={}, base_metrics={})
@@ -257,14 +257,14 @@ def test_check_loads_the_base_as_it_is_told_to(monkeypatch, capsys, arguments, d
     assert "dtype: Input should be 'float32' or 'bfloat16'" in capsys.readouterr().err
 
 
-def test_the_package_runs_as_the_command(monkeypatch, capsys):
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["python -m higgs_tune", "--version"])
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_module("higgs_tune", run_name="__main__")
     assert capsys.readouterr().out.startswith("higgs-tune ")
 
 
-def test_a_bar_of_what_loads_at_once_is_not_drawn(tmp_path):
+def test_a_progress_bar_of_instant_work_is_not_drawn(tmp_path):
     code = (
         "import sys; from higgs_tune.cli import main; main(sys.argv[1:]); "
         "from tqdm import tqdm; list(tqdm(range(9)))"
@@ -285,7 +285,7 @@ def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("code", [0, 130, 143])
-def test_an_interrupted_sweep_says_how_it_goes_on(monkeypatch, tmp_path, capsys, code):
+def test_an_interrupted_sweep_says_how_to_resume_it(monkeypatch, tmp_path, capsys, code):
     outcome = SimpleNamespace(results=tmp_path / "quick-2", exit_code=code)
     monkeypatch.setattr("higgs_tune.sweep.driver.run_sweep", lambda *_, **__: outcome)
     summary = SimpleNamespace(best_id="t001")

@@ -1,4 +1,4 @@
-"""How Ray is joined or started; nothing starts here."""
+"""How Ray is joined or started; no test starts it."""
 
 import os
 import pty
@@ -22,7 +22,7 @@ ROOT = str(Path(cluster.__file__).parents[1])
 
 @pytest.fixture
 def join(tmp_path, monkeypatch):
-    """Join a cluster with an environment; gives the cluster, ray.init's arguments and the environment."""
+    """Joins a cluster in an environment; returns cluster, ray.init's arguments and environment."""
 
     def with_environment(connect=lambda *_: socket.socket(), **variables):
         environment = {"RAY_TMPDIR": str(tmp_path), **variables}
@@ -45,7 +45,7 @@ def join(tmp_path, monkeypatch):
     return with_environment
 
 
-def test_only_a_cluster_that_was_started_for_sharing_is_joined(tmp_path, monkeypatch):
+def test_a_cluster_of_ray_start_is_joined_unless_ray_address_is_local(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
@@ -55,11 +55,11 @@ def test_only_a_cluster_that_was_started_for_sharing_is_joined(tmp_path, monkeyp
     (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")
     assert cluster.head_address() == "10.0.0.1:6379"
     assert not cluster.starts_own()
-    monkeypatch.setenv("RAY_ADDRESS", "local")  # what is said goes first
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # takes precedence
     assert cluster.starts_own()
 
 
-def test_a_ray_that_this_process_has_is_used_and_left_on(monkeypatch):
+def test_ray_that_is_already_initialized_is_used_and_not_shut_down(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
     for name in ("init", "shutdown"):
@@ -69,19 +69,19 @@ def test_a_ray_that_this_process_has_is_used_and_left_on(monkeypatch):
         assert not joined.is_own
 
 
-def test_a_ray_of_our_own_shows_its_dashboard_on_loopback_only(join):
+def test_our_own_ray_shows_its_dashboard_on_loopback_only(join):
     joined, given, _ = join()
     assert joined.is_own
     assert (given["address"], given["dashboard_host"]) == ("local", "127.0.0.1")
-    assert not given.get("include_dashboard")  # else one that cannot start would end a sweep
+    assert not given.get("include_dashboard")  # else its failure to start would end a sweep
 
 
-def test_ray_starts_with_what_work_needs_and_with_the_rest_when_asked(monkeypatch, tmp_path):
+def test_ray_starts_what_work_needs_first_and_the_rest_on_request(monkeypatch, tmp_path):
     started: list[str] = []
     dead: list[tuple[str, None]] = []
     ports: dict[str, int] = {}
 
-    class Fake:  # calls in the order of Ray's own
+    class Fake:  # calls its methods in the order of Ray's Node
         webui_url = None
         node_id = 28 * "0a"
 
@@ -136,7 +136,7 @@ def test_ray_starts_with_what_work_needs_and_with_the_rest_when_asked(monkeypatc
 
 
 @pytest.mark.parametrize("niceness", [cluster.NICENESS, -5])
-def test_what_is_put_off_gives_way_to_work_and_never_goes_first(monkeypatch, niceness):
+def test_deferred_processes_get_a_lower_priority_and_never_a_higher_one(monkeypatch, niceness):
     def process():
         started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         return SimpleNamespace(process=started)
@@ -154,7 +154,7 @@ def test_what_is_put_off_gives_way_to_work_and_never_goes_first(monkeypatch, nic
         started.process.wait()
 
 
-def test_a_port_that_somebody_listens_at_is_not_taken(monkeypatch):
+def test_a_port_in_use_is_not_taken(monkeypatch):
     with socket.socket() as taken, socket.socket() as probe:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -165,7 +165,7 @@ def test_a_port_that_somebody_listens_at_is_not_taken(monkeypatch):
         assert list(cluster.free_ports()) == [free]
 
 
-def test_rays_own_node_has_what_is_asked_of_it():
+def test_rays_node_has_the_methods_and_ports_that_we_rely_on():
     assert all(callable(getattr(Node, name)) for name in (*cluster.PUT_OFF, cluster.NODE))
     known = {ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER}
     assert set(cluster.VITAL) == known
@@ -174,7 +174,7 @@ def test_rays_own_node_has_what_is_asked_of_it():
     assert set(cluster.AGENT_PORTS) <= vars(RayParams()).keys()
 
 
-def test_a_cluster_is_joined_as_it_is(join):
+def test_a_joined_cluster_keeps_its_own_dashboard_host(join):
     joined, given, _ = join(RAY_ADDRESS="10.0.0.1:6379")
     assert not joined.is_own
     assert given["address"] == "10.0.0.1:6379"
@@ -182,19 +182,19 @@ def test_a_cluster_is_joined_as_it_is(join):
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://127.0.0.1:8265", "head"])
-def test_an_address_at_which_no_driver_can_join_is_refused(join, address):
+def test_an_address_that_a_driver_cannot_join_is_refused(join, address):
     with pytest.raises(ConfigError, match=rf"^RAY_ADDRESS is {address}\. Needed is HOST:PORT"):
         join(RAY_ADDRESS=address)
 
 
 @pytest.mark.parametrize("address", ["auto", "[fd00::1]:6379"])
-def test_every_address_of_a_head_is_joined(join, address):
+def test_every_form_of_a_heads_address_is_joined(join, address):
     joined, given, _ = join(RAY_ADDRESS=address)
     assert not joined.is_own and given["address"] == address
 
 
 @pytest.mark.parametrize("error", [socket.gaierror, TimeoutError, ConnectionRefusedError])
-def test_a_cluster_that_does_not_answer_is_told_at_once(join, error):
+def test_a_cluster_that_does_not_answer_is_one_clear_error(join, error):
     def connect(address, timeout):
         assert address == ("fd00::1", 6379) and timeout
         raise error
@@ -203,19 +203,19 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(join, error):
         join(connect, RAY_ADDRESS="[fd00::1]:6379")
 
 
-def test_the_mode_of_tokens_is_explicit_and_the_users_own_goes_first(join):
-    """Ray's default writes a token that `ray start` needs and an address in ray.init does not send."""
+def test_auth_mode_is_disabled_unless_the_user_sets_it(join):
+    """By default Ray writes a token that `ray start` needs but ray.init with an address does not send."""
     assert join()[2]["RAY_AUTH_MODE"] == "disabled"
     assert join(RAY_AUTH_MODE="token")[2]["RAY_AUTH_MODE"] == "token"
 
 
-def test_rays_processes_can_import_a_package_that_is_not_installed(join):
+def test_pythonpath_lets_rays_processes_import_this_checkout(join):
     assert join()[2]["PYTHONPATH"] == ROOT
     assert join(PYTHONPATH="/mine")[2]["PYTHONPATH"] == f"{ROOT}{os.pathsep}/mine"
 
 
-def test_ray_leaves_no_mark_behind_the_table_of_a_terminal():
-    """Its colorama ends with an escape to the standard output of its import: text, if that is a table's."""
+def test_importing_ray_leaves_no_escape_behind_a_terminals_table():
+    """At exit, Ray's colorama writes an escape to the stdout of its import; a table shows it as text."""
     code = """
 import logging, sys
 from contextlib import redirect_stdout

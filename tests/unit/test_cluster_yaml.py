@@ -1,4 +1,4 @@
-"""cluster.yaml passes Ray's own validation, and our lint of what Ray passes on unread.
+"""cluster.yaml passes Ray's own validation, and our lint of what Ray passes on unchecked.
 
 Ray checks the top level only: a misspelt key under `provider` or `node_config` is found by AWS, minutes
 into `ray up`, or never. The lint checks node_config with the parameters of the EC2 call it ends in.
@@ -103,7 +103,7 @@ def test_lint_finds_nothing(cluster: dict[str, Any], validator) -> None:
         (("head", "InstanceMarketOptions"), {"MarketType": "spot"}, "the head must be on demand"),
     ],
 )
-def test_lint_finds_what_ray_passes_on(
+def test_lint_finds_mistakes_that_ray_passes_on(
     cluster: dict[str, Any], validator, path: tuple[str, str], value: Any, message: str
 ) -> None:
     broken = copy.deepcopy(cluster)
@@ -121,10 +121,10 @@ def test_workers_cost_nothing_until_trials_wait(cluster: dict[str, Any]) -> None
     assert cluster["provider"]["cache_stopped_nodes"] is False
 
 
-def test_head_shows_nothing_to_the_outside(cluster: dict[str, Any]) -> None:
+def test_head_uses_rays_firewall_and_a_loopback_dashboard(cluster: dict[str, Any]) -> None:
     (start,) = [c for c in cluster["head_start_ray_commands"] if "ray start" in c]
     assert "--dashboard-host=127.0.0.1" in shlex.split(start)
-    assert "security_group" not in cluster["provider"]  # Ray's own: SSH, and all among the nodes
+    assert "security_group" not in cluster["provider"]  # Ray's default: SSH, and all among nodes
 
 
 def test_authentication_is_explicit_wherever_ray_starts(cluster: dict[str, Any]) -> None:
@@ -141,19 +141,21 @@ def test_nodes_install_the_pinned_versions_of_this_checkout(cluster: dict[str, A
 
 
 def commands(cluster: dict[str, Any]) -> list[str]:
-    """Whatever Ray passes to a shell."""
+    """All commands that Ray passes to a shell."""
     return [
         command for key, value in cluster.items() if key.endswith("_commands") for command in value
     ]
 
 
-def test_a_shell_can_read_every_command(cluster: dict[str, Any]) -> None:
+def test_every_command_has_valid_shell_syntax(cluster: dict[str, Any]) -> None:
     assert len(commands(cluster)) == 10
-    for command in commands(cluster):  # unquoted in YAML, " #" ends it
+    for command in commands(cluster):  # in unquoted YAML, " #" would cut it short
         subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
-def test_a_login_shell_finds_the_environment(cluster: dict[str, Any], tmp_path: Path) -> None:
+def test_bashrc_sets_the_environment_of_non_interactive_shells(
+    cluster: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / ".bashrc").write_text("case $- in *i*) ;; *) return;; esac\n", encoding="utf-8")
     command = tmp_path / "venv" / "bin" / "higgs-tune"
     command.parent.mkdir(parents=True)
@@ -161,7 +163,7 @@ def test_a_login_shell_finds_the_environment(cluster: dict[str, Any], tmp_path: 
     command.chmod(0o755)
     (add,) = [command for command in cluster["setup_commands"] if ".bashrc" in command]
     shell = {"env": {**os.environ, "HOME": str(tmp_path)}, "check": True}
-    for _ in range(2):  # `ray up` again adds nothing
+    for _ in range(2):  # a second `ray up` adds nothing
         subprocess.run(["bash", "-c", add], **shell)
     assert (tmp_path / ".bashrc").read_text(encoding="utf-8").count("export PATH") == 1
     found = subprocess.run(

@@ -133,13 +133,13 @@ def test_each_mistake_is_one_error_that_names_its_setting(tmp_path, text, messag
         ("space.dropout=1", "space.dropout: Input should be less than 1 (found 1)"),
     ],
 )
-def test_a_mistake_is_told_once_in_a_users_words_with_its_override(tmp_path, override, message):
+def test_a_mistake_in_an_override_is_reported_once_in_a_users_terms(tmp_path, override, message):
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, "{}", [override])
     assert str(caught.value) == f"{tmp_path / 'sweep.yaml'} with --set:\n  {message}"
 
 
-def test_numbers_may_be_written_in_every_way_and_switches_are_switches(tmp_path):
+def test_numbers_and_switches_may_be_written_in_several_ways(tmp_path):
     text = (
         "space: {learning_rate: {low: 1e-4, high: '3e-3', log: yes}, rank: [8], alpha: [16],"
         " cross_attention: [off, on], dropout: [0, 1e-1]}\n"
@@ -158,7 +158,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         loaded(tmp_path, "{space: {rank: [0]}, tune: {seed: -1}}")
 
 
-def test_a_missing_file_and_wrong_encoding_are_clear(tmp_path):
+def test_a_missing_file_and_a_wrong_encoding_are_clear_errors(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         read_yaml(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
@@ -173,7 +173,7 @@ def test_a_missing_file_and_wrong_encoding_are_clear(tmp_path):
         ("tune:\n  seed: 1\n  num_trials: 4\n  'seed': 2\n", "seed", 4, 2),
     ],
 )
-def test_a_key_that_is_there_twice_is_an_error_with_its_line(tmp_path, text, key, line, first):
+def test_a_duplicate_key_is_an_error_with_its_line(tmp_path, text, key, line, first):
     message = rf"sweep\.yaml, line {line}: '{key}' is there twice, first in line {first}"
     with pytest.raises(ConfigError, match=message):
         loaded(tmp_path, text)
@@ -196,7 +196,7 @@ def test_merge_keys_may_be_overridden(tmp_path):
 
 
 @pytest.mark.parametrize("digits", ["1234567", "12e4567", "1e5"])
-def test_a_revision_of_digits_is_taken_in_quotes(tmp_path, digits):
+def test_a_revision_that_looks_like_a_number_must_be_quoted(tmp_path, digits):
     (tmp_path / "a.yaml").write_text("{}")
     config = load_sweep(tmp_path / "a.yaml", [f'base.revision="{digits}"'])
     assert config.base.revision == digits
@@ -204,7 +204,7 @@ def test_a_revision_of_digits_is_taken_in_quotes(tmp_path, digits):
         load_sweep(tmp_path / "a.yaml", [f"base.revision={digits}"])
 
 
-def test_one_configuration_in_the_place_of_a_sweep_is_called_that(tmp_path):
+def test_a_best_config_given_as_a_sweep_is_recognised(tmp_path):
     path = tmp_path / "best_config.yaml"
     path.write_text("base: {path: embedded}\ntrial: {rank: 8}\nresults: {}\n")
     with pytest.raises(ConfigError, match=rf"needed a sweep's YAML. .* train --config {path}, or"):
@@ -214,7 +214,7 @@ def test_one_configuration_in_the_place_of_a_sweep_is_called_that(tmp_path):
         load_sweep(path, ["trial.rank=8"])
 
 
-def test_overrides_use_the_yamls_names_and_yaml_values(tmp_path):
+def test_overrides_use_the_names_and_the_syntax_of_the_yaml(tmp_path):
     config = loaded(
         tmp_path,
         "tune: {num_trials: 4}",
@@ -239,7 +239,7 @@ def test_a_malformed_override_is_an_error(override, message):
         apply_overrides({"name": "n"}, [override])
 
 
-def test_what_is_written_reads_back_equal(tmp_path):
+def test_written_settings_read_back_equal(tmp_path):
     config = loaded(tmp_path, "{name: a, space: {cross_attention: [off, on, text_to_audio]}}")
     assert config.space.cross_attention == ("off", "audio_self", "text_to_audio")
     assert loaded(tmp_path, to_yaml(config)) == config
@@ -247,7 +247,7 @@ def test_what_is_written_reads_back_equal(tmp_path):
     assert validate(TrialConfig, one.model_dump(mode="json"), "x") == one
 
 
-def test_shipped_sweeps_are_valid():
+def test_quick_and_human_sweeps_are_valid():
     for name in ("quick", "human"):
         assert load_sweep(SWEEPS / f"{name}.yaml").name == name
 
@@ -274,7 +274,7 @@ def test_defaults_are_valid_and_immutable():
 @pytest.mark.parametrize(
     "name", ["ConfigError", "DataError", "ModelError", "LeakError", "SweepError"]
 )
-def test_errors_cross_process_borders(name):
+def test_errors_survive_pickling(name):
     error = getattr(errors, name)("where: found, needed. Next.")
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
@@ -286,7 +286,7 @@ def test_a_trial_needs_a_lora_target():
         trial(targets=("audio_attention",), cross_attention="audio_self")
 
 
-def test_the_home_folder_may_be_meant(monkeypatch):
+def test_a_tilde_stands_for_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     config = SweepConfig.model_validate({"results_dir": "~/runs"})
     assert config.results_root == Path("/home/someone/runs")
@@ -298,7 +298,7 @@ def change(step, **rates):
     return {"step": step, "learning_rate": 1e-3, "copied_from": "t002", **common, **rates}
 
 
-def test_changed_rates_count_from_their_step_on():
+def test_scheduled_rates_apply_from_their_step_on():
     schedule = [change(5, learning_rate=2e-2), change(10, learning_rate=3e-2)]
     config = validate(TrialConfig, trial().model_dump() | {"schedule": schedule}, "trial")
     rates = [config.rates_at(step)["learning_rate"] for step in (0, 4, 5, 9, 10, 19)]

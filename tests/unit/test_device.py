@@ -11,12 +11,12 @@ from higgs_tune.errors import ConfigError
 
 @pytest.mark.parametrize("setting", ["base.device", "--device"])
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
-def test_a_name_of_no_device_is_a_config_error(name: str, setting: str):
+def test_an_unknown_device_name_is_a_config_error(name: str, setting: str):
     with pytest.raises(ConfigError, match=f"{setting}: found {name!r}, which names no device"):
         resolve_device(name, setting)
 
 
-def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_gpu_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="found 'cuda:99', but torch sees no GPU"):
         resolve_device("cuda:99", "--device")
@@ -34,7 +34,7 @@ def process_as_before(monkeypatch: pytest.MonkeyPatch):
     torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def test_a_gpu_attends_without_plans_for_each_shape(monkeypatch: pytest.MonkeyPatch):
+def test_cudnn_attention_is_turned_off_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch):
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert resolve_device("cpu", "--device").type == "cpu"
     assert torch.backends.cuda.cudnn_sdp_enabled()
@@ -69,7 +69,7 @@ print(torch._C._cuda_memorySnapshot(None)["allocator_settings"]["expandable_segm
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, False),
     ],
 )
-def test_a_gpus_memory_grows_in_segments_unless_the_user_says_otherwise(own, expandable):
+def test_gpu_memory_segments_are_expandable_unless_the_user_sets_it(own, expandable):
     told = {n: v for n, v in os.environ.items() if "ALLOC_CONF" not in n} | own
     done = subprocess.run([sys.executable, "-c", GPU], env=told, capture_output=True, text=True)
     assert done.stdout.strip() == str(expandable), done.stderr

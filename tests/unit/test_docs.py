@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def defaults(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(full name, default) of every setting that is no section."""
+    """(full name, default) of every setting that is not a section."""
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if isinstance(value, BaseModel):
@@ -67,7 +67,7 @@ def test_results_page_has_every_metric() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_relative_links_lead_to_existing_files(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!\w+:)([^)#]+)", text)
     assert [target for target in targets if not (page.parent / target).exists()] == []

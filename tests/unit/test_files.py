@@ -25,7 +25,7 @@ def test_a_full_disk_leaves_the_former_file_and_no_draft(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_weights_can_be_read_by_whoever_may_read_the_rest(tmp_path):
+def test_weights_get_the_permissions_of_their_config(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_config.json").chmod(0o640)
@@ -33,7 +33,7 @@ def test_weights_can_be_read_by_whoever_may_read_the_rest(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-def test_json_has_no_nan(tmp_path):
+def test_nan_is_not_written_to_json(tmp_path):
     with pytest.raises(ValueError, match="nan"):
         files.write_json(tmp_path / "x.json", {"loss": float("nan")})
     assert not list(tmp_path.iterdir())
@@ -75,7 +75,7 @@ def test_the_former_folder_is_kept_aside_until_the_new_one_is_there(tmp_path, mo
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_folder_is_on_the_disk_before_the_former_one_goes(tmp_path, monkeypatch):
+def test_a_folder_is_on_the_disk_before_the_former_one_is_removed(tmp_path, monkeypatch):
     folder = tmp_path / "adapter"
     files.replace_folder(folder, lambda draft: (draft / "a").write_text("former"))
     events = []
@@ -96,7 +96,7 @@ def test_a_folder_is_on_the_disk_before_the_former_one_goes(tmp_path, monkeypatc
     def write(draft):
         (draft / "inner").mkdir()
         (draft / "inner" / "b").write_text("later")
-        os.link(tmp_path / "elsewhere", draft / "a")  # as a trial's files are Tune's
+        os.link(tmp_path / "elsewhere", draft / "a")  # as a trial's files are links to Tune's
 
     (tmp_path / "elsewhere").write_text("later")
     monkeypatch.setattr(files.os, "fsync", note_sync)
@@ -111,7 +111,7 @@ def test_a_folder_is_on_the_disk_before_the_former_one_goes(tmp_path, monkeypatc
     assert places[1] < events.index(("sync", tmp_path.stat().st_ino)) < gone
 
 
-def test_a_folder_that_the_disk_does_not_take_leaves_the_former_one(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_synced_leaves_the_former_one(tmp_path, monkeypatch):
     folder = tmp_path / "adapter"
     files.replace_folder(folder, lambda draft: (draft / "a").write_text("former"))
     monkeypatch.setattr(files.os, "fsync", full)
@@ -121,7 +121,7 @@ def test_a_folder_that_the_disk_does_not_take_leaves_the_former_one(tmp_path, mo
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_file_system_that_cannot_sync_names_is_written_all_the_same(tmp_path, monkeypatch):
+def test_a_file_system_that_cannot_sync_folders_can_be_written(tmp_path, monkeypatch):
     fsync = files.os.fsync
 
     def as_cifs(handle):

@@ -1,4 +1,4 @@
-"""What a signal does to a run and to a sweep: real signals to a process of its own."""
+"""What real signals do to a run and to a sweep."""
 
 import os
 import pty
@@ -27,7 +27,7 @@ with stop_signals(request):
 @pytest.mark.parametrize(
     ("second", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
-def test_only_a_ctrl_c_ends_at_once_what_is_already_ending(second, exit_code):
+def test_only_ctrl_c_cuts_short_a_run_that_is_already_stopping(second, exit_code):
     command = [sys.executable, "-c", SCRIPT]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
@@ -40,7 +40,7 @@ def test_only_a_ctrl_c_ends_at_once_what_is_already_ending(second, exit_code):
     assert (process.returncode, rest) == (exit_code, "saved\n" if exit_code == 0 else "")
 
 
-def test_a_run_whose_terminal_is_closed_ends_as_well_and_prints_no_more():
+def test_a_run_whose_terminal_is_closed_stops_and_exits_with_0():
     terminal, of_process = pty.openpty()
     command = [sys.executable, "-c", SCRIPT]
     ends = {"stdin": subprocess.PIPE, "stdout": of_process, "stderr": of_process}
@@ -48,13 +48,13 @@ def test_a_run_whose_terminal_is_closed_ends_as_well_and_prints_no_more():
         os.close(of_process)
         with open(terminal, "rb", buffering=0) as screen:
             assert screen.readline() == b"ready\r\n"
-        # to print there is an error from now on
+        # from now on, printing there is an error
         process.send_signal(signal.SIGHUP)
         process.communicate(b"\n")
     assert process.returncode == 0
 
 
-def test_nohup_keeps_a_closed_terminal_from_ending_a_run():
+def test_sighup_does_not_stop_a_run_under_nohup():
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_signals(request := StopRequest()):
@@ -64,7 +64,7 @@ def test_nohup_keeps_a_closed_terminal_from_ending_a_run():
         signal.signal(signal.SIGHUP, former)
 
 
-def test_sigterm_ends_the_process_as_an_exit_does():
+def test_sigterm_raises_system_exit_and_the_former_handler_returns():
     former = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended, exit_on_sigterm():
         signal.raise_signal(signal.SIGTERM)
