@@ -107,6 +107,15 @@ def test_a_duplicate_of_a_recording_is_not_taken_as_its_reference(tmp_path) -> N
     assert all(clip.reference is None for clip in clips.values())
 
 
+def test_a_clip_with_the_same_text_is_not_taken_as_a_reference(tmp_path) -> None:
+    rows = [row(n, "validation", "anna", text) for n, text in enumerate(["one", "one", "two"])]
+    write_dataset(tmp_path, rows, CODEC, rows_per_shard=8)
+    clips = chosen(Dataset.open(str(tmp_path)))
+    drawn = {name: clip.reference.id for name, clip in clips.items() if clip.reference is not None}
+    assert drawn.pop("r2") in {"r0", "r1"}
+    assert set(drawn.values()) == {"r2"}
+
+
 def test_clips_of_the_speak_task_have_no_reference(dataset) -> None:
     assert all(clip.reference is None for clip in chosen(dataset, task="speak").values())
 

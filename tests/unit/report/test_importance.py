@@ -144,7 +144,7 @@ def test_stopped_and_surviving_trials_are_compared_at_the_first_rung(tmp_path: P
     assert (info.step, info.num_trials) == (50, 12)
     assert "up to step 150, do not show" in find(read_results(tmp_path)).answers[-1].sentence
     full = sweep(tmp_path / "full", 12, target_set)
-    assert "does not show" not in find(read_results(full)).answers[-1].sentence
+    assert "do not show there" not in find(read_results(full)).answers[-1].sentence
 
 
 def test_trials_set_by_hand_are_not_counted(tmp_path: Path) -> None:
