@@ -1,4 +1,4 @@
-"""Figures and samples for TensorBoard."""
+"""Writes metrics and samples for TensorBoard."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,33 +12,33 @@ from tensorboardX.writer import FileWriter
 from higgs_tune import metrics
 from higgs_tune.train.samples import Sample
 
-FLUSH_S = 2  # what is written can be seen after so long
+FLUSH_S = 2  # seconds until written events become visible
 
 
 class Board:
-    """Event files of a run. What an earlier start wrote from `next_step` on is hidden."""
+    """A run's event files; hides what an earlier start wrote from `next_step` on."""
 
     def __init__(self, directory: Path, next_step: int) -> None:
-        # the name holds the second only: a start right behind another must not overwrite its file
+        # file names resolve whole seconds: without the suffix, a quick restart would overwrite a file
         self._writer = SummaryWriter(
             str(directory),
             purge_step=next_step,
             filename_suffix=f".{next_step}",
             flush_secs=FLUSH_S,
-            max_queue=0,  # no limit: behind a thread that has died nobody empties it, and `put` would wait
+            max_queue=0,  # no limit: if the writer thread has died, `put` on a full queue blocks
         )
 
     def add_settings(self, settings: Mapping[str, Any], figures: Sequence[str]) -> None:
-        """Let the HParams page show this run: its settings, and which of its figures are results."""
+        """Show this run on the HParams page: its settings, and which `figures` are results."""
         experiment, session, _ = hparams(dict(settings), dict.fromkeys(figures))
         for summary in (experiment, session):
             self._files().add_summary(summary)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Write the finite figures of a line of metrics.
+        """Write the finite values of a line of metrics.
 
         Raises:
-            OSError: what was written earlier did not reach the disk.
+            OSError: an earlier write did not reach the disk.
         """
         self._files()
         for name, value in line.items():
@@ -46,7 +46,7 @@ class Board:
                 self._writer.add_scalar(name, value, line[metrics.STEP])
 
     def add_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Write a table of what was heard."""
+        """Write a table of target and predicted texts."""
         rows = [
             "| target | predicted |",
             "|---|---|",
@@ -55,7 +55,7 @@ class Board:
         self._writer.add_text("samples", "\n".join(rows), step)
 
     def _files(self) -> FileWriter:
-        """Where events go; an OSError if the thread that writes them has died of one."""
+        """The event writer; raises OSError if its thread has died."""
         files = self._writer.file_writer
         assert isinstance(files, FileWriter)
         thread = files.event_writer._worker
@@ -65,5 +65,5 @@ class Board:
         return files
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write out what is still queued."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""How many trials of a sweep a worker can hold, by the memory model and the machine."""
+"""How many of a sweep's trials a worker can hold, from the memory model and the free memory."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -24,17 +24,18 @@ from higgs_tune.train.sweep_pack import sweep_limits
 if TYPE_CHECKING:
     from transformers import HiggsAudioV2Config
 
-SLOTS_PER_CPU = 2  # the lanes of a CPU stay filled when trials differ in length
+SLOTS_PER_CPU = 2  # keeps a CPU's lanes busy when trials differ in length
 
 
 def largest_step(config: SweepConfig, shape: "HiggsAudioV2Config") -> StepShape:
-    """The step with the most rows that the sweep's own limits allow one adapter, on speech.
+    """The step with the most rows that the sweep's limits allow one adapter, for speech data.
 
-    A fifth of the rows is text, and half of that is learnt: denser text needs more for its logits.
+    Assumes that a fifth of the rows is text, and half of that targets; denser text needs more memory
+    for its logits.
     """
     data, clips = config.data, max(config.space.batch_clips)
     longest = longest_conversation(data, shape.num_codebooks, shape.max_position_embeddings)
-    # one conversation may exceed the budget; several fill it best when it divides among them
+    # one conversation may exceed the budget; several fill it best with an equal share each
     budget = config.train.token_budget
     lengths = {min(longest, max(1, budget // number)) for number in range(1, clips + 1)}
     steps = (StepShape.of(clips, rows, budget) for rows in {*lengths, longest})
@@ -44,7 +45,7 @@ def largest_step(config: SweepConfig, shape: "HiggsAudioV2Config") -> StepShape:
 def predict_modes(
     config: SweepConfig, shape: "HiggsAudioV2Config", num_slots: int, step: StepShape
 ) -> list[Memory]:
-    """Memory of the sweep's largest trials, for each of its cross_attention modes."""
+    """Predicted memory of the sweep's largest trials, for each of its cross_attention modes."""
     dropout = config.space.dropout
     if isinstance(dropout, Range):
         dropout = dropout.high
@@ -55,7 +56,7 @@ def predict_modes(
     def memory_of(modes: tuple[CrossAttention, ...]) -> Memory:
         return predict(shape, config.base.dtype, limits, modes, step, highest)
 
-    # the second baseline runs beside the others in every sweep
+    # the second baseline (audio_self) runs beside the other trials in every sweep
     return [
         memory_of(("audio_self" if mode == "off" else mode, *[mode] * (num_slots - 1)))
         for mode in config.space.cross_attention
@@ -63,7 +64,7 @@ def predict_modes(
 
 
 def most_parameters(config: SweepConfig, shape: "HiggsAudioV2Config") -> int:
-    """Parameters of the sweep's largest trial."""
+    """Number of trainable parameters of the sweep's largest trial."""
     limits = sweep_limits(config, num_slots=1)
     with torch.device("meta"):
         model = empty_model(shape, torch.float32)
@@ -73,12 +74,12 @@ def most_parameters(config: SweepConfig, shape: "HiggsAudioV2Config") -> int:
 
 
 def largest(memories: Iterable[Memory]) -> Memory:
-    """The one that needs most."""
+    """The entry with the largest total."""
     return max(memories, key=lambda memory: memory.total)
 
 
 def slots_on_gpu(config: SweepConfig, shape: "HiggsAudioV2Config", free_bytes: int) -> int:
-    """The trials that fit side by side into a GPU's free memory; 0 if not even one does."""
+    """How many trials fit side by side in a GPU's free memory; 0 if not even one does."""
     ones, twos = (predict_modes(config, shape, n, largest_step(config, shape)) for n in (1, 2))
     return slots_that_fit(ones, twos, free_bytes)
 
@@ -86,9 +87,9 @@ def slots_on_gpu(config: SweepConfig, shape: "HiggsAudioV2Config", free_bytes: i
 def slots_on_cpu(
     config: SweepConfig, shape: "HiggsAudioV2Config", free_bytes: int, num_cpus: int
 ) -> int:
-    """Two for each CPU, fewer if memory holds fewer; 0 if not even one fits.
+    """Two slots per CPU, or as many as fit in memory if that is fewer; 0 if not even one fits.
 
-    Every slot needs its adapter; activations are those of as many adapters as there are CPUs.
+    Every slot holds an adapter, but only as many adapters as there are CPUs hold activations.
     """
     one = largest(predict_modes(config, shape, 1, largest_step(config, shape)))
     room = free_bytes * (1 - RESERVE) - one.base

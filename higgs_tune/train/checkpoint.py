@@ -1,8 +1,8 @@
-"""Adapters on disk: PEFT's format for everyone, plus what our own training needs to go on.
+"""Adapters on disk: PEFT's format, plus what training needs to resume.
 
 `adapter_config.json` and `adapter_model.safetensors` load with plain PEFT onto the stock model. New
-cross-attention modules are in there whole; `higgs_tune.json` says so, and loading them onto a base
-without them is refused here.
+cross-attention modules are stored there whole; `higgs_tune.json` records their mode, and this module
+refuses to load them onto a base without such modules.
 """
 
 import json
@@ -36,10 +36,10 @@ _INTERVAL = "training_state.json"
 
 
 def lora_config(config: TrialConfig, base_source: str, revision: str | None = None) -> LoraConfig:
-    """The `peft.LoraConfig` of a trial; no task_type, which would inject `labels=`."""
+    """The `peft.LoraConfig` of a trial, without a task_type, which would inject `labels=`."""
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides, so a float is right
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides it: a float works
         lora_dropout=config.dropout,
         target_modules=lora_regex(config.targets),
         modules_to_save=list(MODULE_NAMES[config.cross_attention]) or None,
@@ -49,10 +49,10 @@ def lora_config(config: TrialConfig, base_source: str, revision: str | None = No
 
 
 def read_lora_config(directory: Path) -> LoraConfig:
-    """The adapter_config.json of an adapter.
+    """Read an adapter's adapter_config.json.
 
     Raises:
-        ModelError: missing, not readable, or not of a LoRA.
+        ModelError: it is missing, not readable, or not a LoRA's.
     """
     if not (directory / CONFIG_NAME).is_file():
         raise ModelError(f"{directory}: {_what_instead(directory, CONFIG_NAME)}")
@@ -75,8 +75,8 @@ def save_adapter(
 ) -> None:
     """Write the adapter and its training state into an existing, empty folder.
 
-    `revision` is the commit of a base that is a Hub id; whoever merges needs the same one. `system_text`
-    is data.system_text, for whoever prompts it.
+    `revision` is the commit of a base given as a Hub id; merging needs the same one. `system_text` is
+    data.system_text, which later prompts need.
     """
     lora_config(config, base_source, revision).save_pretrained(str(directory))
     weights = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in state.weights.items()}
@@ -120,7 +120,7 @@ def load_state(directory: Path) -> AdapterState:
 
 
 def save_interval(directory: Path, interval: dict[str, Any]) -> None:
-    """Write what the steps since the last report add up to, beside the training state."""
+    """Write the state of the interval since the last report beside the training state."""
     (directory / _INTERVAL).write_text(json.dumps(interval) + "\n", encoding="utf-8")
 
 
@@ -140,10 +140,10 @@ def load_interval(directory: Path) -> dict[str, Any]:
 
 
 def read_step(directory: Path) -> int:
-    """The optimizer steps that a checkpoint has behind it.
+    """The number of optimizer steps that a checkpoint has done.
 
     Raises:
-        ModelError: it is missing or damaged.
+        ModelError: its training state is missing or damaged.
     """
     try:
         with safe_open(directory / STATE_NAME, framework="pt") as file:
@@ -153,9 +153,9 @@ def read_step(directory: Path) -> int:
 
 
 def load_weights(directory: Path, config: TrialConfig) -> AdapterState:
-    """An adapter as it ended, also one that was exported without its training state.
+    """Read a finished adapter's weights; works for one exported without its training state.
 
-    It has no moments: it can be evaluated, not trained on.
+    The state has no moments: the adapter can be evaluated, but not trained further.
 
     Raises:
         ModelError: the file is missing or damaged.
@@ -169,10 +169,10 @@ def load_weights(directory: Path, config: TrialConfig) -> AdapterState:
 
 
 def read_trial(directory: Path) -> TrialConfig:
-    """The settings an adapter was trained with.
+    """The settings that an adapter was trained with.
 
     Raises:
-        ModelError: the folder is not an adapter of ours.
+        ModelError: the folder is not a higgs-tune adapter.
     """
     path = directory / MARK_NAME
     try:
@@ -181,25 +181,27 @@ def read_trial(directory: Path) -> TrialConfig:
         raise ModelError(f"{directory}: {_what_instead(directory, MARK_NAME)}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{path}: no readable trial in it ({error!r}), needed an adapter's. A merged checkpoint has "
+            f"{path}: no readable trial settings ({error!r}), needed an adapter's. A merged checkpoint has "
             "none: it is a base. Give an adapter that a sweep, `train` or `export` wrote."
         ) from None
     return validate(TrialConfig, trial, str(directory / MARK_NAME))
 
 
 def read_system_text(directory: Path) -> str | None:
-    """The system text that stood before the clips of an adapter, or of what was merged into a base.
+    """The system text that an adapter, or an adapter merged into a base, was trained with, if any.
 
     Raises:
-        ModelError: the note of it cannot be read.
+        ModelError: `higgs_tune.json` cannot be read.
     """
     path = directory / MARK_NAME
     return read_object(path).get("system_text") if path.is_file() else None
 
 
 def _what_instead(directory: Path, needed: str) -> str:
-    """What was found where an adapter was looked for, and what to give instead of it."""
-    found = f"no {needed} in it, so no adapter" if directory.is_dir() else "no such folder"
+    """Say what was found in place of an adapter, and what to give instead."""
+    found = (
+        f"no {needed} in it, so it is not an adapter" if directory.is_dir() else "no such folder"
+    )
     inside = [directory / name for name in ("best_adapter", "adapter")]
     here = [str(folder) for folder in inside if (folder / needed).is_file()]
     there = "one that a sweep or `train` wrote, such as results/quick/best_adapter"
@@ -207,10 +209,10 @@ def _what_instead(directory: Path, needed: str) -> str:
 
 
 def load_adapter(base: HiggsAudioV2ForConditionalGeneration, directory: Path) -> PeftModel:
-    """Put a saved adapter onto a stock base with PEFT, its new modules included.
+    """Load a saved adapter, new modules included, onto a stock base with PEFT.
 
     Raises:
-        ModelError: not an adapter of ours, the base's shapes differ, or it has such modules already.
+        ModelError: not a higgs-tune adapter, the base's shapes differ, or the base already has such modules.
     """
     trial = read_trial(directory)
     model = with_cross_attention(base, trial.cross_attention, seed=None)
@@ -221,7 +223,7 @@ def load_adapter(base: HiggsAudioV2ForConditionalGeneration, directory: Path) ->
 def adapted(
     base: HiggsAudioV2ForConditionalGeneration, directory: Path | None
 ) -> Iterator[HiggsAudioV2ForConditionalGeneration]:
-    """A base with an adapter on it for a while, or as it is; afterwards it is as it was.
+    """Put an adapter, if one is given, onto a base within the block; afterwards the base is as before.
 
     Raises:
         ModelError: see `load_adapter`.
@@ -233,7 +235,7 @@ def adapted(
     try:
         yield wrapped.get_base_model()
     finally:
-        wrapped.unload()  # the base's own linears, which the adapter had wrapped
+        wrapped.unload()  # puts back the base's linears, which PEFT wrapped
 
 
 def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path) -> PeftModel:
@@ -241,7 +243,7 @@ def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path)
 
     Raises:
         ModelError: the model lacks the adapter's cross-attention modules or the text head that it
-            adapts, or shapes differ.
+            adapts, or the shapes differ.
     """
     trial = read_trial(directory)
     mode = trial.cross_attention
@@ -258,7 +260,7 @@ def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path)
         )
     try:
         return _wrapped(model, directory)
-    except Exception:  # raised again; PEFT wraps a base before it reads what may not fit
+    except Exception:  # re-raised; PEFT wraps the base before it reads weights that may not fit
         _unwrap(model)
         raise
 
@@ -268,7 +270,7 @@ def _wrapped(model: HiggsAudioV2ForConditionalGeneration, directory: Path) -> Pe
     try:
         with warnings.catch_warnings():  # PEFT 0.21 reads a property that transformers 5.23 renamed
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            # else PEFT reads it onto whatever GPU there is
+            # by default PEFT would load it onto any GPU it finds
             device = str(model.device)
             wrapped = PeftModel.from_pretrained(model, str(directory), torch_device=device).eval()
     except (RuntimeError, ValueError) as error:
@@ -279,14 +281,14 @@ def _wrapped(model: HiggsAudioV2ForConditionalGeneration, directory: Path) -> Pe
     if needed != stored.keys():  # PEFT only warns, and leaves the rest as it was initialised
         odd = min(needed ^ stored.keys())
         raise ModelError(
-            f"{directory}: {WEIGHTS_NAME} and adapter_config.json do not belong together, by {odd} "
-            "and others. Save the adapter again."
+            f"{directory}: {WEIGHTS_NAME} and adapter_config.json do not belong together: they differ "
+            f"in {odd}. Save the adapter again."
         )
     return wrapped
 
 
 def _unwrap(model: HiggsAudioV2ForConditionalGeneration) -> None:
-    """Give a base its own linears back, which PEFT has wrapped in place."""
+    """Put back the base's linears, which PEFT wrapped in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             parent, _, child = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a live line in a terminal, JSON lines anywhere else."""
+"""Shows a training run: a live progress line in a terminal, JSON lines anywhere else."""
 
 import sys
 import time
@@ -19,14 +19,14 @@ _SHOWN = (("text nll", VAL_TEXT_NLL), ("audio nll", VAL_AUDIO_NLL), ("audio gain
 
 
 class Pace:
-    """Steps a second of this start, and how long the rest takes."""
+    """Steps per second since this start, and the estimated time left."""
 
     def __init__(self, num_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._num_steps, self._clock = num_steps, clock
         self._first: tuple[int, float] | None = None
 
     def after(self, step: int) -> str:
-        """The pace once `step` is done; empty until two steps are."""
+        """The pace after `step`; empty until two steps are done."""
         if self._first is None:
             self._first = step, self._clock()
         first_step, since = self._first
@@ -37,7 +37,7 @@ class Pace:
 
 
 class Display:
-    """Shows a run; used as a context, so that the terminal is left tidy."""
+    """Shows a run; a context manager, which leaves the terminal tidy."""
 
     def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -64,13 +64,13 @@ class Display:
             self._progress.stop()
 
     def step(self, step: int) -> None:
-        """An optimizer step is done; of several processes only one is told, and shows it."""
+        """Show that an optimizer step is done; only the main process calls this."""
         if self._progress is not None:
-            self._progress.start()  # if it has not
+            self._progress.start()  # no effect if already started
             self._progress.update(self._task, completed=step, pace=self._pace.after(step))
 
     def line(self, line: dict[str, Any]) -> None:
-        """A validation is done."""
+        """Show the metrics of a validation."""
         if self._progress is None:
             print(json_line(line), file=self._stream, flush=True)
             return
@@ -83,7 +83,7 @@ class Display:
         self._progress.console.print(Text(text))
 
     def samples(self, samples: Sequence[Sample]) -> None:
-        """Clips were written down by ear; only a terminal shows them."""
+        """Show transcribed validation clips, in a terminal only."""
         if self._progress is None:
             return
         table = Table(box=None, pad_edge=False, header_style="bold")

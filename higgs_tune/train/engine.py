@@ -1,7 +1,7 @@
 """A pack of adapters around one frozen base: forward_backward, optim_step, evaluate.
 
-A single run is a pack of one. What one adapter computes depends on its own examples and settings
-alone; neighbours may join, leave or diverge. Shape letters: K slots or adapters of a batch, C codebooks.
+A single run is a pack of one. What an adapter computes depends only on its own examples and settings;
+neighbours may join, leave or diverge. Shape letters: K slots or adapters of a batch, C codebooks.
 """
 
 import mmap
@@ -45,12 +45,11 @@ class Engine:
         *,
         share_matmuls: bool | None = None,
     ) -> None:
-        """Make room for the adapters.
+        """Allocate the slots.
 
         Args:
-            process: this one's number among those that train the same adapters.
-            share_matmuls: whether neighbours multiply together; by default with several slots and not
-                on a CPU.
+            process: rank of this process among those that train the same adapters.
+            share_matmuls: whether neighbours share matmuls; default: with several slots, except on a CPU.
         """
         self._process = process
         self.base = base
@@ -62,7 +61,7 @@ class Engine:
         dtype = next(base.model.parameters()).dtype
         if share_matmuls is None:
             share_matmuls = self.device.type != "cpu" and limits.num_slots > 1
-        # not compiled: each combination of adapters would be a graph of its own
+        # not if compiled: each combination of adapters would need its own graph
         cuts = share_matmuls and not base.compile
         self.lanes = Lanes(self.device, Costs.of(base.model) if cuts else None)
         forks = sys.platform == "linux" and not (share_matmuls or base.compile)
@@ -77,12 +76,12 @@ class Engine:
             share_memory=forks,
             max_new_columns=_max_new_columns(base, limits) if forks else 0,
         )
-        # oneDNN compiles its bfloat16 matmuls for each shape: let there be few
+        # oneDNN compiles its bfloat16 matmuls for each shape: padding keeps the shapes few
         compiles = self.device.type == "cpu" and dtype == torch.bfloat16
         self._slot_multiple = 32 if compiles else 1
         self.alive_K = torch.ones(limits.num_slots, dtype=torch.bool, device=self.device)
         self.residents: dict[str, Resident] = {}
-        # of all adapters so far, by lane; shared with those that are processes
+        # by lane, over all adapters; in shared memory, because lanes may be processes
         self._forwards = memoryview(mmap.mmap(-1, 8 * self.lanes.count)).cast("q")
         self._lane = 0
         if forks:
@@ -90,16 +89,17 @@ class Engine:
 
     @property
     def num_forwards(self) -> int:
-        """Forwards so far, in whatever lane."""
+        """Forwards so far, over all lanes."""
         return sum(self._forwards)
 
     def add(
         self, trial_id: str, config: TrialConfig, state: AdapterState | None = None
     ) -> Resident:
-        """Give a free slot to an adapter, fresh from its seed or from a saved state.
+        """Put an adapter into a free slot, fresh from its seed or from a saved state.
 
         Raises:
-            ValueError: no slot is free, or the adapter is larger than the engine's limits.
+            ValueError: no slot is free, the adapter is already resident or exceeds the engine's limits, or
+                the state does not fit it.
         """
         taken = {resident.slot for resident in self.residents.values()}
         free = sorted(set(range(self.limits.num_slots)) - taken)
@@ -109,7 +109,7 @@ class Engine:
         if config.rank > limits.max_rank or not set(config.targets) <= limits.paths:
             raise ValueError(f"{trial_id}: rank {config.rank}, {config.targets} exceed {limits}")
         own, lowest = (self.bank.layout_rank(rank) for rank in (config.rank, 1))
-        # the lowest class of ranks in front, others from the end: those of one class share matmuls
+        # lowest rank class from the front, others from the end: neighbours of one class share matmuls
         slot = free[-1] if self.bank.share_matmuls and own > lowest else free[0]
         resident = Resident(trial_id, slot, config, account(self.base.model, config))
         model = self.base.model
@@ -124,7 +124,7 @@ class Engine:
                     self._write(resident, "exp_avg_sq", state.exp_avg_sq)
             self.alive_K[resident.slot] = True
             self.bank.refresh_compute()
-        except BaseException:  # raised again; whatever it is, the slot is left to the next trial
+        except BaseException:  # re-raised; whatever it is, the next trial needs the slot
             self.bank.clear(resident.slot)
             raise
         self.residents[trial_id] = resident
@@ -136,7 +136,7 @@ class Engine:
         self.bank.clear(resident.slot)
 
     def batch(self, examples: Mapping[int, Sequence[Encoded]], *, bare: bool = False) -> PackBatch:
-        """Slot → examples, laid out on the device for one forward; `bare`: of the base alone."""
+        """Collate slot → examples on the device for one forward; `bare`: for the base alone."""
         modes = {} if bare else self.modes()
         return collate(examples, modes, self._slot_multiple).to(self.device)
 
@@ -175,7 +175,7 @@ class Engine:
         return text_sum_K.detach(), audio_sum_KC.detach()
 
     def discard(self, slots: Sequence[int]) -> None:
-        """Forget what these adapters' step has done so far, to do it again from its start."""
+        """Reset these adapters' unfinished step, so that it can be redone from its start."""
         self.bank.clear_gradients(slots)
         for resident in self.residents.values():
             if resident.slot in slots:
@@ -208,7 +208,7 @@ class Engine:
         return self.nll(batch, weights)
 
     def state(self, trial_id: str, *, moments: bool = True) -> AdapterState:
-        """Copy what `add` needs to go on exactly; moments are needed for further steps only."""
+        """Copy what `add` needs to resume exactly; moments are needed only for further steps."""
         resident = self.residents[trial_id]
         weights = self.bank.copies(resident.slot, "master")
         if not moments:
@@ -218,7 +218,7 @@ class Engine:
         return AdapterState(resident.step, weights, *both)
 
     def gradient_shares(self, trial_id: str) -> dict[str, float]:
-        """Target path → share of the squared norm of the averaged gradient; waits for the device."""
+        """Target path → share of the squared norm of Adam's exp_avg; waits for the device."""
         resident = self.residents[trial_id]
         squares = dict.fromkeys(resident.config.targets, 0.0)
         for part in self.bank.seats[resident.slot].parts:
@@ -227,12 +227,12 @@ class Engine:
         return {path: square / total for path, square in squares.items()} if total > 0 else {}
 
     def compute(self, job: Callable[["Engine"], T], slots: Sequence[int]) -> T:
-        """What a job with this engine gives, done by the lane in which this is called.
+        """Run a job on this engine in the calling lane, and return its result.
 
         Args:
-            job: computes, and changes nothing of an engine but its bank's gradients. A lane may have a
-                process of its own, to which the job and its result are copied.
-            slots: of the adapters that it needs.
+            job: may change nothing of the engine but its bank's gradients. The lane may be a process of
+                its own, so the job and its result must pickle.
+            slots: slots of the adapters that the job uses.
         """
         process = self.lanes.process
         if process is None:
@@ -240,10 +240,10 @@ class Engine:
         return process.call([r for r in self.residents.values() if r.slot in slots], job)
 
     def _answer(self, lane: int, residents: Sequence[Resident], job: Callable[["Engine"], T]) -> T:
-        """`compute` in a lane's process, where this is a copy of the parent's engine."""
+        """Run `compute`'s job in a lane's process, on its copy of the parent's engine."""
         self._lane = lane
         for resident in residents:
-            place = f"slot {resident.slot}"  # not by trial, which may move
+            place = f"slot {resident.slot}"  # not the trial's id: a trial may move to another slot
             known = self.residents.pop(place, None)
             if known is None or known.config != resident.config:
                 self.bank.vacate(resident.slot)
@@ -257,7 +257,7 @@ class Engine:
         self.bank.seat(slot, config.rank, scale, config.targets, new, config.dropout)
 
     def _masks(self, slots: Sequence[int]) -> Masks | None:
-        """The masks of these adapters' next forward; None if nobody has dropout."""
+        """Dropout masks for these adapters' next forward; None if none of them has dropout."""
         by_slot = {resident.slot: resident for resident in self.residents.values()}
         seeds: dict[int, tuple[int, ...]] = {}
         for k, slot in enumerate(slots):

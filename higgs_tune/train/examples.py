@@ -1,4 +1,4 @@
-"""What a loop trains on: rows in their order, tokenised once, within the lengths that it takes."""
+"""Training and validation examples of a dataset: tokenised once, too long ones left out."""
 
 import logging
 from functools import partial
@@ -23,7 +23,7 @@ from higgs_tune.model.load import Base
 from higgs_tune.model.template import wants_system
 
 logger = logging.getLogger(__name__)
-_CACHED_ROWS = 4_000_000  # of tokenised examples kept; at most 152 bytes each with 8 codebooks
+_CACHED_ROWS = 4_000_000  # of cached tokenised examples; at most 152 bytes per row with 8 codebooks
 
 
 def check_fits(dataset: Dataset, base: Base) -> None:
@@ -47,7 +47,7 @@ def check_texts(dataset: Dataset, vocabulary: Vocabulary) -> None:
     """Refuse a dataset with characters that the vocabulary has no token for.
 
     Raises:
-        DataError: the number of such rows, the first of them, and all their characters.
+        DataError: names the number of such rows, the first of them, and all such characters.
     """
     if vocabulary.unknown is None:
         return
@@ -66,7 +66,7 @@ def check_texts(dataset: Dataset, vocabulary: Vocabulary) -> None:
 
 
 class Examples:
-    """Tokenises conversations of a dataset for one base, and keeps them by their key."""
+    """Tokenises a dataset's conversations for one base, and caches them by key."""
 
     def __init__(
         self, base: Base, dataset: Dataset, data: DataSettings, *, warns: bool = True
@@ -81,13 +81,13 @@ class Examples:
         )
         if warns and data.system_text is None and wants_system(base.tokenizer):
             logger.warning(
-                "the chat template of %s wants a system message, and data.system_text is not set: clips "
-                "are trained without one, so the adapter is to be used without that template",
+                "the chat template of %s expects a system message, and data.system_text is not set: clips "
+                "are trained without one, so use the adapter without that template",
                 base.source,
             )
         self._encoded: dict[str, Encoded] = {}
         self._num_rows = 0
-        # how conversations are made, of orders and validation sets alike
+        # how conversations are made, for training orders and validation sets alike
         self.making: dict[str, Any] = {
             "max_frames": data.max_frames,
             "max_text": data.max_text_tokens,
@@ -97,7 +97,7 @@ class Examples:
         }
 
     def order(self, batch_clips: int, seed: int) -> TrainOrder:
-        """What a trial trains on; says once how many rows no trial does.
+        """The order of a trial's training rows; warns once about rows that no trial can use.
 
         Raises:
             DataError: the tasks and limits leave no row.
@@ -106,7 +106,7 @@ class Examples:
         if order.num_skipped and self._warns:
             logger.warning(
                 "%d of %d rows of the train split are left out: longer than data.max_frames, "
-                "data.max_text_tokens or data.max_rows allow, or fit for no task of data.tasks",
+                "data.max_text_tokens or data.max_rows allow, or usable for no task of data.tasks",
                 order.num_skipped,
                 order.num_skipped + order.num_rows,
             )
@@ -114,7 +114,7 @@ class Examples:
         return order
 
     def validation(self, num_clips: int) -> ValidationSets:
-        """What validates; says so if it is less than was asked for.
+        """The validation sets; warns if they have fewer clips than asked for.
 
         Raises:
             DataError: there are no two usable clips with different texts.
@@ -123,17 +123,17 @@ class Examples:
         if len(sets.rows) < num_clips and self._warns:
             logger.warning(
                 "%d validation clips can be used, data.num_val_clips is %d: the fewer there are, the less "
-                "their losses say of others",
+                "their losses say about other clips",
                 len(sets.rows),
                 num_clips,
             )
         return sets
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """Tokenise once per row and task.
+        """Tokenise a conversation, once per row and task.
 
         Raises:
-            ConfigError: longer than the settings and the base allow.
+            ConfigError: it is longer than the settings and the base allow.
         """
         encoded = self._encoded.get(conversation.key)
         if encoded is None:
@@ -141,7 +141,7 @@ class Examples:
                 self._encoded.clear()
                 self._num_rows = 0
             encoded = encode_conversation(conversation, self._vocabulary)
-            if encoded.num_rows > self._max_rows:  # the orders leave such rows out by estimate
+            if encoded.num_rows > self._max_rows:  # orders drop such rows by estimate only
                 raise ConfigError(
                     f"{conversation.key}: {encoded.num_rows} rows, data.max_rows and the base allow "
                     f"{self._max_rows}. Lower data.max_frames or data.max_text_tokens."

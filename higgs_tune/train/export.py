@@ -1,4 +1,4 @@
-"""Hand an adapter over: as it is, merged into a native checkpoint, or for the original code."""
+"""Exports an adapter: as it is, merged into a native checkpoint, or merged for the original code."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from higgs_tune.train.checkpoint import (
 )
 
 MAX_SHARD = "5GB"
-# What is needed beside weights and config.json, and may be in a base's folder.
+# Files that a checkpoint needs beside weights and config.json; copied if the base has them.
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -46,10 +46,10 @@ _PROCESSOR_FILES = ("*processor_config.json",)
 
 
 def copy_adapter(adapter: Path, out: Path) -> None:
-    """Copy an adapter without what only resumed training needs.
+    """Copy an adapter without the files that only a resumed training needs.
 
     Raises:
-        ModelError: not an adapter of ours.
+        ModelError: not a higgs-tune adapter.
         ConfigError: `out` exists.
         DataError: `out` cannot be written.
     """
@@ -75,7 +75,7 @@ def adapter_base(
         path=named,
         revision=revision or (None if path else config.revision),
         device=device,
-        # an adapter on a base without a head was trained on one that started so
+        # if the base has no text head, the adapter was trained on one that started this way
         text_head="from_embedding",
     )
 
@@ -83,7 +83,7 @@ def adapter_base(
 def export_merged(
     adapter: Path, out: Path, settings: BaseSettings, to: Literal["native", "boson"]
 ) -> Base:
-    """Write the base with the adapter merged into it, in the dtype that the base is stored in.
+    """Write the base with the adapter merged into it, in the base's stored dtype.
 
     Args:
         adapter: a folder that `save_adapter` wrote.
@@ -92,12 +92,12 @@ def export_merged(
         to: "native" for transformers, "boson" for the original code.
 
     Returns:
-        The base, whose weights are the merged ones now.
+        The base, which now has the merged weights.
 
     Raises:
         ConfigError: `out` exists.
         DataError: `out` cannot be written.
-        ModelError: not an adapter, not its base, or a model that the format cannot carry.
+        ModelError: not an adapter, not its base, or a model that the format cannot represent.
     """
     trial = read_trial(adapter)
     if to == "boson":
@@ -107,7 +107,7 @@ def export_merged(
     with _new_folder(out) as folder:
         base = load_checkpoint(settings, keep_dtype=True)
         config: dict[str, Any] = {}
-        if to == "boson":  # refuse before the work
+        if to == "boson":  # refuse before merging
             ids, dtype = control_ids(base.tokenizer), base.model.dtype
             config = boson_config(base.model.config, ids, dtype, trial.cross_attention)
         model = merge(base.model, adapter)
@@ -125,7 +125,7 @@ def merge(
 ) -> HiggsAudioV2ForConditionalGeneration:
     """Merge an adapter into a base, in place; new modules become part of the model returned.
 
-    Each product is added in float32 and rounded once, to the base's dtype.
+    Each LoRA product is added in float32 and rounded once, to the base's dtype.
     """
     adapted = load_adapter(model, adapter)
     for module in adapted.modules():
@@ -146,7 +146,7 @@ def _write_company(
     to: Literal["native", "boson"],
     folder: Path,
 ) -> None:
-    """What stands beside weights and config: the base's tokenizer, and our mark."""
+    """Write what belongs beside weights and config: the base's tokenizer and `higgs_tune.json`."""
     assert base.folder is not None
     patterns = _TOKENIZER_FILES + (_PROCESSOR_FILES if to == "native" else ())
     for source in {path for pattern in patterns for path in base.folder.glob(pattern)}:
@@ -176,7 +176,7 @@ def _write_boson(
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary neighbour of `out` that takes its name when the block ends well."""
+    """Make a temporary folder beside `out`, and rename it to `out` if the block succeeds."""
     refuse_existing(out)
     fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with _writing(out):

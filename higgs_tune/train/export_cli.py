@@ -8,31 +8,35 @@ from higgs_tune.local_path import local_path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("adapter", type=local_path, help="adapter folder of a trial or of `train`")
-    parser.add_argument("--out", type=local_path, required=True, help="folder to make")
     parser.add_argument(
-        "--merge", action="store_true", help="a whole checkpoint instead of an adapter"
+        "adapter", type=local_path, help="adapter folder of a trial or of a `train` run"
+    )
+    parser.add_argument("--out", type=local_path, required=True, help="folder to create")
+    parser.add_argument(
+        "--merge", action="store_true", help="write a whole checkpoint instead of an adapter"
     )
     parser.add_argument(
         "--format",
         choices=("native", "boson"),
         default="native",
-        help="native: transformers' (default); boson: the original code's, always merged",
+        help="native: for transformers (default); boson: for the original code, always merged",
     )
-    parser.add_argument("--base", help="embedded, a folder or a Hub id; default: the adapter's")
-    parser.add_argument("--revision", help="commit of a Hub id; default: the adapter's")
-    parser.add_argument("--device", default="cpu", help="where weights are merged (default: cpu)")
+    parser.add_argument(
+        "--base", help="embedded, a folder or a Hub id (default: the adapter's base)"
+    )
+    parser.add_argument("--revision", help="commit of a Hub id (default: the adapter's)")
+    parser.add_argument("--device", default="cpu", help="device to merge on (default: cpu)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export and say what was written. Errors are `HiggsTuneError`s."""
+    """Export, and print what was written. Errors are `HiggsTuneError`s."""
     merge = args.merge or args.format == "boson"
     if not merge and (args.base or args.revision):
         raise ConfigError(
             "--base and --revision: only a merged checkpoint needs the base; add --merge."
         )
     from higgs_tune.train.checkpoint import read_trial
-    from higgs_tune.train.export import adapter_base, copy_adapter, export_merged  # torch: seconds
+    from higgs_tune.train.export import adapter_base, copy_adapter, export_merged  # torch: slow
 
     mode = read_trial(args.adapter).cross_attention
     if not merge:

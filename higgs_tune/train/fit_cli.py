@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the memory of one slot and of the sweep's, and how many slots fit; an error if none does."""
+    """Print the memory of one slot and of the sweep's slots, and how many fit; raises if none does."""
     config = load_sweep(args.config, args.set)
     if args.clip_rows < 8 or args.gpu_gib <= 0:
         raise ConfigError("--clip-rows must be at least 8 and --gpu-gib above 0.")
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{args.config}: one slot takes {total:.2f} GiB and does not fit into {args.gpu_gib:g} GiB, of "
             f"which {found['reserve']:.0%} are kept free. Lower train.token_budget, space.rank or what the "
-            "target sets and cross_attention add, take base.dtype bfloat16, or a larger GPU."
+            "target sets and cross_attention add, use base.dtype bfloat16, or a larger GPU."
         )
     return 0
 
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 def fit(
     config: SweepConfig, base_config: Path | None, gpu_gib: float, clip_rows: int
 ) -> dict[str, Any]:
-    """Predicted bytes with one slot and with the sweep's slots, and the slots that fit."""
-    import torch  # seconds
+    """Predict the bytes needed with one slot and with the sweep's slots, and how many slots fit."""
+    import torch  # slow
 
     from higgs_tune.train.capacity import largest, most_parameters, predict_modes
     from higgs_tune.train.memory import (
@@ -96,7 +96,7 @@ def fit(
         "reserve": RESERVE,
         "slots_that_fit": fitting,
         "slots_per_worker": setting,
-        # float32, with two moments of each while it trains
+        # float32 weights, each with Adam's two moments while the trial trains
         "checkpoint": 12 * most_parameters(config, shape),
         "checkpoints_kept": config.tune.num_trials + repeats,
         "torch": torch.__version__,
@@ -104,11 +104,11 @@ def fit(
 
 
 def base_shape(base: BaseSettings, path: Path | None) -> "HiggsAudioV2Config":
-    """The configuration of the base, from a file, a folder or a Hub; its weights are not touched.
+    """The base's configuration, from a file, a folder or the Hub; loads no weights.
 
     Raises:
         ConfigError: a Hub id without a revision.
-        ModelError: no such file, or not the configuration of a Higgs Audio V2.
+        ModelError: no such file, or not the configuration of a Higgs Audio V2 model.
     """
     from transformers import HiggsAudioV2Config
 
@@ -124,7 +124,7 @@ def base_shape(base: BaseSettings, path: Path | None) -> "HiggsAudioV2Config":
             )
         return HiggsAudioV2Config.from_dict(raw)
     if base.path == PUBLISHED_BASE and not Path(base.path).exists():
-        # its sizes are the class's defaults, but for the two stream ids
+        # the class's defaults, except that its codebook_size includes the two stream ids
         return HiggsAudioV2Config(codebook_size=1026)
     folder = local_folder(base)
     if folder is not None:
@@ -144,7 +144,7 @@ def _table(found: dict[str, Any], gpu_gib: float) -> str:
         values = (found["slots"][n][part] / (1 << 30) for n in columns)
         lines.append(part.ljust(14) + "".join(f"{value:10.2f}" for value in values))
     batches = found["micro_batches"]
-    often = f", {batches} times a step" if batches > 1 else ""
+    often = f", {batches} forwards per step" if batches > 1 else ""
     lines.append(f"{found['rows_per_adapter']} rows of each adapter in one forward{often}")
     fitting, wanted = found["slots_that_fit"], found["slots_per_worker"]
     lines.append(f"{gpu_gib:g} GiB hold {fitting} slots, {found['reserve']:.0%} kept free")
@@ -153,7 +153,9 @@ def _table(found: dict[str, Any], gpu_gib: float) -> str:
         lines.append(f"tune.slots_per_worker is {wanted}: too many. {advice}")
     size, kept = found["checkpoint"] / (1 << 30), found["checkpoints_kept"]
     lines.append(
-        f"a checkpoint of the largest trial takes {size:.2f} GiB, a third once it has ended"
+        f"a checkpoint of the largest trial takes {size:.2f} GiB, a third of that once it has ended"
     )
-    lines.append(f"results_dir takes up to {size * kept:.3g} GiB while {kept} trials run, one each")
+    lines.append(
+        f"results_dir takes up to {size * kept:.3g} GiB for {kept} trials, one checkpoint each"
+    )
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""Which adapters of a pack share a forward on a GPU.
+"""Decides which adapters of a pack share a forward on a GPU.
 
-The rows of a forward are padded to its longest adapter, so adapters whose clips differ in length cost
-arithmetic that nobody needs. A forward of their own costs the host time, which a GPU hides behind
-arithmetic if there is enough of it. Both are counted in rows here.
+A forward pads every adapter's rows to those of its longest one, so adapters whose clips differ in length
+waste arithmetic. A separate forward costs host time, which a GPU hides behind arithmetic if there is
+enough of it. Both costs are measured in rows here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,28 +12,29 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_tune.model.groups import decoder_layers, layer_groups
 
-# Operations that a layer of a forward and its backward send to a GPU, by benchmarks/pack_ops.py, and those of
+# GPU operations per layer, forward and backward (benchmarks/pack_ops.py): of each forward, and in addition of
 # each run of neighbouring slots, which share their matmuls.
 _FORWARD_OPS, _RUN_OPS = 68, 52
-# Assumed, not measured: what the host takes for each, and what an H100 reaches in large bf16 matmuls. Rather
-# too long: should it be 6 µs, the cut gains a little less; a cut for 6 µs would lose by 15 (pack_padding.py).
+# Assumed, not measured: host time per operation, and an H100's throughput in large bf16 matmuls. The time is
+# rather too long: if it is really 6 µs, grouping gains a little less, but groups chosen for 6 µs would lose
+# if it is 15 µs (pack_padding.py).
 OPERATION_S = 15e-6
 _FLOPS = 783e12
 
 Rows = Sequence[tuple[int, int]]
-"""Text and audio rows of an adapter's step: of each of its forwards."""
+"""(text rows, audio rows) of each forward in an adapter's step."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the host spends, in rows that the device computes meanwhile."""
+    """Host time per forward and per run, in rows that the device computes in that time."""
 
     forward: float
     run: float
 
     @classmethod
     def of(cls, base: HiggsAudioV2ForConditionalGeneration) -> "Costs":
-        """For a base's layers; both are small for large layers."""
+        """Costs for a base's layers; the larger the layers, the smaller the costs."""
         groups = layer_groups(0, decoder_layers(base)[0])
         linears = [m for p in ("attention", "text_mlp") for g in groups[p] for m in g.values()]
         row_s = 4 * sum(linear.weight.numel() for linear in linears) / _FLOPS
@@ -41,7 +42,7 @@ class Costs:
 
 
 def cost_of(group: tuple[int, ...], rows: Mapping[int, Rows], costs: Costs) -> float:
-    """What a group's step takes, in rows: of each forward its arithmetic, or the host's time if longer."""
+    """Cost of a group's step in rows: per forward its arithmetic, or the host time if that is longer."""
     total = 0.0
     for index in range(max(len(rows[slot]) for slot in group)):
         there = [slot for slot in group if index < len(rows[slot])]
@@ -52,17 +53,17 @@ def cost_of(group: tuple[int, ...], rows: Mapping[int, Rows], costs: Costs) -> f
 
 
 def num_rows(rows: Rows) -> int:
-    """Of all forwards of a step."""
+    """Total rows of all forwards of a step."""
     return sum(map(sum, rows))
 
 
 def share_forwards(rows: Mapping[int, Rows], costs: Costs) -> list[tuple[int, ...]]:
-    """Slots in groups that together take least, those with the most rows first.
+    """Group the slots at the lowest total cost, those with the most rows first.
 
-    A group holds slots that follow each other in length, so the best cut is found exactly.
+    Only slots adjacent in order of rows are grouped, so dynamic programming finds the optimum.
 
     Args:
-        rows: by slot.
+        rows: slot → rows of its forwards.
     """
     slots = sorted(rows, key=lambda slot: (-num_rows(rows[slot]), slot))
     best: list[tuple[float, list[tuple[int, ...]]]] = [(0.0, [])]

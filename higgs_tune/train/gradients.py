@@ -1,4 +1,4 @@
-"""The gradients of one optimizer step: every trial's clips, cut to what fits into a forward."""
+"""Computes the gradients of one optimizer step, with every trial's clips split into forwards that fit."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,12 +18,12 @@ class Clips(NamedTuple):
     """What one adapter trains on in a step."""
 
     examples: Sequence[Encoded]
-    at_once: int  # a micro-batch has no more clips than this
-    token_budget: int  # nor more padded rows
+    at_once: int  # most clips in a micro-batch
+    token_budget: int  # most padded rows in a micro-batch
 
 
 def rows_of(parts: Sequence[Sequence[Encoded]]) -> Rows:
-    """The rows of an adapter's forwards."""
+    """(text rows, audio rows) of each of an adapter's forwards."""
     audio = [sum(len(e.codes_AC) for e in part) for part in parts]
     return [
         (sum(e.num_rows for e in part) - num_audio, num_audio)
@@ -44,7 +44,7 @@ class Gradients:
         """Add up the gradients of all micro-batches of these slots.
 
         Returns:
-            Slot → summed nats (1 + C,), text before codebooks. One that does not fit has no gradient.
+            Slot → summed nats (1 + C,), text before codebooks; or `Ended`, then without a gradient.
         """
         work = Work[Tensor](
             name="training step",
@@ -77,7 +77,7 @@ def _forwards_backwards(
     counts: Mapping[int, TargetCounts],
     engine: Engine,
 ) -> dict[int, Tensor]:
-    """As many forwards as the adapter with the most micro-batches needs."""
+    """Run as many forwards and backwards as the adapter with the most micro-batches needs."""
     sums: dict[int, list[Tensor]] = {slot: [] for slot in micro}
     for index in range(max(len(batches) for batches in micro.values())):
         part = {slot: batches[index] for slot, batches in micro.items() if index < len(batches)}

@@ -1,8 +1,8 @@
-"""Probes that tell a trustworthy loss from a leak, before any GPU time is spent.
+"""Probes that detect leaking or misaligned labels before any GPU time is spent.
 
-"Audio loss 0.001, text loss 7.7" is what labels that are not shifted look like: audio learns to echo
-its input. The probes ask the running code, not the source: does the loss of a label change when the
-label's own input does, and when the one before it does?
+"Audio loss 0.001, text loss 7.7" is the symptom of labels that are not shifted: audio learns to echo
+its input. The probes test the running code, not the source: does a label's loss change when the label's
+own input changes, and when the input before it changes?
 """
 
 import logging
@@ -16,42 +16,42 @@ from higgs_tune.data.tokens import IGNORE, Encoded
 from higgs_tune.errors import LeakError
 
 logger = logging.getLogger(__name__)
-# Rounding of another memory layout is below 1e-4 nats, a leak moves whole nats.
+# Rounding in another memory layout stays below 1e-4 nats; a leak changes the loss by whole nats.
 _TOLERANCE = 1e-3
 NllFn = Callable[[Encoded], tuple[float, float]]
-"""Summed nats of one example's (text, audio) targets."""
+"""Example → summed nats of its (text, audio) targets."""
 Each = Callable[[NllFn, Sequence[Encoded]], Iterable[tuple[float, float]]]
-"""Applies it to every example, results in their order: `map`, or the `map` of a pool."""
+"""Applies an `NllFn` to every example, in order: `map`, or a pool's `map`."""
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the probes saw, for the sweep's record."""
+    """The probes' findings, for the sweep's record."""
 
     num_probes: int
-    largest_change: float  # nats; 0 where no label sees its own input
-    largest_past_change: float  # nats; above 0 where labels do see what stands before them
+    largest_change: float  # nats; 0 if no label sees its own input
+    largest_past_change: float  # nats; above 0 if labels see the inputs before them
     audio_nll_per_code: float
     audio_nll_uniform: float  # ln(classes)
 
 
 @dataclass(frozen=True)
 class _Label:
-    """One label of an example, and where its own input stands."""
+    """One label of an example, and the position of the label's own input."""
 
     example: Encoded
-    row: int  # of the sequence for text, of the audio rows for audio
-    codebook: int | None  # None is text
-    position: int  # of its own input in the sequence
+    row: int  # index into the sequence for text, into the audio rows for audio
+    codebook: int | None  # None for text
+    position: int  # of the label's own input in the sequence
 
     @property
     def what(self) -> str:
-        """For messages."""
+        """What is labelled, for messages."""
         return "text" if self.codebook is None else f"codebook {self.codebook}"
 
 
 def _labels(example: Encoded, offset: int) -> tuple[list[_Label], list[_Label]]:
-    """Text and audio labels of an example, each checked to be the input `offset` rows on."""
+    """Text and audio labels of an example; raises unless each equals the input `offset` rows later."""
     text = [
         _Label(example, int(row), None, int(row) + offset)
         for row in np.flatnonzero(example.text_labels_L != IGNORE)
@@ -69,8 +69,8 @@ def _labels(example: Encoded, offset: int) -> tuple[list[_Label], list[_Label]]:
         found = inputs[label.row + offset] if label.row + offset < len(inputs) else "missing"
         if found != wanted:
             raise LeakError(
-                f"{example.key}: the {label.what} label at row {label.row} is {wanted}, and the input of "
-                f"row {label.row + offset}, which it should be, is {found}. Labels are not shifted as "
+                f"{example.key}: the {label.what} label at row {label.row} is {wanted}, but should equal the "
+                f"input of row {label.row + offset}, which is {found}. Labels are not shifted as "
                 f"label_offset {offset} says, are shifted twice, or have another delay pattern than "
                 "the inputs. No loss of this run means anything."
             )
@@ -78,7 +78,7 @@ def _labels(example: Encoded, offset: int) -> tuple[list[_Label], list[_Label]]:
 
 
 def _only(example: Encoded, label: _Label | None) -> Encoded:
-    """The example with a single label left, or none."""
+    """The example with only this label, or with none."""
     text = np.full_like(example.text_labels_L, IGNORE)
     audio = np.full_like(example.audio_labels_AC, IGNORE)
     if label is not None and label.codebook is None:
@@ -89,7 +89,7 @@ def _only(example: Encoded, label: _Label | None) -> Encoded:
 
 
 def _disturb(example: Encoded, chosen_L: np.ndarray, num_codes: int) -> Encoded:
-    """Change every input at the chosen rows, placeholders excepted."""
+    """Change every input at the chosen rows, except placeholders."""
     ids, codes = example.ids_L.copy(), example.codes_AC.copy()
     is_text = np.ones(example.num_rows, dtype=bool)
     is_text[example.audio_rows_A] = False
@@ -103,9 +103,9 @@ def _disturb(example: Encoded, chosen_L: np.ndarray, num_codes: int) -> Encoded:
 def _choose(
     examples: Sequence[Encoded], offset: int, num_labels: int, seed: int
 ) -> Iterator[_Label]:
-    """Some labels of each example and modality, at random; codebooks take turns."""
+    """Draw labels of each example and modality at random, cycling through the codebooks."""
     rng = np.random.default_rng(seed)
-    turn = 0  # the codebook that is next
+    turn = 0  # the next codebook
     for example in examples:
         text, audio = _labels(example, offset)
         yield from (text[n] for n in rng.permutation(len(text))[:num_labels])
@@ -131,30 +131,30 @@ def causality_probe(
     seed: int = 0,
     each: Each = map,
 ) -> tuple[int, float, float]:
-    """Disturb inputs around a label's own position; its loss must move exactly where it may.
+    """Change inputs around a label's own, and check that its loss reacts only to earlier inputs.
 
-    Not from inputs at and behind its own, and from the one right before it. Works on any model behind
-    `nll`, the user's own code included.
+    The loss must not depend on the label's own input or any later one, but must depend on the one right
+    before it. Works on any model behind `nll`, including the user's own code.
 
     Args:
-        nll: the code under test; it scores exactly the labels of the example that it is given.
-        examples: what it is tested on.
+        nll: the code under test; must score exactly the labels of the example that it is given.
+        examples: examples to test it on.
         num_codes: codes of one codebook without BOS and EOS.
-        label_offset: rows from a label to its own input. 1 for labels that stand where their logits
-            do, as `encode_conversation` makes them; 0 for labels that stand at their own input, as
-            transformers wants them, which `nll` has to shift itself.
-        num_labels: probed per example, of text and of audio each.
-        seed: of the choice of labels.
+        label_offset: rows from a label to its own input. 1 for labels aligned with their logits, as
+            `encode_conversation` makes them; 0 for labels aligned with their own input, as transformers
+            expects them, which `nll` must then shift itself.
+        num_labels: labels to probe per example, for text and for audio each.
+        seed: seed for choosing the labels.
         each: runs `nll` on many examples; a pool's map uses every core.
 
     Returns:
-        (labels probed, largest change in nats from inputs at or behind the label, largest change from
-        inputs before it). The last guards against a probe that could not fail.
+        (labels probed, largest change in nats from the label's own and later inputs, largest change
+        from earlier inputs). The last one shows that the probe could have failed.
 
     Raises:
-        LeakError: a label is not the input that it should be, its loss depends on an input it must not
-            see, no loss depends on the input right before its label, as when labels are shifted twice,
-            or none on anything before it, so that the probe could not fail.
+        LeakError: a label does not equal its own input; its loss is not finite or depends on an input
+            that it must not see; no loss depends on the input right before its label, as when labels are
+            shifted twice; or no loss depends on any earlier input, so that the probe could not fail.
     """
     labels = list(_choose(examples, label_offset, num_labels, seed))
     variants: list[Encoded] = []
@@ -175,7 +175,7 @@ def causality_probe(
         place = f"{label.example.key}: the {label.what} label at row {label.row}"
         if not math.isfinite(reference):
             raise LeakError(
-                f"{place} has {reference:.4f} nats on its own. It needs a finite sum, which is 0 for a "
+                f"{place} has {reference:.4f} nats on its own, needed a finite sum, which is 0 for a "
                 "modality without a label."
             )
         if not abs(ahead - reference) <= _TOLERANCE:
@@ -183,12 +183,12 @@ def causality_probe(
             if not abs(rest) <= _TOLERANCE:
                 raise LeakError(
                     f"{place} cannot be probed: with no label at all the loss is {rest:.4f} nats, "
-                    "needed is 0. The function under test must score the labels of the example that "
+                    "needed 0. The function under test must score the labels of the example that "
                     "it is given, and no others."
                 )
             raise LeakError(
                 f"{place} has {reference:.4f} nats, and "
-                f"{ahead:.4f} once the inputs from that row on change. It must not change: labels "
+                f"{ahead:.4f} once its own and later inputs change. It must not change: labels "
                 "are not shifted, or attention is not causal. No loss of this run means anything."
             )
         worst, past = max(worst, abs(ahead - reference)), max(past, abs(behind - reference))
@@ -196,14 +196,14 @@ def causality_probe(
         last[modality] = max(last.get(modality, 0.0), abs(before - reference))
     if past < _TOLERANCE:
         raise LeakError(
-            f"the probe sees nothing: of {len(labels)} labels, none has another loss once the inputs "
+            f"the probe sees nothing: of {len(labels)} labels, none changes its loss when the inputs "
             f"before it change (largest change {past:.1e} nats). The forward under test does not "
             "read its inputs, or there is no label."
         )
     for modality, change in last.items():
         if change < _TOLERANCE:
             raise LeakError(
-                f"no {modality} label that was probed has another loss once the input right before it "
+                f"no {modality} label that was probed changes its loss when the input right before it "
                 f"changes (largest change {change:.1e} nats): it is not scored by the logits of that row. "
                 "Labels are shifted twice, once in the data and once in the model. No loss of this run "
                 "means anything."
@@ -214,17 +214,17 @@ def causality_probe(
 def preflight(
     nll: NllFn, examples: Sequence[Encoded], num_classes: int, each: Each = map
 ) -> Preflight:
-    """Run the probes on a base and its validation data; warn of a base that knows no such audio.
+    """Run the probes on a base and its validation data; warn if the base does not know such audio.
 
     Args:
         nll: the forward that will train.
-        examples: a few of each task.
+        examples: a few examples of each task.
         num_classes: codes of one codebook, BOS and EOS included.
         each: runs `nll` on many examples.
 
     Raises:
-        LeakError: see `causality_probe`, or the base scores audio far worse than chance, as codes of
-            another codec are.
+        LeakError: see `causality_probe`; or the base scores audio far worse than chance, as it does with
+            another codec's codes.
     """
     probed, worst, past = causality_probe(nll, examples, num_classes - 2, each=each)
     audio = [audio for _, audio in each(nll, examples)]
@@ -234,13 +234,13 @@ def preflight(
     if per_code > 1.5 * chance:
         raise LeakError(
             f"the base scores audio at {per_code:.2f} nats per code, chance is "
-            f"{chance:.2f}. A pretrained base above chance means misaligned labels or "
+            f"{chance:.2f}. A pretrained base worse than chance means misaligned labels or "
             "codes of another codec. Prepare the data with this base's codec."
         )
-    if per_code > 1.15 * chance:  # up to 1.1 with random weights
+    if per_code > 1.15 * chance:  # random weights reach up to 1.1 times chance
         logger.warning(
-            "the base scores audio at %.2f nats per code, a guess at %.2f: to a pretrained base these are "
-            "codes of another codec of the same shape, or sounds unlike all that it was trained on",
+            "the base scores audio at %.2f nats per code, chance is %.2f: a pretrained base sees "
+            "codes of another codec of the same shape, or sounds unlike any that it was trained on",
             per_code,
             chance,
         )

@@ -162,7 +162,9 @@ def test_what_is_no_adapter_is_refused_with_what_to_give_instead(tmp_path):
     with pytest.raises(ModelError, match=r"run: no higgs_tune\.json in it, .*\. Give one that a"):
         read_trial(run)
     trained(run / "adapter")
-    with pytest.raises(ModelError, match=rf"so no adapter\. Give {re.escape(str(run))}/adapter\.$"):
+    with pytest.raises(
+        ModelError, match=rf"so it is not an adapter\. Give {re.escape(str(run))}/adapter\.$"
+    ):
         read_trial(run)
     merged.mkdir()
     (merged / "higgs_tune.json").write_text('{"cross_attention": "off"}')

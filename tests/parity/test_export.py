@@ -271,7 +271,7 @@ def test_an_adapter_with_a_tensor_missing_is_refused(tmp_path):
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors.pop(min(tensors))
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="do not belong together, by base_model"):
+    with pytest.raises(ModelError, match="do not belong together: they differ in base_model"):
         adapted(base_folder, adapter)
 
 

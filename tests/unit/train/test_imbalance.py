@@ -254,7 +254,7 @@ def test_a_base_that_does_worse_than_a_guess_is_warned_of(caplog):
     assert not caplog.messages
     probe(lambda codes_TC: rng.integers(0, 256, codes_TC.shape).astype(np.uint16))
     (message,) = caplog.messages
-    assert re.match(r"the base scores audio at 6\.\d\d nats per code, a guess at 5\.55", message)
+    assert re.match(r"the base scores audio at 6\.\d\d nats per code, chance is 5\.55", message)
 
 
 def test_a_base_without_a_finite_loss_is_refused():

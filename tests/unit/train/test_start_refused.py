@@ -108,7 +108,9 @@ def test_a_start_that_is_not_there_is_named(run_single, tmp_path):
         run(start_from=str(tmp_path / "nowhere"))
     (tmp_path / "earlier" / "adapter").mkdir(parents=True)
     (tmp_path / "earlier" / "adapter" / "adapter_config.json").write_text("{}")
-    needed = r"earlier: no adapter_config.json in it, so no adapter. Give .*earlier/adapter\."
+    needed = (
+        r"earlier: no adapter_config.json in it, so it is not an adapter. Give .*earlier/adapter\."
+    )
     with pytest.raises(ModelError, match=needed):
         run(start_from=str(tmp_path / "earlier"))
     assert not out.exists()

@@ -110,7 +110,7 @@ def test_a_template_that_wants_a_system_message_is_noticed(dataset, caplog, temp
     for data in (DATA, DATA.model_copy(update={"system_text": None})):
         caplog.clear()
         Examples(base, dataset, data)
-        told = "wants a system message, and data.system_text is not set" in caplog.text
+        told = "expects a system message, and data.system_text is not set" in caplog.text
         assert told == (expected and data.system_text is None)
 
 
