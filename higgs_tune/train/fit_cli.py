@@ -124,7 +124,7 @@ def base_shape(base: BaseSettings, path: Path | None) -> "HiggsAudioV2Config":
             )
         return HiggsAudioV2Config.from_dict(raw)
     if base.path == PUBLISHED_BASE and not Path(base.path).exists():
-        # the class's defaults, except that its codebook_size includes the two stream ids
+        # it has the class's default sizes, except that codebook_size includes the two stream ids
         return HiggsAudioV2Config(codebook_size=1026)
     folder = local_folder(base)
     if folder is not None:

@@ -1,4 +1,4 @@
-"""What the optimizer steps since the last report add up to.
+"""Metrics over the optimizer steps since the last report.
 
 Shape letters: S steps, C codebooks.
 """
@@ -21,7 +21,7 @@ _FIGURES = ("sums", "norms", "text_count", "audio_counts", "num_rows", "seconds"
 
 @dataclass
 class Interval:
-    """Figures that are equal in all processes once `gather` has run, and go into a checkpoint."""
+    """Sums over an interval: equal in all processes after `gather`, and part of a checkpoint."""
 
     sums: list[list[float]] = field(default_factory=list)  # (S, 1 + C) nats: text, then codebooks
     norms: list[float] = field(default_factory=list)  # (S,)
@@ -29,8 +29,8 @@ class Interval:
     audio_counts: list[int] = field(default_factory=list)  # (C,)
     num_rows: int = 0
     seconds: float = 0.0
-    seconds_before: float = 0.0  # of the run's earlier intervals
-    # steps whose figures lie on the device: this process's nats (1 + C,), the gradient's norm
+    seconds_before: float = 0.0  # seconds of the run's earlier intervals
+    # steps still on the device: this process's nats (1 + C,), and the gradient norm
     pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     pending_rows: int = 0
 
@@ -40,13 +40,13 @@ class Interval:
         return len(self.sums) + len(self.pending)
 
     def add(self, sum_C: Tensor, norm: Tensor, counts: TargetCounts, num_rows: int) -> None:
-        """Note a step; nothing waits for the device.
+        """Record a step without waiting for the device.
 
         Args:
             sum_C: this process's nats, text before codebooks.
-            norm: of the gradient.
+            norm: gradient norm.
             counts: targets of all processes.
-            num_rows: this process's.
+            num_rows: this process's rows.
         """
         self.pending.append((sum_C, norm))
         self.pending_rows += num_rows
@@ -55,7 +55,7 @@ class Interval:
         self.audio_counts = [a + int(b) for a, b in zip(before, counts.audio_C, strict=True)]
 
     def gather(self, world: World = ALONE) -> None:
-        """Sum over the processes; waits for the device and for the others."""
+        """Sum over the processes; waits for the device and for the other processes."""
         if not self.pending:
             return
         sums = torch.stack([sum_C for sum_C, _ in self.pending]).double().cpu()
@@ -65,18 +65,18 @@ class Interval:
         self.pending, self.pending_rows = [], 0
 
     def state(self) -> dict[str, Any]:
-        """Plain data for `Interval(**state)`, of a gathered interval."""
+        """A gathered interval as plain data for `Interval(**state)`."""
         assert not self.pending
         return deepcopy({name: getattr(self, name) for name in _FIGURES})
 
     def next(self) -> "Interval":
-        """The empty interval behind this one."""
+        """The empty interval that follows this one."""
         return Interval(seconds_before=self.seconds_before + self.seconds)
 
     def metrics(self) -> dict[str, float]:
-        """Means over the targets of a gathered interval; NaN where it had none of a modality.
+        """Means over the targets of a gathered interval; NaN for a modality without targets.
 
-        An interval without a step has its time only.
+        An interval without a step has only its time.
         """
         time = {metrics.TRAIN_TIME_S: self.seconds_before + self.seconds}
         if not self.sums:

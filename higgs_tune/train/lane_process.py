@@ -1,9 +1,9 @@
-"""A process that computes for a lane, on a core and with a Python of its own.
+"""A process that computes for a lane, with its own core and its own Python interpreter.
 
-The threads of one process hand Python's lock over at every operation. A lane's process is forked, so that it
-has the base without a copy and the import of torch behind it; the adapters' parameters and gradients lie in
-memory that both write (`Storage`), so only clips go there and only sums come back. Each adapter computes on
-one thread, here as there: which lane it is does not show in its bits.
+Threads of one process pass Python's lock around at every operation. A lane's process is forked, so it has
+the base without a copy, and torch already imported. The adapters' parameters and gradients lie in shared
+memory (`Storage`), so only clips are sent and only sums come back. An adapter computes on one thread in any
+lane, so its results are the same to the bit.
 """
 
 import gc
@@ -29,25 +29,25 @@ _START_S = 60  # a forked process answers within milliseconds, or never
 
 
 class LaneLostError(RuntimeError):
-    """The process of a lane has ended: what it had begun lies half done in the shared memory."""
+    """A lane's process cannot start, or has ended and left half-done work in the shared memory."""
 
 
 class LaneProcess:
-    """The parent's end of one."""
+    """The parent's handle of a lane's process."""
 
     def __init__(self, answer: Callable[..., Any]) -> None:
-        """Fork it.
+        """Fork the process.
 
         Args:
-            answer: what it does with the arguments of each `call`.
+            answer: runs in the process on the arguments of each `call`.
 
         Raises:
-            LaneLostError: it cannot compute. Where there is a GPU, autograd refuses to in a fork of a
-                process that has computed a gradient.
+            LaneLostError: the process cannot start or compute. With a GPU, autograd refuses to run in a
+                fork of a process that has already computed a gradient.
         """
         context = get_context("fork")
         with warnings.catch_warnings():
-            # of threads whose locks nobody would release; the child only computes, which takes none
+            # it warns of locks that other threads may hold; the child only computes, which needs none
             warnings.simplefilter("ignore", DeprecationWarning)
             try:
                 self._connection, there = context.Pipe()
@@ -55,7 +55,7 @@ class LaneProcess:
                     target=_serve, args=(answer, there), name="higgs-tune lane", daemon=True
                 )
                 self._process.start()
-            except (OSError, AssertionError) as error:  # no process, memory or file left; a daemon
+            except (OSError, AssertionError) as error:  # out of resources; this process is a daemon
                 raise LaneLostError(f"a lane's process cannot be forked: {error}") from error
         there.close()
         if not self._connection.poll(_START_S):
@@ -63,15 +63,15 @@ class LaneProcess:
         try:
             error = self._connection.recv()
         except EOFError:
-            error = "it ended at its start"
+            error = "it ended during startup"
         if error:
             raise self._lost(f"cannot compute: {error}")
 
     def call(self, *arguments: Any) -> Any:
-        """Its answer to these arguments, which are copied, as the answer is.
+        """Send these arguments and return the answer; both are pickled.
 
         Raises:
-            Exception: what was raised there, with its traceback as a note.
+            Exception: what was raised in the process, with its traceback as a note.
             LaneLostError: the process has ended.
         """
         request = pickle.dumps(arguments)
@@ -79,10 +79,10 @@ class LaneProcess:
             self._connection.send_bytes(request)
             reply = self._connection.recv_bytes()
         except (EOFError, OSError, MemoryError) as error:
-            self._process.join(1)  # if it lives, nobody knows whose answer would come next
+            self._process.join(1)  # even if it lives: its next answer could be the one to this call
             code = self._process.exitcode
             raise self._lost(
-                f"has ended with {code}; -9 is what the system does when memory runs out"
+                f"has ended with {code}; -9 is how the system kills a process when memory runs out"
                 if code is not None
                 else f"cannot be asked: {error}"
             ) from error
@@ -94,17 +94,17 @@ class LaneProcess:
     def _lost(self, why: str) -> LaneLostError:
         self._process.kill()
         self._process.join()
-        self._connection.close()  # with what may still be in it
+        self._connection.close()  # drops unread answers
         return LaneLostError(f"a lane's process {why}")
 
 
 def _serve(answer: Callable[..., Any], connection: Connection) -> None:
     Path("/proc/self/comm").write_text("higgs-tune lane")  # for `top`; at most 15 letters
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _let_sockets_go(connection.fileno())
     torch.set_num_threads(1)
-    gc.freeze()  # the parent's objects: to look at them would copy them
+    gc.freeze()  # exempts the parent's objects: scanning them would copy their pages
     Thread(target=_end_with_parent, daemon=True).start()
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -121,15 +121,15 @@ def _serve(answer: Callable[..., Any], connection: Connection) -> None:
 def _reply(answer: Callable[..., Any], request: bytes) -> bytes:
     try:
         return pickle.dumps(answer(*pickle.loads(request)))
-    except Exception as error:  # raised again where it was asked for
+    except Exception as error:  # raised again in the parent
         portable = _portable(error)
         release_frames(error)
-    gc.collect()  # what the failed attempt held; memory may be what it lacked
+    gc.collect()  # frees what the failed attempt held, which may have run out of memory
     return pickle.dumps(portable)
 
 
 def _end_with_parent() -> None:
-    """Also in the midst of a job, or if that hangs."""
+    """Exit when the parent does, even in the middle of a job that hangs."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -137,10 +137,10 @@ def _end_with_parent() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """As one that can be pickled, with its traceback as a note."""
+    """The error in a form that can be pickled, with its traceback as a note."""
     try:
         copy = pickle.loads(pickle.dumps(error))
-    except Exception:  # pickling runs the error's own code: then its text and traceback have to do
+    except Exception:  # pickling runs the error's own code: fall back to its text and traceback
         copy = None
     if not isinstance(copy, Exception):
         kind = MemoryError if is_out_of_memory(error) else RuntimeError
@@ -150,16 +150,17 @@ def _portable(error: Exception) -> Exception:
 
 
 def _let_sockets_go(mine: int) -> None:
-    """Close the parent's connections here, so that those at their other ends see when it dies.
+    """Close the parent's sockets in this process, so that their peers notice when the parent dies.
 
-    Their numbers stay taken: objects that are still about would close what comes to stand there.
+    Each number then refers to /dev/null: if it were free, objects that still hold it would later close
+    whatever had reused it.
     """
     nothing = os.open(os.devnull, os.O_RDWR)
     for name in os.listdir("/proc/self/fd"):
         number = int(name)
         try:
             is_socket = stat.S_ISSOCK(os.fstat(number).st_mode)
-        except OSError:  # the listing's own
+        except OSError:  # the listing's own descriptor
             continue
         if is_socket and number not in (0, 1, 2, mine):
             os.dup2(nothing, number)

@@ -1,9 +1,9 @@
-"""Parts of a pack computed side by side on a CPU.
+"""Lanes: the cores of a CPU compute different adapters of a pack side by side.
 
-A step of small matmuls gains little from a second core: the cores wait for each other after every
-operation. With more than one adapter each core takes adapters of its own instead, and waits once a step.
-All lanes that training fills but one are processes where that can be (`lane_process`), else threads.
-A GPU has one lane, in which adapters share forwards.
+A step of small matmuls gains little from a second core, because the cores wait for each other after every
+operation. With more than one adapter, each core takes whole adapters instead and waits once per step. Of the
+lanes that training fills, all but one are processes where possible (`lane_process`), else threads. A GPU has
+one lane, in which adapters share forwards.
 """
 
 import logging
@@ -23,51 +23,53 @@ T = TypeVar("T")
 
 
 class Lanes:
-    """As many as torch has threads, each computing on one core."""
+    """As many lanes as torch has threads, each computing on one core; a single one on a GPU."""
 
     def __init__(self, device: torch.device, costs: Costs | None = None) -> None:
-        """`costs` says when adapters have forwards of their own in a single lane; None: never."""
+        """In a single lane, `costs` decides which adapters share a forward; None: all do."""
         self.count = torch.get_num_threads() if device.type == "cpu" else 1
         self.costs = costs
         self._threads: ThreadPoolExecutor | None = None
-        self._processes: list[LaneProcess] = []  # of lanes that have not begun
+        self._processes: list[LaneProcess] = []  # not yet assigned to a lane
         self._here = threading.local()
 
     def fork(self, answer: Callable[..., Any], most: int) -> None:
-        """Give lanes a process each, all but one of them.
+        """Start a process for each lane but one.
 
         Args:
-            answer: what each does with its number, from 1, and the arguments of a call.
-            most: lanes that are filled in training; further ones are threads.
+            answer: runs in each process on its lane's number, from 1, and the arguments of a call.
+            most: lanes that training can fill; any others are threads.
         """
         try:
             for number in range(1, min(self.count, most)):
                 self._processes.append(LaneProcess(partial(answer, number)))
         except LaneLostError as error:
             logger.warning(
-                "the %d cores take turns in Python, which may cost a third: %s", self.count, error
+                "the %d cores take turns in Python, which may cost a third of the speed: %s",
+                self.count,
+                error,
             )
             self._processes = []
 
     @property
     def process(self) -> LaneProcess | None:
-        """That of the lane in which this is asked."""
+        """The calling lane's process; None if the lane computes in this one."""
         return getattr(self._here, "process", None)
 
     def groups(self, rows: Mapping[int, Rows]) -> list[tuple[int, ...]]:
         """Slots of each forward, those with the most rows first.
 
-        With several lanes each slot has its own. A lane takes the next as soon as it is free, so the last
-        ones are short.
+        With several lanes each slot has its own forward. A lane takes the next as soon as it is free, so
+        the last ones are short.
         """
         if self.count == 1:
             return [tuple(sorted(rows))] if self.costs is None else share_forwards(rows, self.costs)
         return [(slot,) for slot in sorted(rows, key=lambda slot: (-num_rows(rows[slot]), slot))]
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Results of all tasks in their order; a single one runs here, on every core.
+        """Run all tasks and return their results in order; a single task runs here, on every core.
 
-        The cores cut its sums otherwise than one core does: it rounds otherwise than in company.
+        Several cores split sums differently from one core, so a single task rounds differently.
         """
         if len(tasks) < 2 or self.count < 2:
             return [task() for task in tasks]
@@ -77,7 +79,7 @@ class Lanes:
         futures = [self._threads.submit(task) for task in tasks]
         try:
             return [future.result() for future in futures]
-        finally:  # when one fails, nobody may still compute behind the caller's back
+        finally:  # if one fails, no other may still be computing when this returns
             for future in futures:
                 future.cancel()
             wait(futures)

@@ -54,7 +54,7 @@ class PackLoop:
         self.base, self._world, self._system_text = base, world, data.system_text
         self._examples = Examples(base, dataset, data, warns=world.is_main)
         self._runs: dict[str, Run] = {}
-        self._steps_s = self.prepare_s = self.validate_s = 0.0  # of all calls of `advance` so far
+        self._steps_s = self.prepare_s = self.validate_s = 0.0  # over all calls of `advance` so far
         sets = self._examples.validation(data.num_val_clips)
         self._validator = Validator(
             self.engine,
@@ -76,7 +76,7 @@ class PackLoop:
 
     @classmethod
     def load(cls, base: BaseSettings, data: DataSettings, limits: PackLimits) -> "PackLoop":
-        """Load base and dataset by their settings.
+        """Load the base and the dataset that the settings name.
 
         Raises:
             ConfigError, DataError, ModelError, LeakError: see `load_base`, `Dataset.open`, `preflight`.
@@ -95,11 +95,12 @@ class PackLoop:
         """Add a trial, fresh or from a folder that a snapshot wrote.
 
         Args:
-            start: of a fresh one, instead of what its seed draws.
-            batches_per_step: how often each process takes `batch_clips` clips for one optimizer step.
+            start: initial state of a fresh trial, instead of one drawn from its seed.
+            batches_per_step: batches of `batch_clips` clips that each process takes per optimizer step.
 
         Returns:
-            Its account: trainable "parameters", "modules" per target path, and the "step" it starts at.
+            Its account: trainable "parameters", "modules" per target path, the "step" it starts at, and
+            "num_skipped", the training rows that are left out.
         """
         num_batches = batches_per_step * self._world.size
         order = self.train_order(config.batch_clips * num_batches, config.seed)
@@ -117,12 +118,12 @@ class PackLoop:
         self._validator.room.forget([slot])
 
     def check(self) -> None:
-        """Compute the base without any adapter; raises if not even that works in this process."""
+        """Compute the base without any adapter; raises if even that fails in this process."""
         try:
             self._validator.bare()
         except MemoryError as error:
             if not self.num_residents:
-                raise  # else its neighbours have it
+                raise  # otherwise the residents may hold the memory
             logger.warning("no memory to compute the base beside the pack: %s", error)
 
     @property
@@ -132,14 +133,15 @@ class PackLoop:
 
     @property
     def num_forwards(self) -> int:
-        """Forwards so far, in training and validation: grows while the pack gets anywhere."""
+        """Forwards so far, in training and validation; grows as long as the pack makes progress."""
         return self.engine.num_forwards
 
     def snapshot(self, trial_id: str) -> Callable[[Path], None]:
-        """What writes the trial's adapter in PEFT's format and its training state into an empty folder.
+        """Copy a trial's state; returns a function that writes it into an empty folder.
 
-        As they are now: call it whenever, on whatever thread. Several processes `gather` first. Of
-        a trial that has reported its end the optimizer's moments, two thirds of it all, are left out.
+        The function writes the adapter in PEFT's format and its training state. Call it at any time, on
+        any thread. With several processes, call `gather` first. Once a trial has reported its end, the
+        optimizer's moments, two thirds of the bytes, are left out.
         """
         run = self._runs[trial_id]
         run.interval.gather()
@@ -154,37 +156,37 @@ class PackLoop:
         return write
 
     def gather(self, trial_id: str) -> bool:
-        """Sum what a checkpoint holds over the processes; False if its gradients were not finite."""
+        """Sum the interval over the processes, for a checkpoint; False if gradients were not finite."""
         run = self._runs[trial_id]
         run.interval.gather(self._world)
         return bool(self.engine.alive_K[run.resident.slot])
 
     def position(self, trial_id: str) -> tuple[int, int]:
-        """The trial's optimizer steps, and how many of them are not reported yet."""
+        """The trial's optimizer steps so far, and how many of them are not reported yet."""
         run = self._runs[trial_id]
         return run.resident.step, run.interval.num_steps
 
     def due(self, trial_id: str) -> bool:
-        """Whether the trial's next report is at the step where it stands."""
+        """Whether the trial must report at its current step."""
         return self._runs[trial_id].due
 
     def advance(self, stop: Callable[[], bool] | None = None) -> dict[str, dict[str, Any]]:
         """Train every unfinished resident until one or more are due, then validate those.
 
-        The others stand within their intervals and go on in the next call. A resident that joined
-        with its budget used up is validated at once, as it is.
+        The others stop within their intervals and continue in the next call. A resident that joined
+        with its budget used up is validated at once, without training.
 
         Args:
-            stop: called after each step; true leaves the interval where it is, to go on in a later
-                call or from a checkpoint.
+            stop: called after each step; if true, returns within the interval, which continues in a
+                later call or from a checkpoint.
 
         Returns:
             Trial id → metrics of those that were due, with "status" running, completed, diverged,
-            out_of_memory or failed, and a "reason". Nothing when stopped.
+            out_of_memory or failed, and a "reason". Empty when stopped.
 
         Raises:
-            Exception: a step or a validation failed for every unfinished resident, so this is not
-                about one of them.
+            Exception: a step or a validation failed for every unfinished resident, so the cause is not
+                one of them.
         """
         pending = {trial_id: run for trial_id, run in self._runs.items() if not run.reported_done}
 
@@ -219,22 +221,22 @@ class PackLoop:
             result |= run.outcome(result, healthy[run.resident.slot])
             if run.ended is not None:
                 logger.error("%s: %s", trial_id, result["reason"], exc_info=run.ended.error)
-                run.ended.error.__traceback__ = None  # whose frames hold on to the pack
+                run.ended.error.__traceback__ = None  # its frames would keep the pack in memory
             run.reported_done = run.done or run.ended is not None
             results[trial_id] = result
         return results
 
     @property
     def train_s(self) -> float:
-        """Seconds of all training steps so far, without the preparation of their examples."""
+        """Seconds of all training steps so far, without preparing their examples."""
         return self._steps_s - self.prepare_s
 
     def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Validation metrics of adapters in the engine, as they are.
+        """Validate adapters in the engine, without training them.
 
         Raises:
             MemoryError: not even one clip at a time fits.
-            Exception: whatever else a forward fails of, twice.
+            Exception: any other error that a forward raises twice.
         """
         found: dict[str, dict[str, float]] = {}
         for trial_id, figures in self._validator.validate(trial_ids).items():
@@ -244,11 +246,11 @@ class PackLoop:
         return found
 
     def train_order(self, batch_clips: int, seed: int) -> TrainOrder:
-        """What a trial trains on; a DataError if the tasks and limits leave no row."""
+        """The order of a trial's training rows; raises DataError if tasks and limits leave no row."""
         return self._examples.order(batch_clips, seed)
 
     def _train_step(self, active: dict[str, Run]) -> None:
-        """One optimizer step of each active trial that has room for it."""
+        """Do one optimizer step of each active trial that fits into memory."""
         started = time.monotonic()
         clips: dict[int, Clips] = {}
         counts: dict[int, TargetCounts] = {}
@@ -276,9 +278,9 @@ class PackLoop:
             run.interval.add(sum_C, norm_K[slot], counts[slot], num_rows)
 
     def _train_metrics(self, run: Run) -> dict[str, Any]:
-        """The interval's figures, and the start of the next.
+        """Return the interval's metrics, and start the next interval.
 
-        A run that had no step to do has its step and time only.
+        An interval without a step has only its step number and time.
         """
         run.interval.gather(self._world)
         result: dict[str, Any] = {metrics.STEP: run.resident.step, **run.interval.metrics()}

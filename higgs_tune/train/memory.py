@@ -1,11 +1,11 @@
-"""Peak memory of training, before anything is loaded.
+"""Predicts the peak memory of training before anything is loaded.
 
-Nothing is estimated by a formula of its own: the engine itself runs one optimizer step on fake tensors
-(shapes and dtypes without data, whatever the model's size), and every storage that the step makes and
-frees is counted. So bank layout, forward and optimizer are those of the code, and change with it.
+There is no separate formula: the engine itself runs one optimizer step on fake tensors (shapes and dtypes
+without data, at any model size), and every storage that the step allocates and frees is counted. So the
+prediction always follows the code's bank layout, forward and optimizer.
 
 At full size in bfloat16 (rank 16 on all linears) that is 106 kB of activations per row and layer, and per
-labelled row the logits in the base's dtype, in float32, and what the loss keeps of them.
+labelled row the logits in the base's dtype and in float32, and what the loss keeps of them.
 """
 
 import weakref
@@ -39,7 +39,7 @@ class StepShape:
     """The rows of one adapter in one forward."""
 
     num_clips: int
-    text_rows: int  # of a clip
+    text_rows: int  # per clip, as the next two
     audio_rows: int
     text_targets: int
     num_micro_batches: int = 1  # forwards of one optimizer step
@@ -51,7 +51,7 @@ class StepShape:
 
     @classmethod
     def of(cls, clips: int, clip_rows: int, token_budget: int) -> "StepShape":
-        """Clips of equal length under a token budget; a fifth of a clip is text, half of that targets."""
+        """Split equally long clips by a token budget; a fifth of a clip is text, half of that targets."""
         per_forward = max(1, min(clips, token_budget // clip_rows))
         text_rows = max(2, round(0.2 * clip_rows))
         return cls(
@@ -71,27 +71,27 @@ class Memory:
     adapters: int  # bank: master, moments, gradients, compute copy
     activations: int  # what the layers keep for backward
     heads: int  # logits at labelled rows and what the losses keep
-    transient: int  # what comes and goes on top: gradients of activations, or the optimizer's own
+    transient: int  # short-lived, on top: gradients of activations, or the optimizer's temporaries
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """Bytes at the peak."""
         return sum(asdict(self).values())
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages that ops make while they are alive."""
+    """Counts the bytes of all live storages that ops have allocated."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.at_heads: int | None = None  # alive when the first head runs
+        self.at_heads: int | None = None  # bytes alive when the first head runs
         self.at_backward: int | None = None
         self.heads: set[int] = set()
         self._sizes: dict[int, int] = {}
 
     def watch_heads(self, weights: Sequence[Tensor]) -> None:
-        """Note what is alive when one of these weights is first used, and when backward starts."""
+        """Note the bytes alive when one of these weights is first used, and when backward starts."""
         self.heads = {_key(weight) for weight in weights}
         self.at_heads = self.at_backward = None
         self.peak = self.now
@@ -111,7 +111,7 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Run an op, counting what it makes."""
+        """Run an op, counting what it allocates."""
         if func is torch.ops.aten._fused_adamw_.default:  # in place, and has no fake kernel
             return None
         if self.heads and self.at_heads is None:
@@ -141,16 +141,16 @@ def predict(
 ) -> Memory:
     """Memory of an engine with all its slots taken, at the peak of one optimizer step.
 
-    Every layer adds the same bytes, so of a deep model one to three layers are run, and the rest is a
-    straight line. It stays one if its slope holds all that a layer can add, i.e. the activations too:
-    whatever else may become the peak then grows no faster. Otherwise all layers are run.
+    Every layer adds the same bytes, so a deep model is extrapolated linearly from one, two and three
+    layers. That is valid if each layer raises the peak by at least its base, adapters, activations and
+    heads: then no other moment of the step can become the peak. Otherwise all layers are run.
 
     Args:
-        config: of the base; nothing else of it is read.
+        config: the base's configuration; nothing else of the base is read.
         dtype: "bfloat16" or "float32".
-        limits: as the sweep's; every adapter has the largest rank and all paths.
+        limits: the sweep's limits; every adapter has the largest rank and all paths.
         modes: cross_attention of each slot.
-        dropout: of every adapter; its masks are kept for the backward.
+        dropout: dropout of every adapter, whose masks are kept for the backward.
     """
     num_layers = config.num_hidden_layers
     if num_layers > 1 + 2 + 3:
@@ -174,12 +174,12 @@ def run_fake(
     step: StepShape,
     dropout: float = 0.0,
 ) -> Memory:
-    """What `predict` returns, from a step of the whole model."""
+    """Like `predict`, but always run a step of the whole model."""
     live = _Live()
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         model = empty_model(config, getattr(torch, dtype))
         in_base = live.now
-        # an engine asks its base for the model alone
+        # the engine uses nothing of its base but the model
         base = Base(model, None, None, "fake")  # type: ignore[arg-type]
         engine = Engine(base, limits, share_matmuls=limits.num_slots > 1)  # as on a GPU
         trial_ids = fill_slots(engine, modes, dropout)
@@ -188,10 +188,10 @@ def run_fake(
         live.watch_heads([model.text_lm_head.weight, model.audio_lm_head.weight])
         run_step(engine, trial_ids, step)
         assert live.at_heads is not None and live.at_backward is not None
-        # sums over micro-batches are the bank's: they stay
+        # gradient sums over micro-batches belong to the bank and stay
         sums = [storage.grad_sum for storage in engine.bank.storages()]
         before += sum(part.untyped_storage().nbytes() for part in sums if part is not None)
-        # as they are in the first forward, which has no such sums yet
+        # taken in the first forward, before there are such sums
         heads = max(0, live.at_backward - live.at_heads)
         activations = live.at_heads - in_adapters
         return Memory(
@@ -206,7 +206,7 @@ def run_fake(
 def empty_model(
     config: HiggsAudioV2Config, dtype: torch.dtype
 ) -> HiggsAudioV2ForConditionalGeneration:
-    """A frozen base with its text head that has shapes alone, among fakes."""
+    """A frozen base with its text head; on fake or meta tensors it has shapes only."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -218,7 +218,7 @@ def empty_model(
 
 
 def largest_trial(limits: PackLimits, mode: CrossAttention, dropout: float = 0.0) -> TrialConfig:
-    """An adapter as large as the limits allow, with a cross_attention mode."""
+    """The largest adapter that the limits allow, with a cross_attention mode."""
     new: set[TargetPath] = set() if mode == "off" else {"audio_attention"}
     return TrialConfig(
         rank=limits.max_rank,
@@ -233,7 +233,7 @@ def largest_trial(limits: PackLimits, mode: CrossAttention, dropout: float = 0.0
 
 
 def fill_slots(engine: Engine, modes: Sequence[CrossAttention], dropout: float = 0.0) -> list[str]:
-    """Give every slot the largest adapter with its cross_attention mode."""
+    """Put the largest adapter of its cross_attention mode into every slot; returns their ids."""
     limits, names = engine.limits, []
     for slot, mode in enumerate(modes):
         names.append(f"fit-{slot}")
@@ -243,13 +243,13 @@ def fill_slots(engine: Engine, modes: Sequence[CrossAttention], dropout: float =
 
 
 def run_step(engine: Engine, trial_ids: Sequence[str], step: StepShape) -> None:
-    """One optimizer step of these adapters on rows of the given shape."""
+    """Run one optimizer step of these adapters on rows of the given shape."""
     examples = [_example(step, engine.num_codebooks)] * step.num_clips
     slots = [engine.residents[name].slot for name in trial_ids]
     counts = dict.fromkeys(slots, count_targets(examples, engine.num_codebooks))
-    # not Engine.batch: these fakes lie on a CPU, which pads more than the GPU that is asked about
+    # not Engine.batch: the fakes lie on a CPU, for which it pads more than for the GPU in question
     batch: PackBatch = collate(dict.fromkeys(slots, examples), engine.modes())
-    for index in range(min(2, step.num_micro_batches)):  # a third one is like the second
+    for index in range(min(2, step.num_micro_batches)):  # a third one needs no more than the second
         if index:
             engine.bank.keep_gradients(slots)
         engine.forward_backward(batch.to(engine.device), counts)
@@ -257,7 +257,7 @@ def run_step(engine: Engine, trial_ids: Sequence[str], step: StepShape) -> None:
 
 
 def _example(step: StepShape, num_codebooks: int) -> Encoded:
-    """A clip whose text stands in front of its audio; ids are those of nothing in particular."""
+    """A clip with its text before its audio; the ids mean nothing."""
     num_rows = step.text_rows + step.audio_rows
     text_labels = np.full(num_rows, IGNORE)
     text_labels[: step.text_targets] = 1
@@ -273,20 +273,20 @@ def _example(step: StepShape, num_codebooks: int) -> Encoded:
 
 
 def memory_of_slots(one: Memory, two: Memory, num_slots: int) -> Memory:
-    """The prediction for any number of slots, by those for one and for two.
+    """Extrapolate to any number of slots from the predictions for one and for two.
 
-    All but the base grows by the same bytes with every slot.
+    Every part but the base grows by the same bytes with each slot.
     """
     parts = zip(astuple(one), astuple(two), strict=True)
     return Memory(*(first + (num_slots - 1) * (second - first) for first, second in parts))
 
 
 def slots_that_fit(ones: Sequence[Memory], twos: Sequence[Memory], gpu_bytes: int) -> int:
-    """How many adapters a device holds, whichever of several kinds they are.
+    """How many adapters a device holds, whichever of the given kinds they are.
 
     Args:
-        ones: the prediction for one slot, of each kind.
-        twos: for two slots.
+        ones: predictions for one slot, one per kind.
+        twos: predictions for two slots.
     """
     fitting = []
     for one, two in zip(ones, twos, strict=True):

@@ -1,4 +1,4 @@
-"""AdamW over a bank whose every row has its own rate, step count, clip and health.
+"""AdamW over a bank whose rows each have their own rate, step count, clipping and health.
 
 Shape letters: K slots.
 """
@@ -20,10 +20,10 @@ def learning_rate_factor(
 ) -> float:
     """Linear warm-up, then cosine down to `min_lr_fraction`, as a share of the peak rate.
 
-    Depends on nothing but the step and the full budget, so an early stop changes no rate.
+    Depends only on the step and the full budget, so an early stop changes no rate.
 
     Args:
-        step: 0-based step about to be done.
+        step: 0-based index of the step about to be done.
     """
     num_warmup = round(warmup_fraction * num_steps)
     if step < num_warmup:
@@ -34,7 +34,7 @@ def learning_rate_factor(
 
 
 def learning_rate(config: TrialConfig, step: int) -> float:
-    """The rate of a trial's 0-based step."""
+    """The learning rate of a trial's 0-based step."""
     return config.rates_at(step)["learning_rate"] * learning_rate_factor(
         step, config.num_steps, config.warmup_fraction, config.min_lr_fraction
     )
@@ -42,7 +42,7 @@ def learning_rate(config: TrialConfig, step: int) -> float:
 
 @dataclass(frozen=True)
 class RowStep:
-    """What one slot does in this optimizer step."""
+    """One slot's settings for this optimizer step."""
 
     learning_rate: float
     new_module_learning_rate: float
@@ -52,13 +52,13 @@ class RowStep:
 
 
 def adamw_step(bank: AdapterBank, rows: dict[int, RowStep], alive_K: Tensor) -> Tensor:
-    """Clip and step the given rows, clear all gradients, and mark rows with a non-finite gradient.
+    """Clip and step the given rows, clear all gradients, and mark rows with a non-finite gradient dead.
 
-    A dead row, and a row not in `rows`, keeps its weights and moments exactly. Nothing waits for the
+    Dead rows, and rows not in `rows`, keep their weights and moments exactly. Does not wait for the
     device.
 
     Args:
-        rows: slot → its settings; other slots rest.
+        rows: slot → its settings; other slots are not stepped.
         alive_K: bool, updated in place; a row that dies stays dead.
 
     Returns:
@@ -79,8 +79,8 @@ def adamw_step(bank: AdapterBank, rows: dict[int, RowStep], alive_K: Tensor) -> 
             chosen = [n for n, part in enumerate(parts) if part.kind == kind]
             if not chosen:
                 continue
-            # torch.optim.AdamW(fused=True) calls this; the optimizer's class would add a host
-            # sync for a row that must rest. One pass over memory instead of a dozen.
+            # torch.optim.AdamW(fused=True) calls this: one pass over memory instead of a dozen. The
+            # optimizer class itself would add a host sync for a row that must not change.
             torch.ops.aten._fused_adamw_(
                 [parts[n].storage.master[parts[n].where] for n in chosen],
                 [gradients[n] for n in chosen],
@@ -96,9 +96,9 @@ def adamw_step(bank: AdapterBank, rows: dict[int, RowStep], alive_K: Tensor) -> 
                 amsgrad=False,
                 maximize=False,
                 grad_scale=clip,  # gradients are divided by it
-                found_inf=(~alive_K[slot]).float(),  # 1 leaves everything as it is
+                found_inf=(~alive_K[slot]).float(),  # 1 skips the update
             )
-        del gradients  # in float32: before the next slot's
+        del gradients  # frees the float32 copies before the next slot's
     bank.refresh_compute()
     bank.clear_gradients(bank.seats)
     return norm_K

@@ -1,6 +1,6 @@
-"""The processes of one training run: who does which share, and what is summed over all of them.
+"""The processes of one training run: how work is divided, and what is summed over all of them.
 
-A process that was started alone sums nothing and waits for nobody.
+A process that was started alone sums nothing and waits for no other.
 """
 
 import os
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train one run together."""
+    """This process's place among those that train one run together."""
 
     rank: int = 0
     size: int = 1
-    # sums on the host, which a GPU need not wait for
+    # sums on the host, so that a GPU need not wait
     host_group: Any = None
 
     @property
@@ -37,24 +37,24 @@ class World:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part; every n-th, so that clips sorted by length spread evenly."""
+        """This process's part: every n-th item, so that clips sorted by length spread evenly."""
         return items[self.rank :: self.size]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, of a tensor on the host; the same bits everywhere."""
+        """Sum a host tensor over all processes, in place; the result is the same to the bit everywhere."""
         if self.size > 1:
             dist.all_reduce(values, group=self.host_group)
         return values
 
     def sum_counts(self, counts: TargetCounts) -> TargetCounts:
-        """The targets of the whole step, which its losses are divided by."""
+        """Targets of the whole step, over all processes; its losses are divided by them."""
         if self.size == 1:
             return counts
         total = self.sum(torch.from_numpy(np.append(counts.audio_C, counts.text)))
         return TargetCounts(int(total[-1]), total[:-1].numpy())
 
     def sum_gradients(self, bank: AdapterBank) -> None:
-        """Add up the step's gradients, in fp32 whatever they were computed in."""
+        """Sum the step's gradients over all processes, in fp32 whatever they were computed in."""
         if self.size == 1:
             return
         bank.keep_gradients(bank.seats)
@@ -62,18 +62,18 @@ class World:
             dist.all_reduce(storage.grad if storage.grad_sum is None else storage.grad_sum)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in some process."""
+        """Whether the flag is true in any process."""
         return bool(self.sum(torch.tensor([int(flag)]))[0]) if self.size > 1 else flag
 
     def highest(self, value: float) -> float:
-        """The largest of all processes."""
+        """The largest value of all processes."""
         largest = torch.tensor([value], dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.host_group)
         return float(largest[0])
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` gives in the main process, which alone runs it; its errors reach all.
+        """Run `action` in the main process only; all processes get its result or its `HiggsTuneError`.
 
         The result must pickle.
         """
@@ -95,18 +95,18 @@ ALONE = World()
 
 
 def join_world(device: str, dtype: str) -> tuple[World, str]:
-    """Meet the other processes that `accelerate launch` or `torchrun` started.
+    """Join the other processes that `accelerate launch` or `torchrun` started.
 
     Args:
         device: base.device.
         dtype: base.dtype, which accelerate's mixed precision must not contradict.
 
     Returns:
-        The world, and the device of this process by the name that `load_base` takes.
+        The world, and the name of this process's device, as `load_base` takes it.
 
     Raises:
         ConfigError: accelerate was asked for something that a frozen base with adapters does not use,
-            or base.device names one GPU for several processes.
+            or base.device names one GPU for several processes, or this process finds no GPU.
     """
     _check_accelerate(dtype)
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
@@ -135,13 +135,13 @@ def join_world(device: str, dtype: str) -> tuple[World, str]:
 
 
 def leave_world(world: World) -> None:
-    """Part from the other processes at the end of a run."""
+    """Leave the process group at the end of a run."""
     if world.size > 1:
         PartialState().destroy_process_group()
 
 
 def _check_alone() -> None:
-    """Refuse one process where `accelerate launch --cpu` was asked for several and has no MPI."""
+    """Refuse to train alone if `accelerate launch --cpu` was asked for several processes but has no MPI."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ:
         raise ConfigError(
             "accelerate launch --cpu starts several processes through MPI only, and has started one. "

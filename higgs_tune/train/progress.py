@@ -1,4 +1,4 @@
-"""How far a trial in the pack has come."""
+"""A trial's progress within the pack."""
 
 import math
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from higgs_tune.train.room import Ended
 
 @dataclass
 class Run:
-    """What the loop knows of a resident beyond the engine."""
+    """What the loop tracks of a resident, beyond the engine's state."""
 
     resident: Resident
     order: TrainOrder
     interval: Interval = field(default_factory=Interval)
     reported_done: bool = False
-    ended: Ended | None = None  # it cannot train on
+    ended: Ended | None = None  # set once it cannot train further
 
     @property
     def done(self) -> bool:
@@ -28,18 +28,18 @@ class Run:
 
     @property
     def next_report(self) -> int:
-        """The step at which it is validated next; now, if it stands there with steps to report."""
+        """The step of its next validation: the current one, if it is a report step not yet reported."""
         step, every = self.resident.step, self.resident.config.report_every_steps
         due = step if self.interval.num_steps and step % every == 0 else step - step % every + every
         return min(due, self.resident.config.num_steps)
 
     @property
     def due(self) -> bool:
-        """Whether its next report is at the step where it stands, or it cannot go further."""
+        """Whether it must report at its current step, or cannot train further."""
         return self.ended is not None or self.next_report <= self.resident.step
 
     def outcome(self, figures: Mapping[str, Any], has_finite_gradients: bool) -> dict[str, str]:
-        """The "status" with which it comes out of a validation, and the "reason"."""
+        """The "status" after a validation, and the "reason" for it."""
         bad = [n for n, v in figures.items() if n.startswith("val/") and not math.isfinite(v)]
         if self.ended is not None:
             return {"status": self.ended.status, "reason": self.ended.reason}

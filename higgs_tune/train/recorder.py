@@ -1,4 +1,4 @@
-"""Keeps what a training run reaches: figures, checkpoints, samples. Only the main process writes."""
+"""Records a training run: metrics, checkpoints, samples. Only the main process writes."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Watcher:
-    """Who is told, in the main process: of lines that are safe on disk, steps, and samples."""
+    """Callbacks in the main process: for lines that are safe on disk, steps, and samples."""
 
     report: Callable[[Line], None]
     step: Callable[[int], None] = lambda step: None
@@ -29,7 +29,7 @@ class Watcher:
 
 
 class Recorder:
-    """Writes a run's folder while `loop` trains; every process has one and calls it alike."""
+    """Writes a run's folder while `loop` trains; every process has one and makes the same calls."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Recorder:
             self._board = Board(out / folder.BOARD, next_step)
 
     def start(self) -> None:
-        """Note the untouched base and the adapter to start from, or catch up with an earlier start.
+        """Record the losses of the untouched base and of `run.start_from`, or catch up with an earlier start.
 
         Raises:
             ModelError: a loss of the adapter to start from is not finite.
@@ -62,7 +62,7 @@ class Recorder:
                 figures = self._loop.validate([self._id])[self._id]
                 if (odd := metrics.not_finite(figures)) is not None:
                     raise ModelError(
-                        f"run.start_from: {self._run.start_from}: {odd} as it starts: that training "
+                        f"run.start_from: {self._run.start_from}: {odd} at the start: its training "
                         "diverged, or had another base. Start from another adapter, with another --out."
                     )
                 start = {metrics.STEP: 0, **figures, "status": "running"}
@@ -73,10 +73,10 @@ class Recorder:
                 self._world.on_main(self._keep)
 
     def record(self, result: Line) -> Line:
-        """Write the line of a validation, a checkpoint, and what is kept beside it; returns the line.
+        """Write a validation's line, then a checkpoint, then its copies and samples; returns the line.
 
-        The line comes before the checkpoint, and its followers after: a run that is killed goes on
-        from the checkpoint, without the lines behind it, and does again what came after.
+        The order lets a killed run resume: it goes on from the newest checkpoint, drops the lines after
+        it, and makes the copies and samples again.
         """
         line = last_line([*self.lines, result], self._run)
         is_healthy = line["status"] in metrics.HEALTHY
@@ -90,9 +90,9 @@ class Recorder:
         return line
 
     def save(self) -> None:
-        """Write a checkpoint of where the run stands, unless the newest one is that already.
+        """Write a checkpoint of the current position, unless the newest one already is.
 
-        None is written of an adapter whose gradient was not finite: the one before it is good.
+        Skips an adapter whose gradient was not finite, to keep the last good checkpoint.
         """
         position = self._loop.position(self._id)
         if position == self._saved or not self._loop.gather(self._id):
@@ -123,7 +123,7 @@ class Recorder:
             self._watcher.report(line)
 
     def _keep(self) -> None:
-        """What follows a validated checkpoint; doing it again changes nothing."""
+        """Make the copies and samples of a validated checkpoint; doing it again changes nothing."""
         step = self.lines[-1][metrics.STEP]
         with folder.writing(self._out):
             folder.keep(self._out, self.lines, self._run)
@@ -139,7 +139,7 @@ class Recorder:
         self._watcher.samples(samples)
 
     def _samples(self) -> list[Sample] | None:
-        """What the adapter on the disk writes down; None if memory does not hold it beside the training."""
+        """Transcribe clips with the adapter on disk; None if memory runs out beside the training."""
         clips, count = self._loop.transcribe, self._run.num_samples
         try:
             return sample_predictions(
@@ -159,13 +159,13 @@ class Recorder:
 
 
 def early_stop_reason(lines: Sequence[Line], run: RunSettings) -> str | None:
-    """Why to end after the last of these validations, the untouched base's first; None to go on."""
+    """Why to stop after the last of these validations, of which the first is the base's; None to go on."""
     if run.early_stop_patience is None:
         return None
     best, best_step, waited = float("inf"), 0, 0
     for line in lines[1:]:
         nll = line.get(metrics.VAL_TEXT_NLL)
-        if nll is None:  # diverged or out of memory: it has ended for that reason
+        if nll is None:  # diverged or out of memory: it has ended already
             return None
         if nll < best - run.early_stop_min_delta:
             best, best_step, waited = nll, line[metrics.STEP], 0
@@ -180,9 +180,9 @@ def early_stop_reason(lines: Sequence[Line], run: RunSettings) -> str | None:
 
 
 def last_line(lines: Sequence[Line], run: RunSettings) -> Line:
-    """The newest line, as completed if the run ends early with it.
+    """The newest line, marked as completed if the run stops early with it.
 
-    By settings that may be others than those it was written with.
+    The current settings decide, which may differ from those when the line was written.
     """
     line, reason = dict(lines[-1]), early_stop_reason(lines, run)
     if reason is not None and line["status"] == "running":
@@ -191,7 +191,7 @@ def last_line(lines: Sequence[Line], run: RunSettings) -> Line:
 
 
 def is_finished(out: Path, lines: Sequence[Line], trial: TrialConfig, run: RunSettings) -> bool:
-    """Whether a run has reached its end, its samples written; `keep_again` sees to its copies."""
+    """Whether a run has reached its end with its samples written; `keep_again` completes its copies."""
     if not lines:
         return False
     step = lines[-1][metrics.STEP]

@@ -1,4 +1,4 @@
-"""The adapters of a pack: how large they may be, what training one needs to go on, who holds a slot."""
+"""The adapters of a pack: how large they may be, what resuming one needs, which hold a slot."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class PackLimits:
 
     @classmethod
     def of(cls, configs: Sequence[TrialConfig], num_slots: int) -> "PackLimits":
-        """The smallest limits that hold these trials, or none: the base alone is computed."""
+        """The smallest limits that hold these trials; without trials, limits for the base alone."""
         return cls(
             num_slots=num_slots,
             max_rank=max((config.rank for config in configs), default=1),
@@ -29,9 +29,9 @@ class PackLimits:
 
 @dataclass(eq=False)
 class AdapterState:
-    """All that training one adapter needs to go on: plain CPU tensors by full parameter name.
+    """All that resuming an adapter's training needs: plain CPU tensors by full parameter name.
 
-    One that has run its budget may be without moments.
+    The moments may be empty once the adapter has used up its budget.
     """
 
     step: int
@@ -49,4 +49,4 @@ class Resident:
     config: TrialConfig
     account: dict[str, Any]
     step: int = 0
-    num_forwards: int = 0  # of the step that is under way
+    num_forwards: int = 0  # of the current step

@@ -1,12 +1,12 @@
-"""Go on when a forward or a backward fails for some adapters of a pack.
+"""Retries when a forward or a backward fails for some adapters of a pack.
 
-When memory runs out: once more on a GPU, whose memory may only have been in pieces, then fewer adapters
-at once, then shorter forwards. After another error: once more, one adapter at a time. An adapter of which
-not even a single clip fits, or that fails by itself twice, ends; its neighbours go on.
+When memory runs out: on a GPU, whose memory may only be fragmented, once more unchanged; then with fewer
+adapters at once, then with shorter forwards. After another error: once more, one adapter at a time. An
+adapter ends if not even a single clip fits, or if it fails by itself twice; its neighbours go on.
 
-A CPU computes each adapter in forwards of its own from the start. A pack's shared matmuls gain little
-there, and so what an adapter computes does not depend on whose company it is in, to the last bit. Alone
-it has all threads (see `lanes`), and with more than one its sums round otherwise than in company.
+A CPU computes each adapter in forwards of its own from the start: shared matmuls gain little there, and
+without them an adapter's results do not depend on its neighbours, to the last bit. Only an adapter that is
+alone has all threads (see `lanes`); with more than one thread, its sums round differently.
 """
 
 import gc
@@ -31,7 +31,7 @@ Group = tuple[int, ...]  # slots
 
 @dataclass(frozen=True)
 class Ended:
-    """This adapter cannot go on: a MemoryError if not even a single clip fits, or an error of its own."""
+    """Why an adapter cannot go on: a MemoryError if not even a single clip fits, or its own error."""
 
     error: Exception
 
@@ -42,7 +42,7 @@ class Ended:
 
     @property
     def reason(self) -> str:
-        """What happened, in a line."""
+        """What happened, in one line."""
         line = _first_line(self.error)
         return (
             line if isinstance(self.error, MemoryError) else f"{type(self.error).__name__}: {line}"
@@ -51,13 +51,13 @@ class Ended:
 
 @dataclass(frozen=True)
 class Work(Generic[T]):
-    """A computation over some slots that may be cut up and done again."""
+    """A computation over some slots that can be split up and retried."""
 
     name: str  # for messages
     advice: str  # which setting keeps memory from running out
     attempt: Callable[[Group], dict[int, T]]
     parts: Callable[[int], Sequence[Sequence[Encoded]]]  # a slot's forwards within its `budget`
-    discard: Callable[[Group], None]  # forget what a failed attempt has left behind
+    discard: Callable[[Group], None]  # undo what a failed attempt has left behind
 
 
 @dataclass(frozen=True)
@@ -67,40 +67,40 @@ class _Failed:
 
 
 class Room:
-    """How much may be computed at once: everything, until memory has run out."""
+    """Limits how much is computed at once: not at all, until memory has run out."""
 
     def __init__(self, device: torch.device, lanes: Lanes) -> None:
         self._lanes, self._device = lanes, device
-        self._keeps_pieces = device.type == "cuda"  # of freed memory, until they are given back
+        self._keeps_pieces = device.type == "cuda"  # of freed memory, in the allocator's cache
         self._budgets: dict[int, int] = {}
         self.forget(())
 
     def forget(self, slots: Iterable[int]) -> None:
-        """An adapter has left: its neighbours may fit side by side again, so that is tried once more.
+        """Adapters have left these slots: let their neighbours try to fit side by side again.
 
-        A shorter forward of one that stays was needed while it computed alone, so it keeps it.
+        The neighbours keep their shorter forwards, which each of them needed even alone.
         """
-        self.width: int | None = 1 if self._device.type == "cpu" else None  # adapters in a forward
-        self._side_by_side = True  # several lanes at a time
+        self.width: int | None = 1 if self._device.type == "cpu" else None  # adapters per forward
+        self._side_by_side = True  # lanes compute at the same time
         for slot in slots:
             self._budgets.pop(slot, None)
 
     def budget(self, slot: int, setting: int) -> int:
-        """Padded rows in one forward of an adapter, `setting` if memory allows."""
+        """Most padded rows in one forward of an adapter: `setting`, unless memory has run out."""
         return min(setting, self._budgets.get(slot, setting))
 
     def run(self, groups: Sequence[Group], work: Work[T]) -> dict[int, T | Ended]:
-        """Results of every slot.
+        """Do the work for every slot, retrying what fails; returns slot → result or `Ended`.
 
         Args:
-            groups: slots that are computed at once; several lanes take groups side by side.
+            groups: slots that are computed together; several lanes take groups side by side.
         """
         done: dict[int, T | Ended] = {}
         pieces = [piece for group in groups for piece in self._pieces(group)]
         tasks = [partial(self._once, piece, work) for piece in pieces]
         together = self._side_by_side and self._lanes.count > 1 and len(groups) > 1
         todo: list[Group] = []
-        tried: set[int] = set()  # slots that have failed, not for memory
+        tried: set[int] = set()  # slots that have failed other than by lack of memory
         for outcome in self._lanes.run(tasks) if together else [task() for task in tasks]:
             if not isinstance(outcome, _Failed):
                 done |= outcome
@@ -110,10 +110,10 @@ class Room:
             if lacks_memory and together:
                 if self._side_by_side:
                     self._side_by_side = False
-                    self._warn(outcome, work, "the CPU's lanes wait for each other")
-                todo.append(outcome.group)  # while nobody else needs memory
+                    self._warn(outcome, work, "with the CPU's lanes one after the other")
+                todo.append(outcome.group)  # when no other lane needs memory
             elif lacks_memory and self._keeps_pieces:
-                self._warn(outcome, work, "with all unused memory given back before")
+                self._warn(outcome, work, "after all unused memory was given back")
                 todo.append(outcome.group)
             else:
                 todo += self._instead(outcome, work, done, tried)
@@ -129,12 +129,12 @@ class Room:
         return done
 
     def _once(self, group: Group, work: Work[T]) -> dict[int, T] | _Failed:
-        """Try it; what a failed attempt held is free when this returns."""
+        """Attempt the work once; what a failed attempt held is free when this returns."""
         try:
             return work.attempt(group)
-        except LaneLostError:  # nobody's fault, and not to be mended here
+        except LaneLostError:  # no adapter's fault, and retrying cannot help
             raise
-        except Exception as error:  # kept, logged, and raised unless it is one adapter's
+        except Exception as error:  # kept and logged; raised if it is not one adapter's
             if is_out_of_memory(error):
                 return _Failed(group, MemoryError(_first_line(error) or "out of memory"))
             release_frames(error)
@@ -147,7 +147,7 @@ class Room:
     def _instead(
         self, failed: _Failed, work: Work[T], done: dict[int, T | Ended], tried: set[int]
     ) -> Sequence[Group]:
-        """What to try next; nothing, and an end in `done`, if nothing is left to try."""
+        """Groups to try next; none, with an `Ended` in `done`, if nothing is left to try."""
         if isinstance(failed.error, MemoryError):
             return self._smaller(failed, work, done)
         if tried.issuperset(failed.group):
@@ -155,24 +155,24 @@ class Room:
             done[failed.group[0]] = Ended(failed.error)
             return []
         logger.warning(
-            "a %s of %d adapter(s) failed: done again, one at a time",
+            "a %s of %d adapter(s) failed: retrying one at a time",
             work.name,
             len(failed.group),
             exc_info=failed.error,
         )
         if len(failed.group) > 1:
-            self.width = 1  # what fails in company only must not fail in every step
+            self.width = 1  # adapters that fail only together must not do so every step
         tried.update(failed.group)
         return [(slot,) for slot in failed.group]
 
     def _smaller(
         self, failed: _Failed, work: Work[T], done: dict[int, T | Ended]
     ) -> Sequence[Group]:
-        """What may fit; nothing, and an end in `done`, if there is nothing smaller."""
+        """Groups that may fit; none, with an `Ended` in `done`, if nothing smaller is possible."""
         group = failed.group
         if len(group) > 1:
             self.width = min(self.width or len(group), -(-len(group) // 2))
-            self._warn(failed, work, f"{self.width} at a time from now on, till a trial leaves")
+            self._warn(failed, work, f"with {self.width} at a time until a trial leaves")
             return self._pieces(group)
         assert len(group) == 1
         slot = group[0]
@@ -187,12 +187,12 @@ class Room:
             return []
         rows = max(len(part) * max(e.num_rows for e in part) for part in several)
         self._budgets[slot] = rows // 2
-        self._warn(failed, work, f"forwards of {rows // 2} rows from now on")
+        self._warn(failed, work, f"with at most {rows // 2} rows in a forward from now on")
         return [group]
 
     def _warn(self, failed: _Failed, work: Work[T], done: str) -> None:
         logger.warning(
-            "memory ran out in a %s of %d adapter(s): done again, %s. To avoid it, lower %s. (%s)",
+            "memory ran out in a %s of %d adapter(s): retrying %s. To avoid this, lower %s. (%s)",
             work.name,
             len(failed.group),
             done,
@@ -207,8 +207,8 @@ class Room:
 
 
 def agree(results: dict[int, T | Ended], world: World) -> dict[int, T | Ended]:
-    """The results, with an end in every process where one has run out of memory."""
-    if world.size > 1:  # they train one adapter, so an error is nobody else's
+    """The results, with an `Ended` in every process for a slot that ran out of memory in any."""
+    if world.size > 1:  # all train one adapter, so its error ends the run
         raise_if_all_failed(results, len(results))
     agreed: dict[int, T | Ended] = {}
     for slot, result in results.items():
@@ -222,11 +222,11 @@ def agree(results: dict[int, T | Ended], world: World) -> dict[int, T | Ended]:
 def raise_if_all_failed(
     results: Mapping[Any, T | Ended], num_residents: int, probe: Callable[[], Any] | None = None
 ) -> None:
-    """Raise the error that strikes everyone: it is the process's, not one adapter's.
+    """Raise an error that all adapters had: its cause is the process, not one adapter.
 
     Args:
-        probe: where not all residents took part: computes what needs no adapter, and raises if that
-            fails as well.
+        probe: called if all failed but not all residents took part; computes something that needs no
+            adapter, and raises if that fails as well.
     """
     ended = [result for result in results.values() if isinstance(result, Ended)]
     errors = [e.error for e in ended if not isinstance(e.error, MemoryError)]

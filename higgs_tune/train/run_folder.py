@@ -1,12 +1,12 @@
-"""The folder of a training run: settings, lines of figures, checkpoints. All files appear whole.
+"""The folder of a training run: settings, metrics, checkpoints. All files appear whole.
 
-config.json      the settings that it began with
+config.json      the settings that the run began with
 metrics.jsonl    a line per validation; the first is the untouched base
-samples.jsonl    texts that were heard at validations
+samples.jsonl    texts transcribed at validations
 adapter/         the newest checkpoint, in PEFT's format
-best_adapter/    the one with the lowest text loss among those that kept audio
+best_adapter/    the one with the lowest text loss whose audio loss is within the tolerance
 checkpoints/     the newest few, if asked for
-tensorboard/     the figures for TensorBoard
+tensorboard/     the metrics for TensorBoard
 """
 
 import fcntl
@@ -46,7 +46,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Started:
-    """What a run began with, which whoever goes on with it must share."""
+    """What a run began with; a resume must have the same."""
 
     base: BaseSettings
     data: DataSettings
@@ -54,7 +54,7 @@ class Started:
     content_hash: str  # of the dataset
     clips_per_step: int
     num_processes: int
-    start_from: str | None = None  # needed as long as there is no checkpoint
+    start_from: str | None = None  # needed until there is a checkpoint
 
     def record(self) -> Line:
         """Plain data for config.json."""
@@ -67,13 +67,13 @@ class Started:
 
 
 def writing(out: Path) -> AbstractContextManager[None]:
-    """Name the run's folder and the way on when a write fails."""
-    kept = "A checkpoint that is complete is kept; free space and go on with --resume."
+    """Turn a failed write into a DataError with the run's folder and what to do next."""
+    kept = "A complete checkpoint is kept; free space and go on with --resume."
     return files.writing(out, kept)
 
 
 def check_new(out: Path) -> None:
-    """Refuse a folder that is in use."""
+    """Refuse a file, or a folder that is not empty."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file, needed a folder. Give another --out.")
     if out.exists() and any(out.iterdir()):
@@ -82,7 +82,7 @@ def check_new(out: Path) -> None:
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Keep a second run out of a folder; the system lets go of it when the process ends.
+    """Lock a folder against a second run; the system releases the lock when the process ends.
 
     Raises:
         ConfigError: a run is training there.
@@ -107,24 +107,24 @@ def held(out: Path) -> Iterator[None]:
 
 
 def rewind(out: Path, started: Started) -> list[Line]:
-    """Take a run's folder back to its newest checkpoint, or to its start if it has none.
+    """Roll a run's folder back to its newest checkpoint, or to its start if it has none.
 
     Returns:
-        The lines of its figures up to there.
+        The lines of its metrics up to there.
 
     Raises:
-        ConfigError: there is no run here, or one of other settings or data.
+        ConfigError: there is no run here, or one with other settings or data.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file, needed a folder. Give another --out.")
     adapter, old = out / ADAPTER, former(out / ADAPTER)
-    if not adapter.exists() and old.exists():  # stopped between the two renames of a swap
+    if not adapter.exists() and old.exists():  # killed between the two renames of a swap
         with writing(out):
             old.rename(adapter)
     if not (out / SETTINGS).exists():
         raise ConfigError(f"{out}: no {ADAPTER}/ to go on from. Leave out --resume to start.")
     _check_same(out / SETTINGS, started, has_checkpoint=adapter.exists())
-    # a line at the checkpoint's step is only its own if the checkpoint was made behind it
+    # a checkpoint that holds unreported steps was made before the line of its step
     last = -1
     if adapter.exists():
         last = read_step(adapter) - bool(load_interval(adapter).get("sums"))
@@ -137,10 +137,10 @@ def rewind(out: Path, started: Started) -> list[Line]:
 
 
 def _check_same(path: Path, started: Started, *, has_checkpoint: bool) -> None:
-    """Refuse to go on with other settings or data.
+    """Refuse to resume with other settings or data.
 
-    The device may change, how a batch is shared unless each process draws masks of its own, and where the
-    data lies, whose content is compared. What the run started from may be left out once there is a
+    The device may change; the path of the data, whose content is compared; and how a batch is divided over
+    processes, unless each draws its own dropout masks. `run.start_from` may be left out once there is a
     checkpoint.
     """
     try:
@@ -173,7 +173,7 @@ def _check_same(path: Path, started: Started, *, has_checkpoint: bool) -> None:
             f"now {started.clips_per_step}"
         ]
     if differing:
-        weights = f", with --start-from {path.parent / ADAPTER} from its weights"
+        weights = f", from its weights with --start-from {path.parent / ADAPTER}"
         raise ConfigError(
             f"{path.parent}: --resume with other settings: {'; '.join(differing)}. Give the settings "
             f"of the first start, or another --out to start anew{weights if has_checkpoint else ''}."
@@ -187,13 +187,13 @@ def _check_same(path: Path, started: Started, *, has_checkpoint: bool) -> None:
     if started.trial.dropout and processes_then != started.num_processes:
         raise ConfigError(
             f"{path.parent}: --resume in {started.num_processes} process(es), the run began in "
-            f"{processes_then}: with trial.dropout each draws masks of its own. Start "
+            f"{processes_then}: with trial.dropout each draws its own masks. Start "
             f"{processes_then}, or give another --out to start anew."
         )
 
 
 def check_base(out: Path, lines: Sequence[Line], base_metrics: Mapping[str, float]) -> None:
-    """Refuse to go on with other weights than the run began with, which its first line measured."""
+    """Refuse to resume with a base whose losses differ from those in the run's first line."""
     found = metrics.base_difference(lines[0], base_metrics) if lines else None
     if found is not None:
         raise ConfigError(
@@ -203,7 +203,7 @@ def check_base(out: Path, lines: Sequence[Line], base_metrics: Mapping[str, floa
 
 
 def keep(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
-    """Copy the checkpoint that was just validated to where the best, or the newest few, are."""
+    """Copy the newest checkpoint to best_adapter/ if it is the best, and to checkpoints/ if asked for."""
     step = lines[-1][metrics.STEP]
     if best_step(lines, run.audio_tolerance) == step:
         _copy_best(out, out / ADAPTER, step)
@@ -215,9 +215,9 @@ def keep(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
 
 
 def mend_best(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
-    """Let `best_adapter/` be what the lines say, which another tolerance or checkpoint may have changed.
+    """Make `best_adapter/` match the lines: another tolerance or checkpoint may have changed the best step.
 
-    Where no copy of the best step is kept there is none, until a later step is better.
+    If no copy of the best step is kept, the folder is removed until a later step is better.
     """
     note = out / BEST / BEST_NOTE
     step = best_step(lines, run.audio_tolerance) if lines else None
@@ -231,7 +231,7 @@ def mend_best(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
         elif held is not None:
             shutil.rmtree(out / BEST)
             logger.warning(
-                "%s: removed, it was of step %d; by run.audio_tolerance %g the best is %s, of which no "
+                "%s: removed, it was of step %d; with run.audio_tolerance %g the best is %s, of which no "
                 "checkpoint is kept",
                 out / BEST,
                 held,
@@ -241,7 +241,7 @@ def mend_best(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
 
 
 def _checkpoint_of(out: Path, step: int) -> Path | None:
-    """The newest checkpoint, or one that is kept, if it is of this step."""
+    """The checkpoint of this step, if it is the newest one or in checkpoints/."""
     if read_step(out / ADAPTER) == step:
         return out / ADAPTER
     kept = out / KEPT / f"step-{step:06d}"
@@ -257,14 +257,14 @@ def _copy_best(out: Path, checkpoint: Path, step: int | None) -> None:
 
 
 def keep_again(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
-    """Do again what the end of a run may have been kept from; afterwards it is as `keep` left it."""
-    if read_step(out / ADAPTER) == lines[-1][metrics.STEP]:  # not one from behind an early stop
+    """Repeat `keep` for a finished run, which may have been killed before or during it."""
+    if read_step(out / ADAPTER) == lines[-1][metrics.STEP]:  # not one from after an early stop
         with writing(out):
             keep(out, lines, run)
 
 
 def best_step(lines: Sequence[Line], audio_tolerance: float) -> int | None:
-    """The step with the lowest text loss whose audio loss is within the tolerance; the first of equals."""
+    """The step with the lowest text loss whose audio loss is within the tolerance; the first if equal."""
     limit = (1 + audio_tolerance) * lines[0][metrics.VAL_AUDIO_NLL]
     feasible = [
         line
@@ -276,7 +276,7 @@ def best_step(lines: Sequence[Line], audio_tolerance: float) -> int | None:
 
 
 def write_samples(out: Path, step: int, samples: Sequence[Sample]) -> None:
-    """Write what was heard at a step behind what was heard before it."""
+    """Append the samples of a step to those of earlier steps."""
     before = [line for line in read_json_lines(out / SAMPLES) if line[metrics.STEP] < step]
     lines = [{metrics.STEP: step, **asdict(sample)} for sample in samples]
     write_json_lines(out / SAMPLES, [*before, *lines])

@@ -1,4 +1,4 @@
-"""What an adapter writes when it hears validation clips: text for people to look at."""
+"""An adapter's transcriptions of validation clips, for people to read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from higgs_tune.train.checkpoint import adapted
 
 @dataclass(frozen=True)
 class Sample:
-    """A clip's text, and what was heard."""
+    """A clip's text, and the adapter's transcription of it."""
 
     key: str
     target: str
@@ -26,7 +26,7 @@ class Sample:
 def sample_predictions(
     base: Base, adapter: Path, clips: Sequence[Conversation], max_tokens: int
 ) -> list[Sample]:
-    """Write down some `transcribe` clips with an adapter from disk; `base` is left as it was."""
+    """Transcribe `transcribe` clips with an adapter from disk; leaves `base` as it was."""
     with adapted(base.model, adapter) as model:
         return [_sample(base, model, clip, max_tokens) for clip in clips]
 

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP and Ctrl-C end a run after the step that it is in, and a sweep with what it has."""
+"""SIGTERM, SIGHUP and Ctrl-C end a run after its current step, and a sweep with the results so far."""
 
 import os
 import signal
@@ -14,19 +14,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass
 class StopRequest:
-    """The number of the signal that asked for the end, if one did."""
+    """The number of the signal that asked to stop, if one did."""
 
     number: int | None = None
 
 
 @contextmanager
 def stop_signals(request: StopRequest) -> Iterator[None]:
-    """Note the first of `SIGNALS`; a Ctrl-C after it ends the process at once.
+    """Note the first of `SIGNALS` in `request`; a Ctrl-C after it ends the process at once.
 
-    A second SIGTERM does not: launchers pass on to all processes what their manager has sent to all.
-    SIGHUP says that the terminal is gone, so nothing is printed there any more; `nohup` lets it pass.
+    A second SIGTERM does not: launchers forward to all processes what their manager has sent to all.
+    SIGHUP says that the terminal is gone, so nothing is printed there any more; under `nohup` it stays
+    ignored.
 
-    Outside of the main thread, which alone can handle signals, nothing is ever asked for.
+    Outside the main thread, which alone can handle signals, no signal is noted.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -56,7 +57,7 @@ def stop_signals(request: StopRequest) -> Iterator[None]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the process as `sys.exit` does; the handler of Ray's core prints a stack before."""
+    """Let SIGTERM end the process as `sys.exit` does; Ray's own handler would first print a stack."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

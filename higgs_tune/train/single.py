@@ -1,9 +1,9 @@
 """Train one configuration: a pack of one, with checkpoints, on one or several processes.
 
-What a step trains is a pure function of the settings, the seed and the step: its clips, and with dropout
-the masks of each process's forwards. So a checkpoint of weights, moments, step and the interval's figures
-goes on exactly; on a GPU up to rounding, in which two runs differ anyway. How many rows fit into a forward
-after memory has run out is not in it.
+A step's clips, and with dropout the masks of each process's forwards, depend only on the settings, the seed
+and the step. So a run resumes exactly from a checkpoint of weights, moments, step and the interval's sums; on
+a GPU up to rounding, in which any two runs differ. A checkpoint does not hold how short the forwards became
+after memory ran out.
 """
 
 import signal
@@ -45,21 +45,21 @@ def train_single(
     Args:
         out: new or empty folder, or with `resume` one that an earlier run left; `run_folder` says
             what is in it. Every process must be able to read it; the main one writes.
-        dataset: what `data.path` names, opened.
-        world: the processes that train together, each with this call.
-        device: of this process, where it is not `base.device`.
+        dataset: the opened dataset that `data.path` names.
+        world: the processes that train together; each makes this call.
+        device: this process's device, if it is not `base.device`.
 
     Returns:
         The last validation's metrics, with "status" completed, diverged or out_of_memory; or
         "cancelled" with the number of the "signal" that asked for it.
 
     Raises:
-        ConfigError: `out` is in use, or a run is training there, or `resume` finds nothing there or a
-            run of other settings, data or weights of the base; or `run.start_from` has another rank or scale.
-        ModelError: `run.start_from` is no adapter, or not one that the trial can start from.
+        ConfigError: `out` is not empty, or a run is training there; `resume` finds no run there, or one
+            with other settings, data or base weights; or `run.start_from` has another rank or scale.
+        ModelError: `run.start_from` is not an adapter, or not one that the trial can start from.
         DataError: the disk is full or `out` cannot be written.
     """
-    if run.start_from is not None:  # recorded so that it can be compared from any folder
+    if run.start_from is not None:  # absolute, to be comparable from any working directory
         begun = str(Path(run.start_from).expanduser().resolve())
         run = run.model_copy(update={"start_from": begun})
     started = folder.Started(
@@ -108,7 +108,7 @@ def train_single(
             start=start_state(start_from, trial, loop.engine) if start_from else None,
             batches_per_step=run.gradient_accumulation_steps,
         )
-        # a resume may leave out what the run started from
+        # a resume may leave out run.start_from
         begun_from = next(
             (line["start_from"] for line in lines if "start_from" in line), run.start_from
         )
@@ -143,7 +143,7 @@ def _train(
     watcher: Watcher,
     request: StopRequest,
 ) -> Line:
-    """Train until there is nothing left to do, or somebody asks to stop."""
+    """Train until the run is finished, or a signal asks to stop."""
 
     def after_step() -> bool:
         step, _ = loop.position(_ID)

@@ -1,4 +1,4 @@
-"""Training that starts from another adapter's weights: ours, or one of plain PEFT on the stock model."""
+"""Starts training from an existing adapter's weights: this tool's, or plain PEFT's on the stock model."""
 
 import logging
 import math
@@ -26,34 +26,34 @@ from higgs_tune.train.residents import AdapterState
 
 logger = logging.getLogger(__name__)
 
-# PEFT's starts that an adapter takes out of the base's weights, which then differ from the stock ones.
+# PEFT initialisations that take the adapter out of the base's weights, which then differ from the stock ones.
 _FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_start(directory: Path, config: TrialConfig) -> None:
-    """See that an adapter has a trial's rank and scale, before anything large is loaded.
+    """Check that an adapter has a trial's rank and scale, before anything large is loaded.
 
     Raises:
-        ConfigError: it has another one.
-        ModelError: not a readable LoRA adapter of PEFT's, one whose modules differ in scale, or one that
-            is more than its factors beside the stock weights.
+        ConfigError: its rank or scale differs.
+        ModelError: it is not a readable PEFT LoRA adapter, its modules differ in rank or alpha, or it is
+            more than LoRA factors on top of the stock weights.
     """
     adapter = read_lora_config(directory)
     if str(adapter.init_lora_weights).lower().startswith(_FROM_BASE):
         raise ModelError(
             f"run.start_from: {directory}: init_lora_weights {adapter.init_lora_weights!r} took a part of "
-            "each weight out of the base, which is whole here. Save it with PEFT's "
+            "each weight out of the base, but this base has its whole weights. Save it with PEFT's "
             "path_initial_model_for_weight_conversion, or start from another adapter."
         )
     if adapter.alora_invocation_tokens:
         raise ModelError(
-            f"run.start_from: {directory}: works only behind its invocation tokens "
-            "(alora_invocation_tokens), needed an adapter of every token. Start from another adapter."
+            f"run.start_from: {directory}: works only after its invocation tokens "
+            "(alora_invocation_tokens), needed an adapter for every token. Start from another adapter."
         )
     if adapter.alpha_pattern or adapter.rank_pattern:
         raise ModelError(
             f"run.start_from: {directory}: its modules differ in rank or alpha (rank_pattern or "
-            "alpha_pattern in adapter_config.json), needed one of each. Start from another adapter."
+            "alpha_pattern in adapter_config.json), needed the same for all. Start from another adapter."
         )
     if adapter.r != config.rank:
         raise ConfigError(
@@ -72,9 +72,9 @@ def check_start(directory: Path, config: TrialConfig) -> None:
 
 
 def note_other_training(directory: Path, base: Base, system_text: str | None) -> None:
-    """Warn of an adapter that says it was trained on another base or after another system text.
+    """Warn if an adapter records another base or another system text than this run has.
 
-    Of a base in another place nobody knows whether it has the same weights.
+    No error, because a base in another place may have the same weights.
     """
     adapter = read_lora_config(directory)
     then = (adapter.base_model_name_or_path or "", adapter.revision)
@@ -87,7 +87,7 @@ def note_other_training(directory: Path, base: Base, system_text: str | None) ->
             *(" at ".join(filter(None, named)) for named in (then, now)),
         )
     if not (directory / MARK_NAME).is_file():
-        return  # an adapter of plain PEFT does not say
+        return  # a plain PEFT adapter does not record it
     told = read_system_text(directory)
     if told != system_text:
         logger.warning(
@@ -99,7 +99,7 @@ def note_other_training(directory: Path, base: Base, system_text: str | None) ->
 
 
 def _place(source: str, revision: str | None) -> tuple[str, str | None]:
-    """The base's folder, or Hub id and commit; the embedded base lies elsewhere on each machine."""
+    """The base's folder, or Hub id and commit; "embedded" for the embedded base, wherever it lies."""
     if is_embedded(source):
         return "embedded", None
     folder = Path(source).expanduser()
@@ -107,10 +107,9 @@ def _place(source: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def start_state(directory: Path, config: TrialConfig, engine: Engine) -> AdapterState:
-    """A trial's start from an adapter: its weights, no step done, moments of zero.
+    """The initial state of a trial that starts from an adapter: its weights, step 0, zero moments.
 
-    What the trial trains beyond the adapter starts as in a fresh trial, which leaves the losses as the
-    adapter alone has them.
+    Parameters that the adapter lacks start as in a fresh trial, which does not change the losses.
 
     Raises:
         ModelError: the file is damaged, not finite, or has weights that the trial does not train.
@@ -141,7 +140,7 @@ def _check(path: Path, saved: dict[str, Tensor], needed: dict[str, Tensor]) -> N
             raise ModelError(
                 f"{path}: {name} is not finite: that training diverged. Start from an earlier checkpoint."
             )
-        # a weight of a new module is its own twin
+        # for a new module's weight, `twin` is the same name
         one, other = (".lora_A.", ".lora_B.") if ".lora_A." in name else (".lora_B.", ".lora_A.")
         if (twin := name.replace(one, other)) not in saved:
             raise ModelError(f"{path}: has {name} without {twin}. Save the adapter again.")

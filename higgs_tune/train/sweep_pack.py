@@ -26,5 +26,5 @@ def sweep_loop(config: SweepConfig, *, num_slots: int, device: str) -> PackLoop:
     limits = sweep_limits(config, num_slots)
     base = config.base.model_copy(update={"device": device})
     loop = PackLoop.load(base, config.data, limits)
-    loop.train_order(1, 0)  # data without any row to train on are nobody's fault among the trials
+    loop.train_order(1, 0)  # fail here, not in a trial, if there is no row to train on
     return loop

@@ -12,7 +12,7 @@ from higgs_tune.local_path import local_path
 
 
 class _Training(Settings):
-    """What a file for this command holds."""
+    """The sections of a configuration file for this command."""
 
     base: BaseSettings
     data: DataSettings
@@ -21,7 +21,7 @@ class _Training(Settings):
 
 
 SECTIONS = tuple(_Training.model_fields)
-# What best_config.yaml says beside them, about the sweep that found it; nothing here is trained by it.
+# What best_config.yaml also records, about the sweep that found it; training ignores it.
 RECORDS = ("higgs_tune", "lora_config", "results", "command")
 
 
@@ -31,15 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=local_path,
         required=True,
-        help="best_config.yaml of a sweep, or one like it",
+        help="best_config.yaml of a sweep, or a file like it",
     )
-    parser.add_argument("--data", help="dataset folder instead of the configuration's")
-    parser.add_argument("--out", type=local_path, default=Path("trained"), help="default: trained")
+    parser.add_argument("--data", help="dataset folder, instead of the configuration's")
     parser.add_argument(
-        "--start-from", metavar="DIR", help="adapter whose weights training starts from"
+        "--out",
+        type=local_path,
+        default=Path("trained"),
+        help="folder of the run (default: trained)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from --out's last checkpoint")
-    parser.add_argument("--seed", type=int, help="another seed than the configuration's")
+    parser.add_argument("--start-from", metavar="DIR", help="adapter whose weights to start from")
+    parser.add_argument("--resume", action="store_true", help="resume from --out's last checkpoint")
+    parser.add_argument("--seed", type=int, help="seed, instead of the configuration's")
     parser.add_argument(
         "--set",
         action="append",
@@ -50,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
-    """Section → its checked settings, and the content hash of the data that the file names.
+    """The checked settings of each section, and the content hash that the file records for its data.
 
     Raises:
         ConfigError: a section is missing or unknown, or a setting is unknown or out of bounds.
@@ -77,7 +80,7 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]
     raw = apply_overrides(raw, args.set)
     data, trial = raw["data"], raw["trial"]
     expected = None
-    if isinstance(data, dict):  # else it is refused below, as is `trial`
+    if isinstance(data, dict):  # otherwise it is refused below; so is `trial`
         expected = data.pop("content_hash", None)
         data |= {"path": args.data} if args.data else {}
     if isinstance(trial, dict) and args.seed is not None:
@@ -89,7 +92,7 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], str | None]
 
 
 def _unknown(section: object) -> str:
-    """Half an error message about a section that this command has not."""
+    """The end of an error message about a section that this command does not have."""
     near = did_you_mean(str(section), SECTIONS)
     return f"unknown section {section!r}{near}; known here: {', '.join(SECTIONS)}."
 
@@ -97,7 +100,7 @@ def _unknown(section: object) -> str:
 def run(args: argparse.Namespace) -> int:
     """Train the configuration of a best_config.yaml. Errors are `HiggsTuneError`s."""
     settings, expected = read_settings(args)
-    from higgs_tune.data.dataset import Dataset  # torch and its company: seconds to import
+    from higgs_tune.data.dataset import Dataset  # imports torch and more: slow
     from higgs_tune.train.display import Display
     from higgs_tune.train.parallel import join_world, leave_world
     from higgs_tune.train.recorder import Watcher
@@ -108,8 +111,8 @@ def run(args: argparse.Namespace) -> int:
     world, device = join_world(settings["base"].device, settings["base"].dtype)
     if world.is_main and expected and found != expected:
         print(
-            f"note: {settings['data'].path} is other data than the search's "
-            f"({found[:12]} instead of {expected[:12]}): figures will differ.",
+            f"note: {settings['data'].path} is not the search's data "
+            f"(content hash {found[:12]}, not {expected[:12]}): figures will differ.",
             file=sys.stderr,
         )
     with Display(settings["trial"].num_steps) as display:

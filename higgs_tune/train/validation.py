@@ -1,6 +1,6 @@
 """Validate a pack: the same held-out clips for every adapter, in shared forwards.
 
-Text is scored after its own audio and after another clip's; the difference says whether it listens.
+Text is scored after its own audio and after another clip's; the difference shows whether text uses audio.
 Shape letters: K adapters, C codebooks.
 """
 
@@ -18,8 +18,8 @@ from higgs_tune.train.engine import Engine
 from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.room import Ended, Room, Work, agree
 
-_TOKEN_BUDGET = 1024  # rows of one adapter in one forward; more leaves a CPU's caches
-_BARE = -1  # in place of a slot: what the base finds room for says nothing of an adapter's
+_TOKEN_BUDGET = 1024  # rows of one adapter in one forward; more would not fit in a CPU's caches
+_BARE = -1  # in place of a slot: the base's row limit must not become an adapter's
 
 
 class Validator:
@@ -48,7 +48,7 @@ class Validator:
         Raises:
             MemoryError: not even one clip fits.
             ModelError: a loss is not finite.
-            Exception: whatever else a forward fails of, twice.
+            Exception: any other error that a forward raises twice.
         """
         found = self._figures((_BARE,), bare=True)[_BARE]
         if isinstance(found, Ended):
@@ -61,7 +61,7 @@ class Validator:
         return found
 
     def validate(self, trial_ids: Sequence[str]) -> dict[str, dict[str, float] | Ended]:
-        """Metrics of each of these residents, or why there are none."""
+        """Metrics of each of these residents, or the `Ended` that says why there are none."""
         slots = {t: self._engine.residents[t].slot for t in trial_ids}
         figures = self._figures(tuple(sorted(slots.values())), bare=False)
         return {t: figures[slot] for t, slot in slots.items()}
@@ -87,7 +87,7 @@ class Validator:
 
     def _attempt(self, slots: tuple[int, ...], *, bare: bool) -> dict[int, dict[str, Tensor]]:
         """Slot → set → this process's nats: text, then each codebook."""
-        # adapters in one forward are cut up alike, by the one with the least room
+        # adapters in one forward are split alike, by the smallest budget among them
         parts = self._parts(min(slots, key=self._budget))
         jobs = [partial(nll_of, slots, part, bare) for _, part in parts]
         compute = self._engine.compute
@@ -119,7 +119,7 @@ class Validator:
         return self.room.budget(slot, _TOKEN_BUDGET)
 
     def _parts(self, slot: int) -> list[tuple[str, list[Encoded]]]:
-        """Every set in forwards that fit the adapter."""
+        """Every set, split into forwards within the adapter's budget."""
         return [
             (name, part)
             for name, examples in self._sets.items()

@@ -130,7 +130,7 @@ def test_a_gpu_gives_back_its_pieces_and_tries_the_same_again_before_anything_sm
     assert [num for num, _ in asked[:10]] == [3] * 9 + [2]
     assert [backs for _, backs in asked[2:5]] == [0, 1, 1]
     assert (room.width, room._budgets) == (2, {})
-    assert caplog.text.count("with all unused memory given back before") == 2
+    assert caplog.text.count("retrying after all unused memory was given back") == 2
     same(results, clean, TRIALS, rel=2e-3, abs=2e-3)
 
 

@@ -62,7 +62,7 @@ def test_a_start_whose_losses_are_not_finite_is_refused(run_single, trained):
     adapter, _ = trained
     edit_weights(adapter, lambda weights: [tensor.fill_(1e30) for tensor in weights.values()])
     with pytest.raises(
-        ModelError, match=r"adapter: val/text/nll is nan as it starts: that training"
+        ModelError, match=r"adapter: val/text/nll is nan at the start: its training"
     ):
         run(start_from=str(adapter))
     assert len(lines) == 1 and not (out / "adapter").exists()
@@ -83,7 +83,7 @@ def test_a_start_whose_losses_are_not_finite_is_refused(run_single, trained):
         (
             {"alora_invocation_tokens": [1]},
             ModelError,
-            r"works only behind its invocation tokens",
+            r"works only after its invocation tokens",
         ),
         ({"peft_type": "IA3"}, ModelError, r"an adapter of type .*IA3.*, needed LORA"),
         ({"peft_type": "no such"}, ModelError, r"no readable adapter_config.json"),
