@@ -2,6 +2,6 @@
 
 import os
 
-# Threads that wait for each other must let go of a busy core: beside one busy process, OpenMP's default
-# made a 0.13 s step 0.47 s in the median and 4.9 s at worst, this 0.17 and 0.83 s. Read when torch loads.
+# OpenMP threads that wait for each other must soon release a busy core: beside one busy process, a 0.13 s
+# step took 0.47 s (median) and 4.9 s (worst) by default, 0.17 and 0.83 s with this. Read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -32,20 +32,20 @@ def local_folder(settings: BaseSettings) -> Path | None:
 
 
 def named_here(path: str) -> str:
-    """What names an adapter's base on this machine: the embedded base lies elsewhere on each."""
+    """The path of an adapter's base on this machine; "embedded" if another machine's embedded base."""
     return "embedded" if is_embedded(path) and not Path(path).exists() else path
 
 
 def is_embedded(path: str) -> bool:
-    """Whether it ends as the embedded base's folder does, on whatever machine."""
+    """Whether a path ends like the embedded base's folder, on whatever machine."""
     return Path(path).parts[-3:] == EMBEDDED_BASE.parts[-3:]
 
 
 def check_pinned(settings: BaseSettings) -> None:
-    """Refuse a Hub id without a revision; a folder that only other machines have passes.
+    """Refuse a Hub id without a revision; accepts a folder that only other machines have.
 
     Raises:
-        ConfigError: it is not pinned.
+        ConfigError: the Hub id is not pinned.
     """
     path, here = settings.path, Path(settings.path).expanduser().exists()
     if settings.revision is None and could_be_hub_id(path) and not here:
@@ -56,5 +56,5 @@ def check_pinned(settings: BaseSettings) -> None:
 
 
 def could_be_hub_id(path: str) -> bool:
-    """Whether it looks like owner/name."""
+    """Whether a path looks like owner/name."""
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 unexpected; 2 bad input (one line says what and where); 3 the sweep ended without
 a best configuration: nothing feasible ran the full budget, or none held up in the confirm stage; 130, 143
-and 129 ended by Ctrl-C, SIGTERM or a terminal that was closed, with what was found exported.
+and 129 ended by Ctrl-C, SIGTERM or a closed terminal, with the results so far exported.
 """
 
 import argparse
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from higgs_tune.report.summary import Summary
 
 BAD_INPUT = 2
-# After an error of the system, such as a full disk, that no command has put into words.
+# Advice after a system error, such as a full disk, for which no command has a message of its own.
 _KEPT = "What a sweep found is kept in its results folder; `higgs-tune report DIR` writes the report again."
-_AGAIN = "Mend that and run the command again."
+_AGAIN = "Fix that and run the command again."
 DEFAULT_SWEEP = Path("sweeps/quick.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit code."""
-    os.environ.setdefault("TQDM_DELAY", "1")  # bars of transformers, where loading takes its time
+    os.environ.setdefault("TQDM_DELAY", "1")  # show transformers' bars only if loading is slow
     parser = argparse.ArgumentParser(
         prog="higgs-tune", description="LoRA sweeps for Higgs Audio V2"
     )
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     data = commands.add_parser("data", help="prepare datasets")
     prepare = data.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "prepare", help="code a manifest's recordings once"
+        "prepare", help="encode a manifest's recordings once"
     )
     prepare_cli.add_arguments(prepare)
     prepare.set_defaults(run=prepare_cli.run)
@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     listen.add_generate_arguments(generate)
     generate.set_defaults(run=listen.run_generate)
 
-    evaluate = commands.add_parser("evaluate", help="measure and hear adapters on held-out clips")
+    evaluate = commands.add_parser(
+        "evaluate", help="measure adapters on held-out clips, and listen to them"
+    )
     listen.add_evaluate_arguments(evaluate)
     evaluate.set_defaults(run=listen.run_evaluate)
 
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("results", type=local_path, help="results folder of a sweep")
     report.set_defaults(run=run_report)
 
-    export = commands.add_parser("export", help="hand an adapter over, as it is or merged")
+    export = commands.add_parser("export", help="export an adapter, as it is or merged")
     export_cli.add_arguments(export)
     export.set_defaults(run=export_cli.run)
 
@@ -88,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument(
         "--text-head",
         default="checkpoint",
-        help="of a base without one: checkpoint (default) refuses it, from_embedding starts it from the "
-        "token embedding",
+        help="for a base without a text head: checkpoint (default) refuses the base, from_embedding starts "
+        "the head from the token embedding",
     )
     check.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     check.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
@@ -100,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     check.set_defaults(run=run_check)
 
-    atexit.register(gc.freeze)  # the interpreter's last search for garbage: seconds, with torch
+    atexit.register(gc.freeze)  # skips the final garbage collection, which takes seconds with torch
     return guarded(parser.parse_args(argv))
 
 
@@ -112,7 +114,7 @@ def _version() -> str:
 
 
 def guarded(args: argparse.Namespace) -> int:
-    """Run the chosen command; what the user can mend is one line, not a traceback."""
+    """Run the chosen command; an error that the user can fix prints one line, not a traceback."""
     try:
         return args.run(args)
     except HiggsTuneError as error:
@@ -140,7 +142,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         type=local_path,
-        help=f"default: {DEFAULT_SWEEP}; with --resume the settings that the sweep began with",
+        help=f"YAML of a sweep (default: {DEFAULT_SWEEP}; with --resume, the sweep's own settings)",
     )
     parser.add_argument(
         "--set",
@@ -150,12 +152,12 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         help="override a setting, e.g. --set tune.num_trials=32; may be given again",
     )
     parser.add_argument(
-        "--name", help="results folder; default: the YAML's name, numbered if taken"
+        "--name", help="results folder (default: the YAML's name, numbered if taken)"
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with that sweep; without --name with the newest",
+        help="resume that sweep; without --name, the newest one",
     )
 
 
@@ -171,7 +173,7 @@ def run_sweep_command(args: argparse.Namespace) -> int:
     _show_summary(summary)
     if outcome.exit_code > 128:  # a signal ended it
         print(
-            f"interrupted; the same command with --resume --name {outcome.results.name} goes on",
+            f"interrupted; to go on, run the same command with --resume --name {outcome.results.name}",
             file=sys.stderr,
         )
     if outcome.exit_code == 0 and summary.best_id is None:
@@ -180,7 +182,7 @@ def run_sweep_command(args: argparse.Namespace) -> int:
 
 
 def _show_summary(summary: "Summary") -> None:
-    """A screen of text; where standard output takes JSON lines, one of those, and the text beside."""
+    """Print the summary as text; if stdout is not a terminal, as a JSON line there and text to stderr."""
     if sys.stdout.isatty():
         print(summary.text)
         return
@@ -199,7 +201,7 @@ def _sweep_config(args: argparse.Namespace) -> SweepConfig:
         place = [text for text in args.set if text.startswith(("name=", "results_dir="))]
         config = load_sweep(DEFAULT_SWEEP, place)
         where = {"name": args.name or _pick_name(config, resume=True)}
-        where["results_dir"] = config.results_dir  # the stored one is where the folder once was
+        where["results_dir"] = config.results_dir  # the folder may have moved from the stored one
         stored = config.results_root / where["name"] / "sweep.yaml"
         if stored.exists():
             others = [text for text in args.set if text not in place]
@@ -208,7 +210,7 @@ def _sweep_config(args: argparse.Namespace) -> SweepConfig:
 
 
 def _pick_name(config: SweepConfig, *, resume: bool) -> str:
-    """The YAML's name; the next free number behind it, or with --resume the newest that has trials."""
+    """The YAML's name, numbered if taken; with --resume, the newest one that has trials."""
     from higgs_tune.sweep.folder import is_free
 
     pattern = re.compile(rf"{re.escape(config.name)}(?:-(\d+))?")
@@ -235,7 +237,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Probe, and print what the probes and the base's validation say."""
+    """Run the probes, and print their findings and the base's validation metrics."""
     from higgs_tune.train.loop import PackLoop
     from higgs_tune.train.residents import PackLimits
 

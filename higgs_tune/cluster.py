@@ -1,4 +1,4 @@
-"""Ray: joins the cluster that is there, or starts a private one on this machine, quietly."""
+"""Joins an existing Ray cluster, or quietly starts a private one on this machine."""
 
 import logging
 import os
@@ -18,44 +18,46 @@ from ray import _raylet
 from ray._private import services
 from ray._private.node import Node
 
-# Its colorama ends with an escape to the standard output of its import: later that is a table's, which
-# shows it as text.
+# Imported early: at exit, its colorama writes an escape sequence to the standard output it found on import.
+# Later that would be a live table's, which shows the sequence as text.
 from ray.autoscaler._private import cli_logger  # noqa: F401
 
 import higgs_tune
 from higgs_tune.errors import ConfigError
 
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",  # half-on tokens break `ray start`; the dashboard is on loopback
-    "RAY_worker_niceness": "0",  # by default a pack yields to each process that starts: seconds
-    "RAY_prestart_worker_first_driver": "0",  # ray.init would wait for two processes, one for nobody
+    "RAY_AUTH_MODE": "disabled",  # half-enabled tokens break `ray start`; the dashboard is on loopback
+    "RAY_worker_niceness": "0",  # by default packs yield to every process that starts, for seconds
+    "RAY_prestart_worker_first_driver": "0",  # ray.init would wait for two processes, one of them unused
 }
 
-# Methods of Ray's Node: of what can wait, the last is the dashboard; what all else waits for.
+# Methods of Ray's Node that start what can wait, the dashboard last; and what everything else waits for.
 PUT_OFF = ("start_monitor", "start_log_monitor", "start_api_server")
 NODE = "start_ray_processes"
-VITAL = ("raylet", "gcs_server")  # of its processes
+VITAL = ("raylet", "gcs_server")  # kinds of its processes
 
-# Of Ray's agents: names of its parameters, and of files with the ports they chose, for which it would wait.
+# Ports of Ray's agents: names of parameters, and of files with the chosen ports, which Ray would wait for.
 AGENT_PORTS = (
     "dashboard_agent_listen_port",
     "metrics_agent_port",
     "metrics_export_port",
     "runtime_env_agent_port",
 )
-PORTS = range(20_000, 32_768)  # above Ray's workers', below those that Linux gives to anybody
-NICENESS = 10  # of what was put off
-KNOCK_S = 10.0  # in which a head takes a connection
-ADDRESS = re.compile(r"auto|local|[^/\s]+:\d+")  # not of Ray Client (ray://), nor of jobs (http://)
+PORTS = range(20_000, 32_768)  # above Ray's worker ports, below Linux's ephemeral ports
+NICENESS = 10  # of the processes that are put off
+KNOCK_S = 10.0  # timeout of a connection to a head
+ADDRESS = re.compile(r"auto|local|[^/\s]+:\d+")  # not Ray Client (ray://), not Ray Jobs (http://)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What Ray runs on."""
+    """The Ray cluster in use."""
 
-    is_own: bool  # started by this process, so nothing will ever be added to it
-    complete: Callable[[], str | None]  # starts what is left of our own; the dashboard's address
-    has_died: Callable[[], bool] = lambda: False  # our own, beneath us: nothing answers any more
+    is_own: bool  # started by this process, so no node will ever join it
+    complete: Callable[
+        [], str | None
+    ]  # starts the rest of our own; returns the dashboard's address
+    has_died: Callable[[], bool] = lambda: False  # our own, so that nothing answers any more
 
 
 @contextmanager
@@ -63,7 +65,7 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
     """Join the cluster of RAY_ADDRESS or of this host's head, or else start a local one.
 
     Args:
-        environment: variables that Ray's processes get, unless the user has set them.
+        environment: variables for Ray's processes, unless the user has set them.
 
     Raises:
         ConfigError: RAY_ADDRESS names no cluster, or one that does not answer.
@@ -94,18 +96,18 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
 
 @contextmanager
 def _in_parts() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool]]]:
-    """Let Ray start what work needs first, and its dashboard and monitors later.
+    """Let Ray start what the work needs first, and its dashboard and monitors later.
 
-    It would wait for the dashboard and its agents before all else, and all of them keep both of two
-    processors busy.
+    By default Ray first waits for the dashboard and its agents, and together they keep two CPUs busy.
 
     Yields:
-        What starts the rest, and returns the dashboard's address; and whether Ray's node has died.
+        A function that starts the rest and returns the dashboard's address, and one that says whether
+        Ray's node has died.
     """
     rest: list[Callable[[], None]] = []
     nodes: list[Node] = []
     former = {name: getattr(Node, name) for name in (*PUT_OFF, NODE)}
-    core: Any = _raylet  # has no types
+    core: Any = _raylet  # untyped
 
     def later(node: Node, start: Callable[..., None], **settings: Any) -> None:
         rest.append(lambda: start(node, **settings))
@@ -138,7 +140,7 @@ def _in_parts() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool]]]
 
 @contextmanager
 def _low_priority() -> Iterator[None]:
-    """Processes that Ray starts meanwhile, and those that they start, give way to work."""
+    """Run the processes that Ray starts within the block, and their children, at low priority."""
     former = services.start_ray_process
     niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0))  # only root may lower it
 
@@ -155,10 +157,10 @@ def _low_priority() -> Iterator[None]:
 
 
 def free_ports() -> Iterator[int]:
-    """Ports of this host at which nobody listens, each once, in no order.
+    """Free ports of this host, each once, in random order.
 
-    Whoever gets one binds it a second later. Ray's `find_free_port` gives one of those that Linux may give
-    to a connection until then.
+    A port is bound only a second later. Ray's `find_free_port` picks from the ports that Linux may give to a
+    connection in the meantime.
     """
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         with socket.socket() as probe:
@@ -175,7 +177,7 @@ def starts_own() -> bool:
 
 
 def _address() -> str:
-    """Where Ray is, or is to start.
+    """The address of the cluster to join, or "local".
 
     Raises:
         ConfigError: RAY_ADDRESS is for something else, such as Ray Client, whose Tune runs on the head.
@@ -183,29 +185,29 @@ def _address() -> str:
     address = os.environ.get("RAY_ADDRESS") or head_address() or "local"
     if ADDRESS.fullmatch(address) is None:
         raise ConfigError(
-            f"RAY_ADDRESS is {address}. Needed is HOST:PORT of a cluster's head (port 6379, as a rule), "
+            f"RAY_ADDRESS is {address}, needed HOST:PORT of a cluster's head (usually port 6379), "
             "auto or local. Run the command on a machine of that cluster, where it need not be set."
         )
     return address
 
 
 def head_address() -> str | None:
-    """Where `ray start` put a cluster on this host.
+    """The address of a cluster that `ray start` started on this host; None without one.
 
-    Not Ray's own "auto": that also joins the private cluster of any other process it can find.
+    Not Ray's own "auto", which would also join the private cluster of any other process.
     """
     noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     return noted.read_text().strip() if noted.exists() else None
 
 
 def _knock(address: str) -> None:
-    """ConnectionError if nobody listens there: Ray itself would try for a quarter of an hour."""
+    """Raise ConnectionError if nothing listens there; Ray itself would try for a quarter of an hour."""
     host, _, port = address.rpartition(":")
     if not host:  # auto, or a cluster of our own
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
-    except OSError as error:  # also of a name that does not resolve
+    except OSError as error:  # also for a name that does not resolve
         raise ConnectionError from error
 
 
@@ -214,7 +216,7 @@ def _connect(address: str) -> Any:
     package_root = str(Path(higgs_tune.__file__).parents[1])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    # a dashboard that cannot start is no reason to end: so not include_dashboard=True
+    # not include_dashboard=True, with which a dashboard that cannot start would end everything
     local: dict[str, Any] = {"dashboard_host": "127.0.0.1"}
     return ray.init(
         address=address,

@@ -1,7 +1,7 @@
 """Every setting of a sweep and of a training run, typed, bounded and documented once.
 
 The YAML, `--set a.b=c` and `best_config.yaml` use these names. `TrialConfig` is one point of the
-search space with everything that a training run needs to be repeated; `SweepConfig` is the whole.
+search space, with everything needed to repeat its training; `SweepConfig` is a whole sweep.
 """
 
 from pathlib import Path
@@ -37,11 +37,11 @@ class BaseSettings(Settings):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", …
-    # of whole models, as for generation; training computes attention with torch's SDPA
+    # for whole models, as in generation; training always uses torch's SDPA
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    # torch.compile of training's forward: faster steps, but each kind of pack compiles first
+    # torch.compile the training forward: faster steps, but each kind of pack compiles first
     compile: bool = False
-    # a checkpoint without a text head: refuse it, or start the head from the token embedding
+    # for a checkpoint without a text head: refuse it, or start the head from the token embedding
     text_head: Literal["checkpoint", "from_embedding"] = "checkpoint"
 
 
@@ -69,11 +69,11 @@ class DataSettings(Settings):
     tasks: TaskMix = TaskMix()
     max_frames: int = Field(default=750, ge=4)  # longest clip in codec frames (25 per second)
     max_text_tokens: int = Field(default=512, ge=1)  # longest text of one part
-    # longest conversation, in rows of text and audio; default: what cloning the longest clip takes
+    # longest conversation, in rows of text and audio; default: enough to clone the longest clip
     max_rows: int | None = Field(default=None, ge=16)
     # validation clips, drawn once, the same for every trial
     num_val_clips: int = Field(default=48, ge=2)
-    # a system turn before every clip that is spoken; chat rows have their own
+    # a system turn before every speak or clone example; chat rows have their own
     system_text: SystemText | None = None
 
 
@@ -81,7 +81,7 @@ class TrainSettings(Settings):
     """What every trial of a sweep has in common."""
 
     num_steps: int = Field(default=150, ge=1)  # optimizer steps of a full-budget trial
-    report_every_steps: int = Field(default=25, ge=1)  # validate and report after so many steps
+    report_every_steps: int = Field(default=25, ge=1)  # validate and report every so many steps
     # share of num_steps in linear warm-up; then cosine
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     # where the cosine ends, as a share of the peak
@@ -101,17 +101,17 @@ class TrainSettings(Settings):
 class TuneSettings(Settings):
     """How the search is run."""
 
-    # search trials, the two mission configurations included
+    # search trials, including the two baselines
     num_trials: int = Field(default=16, ge=1)
     seed: int = Field(default=0, ge=0)  # sampler, adapters, data order
     scheduler: SchedulerSettings = SchedulerSettings()
-    num_workers: int = Field(default=1, ge=1)  # processes with a base each; one per GPU
+    num_workers: int = Field(default=1, ge=1)  # processes, each with its own base; one per GPU
     # trials that train together around one base; "auto": as many as the worker's device holds
     slots_per_worker: CountOrAuto = 4
-    # share of report_every_steps, at least one step unless 0, that a trial trains on while its report
-    # is decided on
+    # share of report_every_steps, at least one step unless 0, that a trial trains on while the decision
+    # about its report is pending
     ahead_fraction: float = Field(default=0.05, ge=0, le=1)
-    # default: as many as let all workers run at once; 1 while no node with their GPUs is up
+    # default: as many as let all workers run at once; 1 while no node with the workers' GPUs is up
     cpus_per_worker: int | None = Field(default=None, ge=1)
     gpus_per_worker: int = Field(default=0, ge=0, le=1)  # a pack trains on one
     # restarts of one trial from its checkpoint after its worker died
@@ -123,14 +123,14 @@ class TuneSettings(Settings):
 class ObjectiveSettings(Settings):
     """val/text/nll is minimised subject to the audio constraint."""
 
-    # val/audio/nll_per_code may rise by this share of its start
+    # val/audio/nll_per_code may rise by this share of its initial value
     audio_tolerance: float = Field(default=0.05, ge=0)
 
 
 class BaselineSettings(Settings):
-    """Trials 0 and 1: what people set by hand before they search.
+    """Trials 0 and 1: what people set by hand without a search.
 
-    Trial 0 has cross_attention off, trial 1 is the same with `audio_self` and its modules trained.
+    Trial 0 has cross_attention off; trial 1 is the same with `audio_self`, and trains its modules.
     """
 
     rank: PositiveRank = 16
@@ -144,7 +144,7 @@ class BaselineSettings(Settings):
 
 
 class ConfirmSettings(Settings):
-    """The best few are trained again with fresh seeds beside the baseline (trial 0)."""
+    """The best few configurations are trained again with fresh seeds, beside the baseline (trial 0)."""
 
     num_configs: int = Field(default=2, ge=0)  # 0 skips the stage
     num_seeds: int = Field(default=2, ge=1)
@@ -170,7 +170,7 @@ class SweepConfig(Settings):
 
     @property
     def results_root(self) -> Path:
-        """The folder of the results folders."""
+        """The folder that holds the results folders of sweeps."""
         return Path(self.results_dir).expanduser()
 
     @model_validator(mode="after")
@@ -211,30 +211,30 @@ class SweepConfig(Settings):
 
 
 class RunSettings(Settings):
-    """How `higgs-tune train` runs. All but the first two leave what is trained as it is."""
+    """How `higgs-tune train` runs. Only the first two change what is trained."""
 
     # folder of an adapter, this tool's or PEFT's, whose weights training starts from
     start_from: LocalPath | None = None
     # times batch_clips times the number of processes: clips of one optimizer step
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    # checkpoint after so many steps; at each validation in any case
+    # checkpoint every so many steps, as well as at each validation
     save_every_steps: int | None = Field(default=None, ge=1)
-    keep_checkpoints: int = Field(default=0, ge=0)  # the newest so many stay in checkpoints/
-    # best_adapter: val/audio/nll_per_code may rise by this share of its start
+    keep_checkpoints: int = Field(default=0, ge=0)  # so many of the newest stay in checkpoints/
+    # best_adapter: val/audio/nll_per_code may rise by this share of its initial value
     audio_tolerance: float = Field(default=0.05, ge=0)
     # end after so many validations without a better val/text/nll
     early_stop_patience: int | None = Field(default=None, ge=1)
-    early_stop_min_delta: float = Field(default=0.0, ge=0)  # nats by which better is better
-    # validation clips that are written down by ear at each validation
+    early_stop_min_delta: float = Field(default=0.0, ge=0)  # nats by which it must improve
+    # validation clips to transcribe at each validation
     num_samples: int = Field(default=4, ge=0)
     max_sample_tokens: int = Field(default=128, ge=1)  # longest text of a sample
-    tensorboard: bool = True  # metrics for TensorBoard, too
+    tensorboard: bool = True  # also write the metrics for TensorBoard
 
 
 class RateChange(Settings):
-    """What a trial of a population trains with from a step on."""
+    """The rates that a trial of a population trains with from a step on."""
 
-    step: int = Field(ge=1)  # optimizer steps done before it
+    step: int = Field(ge=1)  # optimizer steps done before the change
     learning_rate: PositiveFloat
     new_module_lr_factor: PositiveFloat
     text_loss_weight: float = Field(ge=0)
@@ -246,11 +246,11 @@ RATES = ("learning_rate", "new_module_lr_factor", "text_loss_weight", "audio_los
 
 
 class TrialConfig(Settings):
-    """One point of the search space, complete: with a base and a dataset it can be trained again."""
+    """One point of the search space, complete: with its base and dataset, it can be trained again."""
 
     rank: PositiveRank
     alpha: PositiveFloat  # at rank 16
-    alpha_rule: AlphaRule = "fixed"  # what it is at other ranks
+    alpha_rule: AlphaRule = "fixed"  # how it changes at other ranks
     # audio_attention present iff cross_attention is on
     targets: tuple[TargetPath, ...] = Field(min_length=1)
     target_set: str = "custom"  # the name the targets came from, for tables
@@ -270,12 +270,12 @@ class TrialConfig(Settings):
     clip_norm: float = Field(default=0.1, gt=0)
     token_budget: int = Field(default=4096, ge=64)
     seed: int = Field(default=0, ge=0)  # adapter initialisation and data order
-    # of a population's trial, by step: what replaces the rates above
+    # changes to the rates above, by step, in a population's trial
     schedule: tuple[RateChange, ...] = ()
 
     @property
     def lora_alpha(self) -> float:
-        """LoRA's alpha: its scale is this / rank.
+        """LoRA's alpha: LoRA's scale is this divided by rank.
 
         Source: Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023, for
         a scale that falls with the root of rank.

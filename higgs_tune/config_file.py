@@ -15,7 +15,7 @@ from higgs_tune.errors import ConfigError, did_you_mean
 
 
 def _known_keys(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
-    """Field names of the settings at `location`, as far as they can be followed."""
+    """Field names of the settings at `location`; empty if it does not lead to settings."""
     for part in location:
         field = model.model_fields.get(str(part))
         section = None if field is None else _section(field.annotation)
@@ -26,7 +26,7 @@ def _known_keys(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The settings that a field holds, perhaps as one of several ways to write it."""
+    """The settings class that a field holds, perhaps as one alternative of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for one in get_args(annotation) if (found := _section(one))), None)
@@ -39,7 +39,7 @@ def validate(model: type[ModelT], raw: Mapping[str, Any], where: str) -> ModelT:
     """Build `model` from plain data.
 
     Raises:
-        ConfigError: every problem on a line of its own, with the setting's full name.
+        ConfigError: lists every problem on its own line, with the setting's full name.
     """
     try:
         return model.model_validate(raw)
@@ -49,7 +49,7 @@ def validate(model: type[ModelT], raw: Mapping[str, Any], where: str) -> ModelT:
 
 
 def _distinct(problems: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Without those that only follow from another one: a list is too short without its wrong items."""
+    """Drop problems that only follow from others: without its invalid items, a list is too short."""
     return [
         problem
         for problem in problems
@@ -74,7 +74,7 @@ def _sections_with(model: type[BaseModel], name: str) -> list[str]:
 
 
 def _line(model: type[BaseModel], problem: ErrorDetails) -> str:
-    """One problem: the setting's full name, what was needed, what was found."""
+    """Describe one problem: the setting's full name, what was needed, what was found."""
     place = [part for part in problem["loc"] if part not in TAGS]
     location = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
@@ -97,14 +97,14 @@ def _line(model: type[BaseModel], problem: ErrorDetails) -> str:
     return f"{location}: {needed}{shown}" if location else f"{needed}{shown}"
 
 
-_MERGE = "tag:yaml.org,2002:merge"  # several `<<` add up
+_MERGE = "tag:yaml.org,2002:merge"  # may appear several times in a mapping
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which would drop the first of two equal keys without a word."""
+    """YAML's safe loader, made to refuse a duplicate key instead of silently using the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """The mapping as it is written, before merge keys (`<<`) add what its own may replace."""
+        """Check the mapping as written, before merge keys (`<<`) add keys that it may override."""
         node = super().compose_mapping_node(anchor)
         assert node is not None
         lines: dict[tuple[str, str], int] = {}
@@ -114,7 +114,7 @@ class _Loader(yaml.SafeLoader):
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:
                 raise ConfigError(
-                    f"{self.name}, line {line}: {key.value!r} is there twice, first in line "
+                    f"{self.name}, line {line}: {key.value!r} appears twice, first in line "
                     f"{lines[name]}, and only the last would count. Keep one of them."
                 )
             lines[name] = line
@@ -122,7 +122,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse(text: str, where: str) -> Any:
-    """What a YAML text says; ConfigError, with `where` and the line, for a key that is there twice."""
+    """Parse a YAML text; a duplicate key raises ConfigError with `where` and the line."""
     loader = _Loader(text)
     loader.name = where
     try:
@@ -132,10 +132,10 @@ def _parse(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping in which no key is there twice.
+    """Read a YAML mapping without duplicate keys.
 
     Raises:
-        ConfigError: it is none; names the file and, where known, the line.
+        ConfigError: the file is not one; names the file and, if known, the line.
     """
     try:
         raw = _parse(path.read_text(encoding="utf-8"), str(path))
@@ -174,7 +174,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, 
 
 def _yaml_value(text: str, where: str) -> Any:
     value = _parse(text, where)
-    if value == text.strip():  # a string without quotes, as which YAML 1.1 reads 1e-4, too
+    if value == text.strip():  # an unquoted string; YAML 1.1 also reads 1e-4 as one
         try:
             return float(value)
         except ValueError:
@@ -186,7 +186,7 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
     """Read, override and check a sweep's YAML.
 
     Args:
-        path: of a file; where there is none, `sweeps/NAME.yaml` is the one that comes with the package.
+        path: if there is no such file, `sweeps/NAME.yaml` means the one shipped with the package.
 
     Raises:
         ConfigError: unreadable file, unknown key (the nearest known one is named) or value out of bounds.
@@ -204,7 +204,7 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> SweepConfig:
 
 
 def _shipped(path: Path) -> Path:
-    """The file itself; else the checkout's, or the installed package's, of the same relative path."""
+    """The file itself; else the package's or the checkout's file at the same relative path."""
     package = Path(higgs_tune.__file__).parent
     is_ours = path.parent == Path("sweeps")
     copies = (path, package / path, package.parent / path) if is_ours else ()

@@ -1,4 +1,4 @@
-"""The settings of the scheduler, which of them act on which, and HyperBand's rungs."""
+"""The scheduler's settings, which schedulers use each of them, and HyperBand's rungs."""
 
 import math
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ ACTS_ON = {  # setting → schedulers
 class Rungs:
     """When the trials of a bracket are compared, and how many go on."""
 
-    size: int  # trials at first
+    size: int  # trials at the start
     steps: tuple[int, ...]
     survivors: tuple[int, ...]
 
 
 def hyperband(num_steps: int, unit_steps: int, factor: float) -> tuple[Rungs, ...]:
-    """HyperBand's brackets, that with the most and earliest cuts first.
+    """HyperBand's brackets, the one with the most and earliest cuts first.
 
     Args:
-        unit_steps: every rung is a multiple of it.
-        factor: of those in a bracket, the best 1/factor go on.
+        unit_steps: every rung is a multiple of this.
+        factor: the best 1/factor of a bracket's trials go on at each rung.
 
     Source: Li et al., Hyperband, JMLR 2018, algorithm 1, rounded as Tune's HyperBandScheduler does.
     """
@@ -54,37 +54,37 @@ def hyperband(num_steps: int, unit_steps: int, factor: float) -> tuple[Rungs, ..
 
 
 class SchedulerSettings(Settings):
-    """Who trains on: early stopping, or a population that copies its best."""
+    """Which trials train on: early stopping, or a population that copies its best."""
 
     name: Literal["asha", "hyperband", "median", "pbt", "none"] = "asha"
     # asha, median: share of num_steps before the first stop; pbt: before the first copy
     grace_fraction: float = Field(default=0.34, gt=0, le=1)
     # asha, hyperband: the best 1/n at a rung go on
     reduction_factor: float = Field(default=3.0, gt=1)
-    min_samples: int = Field(default=3, ge=1)  # median: of so many other trials or more
-    # pbt: copy and change after so many steps; default: what grace_fraction comes to
+    min_samples: int = Field(default=3, ge=1)  # median: of at least so many other trials
+    # pbt: copy and change every so many steps; default: as many as grace_fraction gives
     perturb_every_steps: int | None = Field(default=None, ge=1)
-    # pbt: the worst so many copy from the best so many
+    # pbt: this share of the worst copies from the same share of the best
     quantile_fraction: float = Field(default=0.25, gt=0, le=0.5)
 
     def refuse_impossible(
         self, num_trials: int, num_steps: int, report_every_steps: int, past_warmup: int
     ) -> None:
-        """ValueError for a population that is too small, or is compared where nobody reports, or no cut."""
+        """Raise ValueError if a population is too small or compares between reports, or HyperBand cannot cut."""
         if self.name == "hyperband" and not any(
             rungs.steps for rungs in hyperband(num_steps, past_warmup, self.reduction_factor)
         ):
             raise ValueError(
-                "tune.scheduler.name is hyperband, which would stop nobody: the first report beyond warm-up, "
-                f"at step {past_warmup}, is too late for a cut by {self.reduction_factor:g} within "
-                f"train.num_steps ({num_steps}). Report more often (train.report_every_steps) or take asha"
+                "tune.scheduler.name is hyperband, which would stop no trial: the first report beyond "
+                f"warm-up, at step {past_warmup}, is too late for a cut by {self.reduction_factor:g} within "
+                f"train.num_steps ({num_steps}). Report more often (train.report_every_steps) or use asha"
             )
         if self.name != "pbt":
             return
         if num_trials < 4:
             raise ValueError(
                 f"tune.num_trials is {num_trials}: pbt needs 4 or more, trials 0 and 1, which "
-                "stay as they are, and a population of two"
+                "never change, and a population of two"
             )
         every = self.perturb_every_steps
         if every is not None and every % report_every_steps:
@@ -108,6 +108,6 @@ class SchedulerSettings(Settings):
         if self.name == "hyperband" and self.reduction_factor < 2:
             raise ValueError(
                 f"reduction_factor must be 2 or more with hyperband, found {self.reduction_factor:g}: "
-                "the rungs of a bracket would fall together"
+                "the rungs of a bracket would coincide"
             )
         return self

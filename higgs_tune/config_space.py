@@ -1,4 +1,4 @@
-"""The settings of the search space, and the types that they share with all others."""
+"""The settings of the search space, and types shared by all settings."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
@@ -26,7 +26,7 @@ CrossAttention = Annotated[
         lambda value: ("audio_self" if value else "off") if isinstance(value, bool) else value
     ),
 ]
-# How alpha goes with rank, as a power of rank / ALPHA_RANK: all rules agree at that rank.
+# How alpha grows with rank: the power of rank / ALPHA_RANK. All rules agree at ALPHA_RANK.
 ALPHA_RANK = 16
 AlphaRule = Literal["fixed", "rslora", "ratio"]
 ALPHA_POWERS: dict[AlphaRule, float] = {"fixed": 0.0, "rslora": 0.5, "ratio": 1.0}
@@ -46,7 +46,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python's True is 1, so pydantic would take YAML's `yes` for a number."""
+        """Refuse booleans as numbers: Python's True is 1, so pydantic would accept YAML's `yes`."""
         assert info.field_name is not None
         if _takes_numbers(cls.model_fields[info.field_name].annotation):
             if isinstance(value, bool):
@@ -80,7 +80,7 @@ SystemText = Annotated[str, StringConstraints(strip_whitespace=True, min_length=
 
 
 class LearningRateRange(Range):
-    """Learning rates are positive and searched on a log scale."""
+    """A range of learning rates: positive, and by default on a log scale."""
 
     low: PositiveFloat = 1e-4
     high: PositiveFloat = 3e-3
@@ -102,14 +102,14 @@ class WeightRange(Range):
 
 
 class DropoutRange(Range):
-    """A range of shares; nothing is left of the inputs at 1."""
+    """A range of dropout rates; at 1, nothing would be left of the inputs."""
 
     low: Dropout
     high: Dropout
 
 
-# Of a setting that may be written in several ways its looks say which one is meant, so that a mistake is
-# told of that one alone. pydantic adds these tags to a problem's place; no setting has such a name.
+# Where a setting may be written in several ways, the value's form decides which one is meant, so that an
+# error concerns that one alone. pydantic adds these tags to an error's location; no setting has such a name.
 _RANGE, _LIST, _NUMBER, _WORD = TAGS = ("<range>", "<list>", "<number>", "<word>")
 
 
@@ -155,7 +155,7 @@ class SpaceSettings(Settings):
     alpha: tuple[PositiveFloat, ...] = Field(default=(32.0,), min_length=1)
     # at other ranks: the same, times the root of rank / 16 (rsLoRA), or times rank / 16
     alpha_rule: tuple[AlphaRule, ...] = Field(default=("fixed",), min_length=1)
-    new_module_lr_factor: Factors = 0.1  # only acts with cross_attention on
+    new_module_lr_factor: Factors = 0.1  # has an effect only with cross_attention on
     # share of each lora_A's inputs that a training step drops
     dropout: Dropouts = 0.0
     text_loss_weight: Weights = 1.0

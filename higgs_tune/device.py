@@ -1,4 +1,4 @@
-"""The device that a setting names."""
+"""Resolves the device that a setting names, and reads its peak memory."""
 
 import os
 import resource
@@ -11,10 +11,10 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is 
 
 
 def resolve_device(name: str, setting: str) -> torch.device:
-    """Turn "auto" into the GPU if there is one, and set this process up for it.
+    """Resolve a device's name ("auto": the GPU if there is one), and set this process up for it.
 
     Args:
-        setting: what the user calls it, for the error.
+        setting: the setting's name, for errors.
 
     Raises:
         ConfigError: no device has this name, or it is a GPU that is not there.
@@ -35,16 +35,16 @@ def resolve_device(name: str, setting: str) -> torch.device:
             "counted from 0."
         )
     if device.type == "cuda":
-        # Shapes differ from batch to batch: memory would be free, but in pieces. Read at its first use.
+        # Shapes differ from batch to batch, which would fragment memory. Read when the GPU is first used.
         if not any(os.environ.get(name) for name in _ALLOCATOR):
             os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
-        # PyTorch prefers it on newer GPUs, but it plans anew for every shape, and each batch has another
+        # PyTorch prefers cuDNN's on newer GPUs, but it plans anew for every shape, and shapes differ by batch
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most that this process has held so far: of a GPU's memory, or of the host's."""
+    """Peak memory of this process so far, in MiB: the GPU's, or else the host's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux

@@ -1,7 +1,7 @@
-"""Errors that a user can mend; everything else is an assertion.
+"""Errors that a user can fix; everything else is an assertion.
 
-Each message says where, what was found, what was needed and the next step. All of them survive
-pickling, because they cross process borders under Ray.
+Each message says where, what was found, what was needed and the next step. They survive pickling, because
+they cross process boundaries under Ray.
 """
 
 import difflib
@@ -39,13 +39,13 @@ class NoMemoryError(HiggsTuneError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A half-sentence that names the known name nearest to a mistaken one, or nothing."""
+    """A phrase that suggests the known name closest to a mistaken one, or an empty string."""
     match = difflib.get_close_matches(str(name), list(known), n=1)
     return f", did you mean {match[0]!r}?" if match else ""
 
 
 def reason_of(error: OSError) -> str:
-    """Why a file operation failed, in a few words; of a folder's many copies, the first that did."""
+    """Why a file operation failed, in a few words; for a folder's copy, the first failure."""
     if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
         return error.args[0][0][2]  # (source, target, reason) of each
     return str(error)
@@ -70,7 +70,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_frames(error: BaseException) -> None:
-    """Let go of what the frames of an exception and its causes hold, such as a model half loaded."""
+    """Release what the frames of an exception and its causes hold, such as a half-loaded model."""
     seen: set[int] = set()  # `raise error from error` makes a ring
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 
 from higgs_tune.errors import DataError, reason_of
 
-RESUME_FILES = ("training_state.*", "checkpoint.json")  # beside an adapter, and no part of it
+RESUME_FILES = ("training_state.*", "checkpoint.json")  # beside an adapter, but not part of it
 
 
 @contextmanager
 def writing(place: Path, advice: str) -> Iterator[None]:
-    """Name the place and the way on when a write in this block fails; safetensors has an error of its own.
+    """Name the place and the next step when a write in this block fails, also one by safetensors.
 
     Raises:
         DataError: the disk is full, or a file or folder cannot be written.
@@ -35,7 +35,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path`, then rename it into place.
 
     Raises:
-        OSError: as writing raised it; the temporary file is removed, what stood there is untouched.
+        OSError: writing failed; the temporary file is removed, and an existing file is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -59,12 +59,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON; NaN is an error, because JSON has none."""
+    """Replace a file's content by indented JSON; NaN is an error, because JSON has none."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, one after the other."""
+    """Replace a file's content by one JSON object per line."""
 
     def write(draft: Path) -> None:
         with draft.open("w", encoding="utf-8", newline="\n") as file:
@@ -74,7 +74,7 @@ def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def json_line(content: Mapping[str, Any]) -> str:
-    """A line of JSON, which has no NaN: a figure without a value is null."""
+    """One line of JSON; numbers that are not finite become null, because JSON has none."""
     return json.dumps(_with_null(content), ensure_ascii=False, allow_nan=False)
 
 
@@ -87,7 +87,7 @@ def _with_null(value: Any) -> Any:
 
 
 def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
-    """Append what `json_line` makes of it; on the disk itself before what is written after it."""
+    """Append `json_line(content)`, and wait until it is on the disk."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json_line(content) + "\n")
         file.flush()
@@ -95,7 +95,7 @@ def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file, none where there is no file; a last one that was cut off is none.
+    """The complete lines of a file, without a last one that was cut off; none if there is no file.
 
     Raises:
         DataError: a line is not JSON.
@@ -108,7 +108,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(text))
         except ValueError as error:
             raise DataError(
-                f"{path}, line {number}: not JSON: {error}. Mend the line, or delete it."
+                f"{path}, line {number}: not JSON: {error}. Fix the line, or delete it."
             ) from None
     return lines
 
@@ -116,8 +116,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill an empty neighbour of `folder`, then swap the two. One writer at a time.
 
-    Between the two renames only `former(folder)` is whole: readers look there, too. All is on the
-    disk itself before the old folder goes, so that a power cut leaves one of the two whole.
+    Between the two renames only `former(folder)` is whole, so readers look there, too. The new folder
+    is on the disk before the old one goes, so a power cut leaves one of the two whole.
     """
     draft = folder.with_name(f".{folder.name}.new")
     for leftover in (draft, former(folder)):
@@ -126,9 +126,9 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     try:
         write(draft)
         for path, _, names in os.walk(draft):
-            for name in (*names, ""):  # its files, then the folder that names them
+            for name in (*names, ""):  # its files, then the folder's own entries
                 _sync(Path(path, name))
-    except BaseException:  # raised again; a full disk needs the draft's space, also after Ctrl-C
+    except BaseException:  # re-raised; a full disk needs the draft's space, also after Ctrl-C
         shutil.rmtree(draft)
         raise
     if folder.exists():
@@ -139,19 +139,19 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or a folder's list of entries, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno != errno.EINVAL or path.is_file():
-            raise  # else a network file system that cannot do this for a folder's names
+            raise  # otherwise a network file system that cannot sync folders
     finally:
         os.close(handle)
 
 
 def share_weights(folder: Path) -> None:
-    """Let everyone read a folder's weights who may read its other files.
+    """Give a folder's weights the same permissions as its JSON files.
 
     safetensors writes files that only their owner can read.
     """
@@ -161,5 +161,5 @@ def share_weights(folder: Path) -> None:
 
 
 def former(folder: Path) -> Path:
-    """Where `replace_folder` puts the old folder while it brings the new one."""
+    """Where `replace_folder` puts the old folder during the swap."""
     return folder.with_name(f".{folder.name}.old")

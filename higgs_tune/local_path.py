@@ -1,4 +1,4 @@
-"""Paths that a user gives. `Path` would make a folder named `s3:` of an address without a word."""
+"""Paths that a user gives. `Path` would silently turn an s3:// address into a folder named `s3:`."""
 
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -12,8 +12,8 @@ from higgs_tune.errors import ConfigError
 def _local(text: str) -> str:
     if "://" in text:
         raise ValueError(
-            f"{text} is an address, needed a path on this machine. Copy what lies there here, or what "
-            "is made here there afterwards."
+            f"{text} is an address, needed a path on this machine. Copy inputs from there first, or "
+            "results to there afterwards."
         )
     return text
 
@@ -22,7 +22,7 @@ LocalPath = Annotated[str, AfterValidator(_local)]
 
 
 def local_path(text: str) -> Path:
-    """The path of a command's argument; `~` is the home folder, which shells leave in `--out=~/x`.
+    """The path in a command's argument; expands `~`, which shells leave as it is in `--out=~/x`.
 
     Raises:
         ArgumentTypeError: it is an address, such as s3://bucket/folder.
@@ -34,10 +34,10 @@ def local_path(text: str) -> Path:
 
 
 def refuse_existing(out: Path) -> None:
-    """Keep a command from replacing what the user has.
+    """Refuse to replace what the user has.
 
     Raises:
         ConfigError: there is a file or folder of that name.
     """
     if out.exists():
-        raise ConfigError(f"--out: {out} exists. Give a name that does not, nothing is replaced.")
+        raise ConfigError(f"--out: {out} exists, and nothing is replaced. Give another name.")

@@ -1,4 +1,4 @@
-"""Run a sweep: `python sweeps/run.py --config sweeps/quick.yaml` is `higgs-tune sweep` with it."""
+"""Run a sweep: `python sweeps/run.py --config sweeps/quick.yaml` is the same as `higgs-tune sweep`."""
 
 import sys
 

@@ -239,7 +239,7 @@ def preflight(
         )
     if per_code > 1.15 * chance:  # random weights reach up to 1.1 times chance
         logger.warning(
-            "the base scores audio at %.2f nats per code, chance is %.2f: a pretrained base sees "
+            "the base scores audio at %.2f nats per code, chance is %.2f: with a pretrained base, that means "
             "codes of another codec of the same shape, or sounds unlike any that it was trained on",
             per_code,
             chance,

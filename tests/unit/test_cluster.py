@@ -183,7 +183,7 @@ def test_a_joined_cluster_keeps_its_own_dashboard_host(join):
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://127.0.0.1:8265", "head"])
 def test_an_address_that_a_driver_cannot_join_is_refused(join, address):
-    with pytest.raises(ConfigError, match=rf"^RAY_ADDRESS is {address}\. Needed is HOST:PORT"):
+    with pytest.raises(ConfigError, match=rf"^RAY_ADDRESS is {address}, needed HOST:PORT"):
         join(RAY_ADDRESS=address)
 
 

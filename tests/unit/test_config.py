@@ -174,7 +174,7 @@ def test_a_missing_file_and_a_wrong_encoding_are_clear_errors(tmp_path):
     ],
 )
 def test_a_duplicate_key_is_an_error_with_its_line(tmp_path, text, key, line, first):
-    message = rf"sweep\.yaml, line {line}: '{key}' is there twice, first in line {first}"
+    message = rf"sweep\.yaml, line {line}: '{key}' appears twice, first in line {first}"
     with pytest.raises(ConfigError, match=message):
         loaded(tmp_path, text)
     with pytest.raises(ConfigError, match=r"--set space={seed: 1, seed: 2}, line 1: 'seed' is"):

@@ -255,7 +255,7 @@ def test_a_sweeps_best_adapter_is_evaluated_and_linked_from_its_report(tmp_path,
     [
         ((), "give --adapter DIR (none for the base alone), or --results DIR"),
         (("--adapter", "none"), "--out: give a folder"),
-        (("--adapter", "none", "--out", "."), "--out: . exists. Give a name that does not"),
+        (("--adapter", "none", "--out", "."), "--out: . exists, and nothing is replaced"),
         (("--results", "nowhere", "--data", "x"), "--data: comes from the folder of --results"),
         (
             ("--results", "nowhere"),

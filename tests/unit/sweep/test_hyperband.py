@@ -256,6 +256,6 @@ def test_the_brackets_are_tunes(factor):
 def test_a_budget_in_which_nobody_would_be_stopped_is_refused(train):
     raw = {"train": train, "tune": {"scheduler": {"name": "hyperband"}}}
     with pytest.raises(
-        ValidationError, match=r"hyperband, which would stop nobody: .* at step \d+"
+        ValidationError, match=r"hyperband, which would stop no trial: .* at step \d+"
     ):
         SweepConfig.model_validate(raw)
