@@ -1,9 +1,9 @@
 # make sweep    find the best LoRA configuration on the embedded speech
 # make test     run the whole test suite
 #
-# Each makes what it needs first and is safe to repeat. VENV and PYTHON may be set:
+# Each first makes what it needs, and is safe to repeat. VENV and PYTHON may be set:
 #   make test PYTHON=python3.12 VENV=/tmp/venv
-# TESTERS is how many processes share the test files, the longest of which come first.
+# TESTERS is the number of processes that share the test files; the longest files come first.
 
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.14 python,\
@@ -18,7 +18,7 @@ HERE := $(shell pwd | cksum | cut -d' ' -f1)
 RUN_STAMP := $(VENV)/.installed-$(HERE)
 DEV_STAMP := $(VENV)/.installed-dev-$(HERE)
 
-# Without bytecode on disk the imports of one start take 34 s instead of 13 s.
+# Without bytecode on disk, the imports at a start take 34 s instead of 13 s.
 unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -36,7 +36,7 @@ test: $(DEV_STAMP)  ## Install if needed, then run the whole test suite (options
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest \
 	  --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-coverage:  ## Run the test suite and show which lines it reaches (half as long again)
+coverage:  ## Run the test suite and show which lines it reaches (takes half as long again)
 	$(MAKE) test ARGS="--cov --cov-report=term $(ARGS)"
 
 lint: $(DEV_STAMP)  ## Check style, types and import layers
@@ -45,7 +45,7 @@ lint: $(DEV_STAMP)  ## Check style, types and import layers
 	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) -c 'from importlinter.cli import lint_imports_command as run; run()'
 
-format: $(DEV_STAMP)  ## Format the code and mend what can be mended
+format: $(DEV_STAMP)  ## Format the code and fix what can be fixed automatically
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
@@ -61,8 +61,8 @@ $(PY):
 	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 
-# pip compiles one file after the other; afterwards, on all cores, is faster. A few packages ship
-# files of older Pythons that cannot be compiled and are never imported.
+# pip compiles files one by one; compiling them afterwards, on all cores, is faster. A few packages ship
+# files for older Pythons, which cannot be compiled and are never imported.
 define install
 	@echo "Installing $(2)"
 	@$(PY) -m pip install --quiet --no-compile --constraint constraints.txt $(1)

@@ -70,7 +70,7 @@ class SchedulerSettings(Settings):
     def refuse_impossible(
         self, num_trials: int, num_steps: int, report_every_steps: int, past_warmup: int
     ) -> None:
-        """Raise ValueError if a population is too small or compares between reports, or HyperBand cannot cut."""
+        """Raise ValueError for a population too small or compared between reports, and for no cut at all."""
         if self.name == "hyperband" and not any(
             rungs.steps for rungs in hyperband(num_steps, past_warmup, self.reduction_factor)
         ):

@@ -12,8 +12,8 @@ from higgs_tune.errors import ConfigError
 def _local(text: str) -> str:
     if "://" in text:
         raise ValueError(
-            f"{text} is an address, needed a path on this machine. Copy inputs from there first, or "
-            "results to there afterwards."
+            f"{text} is an address, needed a path on this machine. Copy inputs here first, or "
+            "copy results there afterwards."
         )
     return text
 

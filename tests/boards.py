@@ -1,4 +1,4 @@
-"""Reads what was written for TensorBoard."""
+"""Reads TensorBoard's event files."""
 
 import struct
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def events(directory: Path) -> dict[str, dict[int, float]]:
     """Tag → step → value of the event files, as TensorBoard reads them."""
     found: dict[str, dict[int, float]] = {}
     for event in _read(directory):
-        if event.session_log.status == SessionLog.START:  # hides what was written from its step on
+        if event.session_log.status == SessionLog.START:  # hides earlier events from its step on
             for tag, steps in found.items():
                 found[tag] = {step: value for step, value in steps.items() if step < event.step}
         for value in event.summary.value:
@@ -29,12 +29,12 @@ def events(directory: Path) -> dict[str, dict[int, float]]:
 
 
 def count(directory: Path, tag: str) -> int:
-    """How often something was written."""
+    """How many values were written with a tag."""
     return sum(value.tag == tag for event in _read(directory) for value in event.summary.value)
 
 
 def plugin_data(directory: Path, plugin: str) -> dict[str, bytes]:
-    """Tag → what was written for a plugin."""
+    """Tag → content written for a plugin."""
     values = [value for event in _read(directory) for value in event.summary.value]
     plugins = [(value.tag, value.metadata.plugin_data) for value in values]
     return {tag: data.content for tag, data in plugins if data.plugin_name == plugin}

@@ -1,8 +1,8 @@
 """The original code's forward in plain torch, over its own weight names.
 
 Written from the equations of HiggsAudioModel, HiggsAudioDualFFNDecoderLayer and
-HiggsAudioDecoderProjector (boson-ai/higgs-audio) and of Llama 3's rotary scaling; it shares nothing with
-the package or with transformers. One sequence, no cache.
+HiggsAudioDecoderProjector (boson-ai/higgs-audio) and of Llama 3's rotary scaling; it shares no code
+with the package or with transformers. One sequence, no cache.
 """
 
 import math
@@ -20,7 +20,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _frequencies(text: dict[str, Any]) -> Tensor:
-    """Rotary frequencies, slowed down below the original context as Llama 3.1 does."""
+    """Rotary frequencies, the low ones slowed down as in Llama 3.1."""
     exponents = torch.arange(0, text["head_dim"], 2).double() / text["head_dim"]
     rope = text["rope_scaling"]
     slowed = []

@@ -16,8 +16,8 @@ from transformers import HiggsAudioV2ForConditionalGeneration, PreTrainedTokeniz
 from higgs_tune.data.tokens import CONTROL_TOKENS
 from tests.models import LETTERS, NUM_CODEBOOKS, NUM_CODES, vocabulary
 
-SHARD_BYTES = 30_000  # several shards of a model of 150 kB
-# What the native template writes, for turns of texts or clips.
+SHARD_BYTES = 30_000  # splits a model of 150 kB into several shards
+# Renders turns of texts or clips as the native template does.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
@@ -25,7 +25,7 @@ TEMPLATE = (
     "{% else %}<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>{% endif %}{% endfor %}"
     "<|eot_id|>{% endfor %}"
 )
-# The original's weights: (original name, native name), outside of layers and in one of them.
+# The original's weights: (original name, native name) outside layers, and names within a layer, which agree.
 _OUTSIDE = [
     ("embed_tokens.weight", "model.embed_tokens.weight"),
     ("norm.weight", "model.norm.weight"),
@@ -142,7 +142,7 @@ def boson_config(num_layers: int, *, audio_self: bool) -> dict[str, Any]:
                 "factor": 32.0,
                 "high_freq_factor": 4.0,
                 "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 16,  # short, so that the scaling shows
+                "original_max_position_embeddings": 16,  # short, so that the scaling has an effect
                 "rope_type": "llama3",
             },
             "rope_theta": 10000.0,

@@ -12,7 +12,7 @@ def tiny_higgs_codec(**changes) -> HiggsAudioV2TokenizerModel:
     """A random Higgs tokenizer: 24 kHz, hop 960, 8 codebooks of 64 codes, 0.3 M parameters."""
     torch.manual_seed(0)
     settings = {
-        "target_bandwidths": (0.3, 0.6, 0.9, 1.2),  # kbps; 6 bits a code, 25 frames a second
+        "target_bandwidths": (0.3, 0.6, 0.9, 1.2),  # kbps; 6 bits per code, 25 frames per second
         "codebook_size": 64,
         "codebook_dim": 16,
         "acoustic_model_config": {
@@ -42,6 +42,6 @@ def tiny_higgs_codec(**changes) -> HiggsAudioV2TokenizerModel:
 
 
 def save_tiny_higgs_codec(folder: Path, **changes) -> Path:
-    """The folder with such a codec."""
+    """Save such a codec; returns the folder."""
     tiny_higgs_codec(**changes).save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Tests that build something in C++, as torch.compile does on a CPU."""
+"""A marker for tests that need a C++ compiler, as torch.compile does on a CPU."""
 
 import os
 import shlex

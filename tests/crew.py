@@ -1,11 +1,11 @@
-"""A worker actor that answers when a test says so."""
+"""A fake worker actor that answers when a test says so."""
 
 from types import SimpleNamespace
 
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 DEAD = ActorUnavailableError("its node is gone", None)
-# as Ray tells of a machine without this package
+# what Ray reports of a machine without this package
 NOT_INSTALLED = RayActorError(
     error_msg="The actor died because of an error raised in its creation task, \x1b[36mray::W.__init__()\n"
     "    ^^^^^^^\nModuleNotFoundError: No module named 'higgs_tune'\n",
@@ -14,7 +14,7 @@ NOT_INSTALLED = RayActorError(
 
 
 class Actor:
-    """Notes what it is asked; an answer is there once it stands in `answers`."""
+    """Records its calls; the answer to call number n is there once `answers` has n."""
 
     def __init__(self):
         self.asked = []
@@ -28,7 +28,7 @@ class Actor:
         return (self, len(self.asked) - 1)
 
     def answer(self, method, value):
-        """Answer the newest call of that method."""
+        """Answer the newest call of a method."""
         newest = max(n for n, asked in enumerate(self.asked) if asked == method)
         self.answers[newest] = value
 

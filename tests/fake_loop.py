@@ -1,6 +1,6 @@
 """A pack loop with closed-form learning curves, for sweeps without a model.
 
-Every worker process of a test's sweep imports this module: nothing of the search belongs here.
+Every worker process of a test's sweep imports this module, so it must not import the search.
 """
 
 import json
@@ -26,22 +26,27 @@ BASE = {
 
 
 class FakeLoop:
-    """Text nll falls towards a floor that depends on the configuration; no neighbour matters.
+    """Text nll falls towards a floor that depends on the configuration, not on neighbours.
 
-    An interval takes FAKE_ROUND_S seconds, with jitter. Learning rates above 5e-2 diverge at the second
-    report, batch_clips 13 cannot join, 17 fails, an audio_loss_weight near 0 breaks the audio constraint, the
-    base "broken" cannot be loaded, "killed" kills who loads it, "warns" warns, "pid:FILE" notes the
-    process that loads it, as do "ill:FILE", which fails the second one, and "scarce:FILE", which has
-    memory for two and takes 0.3 s an interval, as a folder does while it holds a file "slow";
-    "odd:WHAT:FILE" is odd in "load", "data" or "base" for all but the first. A checkpoint lists the steps
-    behind it: with whose seed, the how manieth, at which rate.
+    An interval takes FAKE_ROUND_S seconds, with jitter. Some settings trigger an event:
+
+    - learning_rate above 5e-2: diverges at the second report
+    - batch_clips 13: cannot join; 17: fails
+    - audio_loss_weight near 0: breaks the audio constraint
+    - base.path "broken": cannot be loaded; "killed": kills the process that loads it; "warns": warns
+    - base.path "pid:FILE": FILE lists the processes that load it; "ill:FILE": so, and the second one fails;
+      "scarce:FILE": so, with memory for two processes, and 0.3 s per interval
+    - base.path a folder: 0.3 s per interval while it holds a file "slow"
+    - base.path "odd:WHAT:FILE": in all processes but the first, WHAT ("load", "data" or "base") goes wrong
+
+    A checkpoint lists its steps as [seed, step, learning rate].
     """
 
     def __init__(self, config: SweepConfig, *, num_slots: int, device: str) -> None:
         if config.base.path == "broken":
             raise ModelError("base.path: no such checkpoint. Give another one.")
         assert device
-        if config.base.path == "killed":  # once the driver knows that the process is there
+        if config.base.path == "killed":  # after the driver has noticed the process
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
         kind, _, path = config.base.path.partition(":")
@@ -54,7 +59,7 @@ class FakeLoop:
                 raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
             if kind == "scarce" and number > 2:
                 raise RuntimeError("CUDA error: out of memory")
-        # both of two workers are to have trials when one dies
+        # slow enough that both workers have trials when one dies
         self._is_slow = kind == "scarce" or Path(config.base.path, "slow").exists()
         self.num_slots = num_slots
         self.base_metrics = dict(BASE)
@@ -72,7 +77,7 @@ class FakeLoop:
         self._unreported: set[str] = set()  # trained since their last report
         self.train_s = self.prepare_s = self.validate_s = 0.0
         self.num_steps = 0  # of the pack
-        self.log: list[tuple[str, str, int]] = []  # joined or left, who, after which of its steps
+        self.log: list[tuple[str, str, int]] = []  # join or leave, trial, the pack's steps so far
 
     def _be_odd(self, what: str, file: str) -> None:
         try:

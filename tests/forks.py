@@ -1,8 +1,8 @@
-"""Ray's workers as forks of one process, which has imported what Ray and Tune import.
+"""Starts Ray's workers as forks of one process that has imported what Ray and Tune import.
 
-Not Ray itself: its core draws the ids of tasks and objects from a state that is there once it is loaded, and
-forks that shared it would take each other's objects. Ray runs this file in place of its own
-setup_worker.py. It only hands on what it was given.
+It does not import Ray itself: once loaded, Ray's core draws the ids of tasks and objects from a state, and
+forks that shared this state would take each other's objects. Ray runs this file in place of its own
+setup_worker.py; it only passes its arguments on to the server.
 """
 
 import importlib
@@ -15,7 +15,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-SOCKET = "FORKS_SOCKET"  # in the environment: where `serve` listens
+SOCKET = "FORKS_SOCKET"  # environment variable: the socket on which `serve` listens
 PRELOADED = (
     "asyncio",
     "fsspec",
@@ -37,8 +37,8 @@ PRELOADED = (
 
 
 def serve(server: socket.socket) -> None:
-    """Fork a worker for each request, until the standard input ends."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    """Fork a worker for each request, until standard input ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reaps the workers: nothing waits for them
     while server in select.select([server, sys.stdin], [], [])[0]:
         with server.accept()[0] as connection:
             modules, arguments, environment, folder = json.load(connection.makefile())
@@ -48,14 +48,14 @@ def serve(server: socket.socket) -> None:
         if arguments and os.fork() == 0:
             os.environ.clear()
             os.environ.update(environment)
-            os.setpgid(0, 0)  # Ray kills a worker's group with it
+            os.setpgid(0, 0)  # Ray kills a worker's whole process group
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             server.close()
             work(arguments, folder)
 
 
 def work(arguments: list[str], folder: str) -> None:
-    """Be the process that setup_worker.py would become."""
+    """Become the worker that setup_worker.py would become."""
     from ray._private.runtime_env.context import RuntimeEnvContext
     from ray._private.utils import update_envs
     from ray._private.workers import setup_worker
@@ -70,7 +70,7 @@ def work(arguments: list[str], folder: str) -> None:
 
 
 def ask(modules: Sequence[str] = (), arguments: Sequence[str] = ()) -> None:
-    """Have the server import modules, and fork a worker if it has arguments."""
+    """Ask the server to import modules, and to fork a worker if there are arguments."""
     with socket.socket(socket.AF_UNIX) as to_server:
         to_server.connect(os.environ[SOCKET])
         request = modules, arguments, dict(os.environ), os.getcwd()

@@ -1,4 +1,4 @@
-"""A disk on which nothing large fits."""
+"""A disk that is full for large files."""
 
 import resource
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def largest_file(num_bytes: int) -> Iterator[None]:
-    """Writing beyond it fails, by an error as a full disk's."""
+    """Make writes beyond this size fail, with an error like a full disk's."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:

@@ -1,7 +1,7 @@
-"""A step of a full-size pack by PyTorch's own rules for a GPU, without one (benchmarks/stand_in_gpu.py).
+"""Runs a step of a full-size pack by PyTorch's rules for a GPU, without one (benchmarks/stand_in_gpu.py).
 
-Prints as JSON, for each dtype, what the memory model finds there and on a CPU, which attention PyTorch
-chose, and the operations that depend on values.
+Prints as JSON, for each dtype, on GPU and CPU: the memory model's result, the attention that PyTorch chose,
+and the operations that depend on values.
 """
 
 import json
@@ -26,7 +26,7 @@ STEP = memory.StepShape(
 
 
 class Attention(TorchDispatchMode):
-    """The names of operations that compute attention, whole or in pieces."""
+    """Records the names of operations that compute attention, whole or in pieces."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Attention(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Note it, and go on."""
+        """Record the operation, and run it."""
         name = func.overloadpacket.__name__
         if "attention" in name or name.endswith("softmax"):
             self.names.add(name)
@@ -70,7 +70,7 @@ def step_on(device: str, dtype: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print what is found."""
+    """Print the results."""
     take_for_real()
     found = {
         dtype: {device: step_on(device, dtype) for device in ("cpu", "cuda")}

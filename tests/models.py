@@ -22,7 +22,7 @@ _CONTROL = (
 
 
 def vocabulary() -> Vocabulary:
-    """Control tokens 1-8, roles and the newline, then one id a letter."""
+    """Control tokens 1-8, roles and the newline, then one id per letter."""
     ids = {name: 1 + n for n, name in enumerate(_CONTROL)}
     words = {"system": 9, "user": 10, "assistant": 11, "\n\n": 12}
 
@@ -39,7 +39,7 @@ def vocabulary() -> Vocabulary:
 
 
 class Letters:
-    """What is needed of the tiny vocabulary's tokenizer."""
+    """A stub of the tiny vocabulary's tokenizer."""
 
     chat_template = None
 
@@ -83,12 +83,12 @@ def tiny_base(seed: int = 0, num_layers: int = 2, dtype: torch.dtype = torch.flo
 
 
 def random_codes(rng: np.random.Generator, num_frames: int) -> np.ndarray:
-    """(T, C) codes."""
+    """Random codes (T, C)."""
     return rng.integers(0, NUM_CODES, (num_frames, NUM_CODEBOOKS)).astype(np.uint16)
 
 
 def random_text(rng: np.random.Generator, length: int) -> str:
-    """Letters that the tiny vocabulary knows."""
+    """Random letters that the tiny vocabulary knows."""
     return "".join(rng.choice(list(LETTERS[:26]), length))
 
 

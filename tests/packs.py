@@ -1,4 +1,4 @@
-"""A pack of three trials that goes wrong on purpose, and what it does when nothing goes wrong."""
+"""A pack of three trials that can be made to fail, to compare with a clean run."""
 
 import pytest
 import torch
@@ -46,14 +46,14 @@ def same(results, clean, names, **tolerance):
 
 
 def limit_clips(monkeypatch, allowed, error=OUT_OF_MEMORY, method="forward_backward"):
-    """Fail every forward for which `allowed(slots, sequences)` is false; returns what was asked for."""
+    """Make forwards fail unless `allowed(slots, num_sequences)`; returns a list of all attempts."""
     plain, asked = getattr(Engine, method), []
 
     def limited(self, batch, *args, **kwargs):
         this = batch.slots, len(batch.seq_from_slot_RL)
         asked.append(this)
         result = plain(self, batch, *args, **kwargs)  # leaves gradients behind
-        if not allowed(*this):  # another lane may have asked meanwhile
+        if not allowed(*this):  # not asked[-1], which may be another lane's
             raise error
         return result
 

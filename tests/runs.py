@@ -1,4 +1,4 @@
-"""What the files of a run must hold."""
+"""Reads and compares the files of runs."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ CLOCKS = {metrics.TOKENS_PER_S, metrics.TRAIN_TIME_S, metrics.PEAK_MEMORY_MIB}
 
 
 def figures(result: dict) -> dict:
-    """What a trial's result says of the trial, not of the machine."""
+    """The metrics of a result that depend on the trial, not on the machine."""
     return {name: value for name, value in result.items() if name not in CLOCKS}
 
 
@@ -23,7 +23,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def assert_same_run(out: Path, expected: Path) -> None:
-    """Equal weights and moments, bit by bit, and equal figures but for the clock's."""
+    """Assert equal weights and moments, to the bit, and equal metrics apart from the machine's."""
     for name in ("adapter_model.safetensors", "training_state.safetensors"):
         ours, theirs = load_file(out / "adapter" / name), load_file(expected / "adapter" / name)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Adapters as a run may start from them, changed on the disk."""
+"""Edits adapters on disk from which a run is to start."""
 
 import json
 

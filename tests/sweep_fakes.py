@@ -1,4 +1,4 @@
-"""A searcher without Tune, and what Tune would tell it."""
+"""A searcher without Tune, and the results that Tune would pass to it."""
 
 from higgs_tune.sweep.searcher import StudySearcher
 
@@ -6,7 +6,7 @@ AUDIO_LIMIT = 3.15
 
 
 def make_searcher(study, config, checkpoints=None, **kwargs):
-    """A StudySearcher, the rosters that it publishes and the trials it resumes."""
+    """A StudySearcher, and lists of the rosters it publishes and the trials it resumes."""
     rosters = []
     resumed = []
     workers = kwargs.pop("workers", ["w0"])

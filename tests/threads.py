@@ -1,4 +1,4 @@
-"""How many threads torch computes with."""
+"""Sets the number of threads that torch computes with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Compute with `count` threads inside, with as many as before behind."""
+    """Compute with `count` threads in the block, and afterwards with as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""A worker without Ray: its actor's methods on one event loop, with the fake loop."""
+"""A worker without Ray: its actor's methods run on one event loop, with the fake loop."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ from tests.fake_loop import FakeLoop
 
 
 def run(scenario: "Coroutine[Any, Any, None]") -> None:
-    """Run to the end, but never hang the suite."""
+    """Run a scenario to its end; a timeout keeps it from hanging the suite."""
 
     async def bounded() -> None:
         await asyncio.wait_for(scenario, 60)
@@ -67,13 +67,13 @@ def asking(worker: Worker, trial_id: str) -> "asyncio.Task[dict[str, Any]]":
 
 
 async def saved(worker: Worker, trial_id: str) -> dict[str, bytes]:
-    """A checkpoint's files, without Ray to refer to it."""
+    """Save a trial; returns its checkpoint's files themselves instead of Ray's references."""
     (files,) = await worker.save(trial_id)
     return {name: content.tobytes() for name, content in files.items()}
 
 
 async def beat(worker: Worker, roster: Roster, times: int) -> None:
-    """The driver's heartbeat; what waits to run may run before each."""
+    """Send the driver's heartbeats, letting waiting tasks run before each."""
     for _ in range(times):
         await asyncio.sleep(0.002)
         await worker.sync(roster, beat=True)
@@ -85,7 +85,7 @@ async def seat(worker: Worker, *names: str, version: int = 1, **changes: Any) ->
 
 
 def broken_join(error, num_beside=0):
-    """A FakeLoop.join that fails with so many trials there."""
+    """A FakeLoop.join that raises `error` once `num_beside` trials are there."""
     join = FakeLoop.join
 
     def joined(self, *args):
