@@ -37,7 +37,7 @@ def named_here(path: str) -> str:
 
 
 def is_embedded(path: str) -> bool:
-    """Whether a path ends like the embedded base's folder, on whatever machine."""
+    """Whether a path is the embedded base's folder, on any machine."""
     return Path(path).parts[-3:] == EMBEDDED_BASE.parts[-3:]
 
 

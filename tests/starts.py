@@ -1,4 +1,4 @@
-"""Edits adapters on disk from which a run is to start."""
+"""Edits adapters on disk, for runs that start from them."""
 
 import json
 

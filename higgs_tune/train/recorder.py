@@ -159,7 +159,7 @@ class Recorder:
 
 
 def early_stop_reason(lines: Sequence[Line], run: RunSettings) -> str | None:
-    """Why to stop after the last of these validations, of which the first is the base's; None to go on."""
+    """Why to stop after the last of these lines, the first being the untouched base's; None to go on."""
     if run.early_stop_patience is None:
         return None
     best, best_step, waited = float("inf"), 0, 0

@@ -122,7 +122,9 @@ def rewind(out: Path, started: Started) -> list[Line]:
         with writing(out):
             old.rename(adapter)
     if not (out / SETTINGS).exists():
-        raise ConfigError(f"{out}: no {ADAPTER}/ to go on from. Leave out --resume to start.")
+        raise ConfigError(
+            f"{out}: no {SETTINGS}, so no run to go on with. Leave out --resume to start."
+        )
     _check_same(out / SETTINGS, started, has_checkpoint=adapter.exists())
     # a checkpoint that holds unreported steps was made before the line of its step
     last = -1
@@ -150,8 +152,7 @@ def _check_same(path: Path, started: Started, *, has_checkpoint: bool) -> None:
         hash_then, start_then = saved["content_hash"], saved["run"].get("start_from")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}: the settings of the run to go on with cannot be read: {error!r}. "
-            "Start again with another --out."
+            f"{path}: the run's settings cannot be read: {error!r}. Start again with another --out."
         ) from None
     pairs = (
         ("base", validate(BaseSettings, raw[0], f"{path}, base"), started.base),

@@ -123,7 +123,7 @@ def test_an_out_that_is_a_file_is_refused(run_single):
 
 def test_single_run_cannot_resume_from_nothing(run_single):
     run, _, _ = run_single
-    with pytest.raises(ConfigError, match="no adapter/ to go on from"):
+    with pytest.raises(ConfigError, match=r"no config\.json, so no run to go on with"):
         run(resume=True)
 
 
