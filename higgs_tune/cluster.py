@@ -27,7 +27,7 @@ from higgs_tune.errors import ConfigError
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # half-enabled tokens break `ray start`; the dashboard is on loopback
-    "RAY_worker_niceness": "0",  # by default packs yield to every process that starts, for seconds
+    "RAY_worker_niceness": "0",  # by default packs yield to every process that starts: seconds
     "RAY_prestart_worker_first_driver": "0",  # ray.init would wait for two processes, one of them unused
 }
 
@@ -54,9 +54,7 @@ class Cluster:
     """The Ray cluster in use."""
 
     is_own: bool  # started by this process, so no node will ever join it
-    complete: Callable[
-        [], str | None
-    ]  # starts the rest of our own; returns the dashboard's address
+    complete: Callable[[], str | None]  # starts the rest of our own; the dashboard's address
     has_died: Callable[[], bool] = lambda: False  # our own, so that nothing answers any more
 
 

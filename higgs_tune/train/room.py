@@ -67,7 +67,7 @@ class _Failed:
 
 
 class Room:
-    """Limits how much is computed at once: not at all, until memory has run out."""
+    """Limits how much is computed at once; no limit until memory has run out."""
 
     def __init__(self, device: torch.device, lanes: Lanes) -> None:
         self._lanes, self._device = lanes, device

@@ -177,7 +177,9 @@ def test_a_duplicate_key_is_an_error_with_its_line(tmp_path, text, key, line, fi
     message = rf"sweep\.yaml, line {line}: '{key}' appears twice, first in line {first}"
     with pytest.raises(ConfigError, match=message):
         loaded(tmp_path, text)
-    with pytest.raises(ConfigError, match=r"--set space={seed: 1, seed: 2}, line 1: 'seed' is"):
+    with pytest.raises(
+        ConfigError, match=r"--set space={seed: 1, seed: 2}, line 1: 'seed' appears"
+    ):
         loaded(tmp_path, "{}", ["space={seed: 1, seed: 2}"])
 
 

@@ -41,7 +41,9 @@ def test_equal_seeds_give_equal_wavs_and_each_take_adds_one_to_the_seed(tmp_path
     assert len(set(takes)) == 3
     assert (tmp_path / "b.wav").read_bytes() == takes[1]
     assert generate(tmp_path / "a.wav", "--num-takes", "2") == 2
-    assert f"--out: {tmp_path / 'a-1.wav'} exists. Give a name" in capsys.readouterr().err
+    assert (
+        f"--out: {tmp_path / 'a-1.wav'} exists, and nothing is replaced" in capsys.readouterr().err
+    )
     record = json.loads((tmp_path / "b.json").read_text())
     wave, rate = soundfile.read(tmp_path / "b.wav")
     assert (record["seed"], record["adapter"], rate) == (1, str(adapter), 24_000)

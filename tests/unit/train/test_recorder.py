@@ -131,7 +131,7 @@ def test_best_adapter_follows_the_tolerance_of_a_resume(run_single, caplog):
     shutil.rmtree(out / "checkpoints" / "step-000005")
     run(**settings, resume=True, audio_tolerance=0.0)
     assert not (out / "best_adapter").exists()
-    assert "was of step 20; by run.audio_tolerance 0 the best is step 5" in caplog.text
+    assert "was of step 20; with run.audio_tolerance 0 the best is step 5" in caplog.text
 
 
 def test_the_newest_checkpoint_can_be_the_best_that_a_looser_tolerance_asks_for(run_single, caplog):
