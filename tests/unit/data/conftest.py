@@ -16,7 +16,7 @@ from tests.unit.data.recordings import write_manifest
 
 @pytest.fixture(scope="module")
 def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A codec that codes something: the shipped one's structure with random weights."""
+    """A small codec of the embedded one's structure, with random weights so that codes vary."""
     folder = tmp_path_factory.mktemp("codec")
     config = MelRvqCodecConfig(num_quantizers=2, codebook_size=16, num_features=8, num_mels=20)
     codec = MelRvqCodec(config)

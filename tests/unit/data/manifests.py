@@ -1,4 +1,4 @@
-"""Manifests read whole, for the tests of what is in them."""
+"""Helpers for manifest tests: small manifests, read whole into memory."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from higgs_tune.data.rows import ManifestRow, Rejection
 
 @dataclass
 class Manifest:
-    """What a manifest holds, in memory."""
+    """All rows and rejections of a manifest, in memory."""
 
     rows: tuple[ManifestRow, ...]
     rejected: tuple[Rejection, ...]

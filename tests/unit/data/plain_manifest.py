@@ -1,4 +1,4 @@
-"""Random manifests, and what preparing them must give: everything in memory, rule by rule."""
+"""Random manifests, and a plain in-memory reference for what preparing them must give."""
 
 import csv
 import hashlib
@@ -20,7 +20,7 @@ Fields = list[dict[str, str | None]]
 
 
 def random_fields(rng: np.random.Generator) -> Fields:
-    """Repeated ids, references before and after, bad rows. "" is no value."""
+    """Rows with repeated ids, references to earlier and later rows, and errors. "" is no value."""
     count, num_speakers = int(rng.integers(12, 120)), int(rng.integers(1, 14))
     num_texts, has_split = int(rng.integers(count // 3, 2 * count)), rng.random() < 0.3
     odd = float(rng.choice([0, 0.02, 0.1]))
@@ -61,7 +61,7 @@ def random_fields(rng: np.random.Generator) -> Fields:
 
 
 def write(path: Path, rows: Fields) -> None:
-    """Write a manifest of the kind that the path's ending says."""
+    """Write a manifest in the format that the path's suffix names."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".json":
@@ -76,7 +76,7 @@ def write(path: Path, rows: Fields) -> None:
 
 
 def read(fields: Fields, first: int) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """Rows that are used, as the fields of a `ManifestRow`; reasons of the others by number.
+    """The usable rows, as fields of a `ManifestRow`; why each other row is rejected, by its number.
 
     `first` is the number of the first row.
     """
@@ -149,7 +149,7 @@ def normal(text: str) -> str:
 
 
 def kin(rows: list[dict[str, Any]], seed: int) -> list[str]:
-    """For each row the first text, by its hash, of those it shares a text or recording with."""
+    """For each row, the text first by hash among all rows that texts and recordings link it to."""
     texts = [normal(row["text"]) for row in rows]
     found = list(texts)
     while True:
@@ -164,7 +164,7 @@ def kin(rows: list[dict[str, Any]], seed: int) -> list[str]:
 
 
 def split(rows: list[dict[str, Any]], fraction: float, seed: int) -> tuple[list[str | None], str]:
-    """The split of each row, None where it is left out, and the rule. Raises ValueError."""
+    """Each row's split (None: left out) and the rule; raises ValueError if it cannot be split."""
     given = [row["split"] for row in rows]
     if any(given):
         if not all(given):
@@ -199,7 +199,7 @@ def _order(name: str, seed: int) -> str:
 
 
 def _pick(names: list[str], target: int, seed: int, at_least: int) -> set[str]:
-    """Names by their hash while they bring the number of rows nearer to the target."""
+    """Pick the names, in hash order, that bring the number of rows nearer to the target."""
     counts, picked, num_rows = Counter(names), set[str](), 0
     for name in sorted(counts, key=lambda n: _order(n, seed)):
         near = abs(num_rows + counts[name] - target) <= abs(num_rows - target) and num_rows < target

@@ -1,4 +1,4 @@
-"""Recordings of noise with their manifests, and what preparing them left behind."""
+"""Recordings of noise with their manifests, and helpers that read what preparing them wrote."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
-    """Record the clips that are encoded; interrupt in the midst of one."""
+    """Collect the lengths of the clips that are encoded; interrupt after `stop_after` of them."""
     seen: list[int] = []
     real = clips.encode_clip
 

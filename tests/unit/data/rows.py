@@ -1,4 +1,4 @@
-"""Rows and small datasets for the tests of what reads them."""
+"""Rows and small datasets for tests of the code that reads them."""
 
 import json
 from pathlib import Path
@@ -81,5 +81,5 @@ def text(conversation: Conversation, turn: int) -> str:
 
 
 def encoded_rows(conversation: Conversation) -> int:
-    """What `encode_conversation` makes of it with one id a letter."""
+    """Number of rows that `encode_conversation` gives, at one id per letter."""
     return encode_conversation(conversation, LETTERWISE).num_rows

@@ -1,4 +1,4 @@
-"""Recordings of any usual kind are read as mono; what cannot be used says why."""
+"""Recordings of all usual kinds are read as mono; the error for an unusable one says why."""
 
 import unicodedata
 from pathlib import Path
@@ -43,8 +43,8 @@ def test_usual_rates_and_formats_are_read(tmp_path: Path, rate_hz: int, ending: 
 
 
 @pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "ALAW", "IMA_ADPCM"])
-def test_codings_of_telephones_are_read(tmp_path: Path, subtype: str):
-    """In the first two libsndfile cannot seek."""
+def test_telephone_codings_are_read(tmp_path: Path, subtype: str):
+    """libsndfile cannot seek in the first two."""
     wave, rate_hz = read(store(tmp_path / "a.wav", tone(1, 8000), 8000, subtype))
     assert rate_hz == 8000
     assert 8000 <= len(wave) < 8800, "whole blocks"
@@ -62,7 +62,7 @@ def test_codings_of_telephones_are_read(tmp_path: Path, subtype: str):
         (np.where(np.arange(24000) < 1, np.inf, tone(1)), "1 samples that are NaN or infinite"),
     ],
 )
-def test_waves_that_cannot_be_used(tmp_path: Path, wave: np.ndarray, message: str):
+def test_unusable_waves_are_refused(tmp_path: Path, wave: np.ndarray, message: str):
     with pytest.raises(DataError, match=message):
         read(store(tmp_path / "a.wav", wave))
 
@@ -75,14 +75,14 @@ def test_waves_that_cannot_be_used(tmp_path: Path, wave: np.ndarray, message: st
         (b"RIFF\x24\x00\x00\x00WAVEfmt ", "cannot be read"),
     ],
 )
-def test_files_that_are_no_audio(tmp_path: Path, content: bytes, message: str):
+def test_files_that_are_not_audio_are_refused(tmp_path: Path, content: bytes, message: str):
     (tmp_path / "a.wav").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read(tmp_path / "a.wav")
 
 
 @pytest.mark.parametrize("name", ["a.raw", "a.RAW"])
-def test_samples_without_a_header_say_what_to_do(tmp_path: Path, name: str):
+def test_the_error_for_samples_without_a_header_says_what_to_do(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(bytes(48000))
     with pytest.raises(DataError, match="has no header: convert it to WAV or FLAC"):
         read(tmp_path / name)
@@ -98,7 +98,7 @@ def test_a_whole_mp3_is_read(tmp_path: Path, rate_hz: int, mode: str):
     assert mp3_seconds(path.read_bytes()) == pytest.approx(2, abs=0.25)
 
 
-def test_an_mp3_whose_header_states_no_length_is_not_read_in_part(tmp_path: Path):
+def test_an_mp3_without_a_stated_length_is_not_read_in_part(tmp_path: Path):
     path = tmp_path / "a.mp3"
     wave = np.concatenate([np.full(96000, 1e-4), np.random.default_rng(0).normal(0, 0.1, 96000)])
     soundfile.write(path, wave, 24000, bitrate_mode="VARIABLE", compression_level=0.5)
@@ -108,7 +108,7 @@ def test_an_mp3_whose_header_states_no_length_is_not_read_in_part(tmp_path: Path
         read(path)
 
 
-def test_an_mp3_of_two_files_is_not_read_in_part(tmp_path: Path):
+def test_an_mp3_of_two_joined_files_is_not_read_in_part(tmp_path: Path):
     path = tmp_path / "a.mp3"
     soundfile.write(path, tone(3), 24000)
     tag = b"ID3\x04\x00\x00\x00\x00\x02\x00" + bytes(256)
@@ -117,7 +117,7 @@ def test_an_mp3_of_two_files_is_not_read_in_part(tmp_path: Path):
         read(path)
 
 
-def test_bytes_that_look_like_a_frame_are_none_unless_another_follows():
+def test_an_mp3_frame_counts_only_if_another_follows():
     header = bytes.fromhex("fff344c0")  # MPEG 2, layer III, 32 kbit/s, 24 kHz
     frame = header + bytes(96 - 4)
     assert mp3_seconds(3 * frame) == pytest.approx(3 * 0.024)
@@ -136,7 +136,7 @@ def test_a_recording_that_was_cut_off_is_refused(tmp_path: Path, ending: str):
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
-def test_a_stream_that_states_no_length_is_read(tmp_path: Path, size: int):
+def test_a_wav_stream_without_a_stated_length_is_read(tmp_path: Path, size: int):
     path = store(tmp_path / "a.wav", tone(1), subtype="PCM_16")
     content = path.read_bytes()
     assert content[36:40] == b"data"
@@ -144,13 +144,13 @@ def test_a_stream_that_states_no_length_is_read(tmp_path: Path, size: int):
     assert len(read(path)[0]) == 24000
 
 
-def test_a_few_missing_samples_are_no_reason(tmp_path: Path):
+def test_a_few_missing_samples_are_accepted(tmp_path: Path):
     path = store(tmp_path / "a.wav", tone(1), subtype="PCM_16")
     path.write_bytes(path.read_bytes()[:-1000])
     assert len(read(path)[0]) == 23500
 
 
-def test_a_rate_without_common_factor_is_refused(tmp_path: Path):
+def test_a_rate_with_too_small_a_common_factor_is_refused(tmp_path: Path):
     with pytest.raises(
         DataError, match="22051 Hz, which has too small a common factor with 24000 Hz"
     ):
@@ -169,7 +169,7 @@ def test_a_rate_without_common_factor_is_refused(tmp_path: Path):
         (2**32 - 1, "its header states no usable sample rate"),
     ],
 )
-def test_a_rate_that_is_none_is_named(tmp_path: Path, rate_hz: int, message: str):
+def test_an_impossible_sample_rate_is_refused(tmp_path: Path, rate_hz: int, message: str):
     path = store(tmp_path / "a.wav", tone(0.5), subtype="PCM_16")
     content = path.read_bytes()
     path.write_bytes(content[:24] + rate_hz.to_bytes(4, "little") + content[28:])
@@ -177,7 +177,7 @@ def test_a_rate_that_is_none_is_named(tmp_path: Path, rate_hz: int, message: str
         read(path)
 
 
-def test_paths_lead_into_the_data_root_only(tmp_path: Path):
+def test_paths_must_stay_inside_the_data_root(tmp_path: Path):
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     inside, outside = root / "sub" / "a.wav", tmp_path / "b.wav"
@@ -203,7 +203,7 @@ def test_paths_lead_into_the_data_root_only(tmp_path: Path):
 
 
 @pytest.mark.parametrize("written, stored", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_a_path_is_found_in_the_unicode_form_of_the_disk(tmp_path: Path, written: str, stored: str):
+def test_a_path_is_found_whatever_its_unicode_form(tmp_path: Path, written: str, stored: str):
     path = store(tmp_path / unicodedata.normalize(stored, "أحمد.wav"), tone(0.5))
     assert locate(tmp_path.resolve(), unicodedata.normalize(written, "أحمد.wav")) == path.resolve()
     with pytest.raises(DataError, match="does not exist"):
@@ -219,13 +219,13 @@ def test_a_path_is_found_as_windows_writes_it(tmp_path: Path):
     with pytest.raises(DataError, match="is outside the data root"):
         locate(root, r"..\b.wav")
     store(root / r"أحمد\a.wav", tone(0.5))
-    assert locate(root, r"أحمد\a.wav").name == r"أحمد\a.wav", "where that is the file's name"
+    assert locate(root, r"أحمد\a.wav").name == r"أحمد\a.wav", "a file name may hold a backslash"
 
 
-def test_a_flac_that_states_no_length_says_what_to_do(tmp_path: Path):
+def test_the_error_for_a_flac_without_a_stated_length_says_what_to_do(tmp_path: Path):
     path = store(tmp_path / "a.flac", tone(0.5), subtype="PCM_16")
     content = bytearray(path.read_bytes())
-    content[21] &= 0xF0  # STREAMINFO's count of samples, 36 bits, as an encoder leaves it in a pipe
+    content[21] &= 0xF0  # zero the 36-bit sample count in STREAMINFO, as encoders to a pipe do
     content[22:26] = bytes(4)
     path.write_bytes(content)
     with pytest.raises(DataError, match="states no length: convert it to WAV or FLAC"):

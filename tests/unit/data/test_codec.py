@@ -22,7 +22,7 @@ def codec() -> MelRvqCodec:
 
 
 def speech() -> dict[str, np.ndarray]:
-    """Original recordings that ship, by name."""
+    """The embedded original recordings, by name."""
     paths = sorted(WAVS.glob("*.wav"))
     waves = {
         p.stem: soundfile.read(p, dtype="float32")[0] for p in paths if "decoded" not in p.stem
@@ -48,7 +48,7 @@ def test_num_frames_is_ceil_of_samples_over_hop(codec: MelRvqCodec, num_samples:
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 40])
-def test_decoded_wave_has_hop_samples_a_frame(codec: MelRvqCodec, num_frames: int) -> None:
+def test_decoded_wave_has_hop_samples_per_frame(codec: MelRvqCodec, num_frames: int) -> None:
     codes_TC = np.random.default_rng(0).integers(0, 256, (num_frames, 8)).astype(np.uint16)
     wave = decode_clip(codec, codes_TC)
     assert wave.shape == (num_frames * 960,)
@@ -57,7 +57,7 @@ def test_decoded_wave_has_hop_samples_a_frame(codec: MelRvqCodec, num_frames: in
 
 @pytest.fixture(scope="module")
 def decoded(codec: MelRvqCodec) -> list[tuple[np.ndarray, dict[int, np.ndarray]]]:
-    """Recordings, each with what is decoded of so many of its codebooks."""
+    """Recordings, each with its decoded wave for each number of codebooks."""
     found = []
     for wave in list(speech().values())[:3]:
         codes_TC = encode_clip(codec, wave, 24_000)
@@ -168,7 +168,7 @@ def test_codec_without_weights_is_refused(codec: MelRvqCodec, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("where", ["from_pretrained", "to", "encode"])
-def test_no_memory_is_not_taken_for_a_bad_codec(
+def test_out_of_memory_is_not_reported_as_a_bad_codec(
     monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     def fail(*_, **__) -> None:

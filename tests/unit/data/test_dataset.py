@@ -32,7 +32,7 @@ def test_rows_come_back_as_written(tmp_path: Path):
             assert a.dtype == np.uint16
 
 
-def test_more_shards_than_files_that_may_be_open(tmp_path: Path):
+def test_a_dataset_may_have_more_shards_than_files_may_be_open(tmp_path: Path):
     dataset = make(tmp_path, [clip(n) for n in range(300)], rows_per_shard=1)
     code = (
         "import resource, sys; from higgs_tune.data.dataset import Dataset;"
@@ -44,7 +44,7 @@ def test_more_shards_than_files_that_may_be_open(tmp_path: Path):
     assert dataset.row(299).id == "r299"
 
 
-def test_few_bytes_of_each_row_are_in_memory(tmp_path: Path):
+def test_few_bytes_of_each_row_stay_in_memory(tmp_path: Path):
     dataset = make(tmp_path, [clip(n, text="long " * 999) for n in range(20)] + [chat(0)])
     assert (dataset.index.itemsize, dataset.sizes(len).itemsize) == (35, 20), "as data.md says"
     arrays = [value for value in vars(dataset).values() if isinstance(value, np.ndarray | list)]
@@ -57,7 +57,7 @@ def test_a_sentence_has_one_number_however_it_is_written(tmp_path: Path):
     assert found[0] == found[1] == found[2] != found[3]
 
 
-def test_content_hash_ignores_shards_and_sees_codes(tmp_path: Path):
+def test_content_hash_depends_on_codes_but_not_on_shards(tmp_path: Path):
     rows = [clip(n) for n in range(20)]
     one = make(tmp_path / "one", rows).info
     many = make(tmp_path / "many", rows[::-1], rows_per_shard=3).info
@@ -79,14 +79,14 @@ def test_a_smaller_dataset_replaces_all_shards_of_a_larger_one(tmp_path: Path):
     assert len(make(tmp_path, [clip(n) for n in range(7)], rows_per_shard=5).index) == 7
 
 
-def test_a_relative_folder_without_dataset_is_named_in_full(tmp_path: Path, monkeypatch):
+def test_the_error_for_a_relative_folder_names_it_in_full(tmp_path: Path, monkeypatch):
     make(tmp_path / "here" / "set", [clip(0), clip(1)])
     monkeypatch.chdir(tmp_path)  # as with a best_config.yaml that was written in here/
     with pytest.raises(DataError, match=rf"no dataset in {tmp_path}/set. Give the folder of one"):
         Dataset.open("set")
 
 
-def test_folders_that_are_no_dataset_are_named(tmp_path: Path):
+def test_the_error_for_a_folder_says_why_it_is_no_dataset(tmp_path: Path):
     with pytest.raises(DataError, match=r"found no dataset\.json, there is no dataset"):
         Dataset.open(str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match=r"no such embedded dataset"):
@@ -123,7 +123,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path):
 
 
 def test_reading_rows_imports_no_pandas():
-    """It is a large part of a worker's start, and pyarrow's to_numpy brings it in."""
+    """Importing it takes much of a worker's start; pyarrow's to_numpy would import it."""
     code = (
         "import sys; from higgs_tune.data.dataset import Dataset;"
         "row = Dataset.open('embedded:arabic').row(3);"
@@ -132,7 +132,9 @@ def test_reading_rows_imports_no_pandas():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_dataset_below_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_tilde_in_a_dataset_path_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     make(tmp_path / "mine", [clip(0)])
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Dataset.open("~/mine").directory == tmp_path / "mine"

@@ -1,4 +1,4 @@
-"""Preparing a dataset: what comes out, and what is rejected."""
+"""Preparing a dataset: what it contains, and what is rejected."""
 
 import argparse
 import re
@@ -63,7 +63,7 @@ def test_chat_rows_train_as_they_were_written(tmp_path: Path, run):
 
 
 def bad_recordings(root: Path) -> dict[str, str]:
-    """Recordings that cannot be used, and what is said of them."""
+    """Unusable recordings, each with the reason for its rejection."""
     outside = root.parent / "outside.wav"
     soundfile.write(outside, speech(0), RATE_HZ)
     (root / "link.wav").symlink_to(outside)
@@ -105,7 +105,7 @@ def test_every_bad_row_is_listed_and_the_good_ones_are_kept(tmp_path: Path, run)
     assert sorted(found) == sorted(row["id"] for row in rows)
 
 
-def test_a_bad_recording_behind_a_good_one_is_named(tmp_path: Path, run):
+def test_the_rejection_names_which_recording_of_a_row_is_bad(tmp_path: Path, run):
     rows = make_root(tmp_path / "root", 6)
     (tmp_path / "root" / "voice.wav").write_text("no audio " * 50)
     rows[1] |= {"ref_audio": "voice.wav", "ref_text": "reference"}
@@ -135,7 +135,7 @@ def test_rows_that_repeat_a_clip_are_counted_in_a_warning(
 
 
 @pytest.mark.parametrize("stage", ["manifest", "audio"])
-def test_too_many_rejected_rows_leave_shards_but_no_dataset(tmp_path: Path, run, stage: str):
+def test_too_many_rejected_rows_leave_no_dataset(tmp_path: Path, run, stage: str):
     rows = make_root(tmp_path / "root", 8)
     if stage == "manifest":
         rows[2]["text"] = ""
@@ -162,7 +162,7 @@ def test_too_many_rejected_rows_leave_shards_but_no_dataset(tmp_path: Path, run,
     assert run(rows, max_rejected=1).num_rows == 7
 
 
-def test_the_first_rejected_row_of_each_reason_is_named_whatever_the_file(tmp_path: Path, run):
+def test_the_error_names_the_first_rejected_row_of_each_reason(tmp_path: Path, run):
     rows = make_root(tmp_path / "root", 10)
     faults = {1: {"path": "no.wav"}, 2: {"text": ""}, 3: {"text": ""}, 5: {"path": "it's.wav"}}
     faults[6] = {"ref_audio": "nor.wav", "ref_text": "x"}
@@ -175,9 +175,7 @@ def test_the_first_rejected_row_of_each_reason_is_named_whatever_the_file(tmp_pa
     assert found == [("2", "audio"), ("3", "text"), ("7", "audio")]
 
 
-def test_recordings_that_are_not_there_are_told_before_anything_is_coded(
-    tmp_path: Path, run, monkeypatch
-):
+def test_missing_recordings_are_reported_before_any_encoding(tmp_path: Path, run, monkeypatch):
     rows = make_root(tmp_path / "root", 12)
     wrong = [row | {"path": f"audio/{row['path']}"} for row in rows[8:]]
     seen = spy(monkeypatch)
@@ -188,11 +186,11 @@ def test_recordings_that_are_not_there_are_told_before_anything_is_coded(
     assert not seen
     assert list_shards(tmp_path / "out") == []
     assert list(rejected(tmp_path / "out")) == ["c8", "c9", "c10", "c11"]
-    assert run(rows, max_rejected=3).num_rows == 12, "of a mended manifest, into the same folder"
+    assert run(rows, max_rejected=3).num_rows == 12, "a fixed manifest goes into the same folder"
     assert rejected(tmp_path / "out") == {}
 
 
-def test_as_many_missing_recordings_as_are_allowed_are_left_out(tmp_path: Path, run):
+def test_missing_recordings_up_to_the_limit_are_left_out(tmp_path: Path, run):
     rows = make_root(tmp_path / "root", 12)
     rows[9]["path"], rows[10]["path"] = "no.wav", "nor.wav"
     assert run(rows, max_rejected=2).num_rows == 10
@@ -202,7 +200,7 @@ def test_as_many_missing_recordings_as_are_allowed_are_left_out(tmp_path: Path, 
     assert rejected(tmp_path / "out") == before
 
 
-def test_a_dataset_of_rejected_rows_only_is_refused(tmp_path: Path, run):
+def test_a_dataset_with_only_rejected_rows_is_refused(tmp_path: Path, run):
     (tmp_path / "root").mkdir()
     rows = [{"path": f"{n}.wav", "text": f"text {n}"} for n in range(5)]
     with pytest.raises(DataError, match="5 of 5 rows are rejected"):
@@ -239,7 +237,7 @@ def test_the_command_prepares_and_reports(
         prepare_cli.run(parser.parse_args([*words, "--val-fraction", "0.9"]))
 
 
-def test_a_number_of_workers_that_is_none_is_said_in_plain_words(tmp_path, capsys):
+def test_an_invalid_number_of_workers_is_a_plain_error(tmp_path, capsys):
     words = ["data", "prepare", "m.csv", "--out", str(tmp_path / "out"), "--workers"]
     assert cli.main([*words, "0"]) == 2
     assert "--workers: found 0, needed at least 1." in capsys.readouterr().err
@@ -248,7 +246,7 @@ def test_a_number_of_workers_that_is_none_is_said_in_plain_words(tmp_path, capsy
     assert "argument --workers: invalid int value: 'x'" in capsys.readouterr().err
 
 
-def test_an_interruption_is_said_before_the_workers_end(tmp_path: Path, capsys, monkeypatch):
+def test_an_interruption_is_announced_before_the_workers_end(tmp_path: Path, capsys, monkeypatch):
     def interrupted(*_, **__):
         try:
             signal.raise_signal(signal.SIGINT)

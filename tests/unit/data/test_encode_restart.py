@@ -1,4 +1,4 @@
-"""Preparing a dataset again: what a run that stopped left behind, and what has changed since."""
+"""Preparing a dataset again, after a run that stopped or after its inputs changed."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from higgs_tune.files import replace_file
 from tests.unit.data.recordings import RATE_HZ, content, make_root, rejected, speech, spy
 
 
-def test_what_is_encoded_is_kept_for_mended_recordings_and_not_for_a_mended_manifest(
+def test_fixed_recordings_reuse_finished_shards_but_a_fixed_manifest_is_refused(
     tmp_path: Path, run, monkeypatch
 ):
     rows = make_root(tmp_path / "root", 8)
@@ -33,14 +33,14 @@ def test_what_is_encoded_is_kept_for_mended_recordings_and_not_for_a_mended_mani
     assert len(seen) == 4, "the other shard is not touched"
 
 
-def test_a_mended_manifest_is_prepared_where_nothing_was_encoded_yet(tmp_path: Path, run):
+def test_a_fixed_manifest_is_prepared_if_nothing_was_encoded_yet(tmp_path: Path, run):
     rows = make_root(tmp_path / "root", 6)
     with pytest.raises(DataError, match="1 of 6 rows are rejected"):
         run([rows[0] | {"text": ""}, *rows[1:]], max_rejected=0)
     assert run(rows, max_rejected=0).num_rows == 6
 
 
-def test_a_mended_manifest_is_prepared_where_every_recording_was_unusable(tmp_path: Path, run):
+def test_a_fixed_manifest_is_prepared_if_every_recording_was_unusable(tmp_path: Path, run):
     rows = make_root(tmp_path / "root", 10)
     bad = [row | {"path": f"bad{row['path']}"} for row in rows]
     for row in bad:
@@ -53,7 +53,7 @@ def test_a_mended_manifest_is_prepared_where_every_recording_was_unusable(tmp_pa
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
-def test_recordings_that_are_away_for_a_while_leave_what_is_encoded(
+def test_temporarily_missing_recordings_leave_finished_shards_intact(
     tmp_path: Path, run, monkeypatch
 ):
     rows = make_root(tmp_path / "root", 8)
@@ -71,7 +71,7 @@ def test_recordings_that_are_away_for_a_while_leave_what_is_encoded(
     assert content(tmp_path / "out") == before
 
 
-def test_a_recording_that_was_mended_is_encoded_on_the_next_run(tmp_path: Path, run, monkeypatch):
+def test_a_fixed_recording_is_encoded_on_the_next_run(tmp_path: Path, run, monkeypatch):
     rows = make_root(tmp_path / "root", 12)
     good = (tmp_path / "root" / "5.wav").read_bytes()
     (tmp_path / "root" / "5.wav").write_bytes(b"")
@@ -83,14 +83,14 @@ def test_a_recording_that_was_mended_is_encoded_on_the_next_run(tmp_path: Path, 
     assert rejected(tmp_path / "out") == {}
 
 
-def test_what_has_changed_or_is_gone_is_encoded_anew(tmp_path: Path, run, monkeypatch):
+def test_changed_recordings_and_deleted_shards_are_encoded_again(tmp_path: Path, run, monkeypatch):
     rows = make_root(tmp_path / "root", 12)
     first, second = (tmp_path / "root" / name for name in ("0.wav", "4.wav"))
     run(rows)
     stat = second.stat()
-    soundfile.write(first, speech(20), RATE_HZ)  # as long as before
+    soundfile.write(first, speech(20), RATE_HZ)  # of the same size
     soundfile.write(second, speech(21, 0.3), RATE_HZ)
-    os.utime(second, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as old as before
+    os.utime(second, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # with the old time stamp
     seen = spy(monkeypatch)
     run(rows)
     assert len(seen) == 8, "the last shard is not touched"
@@ -103,7 +103,7 @@ def test_what_has_changed_or_is_gone_is_encoded_anew(tmp_path: Path, run, monkey
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
-def test_a_recording_that_could_not_be_opened_for_a_while_is_read_on_the_next_run(
+def test_a_temporarily_unreadable_recording_is_read_on_the_next_run(
     tmp_path: Path, run, monkeypatch
 ):
     rows, real = make_root(tmp_path / "root", 8), Path.open
@@ -122,7 +122,7 @@ def test_a_recording_that_could_not_be_opened_for_a_while_is_read_on_the_next_ru
     assert len(seen) == 4, "the other shard is not touched"
 
 
-def test_a_broken_recording_does_not_have_its_shard_coded_again(tmp_path: Path, run, monkeypatch):
+def test_a_shard_with_a_broken_recording_is_not_encoded_again(tmp_path: Path, run, monkeypatch):
     rows = make_root(tmp_path / "root", 8)
     (tmp_path / "root" / "5.wav").write_bytes(b"no audio")
     with pytest.raises(DataError, match="1 of 8 rows are rejected"):
@@ -134,7 +134,7 @@ def test_a_broken_recording_does_not_have_its_shard_coded_again(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("stop_after", [0, 3, 4, 9])
-def test_a_run_that_was_cut_off_goes_on_and_gives_the_same_bytes(
+def test_an_interrupted_run_resumes_and_gives_the_same_bytes(
     tmp_path: Path, run, monkeypatch, stop_after: int
 ):
     rows = make_root(tmp_path / "root", 11)
@@ -173,7 +173,7 @@ def test_a_folder_of_other_data_is_left_alone(tmp_path: Path, run):
         run(rows)
 
 
-def test_more_rejected_rows_may_be_allowed_afterwards(tmp_path: Path, run):
+def test_max_rejected_may_be_raised_for_a_prepared_folder(tmp_path: Path, run):
     rows = make_root(tmp_path / "root", 8)
     run(rows, max_rejected=0)
     run(rows, max_rejected=3)
@@ -204,9 +204,7 @@ def test_a_full_disk_is_named_and_finished_shards_stay(tmp_path: Path, run, monk
     assert run(rows).num_rows == 8
 
 
-def test_an_out_folder_that_cannot_be_written_is_named_before_encoding(
-    tmp_path: Path, run, monkeypatch
-):
+def test_an_out_path_that_is_a_file_is_refused_before_encoding(tmp_path: Path, run, monkeypatch):
     rows = make_root(tmp_path / "root", 4)
     (tmp_path / "out").write_text("a file")
     seen = spy(monkeypatch)

@@ -16,7 +16,7 @@ from higgs_tune.errors import DataError
 from tests.unit.data.rows import audio, chat, clip, encoded_rows, make, row_of, text
 
 
-def test_validation_fits_the_base_with_swapped_audio_too(tmp_path: Path):
+def test_validation_also_fits_the_base_with_swapped_audio(tmp_path: Path):
     rows = [clip(n, "validation", num_frames=10 + n, text="x" * (60 - n)) for n in range(40)]
     dataset = make(tmp_path, [*rows, clip(99)])
     sets = validation_sets(dataset, 40, max_rows=105)
@@ -29,7 +29,7 @@ def test_validation_fits_the_base_with_swapped_audio_too(tmp_path: Path):
         validation_sets(dataset, 40, max_rows=30)
 
 
-def test_validation_swaps_are_a_permutation_with_other_texts_near_in_length(tmp_path: Path):
+def test_swaps_permute_audio_between_different_texts_of_similar_length(tmp_path: Path):
     rows = [
         clip(n, "validation", speaker=f"s{n % 4}", text=f"sentence {n // 4}") for n in range(200)
     ]
@@ -53,7 +53,7 @@ def test_validation_swaps_are_a_permutation_with_other_texts_near_in_length(tmp_
     assert [c.key for c in again.transcribe_swapped] == [c.key for c in sets.transcribe_swapped]
 
 
-def test_one_sentence_in_two_spellings_is_no_other_text_to_swap_with(tmp_path: Path):
+def test_two_spellings_of_a_sentence_are_never_swapped(tmp_path: Path):
     sentences = [f"أُحِبُّ البَيْتَ {n}" for n in range(12)]
     spellings = [spelling for s in sentences for spelling in (s, plain_text(s) + ".")]
     rows = [
@@ -66,8 +66,8 @@ def test_one_sentence_in_two_spellings_is_no_other_text_to_swap_with(tmp_path: P
     assert all(int(own[1:]) // 2 != int(other[1:]) // 2 for own, other in pairs)
 
 
-def test_a_recording_with_two_texts_is_no_other_audio_to_swap_with(tmp_path: Path):
-    """Its own audio would be the nearest in length, and the gain of a model that listens would be 0."""
+def test_two_clips_of_one_recording_are_never_swapped(tmp_path: Path):
+    """Its own audio would be the nearest in length, and a model that listens would show no gain."""
     rows = []
     for n in range(16):
         first = clip(n, "validation", text=f"row {n} in digits", num_frames=20 + 9 * n)
@@ -79,20 +79,20 @@ def test_a_recording_with_two_texts_is_no_other_audio_to_swap_with(tmp_path: Pat
         assert not np.array_equal(audio(own, 0), audio(swapped, 0))
 
 
-def test_clips_that_all_share_a_recording_cannot_validate(tmp_path: Path):
+def test_validation_needs_at_least_two_recordings(tmp_path: Path):
     first = clip(0, "validation")
     rows = [first, replace(first, id="r1", text="the same in words"), clip(99)]
     with pytest.raises(DataError, match="2 different texts, needed at least 2 from two recordings"):
         validation_sets(make(tmp_path, rows), 48)
 
 
-def test_a_text_or_a_recording_in_common_makes_clips_alike_through_others_too():
+def test_clips_linked_by_texts_or_recordings_form_one_group():
     texts = ["one", "two", "Two!", "three", "four"]
     assert alike(texts, [b"a", b"b", b"c", b"c", b"d"]) == ["one", "two", "two", "two", "four"]
 
 
 def test_audio_is_swapped_within_a_language(tmp_path: Path):
-    """Another language can be heard without hearing a word."""
+    """A model can recognise another language without understanding a word."""
     rows = [
         replace(clip(n, "validation", num_frames=20 + n), language=("de", "fi")[n % 2])
         for n in range(40)
@@ -103,7 +103,7 @@ def test_audio_is_swapped_within_a_language(tmp_path: Path):
     assert all(int(own) % 2 == int(other) % 2 for own, other in pairs)
 
 
-def test_clips_that_are_too_few_in_their_language_are_swapped_with_the_next_larger():
+def test_a_language_with_too_few_clips_is_swapped_with_the_next_larger():
     languages = ["de"] * 4 + ["fi"] * 6 + ["tr"]
     groups, lengths = [f"t{n}" for n in range(11)], list(range(30, 41))
     result = swaps(groups, lengths, languages)
@@ -123,7 +123,7 @@ def test_validation_is_spread_over_texts_and_speakers(tmp_path: Path):
     assert Counter(n // 40 for n in numbers) == {0: 5, 1: 5, 2: 5, 3: 5}
 
 
-def test_validation_keeps_no_text_above_half(tmp_path: Path):
+def test_no_text_fills_more_than_half_of_validation(tmp_path: Path):
     rows = [clip(n, "validation", text="same") for n in range(9)] + [clip(9, "validation")]
     sets = validation_sets(make(tmp_path, rows), 10)
     assert sorted(text(c, 1) for c in sets.transcribe) == ["same", "text 9"]
@@ -137,7 +137,7 @@ def test_validation_without_two_texts_is_an_error(tmp_path: Path, texts: list[st
         validation_sets(dataset, 10)
 
 
-def test_derangement_holds_for_any_texts_without_a_majority():
+def test_swaps_always_change_the_text_if_no_text_has_a_majority():
     rng = np.random.default_rng(0)
     for _ in range(200):
         size = int(rng.integers(2, 25))
@@ -150,7 +150,7 @@ def test_derangement_holds_for_any_texts_without_a_majority():
         assert all(texts[i] != texts[j] for i, j in enumerate(result))
 
 
-def test_no_exchange_of_two_clips_audio_would_bring_lengths_nearer():
+def test_no_exchange_of_two_swaps_would_bring_lengths_nearer():
     rng = np.random.default_rng(0)
     texts = [f"t{n % 6}" for n in range(24)]
     lengths = rng.integers(10, 90, 24).tolist()
@@ -165,13 +165,13 @@ def test_no_exchange_of_two_clips_audio_would_bring_lengths_nearer():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_another_text_counts_for_more_than_another_speaker(seed: int):
+def test_clips_are_spread_over_texts_before_speakers(seed: int):
     texts, speakers = np.array([0] * 5 + [1, 2, 3, 4, 5]), np.array([0] * 5 + [1] * 5)
     places = spread(texts, speakers, 4, seed)
     assert len({int(texts[place]) for place in places}) == 4
 
 
-def test_chats_do_not_validate(tmp_path: Path):
+def test_chats_are_not_used_for_validation(tmp_path: Path):
     rows = [clip(n, "validation") for n in range(4)]
     rows += [replace(chat(n), split="validation") for n in range(4)]
     sets = validation_sets(make(tmp_path, rows), 8)

@@ -1,4 +1,4 @@
-"""The codec of the real checkpoint, small and random, behind the same functions as the shipped one."""
+"""The real checkpoint's codec, small and random, behind the same functions as the embedded one."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,9 @@ def noise(num_samples: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 0.1, num_samples).astype(np.float32)
 
 
-def test_loaded_codec_is_the_saved_one_and_evaluates(codec: Codec, folder: Path) -> None:
+def test_loaded_codec_is_in_eval_mode_and_codes_as_the_saved_one(
+    codec: Codec, folder: Path
+) -> None:
     assert isinstance(codec, HiggsAudioV2TokenizerModel)
     assert not any(module.training for module in codec.modules())
     stock = HiggsAudioV2TokenizerModel.from_pretrained(folder).eval()
@@ -47,7 +49,7 @@ def test_loaded_codec_is_the_saved_one_and_evaluates(codec: Codec, folder: Path)
 
 
 @pytest.mark.parametrize("num_samples", [960, 961, 2400, 24_000, 24_147, 24_148, 48_001])
-def test_round_trip_keeps_the_length_to_a_frame(codec: Codec, num_samples: int) -> None:
+def test_round_trip_keeps_the_length_to_within_a_frame(codec: Codec, num_samples: int) -> None:
     codes_TC = encode_clip(codec, noise(num_samples), RATE_HZ)
     assert codes_TC.dtype == np.uint16
     assert codes_TC.shape[1] == 8
@@ -74,12 +76,12 @@ def test_padding_and_train_mode_change_codes(codec: Codec, folder: Path) -> None
         encode_clip(training, wave, RATE_HZ)
 
 
-def test_clip_below_a_frame_is_refused(codec: Codec) -> None:
+def test_clip_shorter_than_a_frame_is_refused(codec: Codec) -> None:
     with pytest.raises(DataError, match=r"959 samples at 24000 Hz, the codec needs 960"):
         encode_clip(codec, noise(959), RATE_HZ)
 
 
-def test_digest_follows_the_weights(codec: Codec, folder: Path) -> None:
+def test_digest_changes_with_the_weights(codec: Codec, folder: Path) -> None:
     other = load_codec(str(folder))
     assert weights_digest(other) == weights_digest(codec)
     with torch.no_grad():
@@ -88,7 +90,7 @@ def test_digest_follows_the_weights(codec: Codec, folder: Path) -> None:
 
 
 def changed_config(folder: Path, to: Path, **changes) -> str:
-    """A copy of the codec whose config.json says something else than its weights."""
+    """A copy of the codec with these changes to its config.json; returns its path."""
     to.mkdir()
     for path in folder.iterdir():
         (to / path.name).write_bytes(path.read_bytes())
@@ -98,7 +100,7 @@ def changed_config(folder: Path, to: Path, **changes) -> str:
 
 
 @pytest.mark.parametrize("changes", [{"semantic_sample_rate": 22_050}, {"sample_rate": 22_050}])
-def test_rates_that_do_not_belong_together_are_refused(
+def test_sample_rates_that_do_not_match_are_refused(
     folder: Path, tmp_path: Path, changes: dict[str, int]
 ) -> None:
     path = changed_config(folder, tmp_path / "c", **changes)
@@ -121,7 +123,9 @@ def test_empty_codebooks_are_refused(folder: Path, tmp_path: Path) -> None:
         load_codec(path)
 
 
-def test_codes_that_the_config_does_not_promise_are_refused(folder: Path, monkeypatch) -> None:
+def test_codes_of_another_shape_than_the_config_states_are_refused(
+    folder: Path, monkeypatch
+) -> None:
     encode = HiggsAudioV2TokenizerModel.encode
 
     def fewer(codec, input_values):

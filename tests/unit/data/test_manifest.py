@@ -1,4 +1,4 @@
-"""Manifests of every kind become checked rows; what cannot be used is rejected with its reason."""
+"""Manifests of every kind become checked rows; unusable rows are rejected with their reason."""
 
 import json
 import unicodedata
@@ -46,7 +46,9 @@ def test_metadata_json_with_transcript_files_and_references(tmp_path: Path):
 
 
 @pytest.mark.parametrize("other", ["./b.wav", "sub/../b.wav", "{root}/b.wav"])
-def test_a_reference_has_its_recordings_text_however_it_is_spelled(tmp_path: Path, other: str):
+def test_a_reference_takes_its_recordings_text_however_its_path_is_spelled(
+    tmp_path: Path, other: str
+):
     rows = [
         {"path": "a.wav", "text": "x", "ref_audio": other.format(root=tmp_path)},
         {"path": "b.wav", "text": "Reference."},
@@ -54,8 +56,8 @@ def test_a_reference_has_its_recordings_text_however_it_is_spelled(tmp_path: Pat
     assert [row.ref_text for row in jsonl(tmp_path, *rows).rows] == ["Reference.", None]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # of a transcript file
-def test_texts_and_speakers_are_composed_and_paths_stay_as_they_are(tmp_path: Path, encoding: str):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # of the transcript file
+def test_texts_and_speakers_are_normalised_to_nfc_but_paths_are_not(tmp_path: Path, encoding: str):
     words = [unicodedata.normalize("NFD", word) for word in ("إيمان", "آخر", "أنا")]
     speaker, text, path = words[0] + "  " + words[0], words[1], words[2] + ".wav"
     (tmp_path / "t.txt").write_text(text, encoding=encoding)
@@ -89,7 +91,7 @@ def test_texts_and_speakers_are_composed_and_paths_stay_as_they_are(tmp_path: Pa
         (None, "a.txt: cannot be read (No such file"),
     ],
 )
-def test_a_transcript_file_that_cannot_be_read_rejects_its_row(
+def test_an_unreadable_transcript_file_rejects_its_row(
     tmp_path: Path, content: bytes | None, message: str
 ):
     if content is not None:
@@ -106,7 +108,7 @@ def test_a_transcript_file_outside_the_data_root_is_not_read(tmp_path: Path):
     assert "outside the data root" in reason(jsonl(root, row))
 
 
-def test_parquet_and_flat_jsonl_hold_the_same_fields(tmp_path: Path):
+def test_parquet_and_flat_jsonl_give_the_same_rows(tmp_path: Path):
     fields = [{"audio": {"path": "a.wav"}, "sentence": "eins", "client_id": "c", "locale": "de"}]
     pq.write_table(pa.Table.from_pylist(fields), tmp_path / "m.parquet")
     (from_parquet,) = read_manifest(tmp_path / "m.parquet", tmp_path, 2000).rows
@@ -171,11 +173,11 @@ def test_parquet_and_flat_jsonl_hold_the_same_fields(tmp_path: Path):
         (["a.wav", "x"], "found list, needed an object"),
     ],
 )
-def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, row: Any, message: str):
+def test_the_rejection_of_an_unusable_row_says_why(tmp_path: Path, row: Any, message: str):
     assert message in reason(jsonl(tmp_path, row))
 
 
-def test_a_chat_may_hear_again_what_it_has_said(tmp_path: Path):
+def test_a_chat_may_hear_a_recording_after_learning_it(tmp_path: Path):
     turns = (("user", "x"), SPOKEN, ("user", SPOKEN[1]), ("assistant", "y"))
     assert len(jsonl(tmp_path, chat(*turns, start_index=1)).rows) == 1
 
@@ -225,7 +227,7 @@ def test_a_missing_manifest_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["offset", "start", "start_time"])
-def test_a_part_of_a_recording_is_not_trained_on_all_of_it(tmp_path: Path, name: str):
+def test_a_row_for_part_of_a_recording_is_rejected(tmp_path: Path, name: str):
     row = {"audio_filepath": "a.wav", "text": "x", "duration": 3.2}
     assert rf"{name} is 12.5: only whole recordings are read" in reason(
         jsonl(tmp_path, row | {name: 12.5})
@@ -237,18 +239,18 @@ def test_a_part_of_a_recording_is_not_trained_on_all_of_it(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("other", ["a.wav", "./a.wav", "sub/../a.wav", "{root}/a.wav"])
-def test_a_recording_is_not_its_own_reference(tmp_path: Path, other: str):
+def test_a_recording_cannot_be_its_own_reference(tmp_path: Path, other: str):
     row = {"path": "a.wav", "text": "x", "ref_text": "x", "ref_audio": other.format(root=tmp_path)}
     assert "has its own recording as its reference" in reason(jsonl(tmp_path, row))
     assert len(jsonl(tmp_path, row | {"ref_audio": "b.wav"}).rows) == 1
 
 
-def test_speakers_that_look_equal_are_one_voice(tmp_path: Path):
+def test_speaker_names_that_look_equal_are_one_speaker(tmp_path: Path):
     names = ("أحمد", "\u200fأحمد\u200f", "أح\u200dمد", "\ufeffأحمد ")
     rows = [{"path": f"{n}.wav", "text": "x", "speaker": name} for n, name in enumerate(names)]
     assert {row.speaker for row in jsonl(tmp_path, *rows).rows} == {"أحمد"}
 
 
-def test_a_text_of_invisible_marks_is_empty(tmp_path: Path):
+def test_a_text_of_only_invisible_marks_is_empty(tmp_path: Path):
     row = {"path": "a.wav", "text": "\u200f\u202b\ufeff"}
     assert reason(jsonl(tmp_path, row)) == "text is empty"

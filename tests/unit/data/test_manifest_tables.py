@@ -1,4 +1,4 @@
-"""Manifests that are tables, CSV and TSV: quotes, columns, blank cells."""
+"""Manifests that are tables (CSV, TSV, Parquet): quoting, columns, blank cells."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_csv_with_and_without_the_optional_columns(tmp_path: Path):
     assert (plain.id, plain.text, plain.speaker, plain.split) == ("row000002", "One, two", "", None)
 
 
-def test_csv_with_a_wrong_number_of_fields_names_the_line(tmp_path: Path):
+def test_csv_rows_with_too_many_or_too_few_fields_are_rejected(tmp_path: Path):
     found = read(tmp_path / "m.csv", "path,text\na.wav,one,two\nb.wav\nc.wav,ok\n")
     assert [row.audio for row in found.rows] == [("c.wav",)]
     assert [r.reason for r in found.rejected] == [
@@ -44,7 +44,7 @@ def test_csv_without_the_needed_columns_is_an_error(tmp_path: Path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_metadata_of_ljspeech_needs_no_first_line(tmp_path: Path, encoding: str):
+def test_ljspeech_metadata_needs_no_header_line(tmp_path: Path, encoding: str):
     content = (
         'LJ-1|Dr. A, "one", two, three|Doctor A, "one", two, three\n'
         'LJ-2|"So it begins|"So it begins\n'
@@ -64,7 +64,7 @@ def test_metadata_of_ljspeech_needs_no_first_line(tmp_path: Path, encoding: str)
     assert (row.audio, row.text) == (("wavs/a1.wav",), "صباح الخير")
 
 
-def test_fields_between_bars_have_names_and_no_quotes(tmp_path: Path):
+def test_bar_separated_files_have_a_header_and_no_quoting(tmp_path: Path):
     named = (
         'audio_file|text|speaker_name\nwavs/a.wav|"Ja, sagte er|anna\nwavs/b.wav|Nein, "nie"|bo\n'
     )
@@ -80,17 +80,15 @@ def test_fields_between_bars_have_names_and_no_quotes(tmp_path: Path):
 
 
 @pytest.mark.parametrize("names", ["id|text|speaker", "file_id|Transcript", "utterance|speaker_id"])
-def test_names_between_bars_that_name_no_recording_are_not_a_row_of_ljspeech(
-    tmp_path: Path, names: str
-):
-    """Else every speaker would be the text of its row."""
+def test_a_bar_separated_header_without_an_audio_column_is_an_error(tmp_path: Path, names: str):
+    """Taken for a row of LJSpeech, it would make each row's last column, the speaker, its text."""
     row = "a1|hello|anna\n" if names.count("|") == 2 else "a1|hello\n"
     with pytest.raises(DataError, match=r"the first line names the columns .*; needed one of path"):
         read(tmp_path / "m.csv", f"{names}\n{row}")
 
 
 @pytest.mark.parametrize("comma", [",", ";", "\t"])
-def test_a_bar_in_a_column_name_separates_nothing(tmp_path: Path, comma: str):
+def test_a_bar_in_a_column_name_is_no_separator(tmp_path: Path, comma: str):
     table = f"path{comma}text{comma}lang|accent\na.wav{comma}one|two{comma}de\n"
     (row,) = read(tmp_path / "m.csv", table).rows
     assert (row.audio, row.text) == (("a.wav",), "one|two")
@@ -112,7 +110,7 @@ def test_csv_is_read_as_spreadsheets_write_it(tmp_path: Path, comma: str, encodi
         ("path,text\n".encode("utf-16") + b"a", r"begins as UTF-16 .* \(truncated data\)"),
     ],
 )
-def test_a_manifest_in_another_encoding_says_what_to_do(
+def test_the_error_for_another_encoding_says_what_to_do(
     tmp_path: Path, content: bytes, message: str
 ):
     (tmp_path / "m.csv").write_bytes(content)
@@ -121,13 +119,13 @@ def test_a_manifest_in_another_encoding_says_what_to_do(
 
 
 @pytest.mark.parametrize("name, comma", [("m.csv", ","), ("m.tsv", "\t")])
-def test_a_column_that_is_there_twice_is_an_error(tmp_path: Path, name: str, comma: str):
+def test_duplicate_columns_are_an_error(tmp_path: Path, name: str, comma: str):
     rows = "path,text,speaker, Text,,\na.wav,hello,anna,other,,\n".replace(",", comma)
     with pytest.raises(DataError, match=r"m\.[ct]sv: has several columns named text\. Rename"):
         read(tmp_path / name, rows)
 
 
-def test_tsv_has_no_quotes_and_no_row_takes_in_the_next(tmp_path: Path):
+def test_quotation_marks_in_tsv_are_plain_text(tmp_path: Path):
     texts = ['"Ja, sagte er.', '"Nein".', 'Er sagte "ja"', '"Ja"', '""', 'a ""b""', '"', "it's"]
     lines = [f"{n}.wav\t{text}\tanna\n" for n, text in enumerate(texts)]
     found = read(tmp_path / "m.tsv", "path\tsentence\tclient_id\n" + "".join(lines))
@@ -137,7 +135,7 @@ def test_tsv_has_no_quotes_and_no_row_takes_in_the_next(tmp_path: Path):
     assert {row.speaker for row in found.rows} == {"anna"}
 
 
-def test_a_tsv_that_is_quoted_as_csv_gives_no_wrong_transcript(tmp_path: Path):
+def test_csv_quoting_in_a_tsv_gives_no_wrong_transcript(tmp_path: Path):
     quoted = 'path\ttext\na.wav\t"""Ja"", sagte er"\nb.wav\tNein\n'
     found = read(tmp_path / "m.tsv", quoted)
     assert [row.text for row in found.rows] == ["Nein"]
@@ -158,20 +156,22 @@ def test_a_tsv_that_is_quoted_as_csv_gives_no_wrong_transcript(tmp_path: Path):
         ('"path"x,text\na.wav,ok\n', r"line 1: not csv .* those inside it must be doubled"),
     ],
 )
-def test_csv_with_a_stray_quotation_mark_names_the_line(tmp_path: Path, content: str, message: str):
+def test_the_error_for_a_stray_quotation_mark_names_its_line(
+    tmp_path: Path, content: str, message: str
+):
     with pytest.raises(DataError, match=message):
         read(tmp_path / "m.csv", content)
 
 
-def test_csv_texts_may_hold_what_quotes_are_for(tmp_path: Path):
+def test_quoted_csv_texts_may_hold_commas_quotes_and_line_breaks(tmp_path: Path):
     found = read(
         tmp_path / "m.csv", 'path,text\r\n\r\na.wav,"one, ""two""\r\nthree"\r\nb.wav,x\r\n'
     )
     assert [row.text for row in found.rows] == ['one, "two"\r\nthree', "x"]
-    assert [row.number for row in found.rows] == [3, 5]  # where an editor shows them
+    assert [row.number for row in found.rows] == [3, 5]  # the lines as an editor counts them
 
 
-def test_a_blank_cell_gives_way_to_a_filled_one(tmp_path: Path):
+def test_a_blank_cell_is_filled_from_a_synonymous_column(tmp_path: Path):
     (tmp_path / "a.txt").write_text("from the file")
     table = "id,utt_id,path,file,text,sentence,transcript_file,ref_audio,ref_text,ref_transcript\n"
     rows = [",x,,a.wav, ,,a.txt,,,", "y,,b.wav,, ,other,a.txt,,,", "z,,c.wav,,c,,,d.wav, ,d"]
@@ -188,7 +188,7 @@ def test_a_blank_cell_gives_way_to_a_filled_one(tmp_path: Path):
     ]
 
 
-def test_a_reference_with_a_blank_text_takes_it_from_its_own_row(tmp_path: Path):
+def test_a_blank_reference_text_is_taken_from_the_recordings_own_row(tmp_path: Path):
     (tmp_path / "blank.txt").write_text(" \n")
     content = (
         "path,text,ref_audio,ref_text,ref_text_file\n"
@@ -205,7 +205,7 @@ def test_a_reference_with_a_blank_text_takes_it_from_its_own_row(tmp_path: Path)
     ] == [("d.wav", True)]
 
 
-def test_audio_inside_a_parquet_file_is_rejected_with_a_way_out(tmp_path: Path):
+def test_audio_inside_a_parquet_file_is_rejected_with_advice(tmp_path: Path):
     audio = {"bytes": b"RIFF", "path": "a.wav"}
     pq.write_table(pa.Table.from_pylist([{"audio": audio, "text": "x"}]), tmp_path / "m.parquet")
     (rejection,) = read_manifest(tmp_path / "m.parquet", tmp_path, 2000).rejected
@@ -213,7 +213,7 @@ def test_audio_inside_a_parquet_file_is_rejected_with_a_way_out(tmp_path: Path):
     assert "write its bytes to a file" in rejection.reason
 
 
-def test_numbers_that_pandas_wrote_as_floats_are_whole_again(tmp_path: Path):
+def test_integers_that_pandas_wrote_as_floats_are_read_as_integers(tmp_path: Path):
     rows = [
         {"id": 7.0, "speaker": 12.0, "path": "a.wav", "text": "x", "split": float("nan")},
         {"id": float("nan"), "speaker": float("nan"), "path": "b.wav", "text": "y", "split": None},

@@ -1,4 +1,4 @@
-"""ChatML in each shape that is in use becomes turns, and clips where it only wraps one."""
+"""Every common shape of ChatML becomes turns, or a clip if it only wraps one."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ from tests.unit.data.manifests import (
         ["hello"],
     ],
 )
-def test_chat_content_in_each_shape_of_text(tmp_path: Path, content: Any):
+def test_every_shape_of_text_content_is_read(tmp_path: Path, content: Any):
     (row,) = jsonl(tmp_path, chat(("user", content), SPOKEN)).rows
     assert row.kind == "chat"
     assert row.turns is not None
@@ -38,13 +38,13 @@ def test_chat_content_in_each_shape_of_text(tmp_path: Path, content: Any):
     assert (row.text, row.audio, row.start_index) == ("hello", ("a.wav",), 1)
 
 
-def test_texts_of_an_answer_keep_the_spaces_between_them(tmp_path: Path):
+def test_joined_texts_of_an_answer_keep_the_spaces_between_them(tmp_path: Path):
     pieces = [" good", {"type": "text", "text": " morning"}, " al", "l\n"]
     answer = [*pieces, SPOKEN[1], " Bye ", " now"]
     row = chat(("user", pieces), ("assistant", answer))
     (found,) = jsonl(tmp_path, row).rows
     assert texts_of(found.text, found.turns) == [
-        *("good", "morning", "al", "l"),  # as the native template trims a user's
+        *("good", "morning", "al", "l"),  # the native template trims each text of a user
         *("good morning all", "Bye  now"),
     ]
     pieces = [{"type": "text", "text": "e"}, "\u0301t\u00e9", {"type": "text", "text": None}]
@@ -54,7 +54,7 @@ def test_texts_of_an_answer_keep_the_spaces_between_them(tmp_path: Path):
 
 
 def turns_of(tmp_path: Path, row: dict[str, Any]) -> tuple[list[Any], int]:
-    """Each turn as its role and its parts, a text or the number of an audio; the first to learn."""
+    """Each turn as its role and parts (a text or an audio's number), and the first turn to learn."""
     (found,) = jsonl(tmp_path, row).rows
     assert found.turns is not None
     turns = [
@@ -75,8 +75,8 @@ SCENE = "<|scene_desc_start|>\n{}\n<|scene_desc_end|>"
         ([("system", ""), ("scene", {"type": "text", "text": "A quiet room."})], SCENE),
     ],
 )
-def test_a_scene_is_a_part_of_the_system_turn(tmp_path: Path, before: list[Any], system: str):
-    """The native chat template writes so (convert_higgs_audio_v2_to_hf.py of transformers)."""
+def test_a_scene_becomes_part_of_the_system_turn(tmp_path: Path, before: list[Any], system: str):
+    """As the native chat template writes it (convert_higgs_audio_v2_to_hf.py of transformers)."""
     talk = [("user", "one"), SPOKEN_BEFORE, ("user", "two"), SPOKEN]
     first = ("system", system.format("A quiet room."))
     wanted = [first, ("user", "one"), ("assistant", 0), ("user", "two"), ("assistant", 1)]
@@ -86,7 +86,7 @@ def test_a_scene_is_a_part_of_the_system_turn(tmp_path: Path, before: list[Any],
         assert found == (wanted, max(0, number - len(before) + 1) if number else 0)
 
 
-def test_a_scene_describes_speakers_by_texts_and_recordings(tmp_path: Path):
+def test_a_scene_may_describe_speakers_by_texts_and_recordings(tmp_path: Path):
     audio = SPOKEN_BEFORE[1]
     start, end = SCENE.split("{}")
 
@@ -125,12 +125,12 @@ def test_an_empty_system_message_is_left_out(tmp_path: Path, content: Any):
         {"type": "audio", "audio_url": "a b.wav", "raw_audio": None, "duration": None},
     ],
 )
-def test_chat_audio_in_each_shape(tmp_path: Path, part: dict[str, Any]):
+def test_every_shape_of_audio_part_is_read(tmp_path: Path, part: dict[str, Any]):
     (row,) = jsonl(tmp_path, chat(("user", [part]), ("assistant", "it says so"))).rows
     assert (row.audio, row.text) == (("a b.wav",), "it says so")
 
 
-def test_chat_with_placeholders_and_a_list_of_audios(tmp_path: Path):
+def test_audio_placeholders_take_their_paths_from_audios(tmp_path: Path):
     messages = [("user", "<audio>Repeat: <audio>"), ("assistant", "<audio>")]
     (row,) = jsonl(tmp_path, chat(*messages, audios=["a.wav", "b.wav", "c.wav"])).rows
     assert row.turns is not None
@@ -139,7 +139,7 @@ def test_chat_with_placeholders_and_a_list_of_audios(tmp_path: Path):
     assert row.audio == ("a.wav", "b.wav", "c.wav")
 
 
-def test_only_the_last_answer_is_learnt_unless_start_index_says_more(tmp_path: Path):
+def test_only_the_last_answer_is_learnt_unless_start_index_says_otherwise(tmp_path: Path):
     messages = [("user", "ref"), SPOKEN_BEFORE, ("user", "say this"), SPOKEN]
     first, second = jsonl(tmp_path, chat(*messages), chat(*messages, start_index=0)).rows
     assert (first.start_index, second.start_index) == (3, 0)
@@ -153,7 +153,7 @@ def test_only_the_last_answer_is_learnt_unless_start_index_says_more(tmp_path: P
 @pytest.mark.parametrize(
     "start, texts, recordings", [(5, "d", "3"), (3, "cd", "23"), (1, "bcd", "23")]
 )
-def test_a_chat_teaches_what_is_learnt_and_what_that_answers(
+def test_a_chat_teaches_the_learnt_answers_and_what_they_answer(
     tmp_path: Path, start: int, texts: str, recordings: str
 ):
     first, second, third = ({"type": "audio", "path": number} for number in "123")

@@ -31,7 +31,7 @@ def test_each_epoch_visits_every_row_once(tmp_path: Path, num_rows: int, batch_c
         assert epochs[0] != epochs[1]
 
 
-def test_a_batch_depends_on_nothing_but_seed_and_step(tmp_path: Path):
+def test_a_batch_depends_only_on_seed_and_step(tmp_path: Path):
     mix = TaskMix(transcribe=1, speak=1, clone=1)
     rows = [clip(n, speaker=f"s{n % 3}") for n in range(40)]
     order = TrainOrder(make(tmp_path, rows), mix, 6, seed=5)
@@ -65,7 +65,7 @@ def test_tasks_follow_the_weights_and_change_between_epochs(tmp_path: Path):
     assert first != second
 
 
-def test_clone_refers_to_another_text_of_the_same_speaker_and_split(tmp_path: Path):
+def test_clone_references_have_another_text_but_the_same_speaker_and_split(tmp_path: Path):
     rows = [clip(n, speaker=f"s{n % 3}", text=f"t{n % 7}") for n in range(60)]
     rows += [clip(n, split="validation", speaker="s0") for n in range(60, 80)]
     by_codes = {row.codes[0].tobytes(): row for row in rows}
@@ -80,7 +80,7 @@ def test_clone_refers_to_another_text_of_the_same_speaker_and_split(tmp_path: Pa
             assert [turn.target for turn in conversation.turns] == [False, False, False, True]
 
 
-def test_clone_prefers_the_reference_of_the_row(tmp_path: Path):
+def test_clone_uses_the_rows_own_reference_if_it_has_one(tmp_path: Path):
     order = TrainOrder(
         make(tmp_path, [clip(0, ref_text="its own")]), TaskMix(transcribe=0, speak=0, clone=1), 1, 0
     )
@@ -99,7 +99,7 @@ def test_a_speaker_with_one_text_or_no_name_is_not_cloned(tmp_path: Path):
     assert TrainOrder(dataset, TaskMix(transcribe=0, speak=0, clone=1), 1, 0).num_skipped == 6
 
 
-def test_no_clone_is_prompted_with_the_recording_that_it_learns(tmp_path: Path):
+def test_no_clone_is_prompted_with_the_recording_it_learns(tmp_path: Path):
     only_clones = TaskMix(transcribe=0, speak=0, clone=1)
     twice = [clip(n // 2, speaker="s") for n in range(6)]  # each recording with two texts
     rows = [replace(row, id=f"r{n}", text=f"text {n}") for n, row in enumerate(twice)]
@@ -139,7 +139,7 @@ def test_rows_over_the_limits_are_skipped_and_counted(tmp_path: Path):
         TrainOrder(dataset, TaskMix(), 2, 0, max_frames=3)
 
 
-def test_the_estimate_of_rows_is_never_below_the_encoded_ones(tmp_path: Path):
+def test_estimated_rows_are_an_upper_bound_of_encoded_rows(tmp_path: Path):
     rows = [clip(n) for n in range(5)] + [clip(5, ref_text="a reference"), chat(0)]
     dataset = make(tmp_path, rows)
     sizes = dataset.sizes(len)
@@ -157,7 +157,7 @@ def test_the_estimate_of_rows_is_never_below_the_encoded_ones(tmp_path: Path):
             assert encoded_rows(tasks.clone(row, dataset.row(other))) <= both
 
 
-def test_the_longest_conversation_is_the_longest_clip_cloned_from_another():
+def test_longest_conversation_allows_for_cloning_the_longest_clips():
     data = DataSettings(max_frames=60, max_text_tokens=20, system_text=40 * "s")
     one, other = (clip(number, num_frames=60, text=20 * "x") for number in range(2))
     rows = encoded_rows(tasks.introduced(tasks.clone(one, other), data.system_text))
@@ -165,7 +165,7 @@ def test_the_longest_conversation_is_the_longest_clip_cloned_from_another():
     assert tasks.longest_conversation(data, 2, positions=100) == 100
 
 
-def test_what_the_base_cannot_hold_is_skipped_before_training(tmp_path: Path):
+def test_rows_too_long_for_the_base_are_skipped_before_training(tmp_path: Path):
     rows = [clip(n, speaker="a", num_frames=10) for n in range(6)]
     rows += [clip(6, speaker="a", num_frames=60), clip(7, speaker="a", num_frames=200)]
     rows += [clip(8, speaker="b", num_frames=40, ref_text="r" * 20), chat(0)]
@@ -180,7 +180,7 @@ def test_what_the_base_cannot_hold_is_skipped_before_training(tmp_path: Path):
     assert alone.num_skipped == 3
 
 
-def test_a_roomy_limit_of_rows_changes_no_batch(tmp_path: Path):
+def test_a_generous_limit_of_rows_changes_no_batch(tmp_path: Path):
     mix = TaskMix(transcribe=1, speak=1, clone=1)
     dataset = make(tmp_path, [clip(n, speaker=f"s{n % 3}") for n in range(40)])
     free, limited = (TrainOrder(dataset, mix, 6, seed=5, max_rows=n) for n in (None, 2048))
@@ -188,7 +188,7 @@ def test_a_roomy_limit_of_rows_changes_no_batch(tmp_path: Path):
         assert [c.key for c in free.batch(step)] == [c.key for c in limited.batch(step)]
 
 
-def test_the_reference_does_not_follow_from_the_draw_of_the_task(tmp_path: Path):
+def test_the_reference_is_drawn_independently_of_the_task(tmp_path: Path):
     rows = [clip(n, speaker="one") for n in range(40)]
     mix = TaskMix(transcribe=1, speak=1, clone=1)  # clone takes the upper third of the draws
     order = TrainOrder(make(tmp_path, rows), mix, 8, seed=0)
@@ -197,7 +197,7 @@ def test_the_reference_does_not_follow_from_the_draw_of_the_task(tmp_path: Path)
     assert np.mean([number < 20 for number in heard]) == pytest.approx(0.5, abs=0.12)
 
 
-def test_clones_share_a_batch_by_the_length_of_both_clips(tmp_path: Path):
+def test_clones_are_batched_by_the_total_length_of_both_clips(tmp_path: Path):
     rows = [clip(2 * n, speaker=f"s{n}", num_frames=10, text="same") for n in range(512)]
     rows += [
         clip(2 * n + 1, "train", f"s{n}", "diff", num_frames=2 + n) for n in range(512)
@@ -206,10 +206,10 @@ def test_clones_share_a_batch_by_the_length_of_both_clips(tmp_path: Path):
     totals = [
         [len(audio(c, 1)) + len(audio(c, 3)) for c in order.batch(step)] for step in range(128)
     ]
-    assert np.median([np.ptp(batch) for batch in totals]) < 64, "of 12 to 523"
+    assert np.median([np.ptp(batch) for batch in totals]) < 64, "totals are 12 to 523"
 
 
-def test_what_is_exactly_at_a_limit_is_kept(tmp_path: Path):
+def test_rows_exactly_at_a_limit_are_kept(tmp_path: Path):
     clones = TaskMix(transcribe=0, speak=0, clone=1)
     one = make(tmp_path / "one", [clip(0, num_frames=7, text="x" * 9, ref_text="r" * 12)])
     whole = int(one.sizes(len)["rows"][0] + one.sizes(len)["reference_rows"][0])

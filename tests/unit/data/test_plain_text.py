@@ -1,4 +1,4 @@
-"""Texts that sound the same count as one."""
+"""Texts that sound the same are treated as equal."""
 
 import pytest
 
@@ -20,16 +20,16 @@ from higgs_tune.data.plain_text import plain_text, sound_of, visible
         ("…", ""),
     ],
 )
-def test_plain_text_drops_what_may_be_left_out(text: str, plain: str):
+def test_plain_text_normalises_case_marks_letters_and_digits(text: str, plain: str):
     assert plain_text(text) == plain
 
 
 @pytest.mark.parametrize("mark", ["\u00ad", "\u200c", "\u200d", "\u200f", "\u202b", "\ufeff"])
-def test_invisible_marks_inside_a_word_are_no_space(mark: str):
+def test_invisible_marks_do_not_split_a_word(mark: str):
     assert plain_text(f"كتا{mark}ب") == "كتاب"
     assert visible(f"{mark}كتا{mark}ب") == "كتاب"
 
 
 @pytest.mark.parametrize("text", ["U.S.", "e-mail,", "«don’t»", "你好,世界", "مدرسه\u200cها"])
-def test_a_text_sounds_the_same_without_the_marks_inside_its_words(text: str):
+def test_sound_of_a_text_ignores_punctuation_and_invisible_marks(text: str):
     assert sound_of(text) == sound_of("".join(filter(str.isalpha, text)))

@@ -1,4 +1,4 @@
-"""A manifest that streams gives what one in memory gives, and memory does not grow with it."""
+"""A streamed manifest gives what the in-memory reference gives; memory does not grow with it."""
 
 import json
 import sqlite3
@@ -28,7 +28,7 @@ ROWS_PER_SHARD = 7
 
 
 def codes(names: tuple[str, ...]) -> Any:
-    """Stands for a codec: a recording's codes are its number, one in nine cannot be used."""
+    """Stand in for a codec: a recording's codes are its number; one recording in nine is unusable."""
     numbers = [int(name.removesuffix(".wav")) for name in names]
     if any(number % 9 == 4 for number in numbers):
         return "cannot be coded"
@@ -46,14 +46,14 @@ def codec() -> Codec:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 @pytest.mark.parametrize("seed", range(25))
-def test_a_prepared_folder_is_what_the_rules_say(
+def test_a_prepared_folder_matches_the_plain_reference(
     tmp_path: Path, monkeypatch, codec, seed: int, suffix: str
 ):
     monkeypatch.setattr(encode, "code_here", fake_coder)
     monkeypatch.setattr(encode, "load_codec", lambda *_: codec)
     rng = np.random.default_rng(seed)
     fields = plain.random_fields(rng)
-    if suffix == ".csv":  # it knows no null
+    if suffix == ".csv":  # CSV has no null
         fields = [{name: value or "" for name, value in row.items()} for row in fields]
     manifest, out = tmp_path / f"m{suffix}", tmp_path / "out"
     plain.write(manifest, fields)
@@ -68,7 +68,7 @@ def test_a_prepared_folder_is_what_the_rules_say(
         rows_per_shard=ROWS_PER_SHARD,
     )
 
-    first = 2 if suffix == ".csv" else 1  # its lines are counted with the header
+    first = 2 if suffix == ".csv" else 1  # the header is CSV's line 1
 
     def rejection(number: int, reason: str) -> dict[str, Any]:
         raw = fields[number - first]
@@ -124,14 +124,14 @@ def test_a_prepared_folder_is_what_the_rules_say(
     assert (info.num_rows, info.num_rejected, info.split_rule) == (len(digests), len(listed), rule)
 
 
-def test_parquet_columns_of_one_name_are_an_error(tmp_path: Path):
+def test_duplicate_parquet_columns_are_an_error(tmp_path: Path):
     table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["path", "text", "text"])
     pq.write_table(table, tmp_path / "m.parquet")
     with pytest.raises(DataError, match="has several columns named text"):
         read_manifest(tmp_path / "m.parquet", tmp_path, 10)
 
 
-def test_a_full_disk_of_temporary_files_is_named():
+def test_a_full_disk_for_temporary_files_is_named():
     def fill(num_pages: int, query: str) -> None:
         with scratch_database() as database:
             database.execute(f"PRAGMA max_page_count = {num_pages}")
@@ -170,7 +170,7 @@ for count in map(int, sys.argv[2:]):
 
 
 def test_memory_does_not_grow_with_the_manifest(tmp_path: Path):
-    """Rows that are all in memory would take 40 MiB more, beside the 16 that sorting fills once."""
+    """Keeping all rows in memory would add 40 MiB to the 16 MiB that sorting fills once."""
     counts = [5_000, 50_000]
     words = [sys.executable, "-c", _PLAN, str(tmp_path), *map(str, counts)]
     done = subprocess.run(words, check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Validation rows are drawn so that nothing leaks, and stay where they are when rows are added."""
+"""Validation rows are drawn so that nothing leaks; added rows move hardly any of them."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def chat(
     speaker: str = "",
     split: str | None = None,
 ) -> ManifestRow:
-    """A chat of turns with one part each, an audio where it ends in .wav."""
+    """A chat whose turns have one part each; a part that ends in .wav is audio."""
     audio = tuple(part for _, part in turns if part.endswith(".wav"))
     parts = [
         {"type": "audio", "audio": audio.index(part)}
@@ -48,7 +48,7 @@ def chat(
 def assign_splits(
     rows: list[ManifestRow], val_fraction: float, seed: int, root: Path = Path("/data")
 ) -> tuple[list[ManifestRow], list[Rejection], str]:
-    """Rows with their split, rows that are left out, the rule."""
+    """The rows with their splits, the rows that are left out, and the rule."""
     with scratch_database() as database:
         table = RowTable(database, root)
         for one in rows:
@@ -66,7 +66,7 @@ def speakers_of(rows: list[ManifestRow], split: str) -> set[str]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_text_is_ever_shared(seed: int):
+def test_no_text_is_in_both_splits(seed: int):
     rng = np.random.default_rng(seed)
     num_texts, num_speakers = int(rng.integers(3, 60)), int(rng.integers(1, 9))
     rows = [
@@ -80,7 +80,7 @@ def test_no_text_is_ever_shared(seed: int):
     assert len(kept) + len(left_out) == len(rows)
 
 
-def test_from_five_speakers_on_no_speaker_is_shared():
+def test_with_enough_speakers_no_speaker_is_in_both_splits():
     rows = [row(n, f"text {n}", f"s{n % 12}") for n in range(240)]
     kept, left_out, rule = assign_splits(rows, 0.1, 0)
     assert not speakers_of(kept, "train") & speakers_of(kept, "validation")
@@ -89,7 +89,7 @@ def test_from_five_speakers_on_no_speaker_is_shared():
     assert rule == "drawn with seed 0 for 0.1 of the clips: no speaker and no text is shared"
 
 
-def test_a_few_texts_across_the_border_are_left_out_of_validation():
+def test_a_few_validation_clips_with_train_texts_are_left_out():
     rows = [row(n, "Yes." if n < 4 else f"text {n}", f"s{n % 12}") for n in range(240)]
     some = [assign_splits(rows, 0.1, seed) for seed in range(12)]
     assert any(left_out for _, left_out, _ in some)
@@ -99,7 +99,7 @@ def test_a_few_texts_across_the_border_are_left_out_of_validation():
         assert all("left out: a validation speaker" in one.reason for one in left_out)
 
 
-def test_voices_that_all_say_the_same_texts_are_split_by_text():
+def test_speakers_who_all_say_the_same_texts_are_split_by_text():
     rows = [row(n, f"text {n // 8}", f"s{n % 8}") for n in range(400)]
     kept, left_out, rule = assign_splits(rows, 0.1, 3)
     assert not left_out
@@ -108,12 +108,12 @@ def test_voices_that_all_say_the_same_texts_are_split_by_text():
     assert rule == "drawn with seed 3 for 0.1 of the clips: no text is shared, speakers are"
 
 
-def test_unknown_speakers_are_split_by_text():
+def test_one_unknown_speaker_makes_the_split_go_by_text():
     rows = [row(n, f"text {n}", f"s{n % 9}" if n else "") for n in range(90)]
     assert assign_splits(rows, 0.1, 0)[2].endswith("no text is shared, speakers are")
 
 
-def test_rows_that_are_added_do_not_move_the_others():
+def test_added_rows_move_hardly_any_other_row():
     rows = [row(n, f"text {n}") for n in range(400)]
     before = {r.id: r.split for r in assign_splits(rows[:380], 0.1, 0)[0]}
     after = {r.id: r.split for r in assign_splits(rows, 0.1, 0)[0]}
@@ -144,7 +144,7 @@ def test_spellings_of_a_sentence_and_rows_of_a_recording_stay_together(seed: int
 
 
 @pytest.mark.parametrize("marked, bare", [("U.S.", "US"), ("e-mail", "email"), ("你好,", "你好")])
-def test_a_mark_inside_a_word_makes_no_other_text(marked: str, bare: str):
+def test_texts_that_differ_only_in_punctuation_stay_together(marked: str, bare: str):
     rows = [row(n, f"{(bare, marked)[n % 2]}世界 {n // 2}") for n in range(40)]
     kept, _, _ = assign_splits(rows, 0.2, 0)
     sides = [one.split for one in kept]
@@ -152,7 +152,7 @@ def test_a_mark_inside_a_word_makes_no_other_text(marked: str, bare: str):
     assert {"train", "validation"} == set(sides)
 
 
-def test_clips_joined_in_a_long_chain_stay_together():
+def test_clips_linked_in_a_long_chain_stay_together():
     rows = [row(n, f"text {n // 2}", path=f"{(n + 1) // 2}.wav") for n in range(200)]
     rows += [row(200 + n, f"other {n}") for n in range(2)]
     kept, _, _ = assign_splits(rows, 0.5, 0)
@@ -199,7 +199,9 @@ def test_chats_of_held_out_speakers_are_left_out():
     assert rule.endswith("no speaker and no text is shared")
 
 
-def test_chats_alone_all_train_and_a_warning_names_the_option(caplog: pytest.LogCaptureFixture):
+def test_without_clips_all_chats_train_and_a_warning_names_the_option(
+    caplog: pytest.LogCaptureFixture,
+):
     rows = [chat(n, ("user", f"text {n}"), ("assistant", f"{n}.wav")) for n in range(24)]
     kept, left_out, rule = assign_splits(rows, 0.1, 0)
     assert {one.split for one in kept} == {"train"} and not left_out
@@ -232,14 +234,16 @@ def test_a_given_split_is_kept_and_its_shared_texts_counted(caplog: pytest.LogCa
     assert "m.csv: 2 texts and 1 recordings are in both splits, as its" in warning
 
 
-def test_a_given_split_without_two_validation_texts_is_warned_of(caplog: pytest.LogCaptureFixture):
+def test_a_given_split_without_two_validation_texts_gives_a_warning(
+    caplog: pytest.LogCaptureFixture,
+):
     rows = [row(n, f"text {n}", split="validation" if n == 3 else "train") for n in range(9)]
     assign_splits(rows, 0.1, 0)
     (warning,) = caplog.messages
     assert "found 1 different texts of clips for validation, needed 2" in warning
 
 
-def test_a_split_for_some_rows_only_is_an_error():
+def test_a_split_for_only_some_rows_is_an_error():
     rows = [row(0, "a", split="train"), row(1, "b")]
     with pytest.raises(
         DataError, match=r"m\.csv: row 1 \(id 'r1'\) has no split, 1 of 2 rows have one"
@@ -247,7 +251,7 @@ def test_a_split_for_some_rows_only_is_an_error():
         assign_splits(rows, 0.1, 0)
 
 
-def test_too_few_texts_to_divide_is_an_error_unless_all_train():
+def test_too_few_texts_to_split_are_an_error_unless_all_rows_train():
     rows = [row(n, f"text {n % 2}") for n in range(9)]
     with pytest.raises(DataError, match=r"m\.csv: found 2 different texts of clips, needed at"):
         assign_splits(rows, 0.1, 0)
@@ -256,7 +260,7 @@ def test_too_few_texts_to_divide_is_an_error_unless_all_train():
     assert rule == "all rows train"
 
 
-def test_a_voice_with_most_of_the_chats_is_not_held_out_with_them(caplog):
+def test_a_speaker_with_most_of_the_chats_is_not_held_out(caplog):
     rows = [row(n, f"text {n}", f"s{n % 10}") for n in range(100)]
     rows += [
         chat(100 + n, ("user", f"c{n}.wav"), ("assistant", f"chat {n}"), speaker="s3")
@@ -268,7 +272,7 @@ def test_a_voice_with_most_of_the_chats_is_not_held_out_with_them(caplog):
     assert "chats are left out" not in caplog.text
 
 
-def test_a_clip_without_letters_leaves_no_chat_out(caplog):
+def test_a_clip_without_letters_excludes_no_chat(caplog):
     rows = [row(n, "..." if n == 20 else f"text {n}") for n in range(21)]
     rows += [chat(100 + n, ("user", f"c{n}.wav"), ("assistant", "…"), start=1) for n in range(30)]
     for seed in range(40):
@@ -276,7 +280,7 @@ def test_a_clip_without_letters_leaves_no_chat_out(caplog):
         assert sum(one.kind == "chat" for one in kept) == 30
 
 
-def test_chats_that_are_left_out_are_counted_in_a_warning(caplog):
+def test_left_out_chats_give_a_warning(caplog):
     rows = [row(n, f"text {n}") for n in range(10)]
     rows += [
         chat(100, ("user", "x.wav"), ("assistant", "text 0")),
@@ -286,22 +290,22 @@ def test_chats_that_are_left_out_are_counted_in_a_warning(caplog):
     assert "of 10 chats are left out: they are of validation speakers, or teach" in caplog.text
 
 
-def test_the_number_of_validation_clips_comes_as_near_as_whole_texts_can():
+def test_validation_size_is_as_near_the_target_as_whole_texts_allow():
     rows = [row(n, f"text {n // 3}") for n in range(81)]
     kept, _, _ = assign_splits(rows, 0.1, 0)
-    assert sum(one.split == "validation" for one in kept) == 9, "8.1 are wanted, 3 a text"
+    assert sum(one.split == "validation" for one in kept) == 9, "the target is 8.1, a text has 3"
 
 
-def test_something_is_left_to_train_whatever_the_fraction():
+def test_a_large_fraction_leaves_one_text_to_train():
     kept, _, _ = assign_splits([row(n, f"text {n}") for n in range(4)], 0.95, 0)
     assert len(texts_of(kept, "train")) == 1
 
 
-def test_voices_that_share_many_texts_are_split_by_text():
+def test_speakers_who_share_many_texts_are_split_by_text():
     rows = [
         row(n, f"text {n % 20}" if n % 20 < 8 else f"own {n}", f"s{n // 20}") for n in range(240)
     ]
     for seed in range(10):
         kept, left_out, rule = assign_splits(rows, 0.1, seed)
-        assert rule.endswith("no text is shared, speakers are"), "a voice's 8 of 240 are above 2 %"
+        assert rule.endswith("no text is shared, speakers are"), "a speaker's 8 of 240 exceed 2 %"
         assert len(kept) == 240 and not left_out

@@ -1,4 +1,4 @@
-"""Labels: shifted once, one EOS a codebook, the target turn only."""
+"""Labels are shifted once, end each codebook with one EOS, and cover only the target turn."""
 
 import re
 from dataclasses import replace
@@ -38,7 +38,7 @@ def test_delay_pattern_matches_the_stock_processor(num_frames):
 
 
 @pytest.mark.parametrize("task", ["transcribe", "speak", "clone"])
-def test_audio_of_a_user_begins_with_a_token_of_its_own_where_there_is_one(task):
+def test_user_audio_begins_with_its_own_token_if_the_tokenizer_has_one(task):
     """As in boson_multimodal's prepare_chatml_sample; nothing else differs."""
     talk, own = conversation(task, 3), 999
     plain = encode_conversation(talk, vocabulary())
@@ -73,7 +73,7 @@ def test_each_codebook_learns_its_codes_and_one_eos(task):
     assert (one.text_labels_L == IGNORE).all()
 
 
-def test_transcribe_learns_its_text_and_the_end_of_turn_only():
+def test_transcribe_learns_only_its_text_and_the_end_of_turn():
     voc = vocabulary()
     talk = conversation("transcribe", 3)
     one = encode_conversation(talk, voc)
@@ -83,7 +83,7 @@ def test_transcribe_learns_its_text_and_the_end_of_turn_only():
     assert (one.audio_labels_AC == IGNORE).all()
 
 
-def test_clone_masks_system_user_and_reference():
+def test_clone_learns_no_audio_of_its_reference():
     talk = conversation("clone", 3)
     with_system = Conversation("k", "clone", (Turn("system", (TextPart("be kind"),)), *talk.turns))
     one = encode_conversation(with_system, vocabulary())
@@ -92,7 +92,7 @@ def test_clone_masks_system_user_and_reference():
     assert (one.audio_labels_AC[reference_rows:] != IGNORE).any()
 
 
-def test_placeholders_are_as_many_as_code_rows_in_each_example():
+def test_each_code_row_has_one_audio_placeholder():
     voc = vocabulary()
     one = example("clone", 4)
     placeholders = np.isin(one.ids_L, [voc.audio, voc.audio_delay])
@@ -123,21 +123,21 @@ def test_a_control_token_inside_a_text_is_refused(name):
         (np.full((3, 4), NUM_CODES, np.uint16), "outside the base's codebook of 30"),
     ],
 )
-def test_codes_of_another_codec_are_refused(codes, message):
+def test_codes_that_do_not_fit_the_base_are_refused(codes, message):
     talk = Conversation("row 7", "speak", (Turn("assistant", (AudioPart(codes),), target=True),))
     with pytest.raises(DataError, match=message):
         encode_conversation(talk, vocabulary())
 
 
-def test_a_clip_ends_before_the_first_frame_in_which_any_codebook_ends():
+def test_a_decoded_clip_ends_before_the_first_frame_with_an_eos():
     codes_TC = random_codes(np.random.default_rng(0), 6)
     delayed_AC = delay_codes(codes_TC, BOS, EOS)
-    delayed_AC[1 + 2 + 4, 2] = EOS  # of frame 4 in codebook 2 alone
+    delayed_AC[1 + 2 + 4, 2] = EOS  # frame 4 of codebook 2 only
     np.testing.assert_array_equal(undelay_codes(delayed_AC, EOS), codes_TC[:4])
 
 
 @pytest.mark.parametrize("text_last", [True, False])
-def test_the_end_of_turn_is_learnt_behind_a_text_only(text_last):
+def test_end_of_turn_is_learnt_only_after_a_text(text_last):
     voc = vocabulary()
     text, audio = TextPart("hello"), AudioPart(random_codes(np.random.default_rng(0), 3))
     parts = (audio, text) if text_last else (text, audio)
@@ -147,7 +147,7 @@ def test_the_end_of_turn_is_learnt_behind_a_text_only(text_last):
     assert learnt == [*voc.encode_text("hello"), *[voc.end_of_turn] * text_last]
 
 
-def test_the_last_rows_of_a_clip_are_placeholders_of_the_delay():
+def test_the_last_rows_of_a_clip_are_delay_placeholders():
     voc = vocabulary()
     one = example("speak", 4)
     wanted = [voc.audio] * (7 + 2) + [voc.audio_delay] * (NUM_CODEBOOKS - 1)
