@@ -1,4 +1,4 @@
-"""What torch.compile needs of a machine."""
+"""The compiler and the cache folder that torch.compile needs."""
 
 import os
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _no_cache_folder(monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it comes back
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that monkeypatch restores it
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -26,7 +26,7 @@ def test_missing_compiler_is_an_error_that_names_the_setting():
         prepare_compile(CPU)
 
 
-def test_cache_is_the_users_unless_the_environment_names_one(monkeypatch, tmp_path):
+def test_cache_is_in_the_users_folder_unless_the_environment_names_one(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with config.patch({"cpp.cxx": ("true",)}):
         prepare_compile(CPU)

@@ -7,7 +7,7 @@ from higgs_tune.model.initial import initial_weights
 from tests.models import tiny_base, trial
 
 
-def test_an_adapter_starts_as_pefts_from_its_seed():
+def test_initial_weights_depend_on_the_seed_and_are_distributed_as_in_peft():
     model = tiny_base().model
     configs = [trial(seed=1), trial(seed=1), trial(seed=2)]
     groups = lora_groups(model, frozenset(configs[0].targets))
@@ -18,5 +18,5 @@ def test_an_adapter_starts_as_pefts_from_its_seed():
             assert not weight.any()
             continue
         assert not torch.equal(weight, other[name])
-        bound = weight.shape[1] ** -0.5  # kaiming_uniform with a = sqrt(5), by inputs
+        bound = weight.shape[1] ** -0.5  # of kaiming_uniform_ with a = sqrt(5), by inputs
         assert 0.9 * bound < float(weight.abs().max()) <= bound

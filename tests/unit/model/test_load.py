@@ -1,4 +1,4 @@
-"""Loading a base: every format gives the source's logits, and what is wrong is one clear error."""
+"""Loading a base: every format gives the source's logits, and every fault is one clear error."""
 
 import json
 from pathlib import Path
@@ -132,7 +132,7 @@ def drop_text_head(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def test_a_missing_text_head_is_an_error_that_names_the_choice(folder):
+def test_a_missing_text_head_is_an_error_that_names_the_setting(folder):
     drop_text_head(folder)
     with pytest.raises(
         ModelError, match=r"no text_lm_head.weight.*base\.text_head .*to from_embedding"
@@ -147,7 +147,7 @@ def test_a_missing_text_head_can_start_from_the_embedding(folder):
     assert model.text_lm_head.weight is not model.model.embed_tokens.weight
 
 
-def test_a_text_head_that_is_there_is_not_replaced(folder):
+def test_an_existing_text_head_is_not_replaced(folder):
     kept, asked = (
         load_base(settings(folder, text_head=choice)).model
         for choice in ("checkpoint", "from_embedding")
@@ -170,7 +170,7 @@ def test_a_missing_shard_is_a_model_error(folder):
         load_base(settings(folder))
 
 
-def test_a_tensor_that_only_the_index_has_is_a_model_error(folder):
+def test_a_tensor_that_only_the_index_names_is_a_model_error(folder):
     name = first_name(folder)
     rewrite(shard_of(folder, name), lambda tensors: tensors.pop(name))
     with pytest.raises(ModelError, match=rf"names 1 tensors that no file holds, {name}"):
@@ -225,13 +225,13 @@ def test_a_folder_without_weights_is_a_model_error(folder):
         ({"model_type": None}, "model_type is None"),
     ],
 )
-def test_another_model_is_a_model_error(folder, changes, message):
+def test_another_model_type_is_a_model_error(folder, changes, message):
     edit(folder / "config.json", **changes)
     with pytest.raises(ModelError, match=message):
         load_base(settings(folder))
 
 
-def test_an_activation_that_training_does_not_compute_is_a_model_error(folder):
+def test_an_unsupported_activation_is_a_model_error(folder):
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"silu"', '"gelu"'))
     with pytest.raises(ModelError, match="hidden_act is 'gelu', needed 'silu'"):
@@ -251,22 +251,22 @@ def test_an_activation_that_training_does_not_compute_is_a_model_error(folder):
         ({"use_audio_out_self_attention": True}, r"lacks 10 weights, model\.layers\.0\.audio_attn"),
     ],
 )
-def test_an_original_config_that_does_not_fit_is_a_model_error(tmp_path, changes, message):
+def test_an_unsupported_config_in_the_original_format_is_a_model_error(tmp_path, changes, message):
     write_boson(tmp_path / "base", audio_self=False)
     edit(tmp_path / "base" / "config.json", **changes)
     with pytest.raises(ModelError, match=message):
         load_base(settings(tmp_path / "base"))
 
 
-def test_a_token_that_the_config_gives_another_id_is_a_model_error(tmp_path):
+def test_a_token_id_that_differs_from_the_tokenizers_is_a_model_error(tmp_path):
     folder = write_native(tmp_path / "base", tiny_base().model)
     edit(folder / "config.json", audio_token_id=8)
     with pytest.raises(ModelError, match=r"<\|AUDIO_OUT\|> is 7 in the tokenizer .* and 8"):
         load_base(settings(folder))
 
 
-def test_a_codebook_that_cannot_hold_the_end_of_stream_is_a_model_error(tmp_path):
-    """The default of transformers' config is 1024, too small for the released checkpoint's 1025."""
+def test_a_codebook_too_small_for_the_end_of_stream_is_a_model_error(tmp_path):
+    """The default of transformers' config is 1024, too small for the released checkpoint's EOS, 1025."""
     folder = write_native(tmp_path / "base", tiny_base().model)
     eos = json.loads((folder / "config.json").read_text())["audio_stream_eos_id"]
     edit(folder / "config.json", codebook_size=eos)
@@ -277,7 +277,7 @@ def test_a_codebook_that_cannot_hold_the_end_of_stream_is_a_model_error(tmp_path
 
 
 @pytest.mark.parametrize("token", ["<|audio_bos|>", None])
-def test_the_token_before_audio_of_users_is_taken_where_the_tokenizer_has_it(token):
+def test_the_token_before_user_audio_is_used_if_the_tokenizer_has_it(token):
     found = tokenizer()
     if token is not None:
         found.add_special_tokens({"extra_special_tokens": [token]})
@@ -289,7 +289,7 @@ def test_the_token_before_audio_of_users_is_taken_where_the_tokenizer_has_it(tok
 
 
 @pytest.mark.parametrize("end", ["<|eot_id|>\n\n", "<|begin_of_text|>"])
-def test_a_template_that_writes_other_sequences_is_a_model_error(folder, end):
+def test_a_template_that_differs_from_training_is_a_model_error(folder, end):
     other = tokenizer().chat_template.replace("<|eot_id|>", end)
     tokenizer(template=other).save_pretrained(folder)
     with pytest.raises(ModelError, match=r"chat template .* where\s+training writes"):
@@ -303,7 +303,7 @@ def test_a_template_without_audio_answers_is_a_model_error(folder):
         load_base(settings(folder))
 
 
-def test_a_base_with_its_own_audio_attention_generates_but_does_not_train(tmp_path):
+def test_a_base_with_its_own_audio_attention_loads_but_not_for_training(tmp_path):
     write_boson(tmp_path / "base", audio_self=True)
     with pytest.raises(ModelError, match="already has audio_self modules"):
         load_base(settings(tmp_path / "base"))
@@ -311,7 +311,7 @@ def test_a_base_with_its_own_audio_attention_generates_but_does_not_train(tmp_pa
 
 
 @pytest.mark.parametrize("mode", ["audio_self", "text_to_audio"])
-def test_new_modules_leave_a_bf16_base_as_it_is(tmp_path, mode):
+def test_new_modules_do_not_change_a_bf16_base(tmp_path, mode):
     folder = write_native(tmp_path / "base", tiny_base().model)
     base = load_base(settings(folder, dtype="bfloat16")).model
     model = with_cross_attention(base, mode, seed=1)
@@ -332,8 +332,8 @@ def test_a_saved_model_with_new_modules_loads_with_them(tmp_path, mode):
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
 
 
-def test_the_originals_config_of_the_fixture_has_the_released_fields():
-    """A guard on the fixture: fields of the released config.json that decide about loading."""
+def test_the_fixtures_original_config_has_the_released_fields():
+    """A guard on the fixture: fields of the released config.json that loading depends on."""
     fields = boson_config(2, audio_self=False)
     assert {"text_config", "audio_num_codebooks", "use_audio_out_self_attention"} <= fields.keys()
     assert fields["text_config"]["rope_scaling"]["rope_type"] == "llama3"

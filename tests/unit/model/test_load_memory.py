@@ -1,4 +1,4 @@
-"""A base that does not fit is no fault of its checkpoint."""
+"""A base that does not fit in memory is not reported as a faulty checkpoint."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ FULL = [
 
 
 @pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
-def test_what_memory_lacks_is_said_and_a_worker_may_try_again(tmp_path, monkeypatch, error):
+def test_out_of_memory_is_reported_and_lets_a_worker_try_again(tmp_path, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
@@ -33,7 +33,7 @@ def test_what_memory_lacks_is_said_and_a_worker_may_try_again(tmp_path, monkeypa
     assert isinstance(load_error(found.value, "10.0.0.2"), NoMemoryError)
 
 
-def test_another_error_is_the_checkpoints(tmp_path, monkeypatch):
+def test_another_error_is_blamed_on_the_checkpoint(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("size mismatch")
 

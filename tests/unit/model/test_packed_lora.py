@@ -1,4 +1,4 @@
-"""The bank's own books, whatever trains in it."""
+"""The bank's bookkeeping, without training."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_a_slot_that_cannot_be_laid_out_stays_free():
     assert bank.seats[0].rank == 2
 
 
-def test_a_pack_is_there_for_a_lane_though_another_lane_forgets_all():
+def test_a_lane_gets_its_pack_although_another_lane_clears_the_caches():
     class Forgotten(dict):
         def __setitem__(self, key, value):
             super().__setitem__(key, value)

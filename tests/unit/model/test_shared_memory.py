@@ -1,4 +1,4 @@
-"""Buffers of a bank that forked processes share."""
+"""A bank's buffers that forked processes share."""
 
 import errno
 import mmap
@@ -9,7 +9,7 @@ import torch
 from higgs_tune.model.adapter_layout import Storage
 
 
-def test_memory_that_cannot_be_shared_is_memory_that_is_not_there(monkeypatch):
+def test_a_failure_to_share_memory_is_a_memory_error(monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
@@ -19,17 +19,17 @@ def test_memory_that_cannot_be_shared_is_memory_that_is_not_there(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shared_buffers_are_zero_again_when_given_back(dtype):
+def test_shared_buffers_are_zeroed_when_given_back(dtype):
     storage = Storage((3, 1000), dtype, torch.device("cpu"), shared=True)
     for buffer in storage.buffers():
         buffer.fill_(7)
     storage.give_back()
     assert not any(buffer.count_nonzero() for buffer in storage.buffers())
-    storage.master[1] = 2  # it can be used as before
+    storage.master[1] = 2  # still usable
     assert storage.master.sum() == 2000
 
 
-def test_shared_buffers_are_zero_again_where_memory_cannot_be_given_back(monkeypatch):
+def test_shared_buffers_are_zeroed_without_support_for_giving_back(monkeypatch):
     storage = Storage((3, 1000), torch.float32, torch.device("cpu"), shared=True)
     storage.exp_avg.fill_(7)
     storage._maps[0] = Unable()
@@ -38,7 +38,7 @@ def test_shared_buffers_are_zero_again_where_memory_cannot_be_given_back(monkeyp
 
 
 class Unable:
-    """Memory of a kernel that has no such call."""
+    """A mapping on a kernel without madvise."""
 
     def madvise(self, _):
         raise OSError(errno.ENOSYS, "Function not implemented")

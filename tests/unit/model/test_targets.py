@@ -1,4 +1,4 @@
-"""Target paths mean exactly the modules that they name, by full names."""
+"""Target paths select exactly the modules that they name, by full names."""
 
 import re
 
@@ -30,8 +30,8 @@ def model(request, stock):
 
 
 @pytest.mark.parametrize("path", PATTERNS)
-def test_a_path_is_its_own_linears_of_every_layer(path, model):
-    """Also beside cross-attention modules, whose linears have the names of the shared attention's."""
+def test_a_path_selects_exactly_its_linears_of_every_layer(path, model):
+    """Also beside cross-attention modules, whose linears are named like those of self_attn."""
     wanted = HEADS.get(path) or [
         f"model.layers.{n}.{name}"
         for n in range(len(model.model.layers))
@@ -44,7 +44,7 @@ def test_a_path_is_its_own_linears_of_every_layer(path, model):
 
 @pytest.mark.parametrize("path", PATTERNS)
 def test_a_path_that_matches_nothing_is_an_error(path, stock):
-    """Names are full names: those of a model within another one are others."""
+    """Names are matched in full: inside another model, the same modules have longer names."""
     inside = nn.ModuleDict({"inner": stock})
     with pytest.raises(ConfigError, match=f"targets: {path} matches no module of ModuleDict"):
         linear_modules(inside, path)
