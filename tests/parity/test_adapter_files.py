@@ -49,7 +49,7 @@ def our_sums(engine):
 
 
 def sums_of(model):
-    """The same sums from a whole model's logits and loss rows."""
+    """The same sums from a whole model's logits."""
     inputs = stock_inputs(EXAMPLES, NUM_CODEBOOKS)
     labels, audio_labels = inputs.pop("labels"), inputs.pop("audio_labels")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -76,8 +76,8 @@ def test_plain_peft_on_the_stock_model_gives_the_packs_losses(tmp_path, rule):
     assert sums_of(engine.base.model) != pytest.approx(our_sums(engine), rel=1e-3)
 
 
-def test_an_adapter_names_no_task(tmp_path):
-    """PEFT's model for CAUSAL_LM would hand `labels` on to a forward that shifts them anew."""
+def test_an_adapters_config_names_no_task(tmp_path):
+    """PEFT's model for CAUSAL_LM would pass `labels` to a forward that shifts them again."""
     trained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["task_type"] is None
@@ -85,7 +85,7 @@ def test_an_adapter_names_no_task(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["audio_self", "text_to_audio"])
-def test_new_modules_travel_whole_with_the_adapter(tmp_path, mode):
+def test_new_modules_are_saved_whole_with_the_adapter(tmp_path, mode):
     engine = trained(tmp_path, cross_attention=mode, targets=(*ALL_LINEAR, "audio_attention"))
     model = load_adapter(copy.deepcopy(engine.base.model), tmp_path)
     assert sums_of(model) == pytest.approx(our_sums(engine), rel=1e-5)
@@ -105,7 +105,7 @@ def test_a_base_without_the_adapted_text_head_is_refused(tmp_path):
         attach_adapter(base, tmp_path)
 
 
-def test_an_adapter_is_read_onto_the_device_of_its_base(tmp_path, monkeypatch):
+def test_an_adapter_is_loaded_onto_the_device_of_its_base(tmp_path, monkeypatch):
     trained(tmp_path)
     asked = []
     monkeypatch.setattr("peft.peft_model.infer_device", lambda: asked.append("cuda") or "cpu")
@@ -113,7 +113,7 @@ def test_an_adapter_is_read_onto_the_device_of_its_base(tmp_path, monkeypatch):
     assert not asked, "export merges on a CPU, beside GPUs that may be full"
 
 
-def test_a_base_is_as_it_was_after_an_adapter_that_does_not_fit(tmp_path):
+def test_an_adapter_that_does_not_fit_leaves_the_base_unchanged(tmp_path):
     base = trained(tmp_path).base.model
     before = [(name, type(module)) for name, module in base.named_modules()]
     weights = load_file(tmp_path / "adapter_model.safetensors")
@@ -128,7 +128,7 @@ def test_a_base_is_as_it_was_after_an_adapter_that_does_not_fit(tmp_path):
         assert [(name, type(module)) for name, module in base.named_modules()] == before
 
 
-def test_state_comes_back_bit_equal(tmp_path):
+def test_a_saved_state_is_loaded_bit_equal(tmp_path):
     engine = trained(tmp_path)
     engine.bank.lora.exp_avg.normal_()
     engine.bank.lora.exp_avg_sq.uniform_()
@@ -152,7 +152,7 @@ def test_a_damaged_adapter_is_one_clear_error(tmp_path):
         load_state(tmp_path)
 
 
-def test_what_is_no_adapter_is_refused_with_what_to_give_instead(tmp_path):
+def test_the_error_for_a_folder_that_is_no_adapter_says_what_to_give(tmp_path):
     run, merged = tmp_path / "run", tmp_path / "merged"
     (run / "adapter").mkdir(parents=True)
     with pytest.raises(

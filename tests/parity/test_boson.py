@@ -33,7 +33,7 @@ def whole_logits(model, one):
 
 
 def reference_sums(weights, config, examples):
-    """Summed nats of the labels by the original's logits: text, and each codebook."""
+    """Summed nats of the labels under the original's logits: of text, and of each codebook."""
     text, audio = torch.zeros(()), torch.zeros(config["audio_num_codebooks"])
     for one in examples:
         text_logits, audio_logits = boson_logits(weights, config, one)
@@ -57,7 +57,7 @@ def test_the_whole_model_gives_the_originals_logits(tmp_path, audio_self):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_the_reference_tells_the_flag_apart(tmp_path):
+def test_the_reference_depends_on_the_audio_self_flag(tmp_path):
     weights = write_boson(tmp_path / "base", audio_self=True)
     on, off = (
         boson_logits(weights, boson_config(2, audio_self=flag), EXAMPLES[0])[1]
@@ -76,7 +76,7 @@ def test_the_packed_forward_gives_the_originals_losses(tmp_path):
 
 
 def test_the_packed_audio_self_modules_give_the_originals_losses(tmp_path):
-    """The stock part is the base, the snapshot's audio_attn is an adapter's new modules."""
+    """The snapshot's stock part is the base, its audio_attn an adapter's new modules."""
     weights = write_boson(tmp_path / "base", audio_self=True)
     whole = load_checkpoint(settings(tmp_path / "base")).model
     stock = load_stock_part(tmp_path, weights)

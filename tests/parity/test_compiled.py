@@ -1,4 +1,4 @@
-"""The forward as a torch.compile graph: what the eager one computes, one graph for every length."""
+"""The compiled forward computes what the eager one does, with one graph for all lengths."""
 
 import json
 import os
@@ -35,7 +35,7 @@ B = trial(
 
 
 def _engine(backend: str | None, *, share: bool = False, dtype=torch.float32) -> Engine:
-    """Both adapters on a base of one layer, with weights that make every module count."""
+    """Both adapters on a base of one layer, with weights that give every module an effect."""
     base, limits = tiny_base(num_layers=1, dtype=dtype), PackLimits.of([A, B], num_slots=2)
     engine = Engine(base, limits, share_matmuls=share)
     engine.add("a", A)
@@ -51,7 +51,7 @@ def _engine(backend: str | None, *, share: bool = False, dtype=torch.float32) ->
 
 
 def _batches(engine: Engine) -> list[tuple[PackBatch, dict[int, list[Encoded]]]]:
-    """Other lengths, other numbers of sequences (from two), and one without any text target."""
+    """Batches of various lengths and numbers of sequences (at least two), one without any text target."""
     of_step: list[dict[int, list[Encoded]]] = [
         {
             0: [example("transcribe", 0), example("speak", 1, 9)],
@@ -106,7 +106,7 @@ def test_compiled_evaluation_has_the_eager_losses_with_one_graph():
 
 @pytest.mark.parametrize("share, expected", [(False, [1, 1, 2]), (True, [1, 1, 1])])
 def test_adapters_of_one_kind_share_a_graph(share, expected):
-    """Rates, alpha, seed and slot are no part of a graph; rank is where each has its own layout."""
+    """Rates, alpha, seed and slot are not part of a graph; the rank is, unless matmuls are shared."""
     same = [trial(rank=4, targets=("text_head",), alpha=a, seed=int(a)) for a in (4.0, 8.0)]
     configs = [*same, trial(rank=8, targets=("text_head",))]
     limits = PackLimits.of(configs, num_slots=3)
@@ -150,7 +150,7 @@ print(json.dumps({"losses": found, "hits": hits, "misses": misses}))
 @pytest.mark.slow
 def test_second_process_takes_graphs_from_the_users_cache(tmp_path):
     names = {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
-    names["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # each further one is a process that imports torch
+    names["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes that each import torch
     environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | names
     found = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The new modules against plain references, and their function-preserving start."""
+"""The new modules match plain references and start without an effect on the model."""
 
 import math
 
@@ -54,7 +54,7 @@ def attention(module, x_query, x_key, sees, query_pos, key_pos, *, zero_key=Fals
 
 
 def reference_hidden(model, example, mode):
-    """The whole decoder for one example, one layer's equations after another, no masks trick."""
+    """The whole decoder for one example, by each layer's equations in turn, without mask tricks."""
     inner, eps = model.model, model.config.rms_norm_eps
     is_audio = torch.zeros(example.num_rows, dtype=torch.bool)
     is_audio[torch.from_numpy(example.audio_rows_A)] = True
@@ -90,7 +90,7 @@ def reference_hidden(model, example, mode):
 
 
 def randomise(model):
-    """Give the new modules weights that do something."""
+    """Give the new modules random weights that have an effect."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -118,7 +118,7 @@ def test_new_modules_start_as_the_identity(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_zero_o_proj_alone_is_not_the_identity_of_audio_self(mode):
+def test_the_identity_of_audio_self_also_depends_on_its_norm(mode):
     model = with_cross_attention(tiny_base().model, mode, seed=5)
     inputs = {k: v for k, v in stock_inputs(MIXED, NUM_CODEBOOKS).items() if "labels" not in k}
     before = model(**inputs, use_cache=False).logits
@@ -157,8 +157,8 @@ def test_packed_forward_matches_the_whole_model(mode):
     torch.testing.assert_close(text_K[:1], plain[0], rtol=1e-5, atol=1e-5)
 
 
-def test_audio_self_lets_no_text_row_read_anything_new():
-    """What the mission's flag does: with it on, text before and after still reads through self_attn."""
+def test_audio_self_leaves_the_text_rows_before_self_attn_unchanged():
+    """With the original flag on, text rows still read audio through self_attn alone."""
     base = tiny_base(num_layers=1)
     model = randomise(with_cross_attention(base.model, "audio_self", seed=1))
     one = example("transcribe", 1, 9, 5)
@@ -189,7 +189,7 @@ def test_yaml_booleans_mean_the_original_flag(value, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_new_modules_are_drawn_from_the_seed_with_the_checkpoints_deviation(mode):
+def test_new_modules_are_drawn_from_the_seed_with_the_configs_deviation(mode):
     model = tiny_base().model
     first, again, other = (initial_new_modules(model, mode, seed) for seed in (1, 1, 2))
     for name, weight in first.items():
@@ -201,7 +201,7 @@ def test_new_modules_are_drawn_from_the_seed_with_the_checkpoints_deviation(mode
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_new_modules_train_at_a_rate_of_their_own(mode):
+def test_new_modules_train_at_their_own_rate(mode):
     config = trial(
         cross_attention=mode, targets=("attention", "audio_attention"), learning_rate=1e-2,
         new_module_lr_factor=0.25, warmup_fraction=0.0,

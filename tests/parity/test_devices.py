@@ -1,7 +1,7 @@
-"""What a device computes is what a CPU computes in float32, one adapter at a time.
+"""A pack on any device computes what a CPU computes in float32, one adapter at a time.
 
-On a machine with a GPU: make test ARGS="-m gpu". Each test that can runs on a CPU as well, by a GPU's rules
-for packs, so that none waits for its first GPU to be tried.
+On a machine with a GPU, run: make test ARGS="-m gpu". Every test that can also runs on a CPU, by a GPU's
+rules for packs, so that it is tried even where there is no GPU.
 """
 
 import logging
@@ -65,7 +65,7 @@ DTYPES = pytest.mark.parametrize(
 
 
 def check_gradients(device, dtype, tolerance, compiled=False):
-    """Compare adapters of all kinds that share matmuls, with weights which make every module count."""
+    """Compare adapters of all kinds that share matmuls, with weights that give every module an effect."""
     pack = engine_of(True, base=base_on(device, dtype))
     for trial_id, config in TRIALS.items():
         pack.add(trial_id, config, mixed_weights(trial_id, dtype))
@@ -86,13 +86,13 @@ def check_gradients(device, dtype, tolerance, compiled=False):
 
 
 @DTYPES
-def test_gradients_of_a_pack_are_those_of_one_alone_on_a_cpu(device, dtype, tolerance):
+def test_pack_gradients_match_each_adapter_alone_on_a_cpu(device, dtype, tolerance):
     check_gradients(device, dtype, tolerance)
 
 
-@pytest.mark.gpu  # test_compiled.py is for a CPU, where this takes minutes
+@pytest.mark.gpu  # on a CPU this takes minutes; test_compiled.py covers it
 @DTYPES
-def test_gradients_of_a_compiled_pack_are_those_of_one_alone_on_a_cpu(dtype, tolerance):
+def test_compiled_pack_gradients_match_each_adapter_alone_on_a_cpu(dtype, tolerance):
     check_gradients(resolve_device("cuda", "device"), dtype, tolerance, compiled=True)
 
 
@@ -111,14 +111,14 @@ def fresh_pack(device, dtype=torch.float32):
     return engine_of(True, *TRIALS, base=base_on(device, dtype))
 
 
-def test_ten_steps_of_a_pack_lose_what_each_loses_alone_on_a_cpu(device, reference):
+def test_pack_losses_of_ten_steps_match_each_trial_alone_on_a_cpu(device, reference):
     losses = train(fresh_pack(device), list(TRIALS), range(10))
     for trial_id, expected in reference.items():
         torch.testing.assert_close(losses[trial_id].cpu(), expected, **ROUNDING)
 
 
 @pytest.mark.parametrize("back", [False, True])
-def test_training_goes_on_on_another_device(device, reference, back):
+def test_training_continues_on_another_device(device, reference, back):
     places = (device, torch.device("cpu")) if back else (torch.device("cpu"), device)
     first = fresh_pack(places[0])
     train(first, list(TRIALS), range(5))
@@ -130,7 +130,7 @@ def test_training_goes_on_on_another_device(device, reference, back):
         torch.testing.assert_close(losses[trial_id].cpu(), expected[5:], **ROUNDING)
 
 
-def test_one_that_diverges_leaves_its_neighbours_as_they_were(device, reference):
+def test_a_diverging_trial_does_not_affect_its_neighbours(device, reference):
     engine = fresh_pack(device)
     losses = train(engine, list(TRIALS), range(8), poison=4)
     assert engine.alive_K.tolist() == [trial_id != "small" for trial_id in TRIALS]
@@ -139,7 +139,7 @@ def test_one_that_diverges_leaves_its_neighbours_as_they_were(device, reference)
     assert all(weight.isfinite().all() for weight in engine.state("small").weights.values())
 
 
-def test_compute_weights_in_bfloat16_are_the_rounded_masters_after_steps(device):
+def test_bfloat16_compute_weights_stay_the_rounded_master_weights(device):
     engine = fresh_pack(device, torch.bfloat16)
     train(engine, list(TRIALS), range(3))
     for storage in engine.bank.storages():
@@ -148,9 +148,9 @@ def test_compute_weights_in_bfloat16_are_the_rounded_masters_after_steps(device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_host_waits_for_no_value_of_a_step(device, dtype):
+def test_a_step_does_not_make_the_host_wait(device, dtype):
     engine = fresh_pack(device, dtype)
-    train(engine, list(TRIALS), range(2))  # what is set up once may wait
+    train(engine, list(TRIALS), range(2))  # one-time setup may wait
     examples = {engine.residents[t].slot: examples_of(t, 2) for t in TRIALS}
     counts = {slot: count_targets(own, 4) for slot, own in examples.items()}
 
@@ -172,7 +172,7 @@ def loop_on(device, dataset, names, trials=packs.TRIALS, **shape):
     )
 
 
-def test_with_dropout_a_pack_reports_what_each_reports_alone(device, dataset):
+def test_a_pack_with_dropout_reports_what_each_trial_reports_alone(device, dataset):
     pack = loop_on(device, dataset, packs.TRIALS)
     results = [pack.advance() for _ in range(2)]
     for name in packs.TRIALS:
@@ -181,13 +181,13 @@ def test_with_dropout_a_pack_reports_what_each_reports_alone(device, dataset):
         packs.same(results, (clean, None), [name], rel=2e-3, abs=2e-3)
 
 
-def test_the_base_validates_as_on_a_cpu(device, dataset):
+def test_the_bases_metrics_match_those_on_a_cpu(device, dataset):
     ours, theirs = (loop_on(where, dataset, []).base_metrics for where in (device, "cpu"))
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["off", "audio_self", "text_to_audio"])
-def test_speech_is_generated_as_on_a_cpu(device, mode):
+def test_generated_speech_equals_that_on_a_cpu(device, mode):
     made = []
     for where in (device, torch.device("cpu")):
         model = with_cross_attention(tiny_base().model, mode, seed=1).to(where)
@@ -197,8 +197,8 @@ def test_speech_is_generated_as_on_a_cpu(device, mode):
 
 
 @pytest.mark.gpu
-def test_memory_that_runs_out_on_a_gpu_costs_no_trial(tmp_path, caplog):
-    """The same steps with room for all, and with room for two thirds of what they took."""
+def test_running_out_of_gpu_memory_fails_no_trial(tmp_path, caplog):
+    """The same steps with enough memory, and with two thirds of what they took."""
     device = resolve_device("cuda", "device")
     dataset = make_dataset(tmp_path / "long", num_frames=400)
     steps = {"num_steps": 4, "report_every_steps": 4, "batch_clips": 8, "targets": ALL_LINEAR}

@@ -1,4 +1,4 @@
-"""LoRA dropout: PEFT's meaning, an adapter's own masks whatever the pack, none outside of training."""
+"""LoRA dropout acts as in PEFT, draws an adapter's masks alike in any pack, and is only for training."""
 
 import copy
 
@@ -28,7 +28,7 @@ PAIR = [LISTEN, next(e for e in SPEAK if e.num_rows == LISTEN.num_rows)]
 
 
 def filled(configs, share=False):
-    """An engine with these adapters, B not 0, which would hide what reaches A."""
+    """An engine with these adapters; their B is not 0, which would hide A's gradient."""
     limits = PackLimits.of(configs, num_slots=len(configs))
     engine = Engine(tiny_base(), limits, share_matmuls=share)
     for n, config in enumerate(configs):
@@ -40,7 +40,7 @@ def filled(configs, share=False):
 
 
 def backward(engine, examples):
-    """One forward and backward; a copy of the gradients of each slot."""
+    """One forward and backward; returns a copy of each slot's gradients."""
     counts = {slot: count_targets(own, NUM_CODEBOOKS) for slot, own in examples.items()}
     engine.forward_backward(engine.batch(examples), counts)
     return [
@@ -50,7 +50,7 @@ def backward(engine, examples):
 
 
 class Given(nn.Module):
-    """Inverted dropout by a mask that is given: rows of all positions, of text, or of audio."""
+    """Inverted dropout by a given mask, chosen by the number of rows: of all positions, text or audio."""
 
     def __init__(self, mask_ND, dropout, text, audio):
         super().__init__()
@@ -64,7 +64,7 @@ class Given(nn.Module):
 
 
 def record(monkeypatch):
-    """Linear's name → what was drawn for it, and the sections it was drawn for."""
+    """Linear's name → the mask drawn for it and the sections of its rows, filled as forwards run."""
     drawn, names = {}, []
     plain_linear, plain_draw = packed_forward.adapted_linear, Masks.draw
 
@@ -155,31 +155,31 @@ def test_packed_gradients_with_dropout_match_each_alone(n, share):
     single = backward(filled([CONFIGS[n]]), {0: EXAMPLES[n]})[0]
     total = torch.cat([g.flatten() for g in single.values()]).norm()
     for name, gradient in single.items():
-        # fp32 rounding of differently shaped matmuls; another mask would be 1e-1
+        # fp32 rounding of differently shaped matmuls; another mask would give 1e-1
         assert (packed[name] - gradient).norm() / total < 1e-5, name
 
 
 @pytest.mark.parametrize("share", [False, True])
-def test_a_neighbours_dropout_changes_nothing(share):
+def test_a_neighbours_dropout_does_not_change_gradients(share):
     clean = [CONFIGS[0].model_copy(update={"dropout": 0.0}), *CONFIGS[1:]]
     with_dropout, without = (backward(filled(c, share), EXAMPLES) for c in (CONFIGS, clean))
     assert any(not torch.equal(with_dropout[0][name], g) for name, g in without[0].items())
     for ours, theirs in zip(with_dropout[1:], without[1:], strict=True):
         for name, gradient in theirs.items():
-            if share:  # without masks a group's factors are multiplied at once: rounding
+            if share:  # rounding: without masks, one matmul serves all linears of a group
                 torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
             else:
                 assert torch.equal(ours[name], gradient), name
 
 
-def test_validation_drops_nothing():
+def test_validation_has_no_dropout():
     dropped, plain = (filled([trial(seed=1, dropout=p)]) for p in (0.5, 0.0))
     batch = collate({0: PAIR})
     for ours, theirs in zip(dropped.evaluate(batch), plain.evaluate(batch), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_a_step_without_dropout_makes_no_generator(monkeypatch):
+def test_a_step_without_dropout_makes_no_masks(monkeypatch):
     def refuse(*args):
         raise AssertionError("masks were made")
 
@@ -189,19 +189,19 @@ def test_a_step_without_dropout_makes_no_generator(monkeypatch):
         backward(filled([CONFIGS[0]]), {0: PAIR})
 
 
-def test_masks_make_nobody_wait_for_the_device():
+def test_masks_do_not_make_the_host_wait_for_the_device():
     engine = filled(CONFIGS)
     with HostReads() as reads:
         backward(engine, EXAMPLES)
     assert reads.found == {}
 
 
-def test_the_adapter_says_what_it_was_trained_with():
+def test_the_adapters_lora_config_states_its_dropout():
     assert lora_config(CONFIGS[0], "tiny").lora_dropout == 0.3
 
 
 def sums_of(engine, steps):
-    """Losses of two micro-batches a step, with the optimizer behind."""
+    """Train these steps of two micro-batches each; returns the losses of each micro-batch."""
     losses = []
     for step in steps:
         parts = [[example("clone", 2 * step + n)] for n in range(2)]
@@ -213,7 +213,7 @@ def sums_of(engine, steps):
     return torch.cat(losses)
 
 
-def test_resumed_with_dropout_equals_uninterrupted():
+def test_resumed_training_with_dropout_equals_uninterrupted():
     config = trial(seed=7, dropout=0.3)
     whole, first, second = (
         Engine(tiny_base(), PackLimits.of([config], num_slots=1)) for _ in range(3)
@@ -226,7 +226,7 @@ def test_resumed_with_dropout_equals_uninterrupted():
     assert torch.equal(sums_of(second, range(2, 4)), expected[4:])
 
 
-def test_steps_micro_batches_processes_and_seeds_have_other_masks():
+def test_each_seed_step_process_and_micro_batch_has_its_own_masks():
     drawn = set()
     wide = [Section(40, (40,))]
     for numbers in ((1, 0, 0, 0), (2, 0, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1)):
@@ -250,7 +250,7 @@ def test_a_mask_does_not_depend_on_padding():
         assert torch.equal(tight, torch.cat([loose[:3], loose[5:9]]))
 
 
-def test_every_forward_of_an_engine_has_masks_of_its_own(monkeypatch):
+def test_every_forward_of_an_engine_seeds_its_own_masks(monkeypatch):
     named, plain = [], engine_module.Masks
 
     def masks(device, seeds):

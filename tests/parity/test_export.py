@@ -1,4 +1,4 @@
-"""What is handed over loads with the stock library alone, and gives the adapted model's logits."""
+"""Exports load with the stock libraries alone and give the adapted model's logits."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def base_folder(request, tmp_path) -> Path:
     return tmp_path / "base"
 
 
-def test_the_bare_adapter_loads_with_plain_peft(tmp_path):
+def test_an_exported_adapter_loads_with_plain_peft(tmp_path):
     base_folder = write_native(tmp_path / "base", tiny_base().model)
     adapter = train(base_folder, tmp_path / "adapter")
     export(adapter, "--out", tmp_path / "out")
@@ -105,7 +105,7 @@ def test_a_merged_native_checkpoint_loads_with_transformers_alone(tmp_path, base
     assert not (tmp_path / "out" / "training_state.safetensors").exists()
 
 
-def test_a_merged_checkpoint_is_a_base_like_any_other(tmp_path):
+def test_a_merged_checkpoint_can_be_the_base_of_an_adapter(tmp_path):
     base_folder = write_native(tmp_path / "base", tiny_base().model)
     export(train(base_folder, tmp_path / "adapter"), "--out", tmp_path / "out", "--merge")
     again = train(tmp_path / "out", tmp_path / "second")
@@ -156,7 +156,9 @@ def test_new_modules_stay_in_a_merged_native_checkpoint(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", MODES[:2])
-def test_the_originals_format_has_its_names_shapes_and_logits(tmp_path, base_folder, mode):
+def test_an_export_in_the_original_format_has_its_names_shapes_and_logits(
+    tmp_path, base_folder, mode
+):
     adapter = train(base_folder, tmp_path / "adapter", mode)
     expected = adapted(base_folder, adapter)
     export(adapter, "--out", tmp_path / "out", "--format", "boson")
@@ -180,7 +182,7 @@ def test_the_originals_equations_give_the_exported_models_logits(tmp_path, mode)
     export(adapter, "--out", tmp_path / "out", "--format", "boson")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     released = boson_config(2, audio_self=mode == "audio_self")
-    # what has no say in the forward is left at the original's defaults
+    # fields that do not affect the forward keep the original's defaults
     silent = {"audio_tokenizer_config", "rq_transformer_num_hidden_layers", "transformers_version"}
     silent |= {"audio_in_token_idx", "text_config"}
     assert {k: v for k, v in config.items() if k != "text_config"} == {
@@ -242,13 +244,13 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "other"}
 
 
-def test_a_base_without_the_merge_it_is_for_is_refused(tmp_path, capsys):
+def test_a_base_without_merge_is_refused(tmp_path, capsys):
     arguments = ["export", str(tmp_path), "--out", str(tmp_path / "out"), "--base", "embedded"]
     assert cli.main(arguments) == cli.BAD_INPUT
     assert "add --merge" in capsys.readouterr().err
 
 
-def test_an_adapter_on_a_head_from_the_embedding_is_merged_into_one(tmp_path):
+def test_an_adapter_on_a_text_head_from_the_embedding_can_be_merged(tmp_path):
     base_folder = write_native(tmp_path / "base", tiny_base().model)
     index = json.loads((base_folder / INDEX).read_text())
     shard = base_folder / index["weight_map"].pop("text_lm_head.weight")
@@ -265,7 +267,7 @@ def test_an_adapter_on_a_head_from_the_embedding_is_merged_into_one(tmp_path):
 
 
 def test_an_adapter_with_a_tensor_missing_is_refused(tmp_path):
-    """PEFT alone would leave that factor at zero."""
+    """PEFT alone would only warn and keep that factor's initial values."""
     base_folder = write_native(tmp_path / "base", tiny_base().model)
     adapter = train(base_folder, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -275,7 +277,7 @@ def test_an_adapter_with_a_tensor_missing_is_refused(tmp_path):
         adapted(base_folder, adapter)
 
 
-def test_the_revision_of_a_hub_base_travels_with_the_adapter(tmp_path):
+def test_the_revision_of_a_hub_base_is_saved_with_the_adapter(tmp_path):
     config = trial(targets=("attention",))
     engine = Engine(tiny_base(), PackLimits.of([config], num_slots=1))
     engine.add("a", config)
@@ -287,7 +289,9 @@ def test_the_revision_of_a_hub_base_travels_with_the_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("extra", [[], ["--merge"], ["--format", "boson"]])
-def test_an_export_that_does_not_fit_is_one_error_and_leaves_nothing(tmp_path, capsys, extra):
+def test_an_export_that_does_not_fit_on_the_disk_is_one_error_and_leaves_nothing(
+    tmp_path, capsys, extra
+):
     base_folder = write_native(tmp_path / "base", tiny_base().model)
     adapter = train(base_folder, tmp_path / "adapter")
     arguments = ["export", str(adapter), "--out", str(tmp_path / "out"), *extra]

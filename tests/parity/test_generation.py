@@ -14,14 +14,14 @@ from higgs_tune.model.audio_attention import with_cross_attention
 from tests.models import NUM_CODEBOOKS, NUM_CODES, example, tiny_base
 
 MODES = ["off", "audio_self", "text_to_audio"]
-# a clip before text, a clip behind text, and reference text and audio before both
+# a clip before text, a clip after text, and reference text and audio before both
 TASKS = ["transcribe", "speak", "clone"]
 STREAM_BOS, STREAM_EOS = NUM_CODES, NUM_CODES + 1
 
 
 @pytest.fixture(params=MODES)
 def model(request):
-    """Random weights everywhere, so that every path shows in the logits."""
+    """Random weights everywhere, so that every path affects the logits."""
     model = with_cross_attention(tiny_base().model, request.param, seed=1)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def chunks(one: Encoded, first: int) -> Iterator[dict[str, torch.Tensor]]:
             given["audio_input_ids"] = torch.from_numpy(np.stack(codes))[None]
         if stop - start > 1 and codes:
             given["audio_input_ids_mask"] = torch.ones(1, len(codes), dtype=torch.bool)
-        if stop - start > 1 or not codes:  # a decoded audio row comes without input_ids
+        if stop - start > 1 or not codes:  # a generated audio row has no input_ids
             given["input_ids"] = torch.from_numpy(one.ids_L[start:stop])[None]
         yield given
 
@@ -77,7 +77,7 @@ def prompts(num_letters: list[int]) -> dict[str, torch.Tensor]:
         ids[n, longest - cut :] = torch.from_numpy(e.ids_L[:cut])
         attention[n, longest - cut :] = 1
         codes.append(torch.from_numpy(e.codes_AC[: int((e.audio_rows_A < cut).sum())]))
-    audio = torch.stack(codes)  # every reference has as many frames
+    audio = torch.stack(codes)  # all references have equally many frames
     return {
         "input_ids": ids,
         "attention_mask": attention,
@@ -87,7 +87,7 @@ def prompts(num_letters: list[int]) -> dict[str, torch.Tensor]:
 
 
 def greedy_by_full_forward(model, prompt: dict[str, torch.Tensor], num_steps: int) -> torch.Tensor:
-    """The delayed codes that the highest logits give, one whole forward a row; one prompt."""
+    """Greedy delayed codes after one prompt, by a full forward for each row."""
     pad = int((prompt["attention_mask"][0] == 0).sum())
     ids, audio = prompt["input_ids"][:, pad:], prompt["audio_input_ids"]
     ended_at = None
@@ -116,7 +116,7 @@ def greedy_by_full_forward(model, prompt: dict[str, torch.Tensor], num_steps: in
 
 
 @pytest.mark.parametrize("num_letters", [[4], [4, 11]])
-def test_generate_gives_what_the_full_forward_gives_greedily(model, num_letters):
+def test_greedy_generation_equals_the_full_forward(model, num_letters):
     prompt = prompts(num_letters)
     num_steps = 14
     made = model.generate(**prompt, do_sample=False, max_new_tokens=num_steps)
@@ -128,7 +128,7 @@ def test_generate_gives_what_the_full_forward_gives_greedily(model, num_letters)
         assert len(expected.unique(dim=0)) > NUM_CODEBOOKS + 2  # not one row over and over
 
 
-def test_the_marks_of_audio_rows_survive_a_crop_of_the_cache(model):
+def test_the_marks_of_audio_rows_survive_cropping_the_cache(model):
     one = example("clone", 3, num_frames=9, num_letters=5)
     cache = DynamicCache(config=model.config)
     outs = [

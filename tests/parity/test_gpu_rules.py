@@ -33,15 +33,15 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize(
     ("dtype", "kernels"), [("bfloat16", {"flash", "efficient"}), ("float32", {"efficient"})]
 )
-def test_a_gpu_holds_no_attention_score_of_every_pair(found, dtype, kernels):
+def test_a_gpu_holds_no_full_matrix_of_attention_scores(found, dtype, kernels):
     forward = {f"_scaled_dot_product_{kernel}_attention" for kernel in kernels}
     backward = {f"{name}_backward" for name in forward}
-    # a softmax beside the losses' own would be attention in pieces, as PyTorch falls back to
+    # any softmax besides that of the losses would be PyTorch's fallback, attention in pieces
     assert set(found[dtype]["cuda"]["attention"]) == forward | backward | {"_log_softmax"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_memory_model_counts_what_a_gpu_takes(found, dtype):
+def test_memory_predicted_on_a_cpu_matches_a_gpus_rules(found, dtype):
     on_gpu, predicted = (sum(found[dtype][d]["memory"].values()) for d in ("cuda", "cpu"))
     assert predicted == pytest.approx(on_gpu, rel=1e-3)
 

@@ -1,8 +1,8 @@
 """A training step never makes the host wait for the device.
 
-On a CPU nothing waits, so stand-ins: a mode that sees the operations which would, and the meta device,
-whose tensors have no values to read and which takes the way of a GPU wherever a CPU has one of its own.
-Tensors that are fakes on a device which is not there tell whether one has stayed behind on the host.
+On a CPU nothing waits, so these tests use stand-ins: a mode that sees the operations that would wait, and
+the meta device, whose tensors have no values to read and for which our code does what it does on a GPU.
+Fake tensors on a device that does not exist show whether any tensor was left on the host.
 """
 
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ from tests.models import NUM_CODEBOOKS, example, tiny_base, trial
 
 TRIALS = [
     trial(seed=1),
-    trial(seed=2),  # with the first in one run
+    trial(seed=2),  # in one run with the first
     trial(
         seed=3,
         rank=2,
@@ -54,7 +54,7 @@ def engine_on(device, dtype=torch.float32, mode=None):
 
 
 def step(engine):
-    """Two micro-batches and the optimizer, as the loop does them."""
+    """Two micro-batches and an optimizer step, as in the training loop."""
     tasks = ("transcribe", "speak", "clone")
     micro = [
         {slot: [example(t, 9 * n + slot) for t in tasks] for slot in range(len(TRIALS))}
@@ -109,7 +109,7 @@ def test_a_step_has_no_operation_that_depends_on_values(dtype):
 
 
 @pytest.mark.parametrize("name", READS)
-def test_the_mode_sees_every_way_to_wait(name, inject):
+def test_the_mode_sees_every_listed_read(name, inject):
     engine = engine_on("cpu")
     inject(READS[name])
     with HostReads() as reads:
@@ -118,12 +118,12 @@ def test_the_mode_sees_every_way_to_wait(name, inject):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_runs_where_no_value_can_be_read(dtype):
+def test_a_step_runs_on_the_meta_device(dtype):
     engine = engine_on("meta", dtype)
     spans = engine.bank.pack((0, 1, 2, 3)).runs(
         {"model.layers.0.self_attn.o_proj": engine.base.model.model.layers[0].self_attn.o_proj}
     )
-    assert [run.rows for run in spans] == [slice(0, 3)]  # not the CPU's way, one by one
+    assert [run.rows for run in spans] == [slice(0, 3)]  # shared, not one by one as on a CPU
     with HostReads() as reads:
         assert step(engine).shape == (len(TRIALS),)
     assert reads.found == {}
@@ -131,7 +131,7 @@ def test_a_step_runs_where_no_value_can_be_read(dtype):
 
 @pytest.mark.parametrize("name", ["item", "bool", "mask", "nonzero", "tolist", "cpu"])
 def test_reading_a_value_fails_on_the_meta_device(name, inject):
-    unseen = {"tolist": lambda x: x.sum().tolist(), "cpu": torch.Tensor.cpu}  # by the mode
+    unseen = {"tolist": lambda x: x.sum().tolist(), "cpu": torch.Tensor.cpu}  # by HostReads
     engine = engine_on("meta")
     inject((READS | unseen)[name])
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
@@ -140,22 +140,22 @@ def test_reading_a_value_fails_on_the_meta_device(name, inject):
 
 @pytest.fixture
 def fakes():
-    """Tensors without values on a device of which autograd needs no driver."""
+    """A mode that makes tensors without values, on a device for which autograd needs no driver."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_of_a_step_stays_behind_on_the_host(dtype, fakes):
+def test_no_tensor_of_a_step_stays_on_the_host(dtype, fakes):
     engine = engine_on("lazy", dtype, fakes)
     assert engine.bank.lora.compute.dtype == dtype
     with fakes, HostReads() as reads:
         found = step(engine), *engine.evaluate(engine.batch({0: [example("clone", 7)]}))
-    assert reads.found == {}  # nor an index, which a fake takes from the host
+    assert reads.found == {}  # nor an index on the host, which a fake tensor accepts
     assert {tensor.device.type for tensor in found} == {"lazy"}
 
 
 @pytest.mark.parametrize("name", ["item", "bool", "mask", "nonzero", "host"])
-def test_a_fake_fails_on_what_is_read_or_left_on_the_host(name, inject, fakes):
+def test_fake_tensors_fail_on_a_read_or_on_a_tensor_left_on_the_host(name, inject, fakes):
     engine = engine_on("lazy", mode=fakes)
     inject((READS | {"host": lambda x: x + torch.ones(x.shape)})[name])
     kinds = (
@@ -167,7 +167,7 @@ def test_a_fake_fails_on_what_is_read_or_left_on_the_host(name, inject, fakes):
         step(engine)
 
 
-def test_the_mode_sees_an_index_that_lies_on_the_host(inject, fakes):
+def test_the_mode_sees_an_index_on_the_host(inject, fakes):
     engine = engine_on("lazy", mode=fakes)
     inject(lambda x: x[torch.zeros(1, dtype=torch.long)])
     with fakes, HostReads() as reads:

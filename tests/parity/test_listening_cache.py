@@ -1,4 +1,4 @@
-"""What adapters say and write with a cache and in batches equals one sequence after the other."""
+"""Speech and text that adapters generate with a cache or in batches equal those without."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def prompts(task, count=3):
 
 
 def whole_sequences(model, prompt, num_rows):
-    """Greedy rows of codes after a prompt with a reference, without a cache."""
+    """Rows of codes generated greedily after a prompt with a reference, without a cache."""
     codes = torch.from_numpy(prompt.codes_AC)[None]
     rows = model.generate(
         input_ids=torch.from_numpy(prompt.ids_L)[None],

@@ -1,6 +1,6 @@
-"""On a CPU, what an adapter computes does not depend on its company, to the last bit.
+"""On a CPU, what an adapter computes does not depend on its neighbours, to the last bit.
 
-One thread computes an adapter, as in a lane; how often a sum is cut depends on the threads.
+One thread computes each adapter, as in a lane: the number of threads decides how sums are split.
 """
 
 import numpy as np
@@ -82,7 +82,7 @@ def loop_of(dataset, *names, num_slots=6, lanes=1):
 
 @pytest.fixture(scope="module")
 def alone(dataset):
-    """Each trial's two results and its end, trained with nobody beside it."""
+    """Each trial's two results and final state when trained alone."""
     ends = {}
     for name in TRIALS:
         loop = loop_of(dataset, name, num_slots=1)
@@ -92,7 +92,7 @@ def alone(dataset):
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_twenty_packed_steps_equal_twenty_alone(dataset, alone, lanes):
+def test_twenty_packed_steps_equal_twenty_steps_alone(dataset, alone, lanes):
     loop = loop_of(dataset, *TRIALS, lanes=lanes)
     rounds = [loop.advance() for _ in range(2)]
     for name, (results, state) in alone.items():
@@ -117,7 +117,7 @@ def diverges(loop):
 
 
 @pytest.mark.parametrize("event", [stops, joins, diverges])
-def test_an_event_at_a_neighbour_changes_no_bit(dataset, alone, event):
+def test_a_neighbour_that_stops_joins_or_diverges_changes_no_bit(dataset, alone, event):
     loop = loop_of(dataset, "dropout", "heads", "audio_self")
     first = loop.advance()
     event(loop)
@@ -130,7 +130,7 @@ def test_an_event_at_a_neighbour_changes_no_bit(dataset, alone, event):
         assert figures(second["text_to_audio"]) == alone["text_to_audio"][0][0]
 
 
-def test_two_packs_rank_their_common_trials_alike(dataset, alone):
+def test_two_packs_rank_their_common_trials_equally(dataset, alone):
     common = ("plain", "dropout", "heads")
     ranks = []
     for pack in (("small", *common), (*reversed(common), "text_to_audio")):
@@ -159,7 +159,7 @@ def of_one_modality(kind):
 
 @pytest.mark.parametrize("mode", ["off", "audio_self", "text_to_audio"])
 @pytest.mark.parametrize("kind", ["text", "audio"])
-def test_an_adapter_without_rows_of_a_modality_beside_one_with_both(kind, mode):
+def test_adapters_with_one_modality_and_with_both_are_independent(kind, mode):
     new = () if mode == "off" else ("audio_attention",)
     config = trial(cross_attention=mode, targets=(*ALL_LINEAR, *new), dropout=0.2)
     other = trial(seed=9, cross_attention=mode, targets=(*ALL_LINEAR, *new))
@@ -177,7 +177,7 @@ def test_an_adapter_without_rows_of_a_modality_beside_one_with_both(kind, mode):
 
     neighbour = [example("clone", 3), example("speak", 4)]
     packed = gradients({0: [one], 1: neighbour})
-    # every conversation has text, so a batch without any cannot be; the company is another one
+    # not alone: every conversation has text, so a batch without any does not occur
     beside_other = gradients({0: [one], 1: [example("speak", 7, 3, 3)]})[0]
     for ours, theirs in (
         (packed[0], beside_other),

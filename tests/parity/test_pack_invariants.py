@@ -1,6 +1,6 @@
-"""Packed equals alone, neighbours change nothing, resumed equals uninterrupted.
+"""Packed training equals training alone, neighbours change nothing, resuming equals not stopping.
 
-With each adapter's own matmuls, as on a CPU, and with shared ones, as on a GPU.
+Both where each adapter has its own matmuls, as on a CPU, and where adapters share them, as on a GPU.
 """
 
 import pytest
@@ -35,7 +35,7 @@ def pack(share):
 
 
 @pytest.mark.parametrize("trial_id", TRIALS)
-def test_packed_adapters_match_single_runs(pack, trial_id):
+def test_packed_losses_match_single_runs(pack, trial_id):
     _, losses = pack
     _, single = alone(trial_id, 10)
     # fp32 rounding of differently shaped matmuls, grown by ten Adam steps
@@ -93,7 +93,7 @@ def test_leaving_and_joining_changes_nothing_for_the_others(pack, share):
     torch.testing.assert_close(joined, clean["text_to_audio"][:2], rtol=1e-4, atol=1e-4)
 
 
-def test_resumed_equals_uninterrupted(pack, share):
+def test_resumed_training_equals_uninterrupted(pack, share):
     _, clean = pack
     first = engine_of(share, *TRIALS)
     train(first, list(TRIALS), range(5))
@@ -124,8 +124,8 @@ def test_micro_batches_add_up_to_one_large_batch():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
-def test_rows_that_only_pad_change_nothing():
-    """Alone an adapter has no padding, in a pack only up to the longest; a multiple adds some to all."""
+def test_padding_rows_change_nothing():
+    """Alone an adapter has no padding, in a pack up to the longest; rounding up to a multiple pads all."""
     sums, gradients = [], []
     for multiple in (1, 32):
         engine = Engine(tiny_base(), LIMITS)
@@ -144,7 +144,7 @@ def test_rows_that_only_pad_change_nothing():
         torch.testing.assert_close(plain, padded, rtol=1e-5, atol=1e-6)
 
 
-def test_a_cpu_sees_few_shapes_of_bfloat16():
+def test_bfloat16_batches_on_a_cpu_are_padded_to_few_shapes():
     config = trial(seed=1)
     widths = set()
     for dtype in (torch.float32, torch.bfloat16):
@@ -156,7 +156,7 @@ def test_a_cpu_sees_few_shapes_of_bfloat16():
     assert [width for dtype, width in widths if dtype == torch.bfloat16] == [32]
 
 
-def test_an_adapter_without_targets_of_a_modality_learns_from_the_other():
+def test_an_adapter_without_audio_labels_learns_from_text():
     config = trial(targets=("attention",))
     engine = Engine(tiny_base(), PackLimits.of([config], num_slots=1))
     engine.add("a", config)
@@ -172,7 +172,7 @@ def test_an_adapter_without_targets_of_a_modality_learns_from_the_other():
 
 @pytest.mark.parametrize("head", ["text_head", "audio_head"])
 @pytest.mark.parametrize("task", ["transcribe", "speak"])
-def test_an_adapter_of_a_head_keeps_nothing_of_the_layers_below(head, task):
+def test_an_adapter_of_only_a_head_has_no_backward_through_the_layers(head, task):
     config = trial(targets=(head,))
     engine = Engine(tiny_base(num_layers=4), PackLimits.of([config], num_slots=1))
     engine.add("a", config)
@@ -186,7 +186,7 @@ def test_an_adapter_of_a_head_keeps_nothing_of_the_layers_below(head, task):
 
 
 def num_linears(losses):
-    """The linears of which autograd has a derivative to compute."""
+    """The number of linears that a backward would differentiate."""
     todo, seen = [loss.grad_fn for loss in losses], set()
     while todo:
         node = todo.pop()
@@ -216,7 +216,7 @@ SAME_MODE = {0: [example("clone", 1, 12, 9), example("speak", 3)], 1: [example("
 
 
 def gradients_of(mode, slots, ill=None):
-    """Gradients of adapters with the same new modules, the second one padded; one may be NaN."""
+    """Gradients of adapters with the same new modules, the second one padded; those of `ill` are NaN."""
     configs = {
         n: trial(seed=n, cross_attention=mode, targets=("attention", "audio_attention"))
         for n in slots
@@ -226,7 +226,7 @@ def gradients_of(mode, slots, ill=None):
     for n, config in configs.items():
         slot = engine.add(str(n), config).slot
         examples[slot] = SAME_MODE[n]
-        generator = torch.Generator().manual_seed(n)  # o_proj and B of 0 would hide much
+        generator = torch.Generator().manual_seed(n)  # o_proj and B of 0 would hide a lot
         for view in engine.bank.views(slot, "master").values():
             view.copy_(0.1 * torch.randn(view.shape, generator=generator))
             if n == ill:
@@ -237,7 +237,7 @@ def gradients_of(mode, slots, ill=None):
 
 
 @pytest.mark.parametrize("mode", ["audio_self", "text_to_audio"])
-def test_adapters_with_the_same_new_modules_do_not_touch_each_other(mode):
+def test_adapters_with_the_same_new_modules_do_not_affect_each_other(mode):
     packed = gradients_of(mode, (0, 1))
     for n in (0, 1):
         alone = gradients_of(mode, (n,))[n]
@@ -247,7 +247,7 @@ def test_adapters_with_the_same_new_modules_do_not_touch_each_other(mode):
             assert torch.equal(beside_nan[name], packed[n][name]), name
 
 
-def test_the_slot_of_a_trial_that_diverged_serves_the_next(share):
+def test_the_slot_of_a_diverged_trial_can_be_reused(share):
     engine = engine_of(share, "small")
     train(engine, ["small"], range(1), poison=0)
     slot = engine.residents["small"].slot
@@ -263,7 +263,7 @@ def test_the_slot_of_a_trial_that_diverged_serves_the_next(share):
 
 
 @pytest.mark.parametrize("task, factor", [("transcribe", 3.0), ("speak", 0.5)])
-def test_a_weight_scales_the_gradient_of_its_own_loss(task, factor):
+def test_a_loss_weight_scales_the_gradient_of_its_own_loss(task, factor):
     gradients = []
     for weights in ({}, {"text_loss_weight": 3.0, "audio_loss_weight": 0.5}):
         config = trial(**weights)

@@ -1,6 +1,6 @@
-"""On a CPU with several threads: company is bit-equal to other company, and alone up to rounding.
+"""On a CPU with several threads, results are bit-equal in any pack, and alone equal up to rounding.
 
-In company each adapter computes on one thread; alone it has all of them, and sums are cut otherwise.
+In a pack, one thread computes each adapter; alone, an adapter has all threads, and sums are split otherwise.
 """
 
 import pytest
@@ -47,7 +47,7 @@ def two_threads():
 
 @pytest.fixture(scope="module")
 def train():
-    """Both results of each trial in a pack, and its weights at the end; one may leave in between."""
+    """Both results and the final weights of each trial of a pack; one trial may leave in between."""
     base, dataset = load_base(BaseSettings(device="cpu")), Dataset.open("embedded:arabic")
 
     def run(*names, leaves=None):
@@ -77,7 +77,7 @@ def company(train):
     return train("plain", "heads", "text_to_audio")
 
 
-def test_in_company_its_bits_do_not_depend_on_whose(train, company):
+def test_results_in_a_pack_are_bit_equal_whatever_the_neighbours(train, company):
     for names, leaves in (
         (("heads", "plain"), None),  # in other slots
         (("plain", "heads", "text_to_audio"), "text_to_audio"),
@@ -88,12 +88,12 @@ def test_in_company_its_bits_do_not_depend_on_whose(train, company):
                 assert torch.equal(weight, company[name][1][key]), (names, name, key)
 
 
-def test_left_alone_it_goes_on_the_same_up_to_rounding(train, company):
+def test_a_trial_left_alone_continues_the_same_up_to_rounding(train, company):
     ours, theirs = train("heads", "plain", leaves="plain")["heads"], company["heads"]
-    assert ours[0][0] == theirs[0][0]  # still in company
+    assert ours[0][0] == theirs[0][0]  # still in a pack
     assert ours[0][1].keys() == theirs[0][1].keys()
     for key in (metrics.VAL_TEXT_NLL, metrics.VAL_AUDIO_NLL, metrics.GRAD_NORM):
-        # sums of some thousand terms in fp32; 3e-5 was the most seen in eight steps
+        # sums of some thousand terms in fp32; the most seen in eight steps was 3e-5
         assert ours[0][1][key] == pytest.approx(theirs[0][1][key], rel=1e-3), key
     for key, weight in ours[1].items():
         torch.testing.assert_close(weight, theirs[1][key], rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""A trial of a population that takes over another's weights and goes on at another rate."""
+"""Population-based training: a trial copies another's weights and continues at other rates."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_the_copy_starts_with_the_donors_weights_and_moments(population):
     assert all(torch.equal(tensors(ours)[key], tensors(theirs)[key]) for key in tensors(ours))
 
 
-def test_the_copy_goes_on_at_the_new_rate_and_weights(population, dataset, tmp_path):
+def test_the_copy_continues_at_the_new_rate_and_loss_weights(population, dataset, tmp_path):
     """The reference has the new rates from the start, and no schedule."""
     loop, donor, _, _ = population
     reference = loop_of(dataset, DONOR)
@@ -80,7 +80,7 @@ def test_the_copy_goes_on_at_the_new_rate_and_weights(population, dataset, tmp_p
         )
 
 
-def test_donor_and_neighbour_train_as_if_nobody_had_copied(population, dataset, tmp_path):
+def test_donor_and_neighbour_train_as_if_nothing_was_copied(population, dataset, tmp_path):
     loop, _, _, _ = population
     untouched = loop_of(dataset, DONOR, COPIER, NEIGHBOUR)
     for name, config in (("donor", DONOR), ("copier", COPIER), ("neighbour", NEIGHBOUR)):

@@ -1,4 +1,4 @@
-"""Matmuls that a pack shares on a GPU: who takes part, what stays zero, and gradients of each alone."""
+"""Matmuls that a pack shares on a GPU: which adapters share them, what stays zero, the gradients."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from tests.mixed_pack import TRIALS, engine_of, examples_of, train
 from tests.models import example, tiny_base, trial
 
 
-def test_a_checkpoint_goes_on_where_adapters_are_laid_out_otherwise():
-    """Written where each multiplies alone, read where ranks share a layout, and back."""
+def test_a_checkpoint_is_independent_of_the_layout_of_adapters():
+    """Saved where each adapter multiplies alone, loaded where ranks share a layout, and vice versa."""
     for share, other in ((False, True), (True, False)):
         first, second = engine_of(share, *TRIALS), engine_of(other)
         train(first, list(TRIALS), range(2))
@@ -27,7 +27,7 @@ def test_a_checkpoint_goes_on_where_adapters_are_laid_out_otherwise():
                 assert any(t.any() for t in theirs.values())
 
 
-RUNS = {  # what is asked of the pack → positions that share a matmul
+RUNS = {  # case → path, slots, and the positions of the pack that share a matmul
     "everyone": ("attention", (0, 1, 2, 3), [slice(0, 4)]),  # though the third does not target it
     "targets at both ends": ("audio_mlp", (0, 1, 2, 3), [slice(0, 2)]),
     "a slot that rests": ("attention", (0, 2, 3), [0, 2]),
@@ -36,7 +36,7 @@ RUNS = {  # what is asked of the pack → positions that share a matmul
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_adapters_of_neighbouring_slots_share_a_matmul_whatever_they_are(case):
+def test_unlike_adapters_in_neighbouring_slots_share_a_matmul(case):
     path, slots, expected = RUNS[case]
     configs = [
         trial(rank=4, dropout=0.2),
@@ -57,8 +57,8 @@ def test_adapters_of_neighbouring_slots_share_a_matmul_whatever_they_are(case):
             assert rows == [k for k, slot in enumerate(slots) if path in configs[slot].targets]
 
 
-def test_ranks_of_one_class_sit_side_by_side():
-    """Zeros that the optimizer steps over are few; classes of 64 end at 16."""
+def test_adapters_of_one_rank_class_get_neighbouring_slots():
+    """So that the optimizer steps over few zeros; with a highest rank of 64, the lower class ends at 16."""
     configs = [trial(rank=rank, targets=("attention",)) for rank in (64, 8, 32, 16)]
     limits = PackLimits.of(configs, num_slots=4)
     engine = Engine(tiny_base(num_layers=1), limits, share_matmuls=True)
@@ -72,21 +72,21 @@ def test_ranks_of_one_class_sit_side_by_side():
     assert alone.bank.layout_rank(8) == 8
 
 
-CLASSES = {  # low and high in turn, some of which target only what stands between
+CLASSES = {  # low and high ranks in turn, some of which lack paths that their neighbours target
     "l0": trial(seed=1, rank=8),
     "h0": trial(seed=2, rank=64, targets=("attention", "text_mlp")),
     "l1": trial(seed=3, rank=4, alpha=8.0, targets=("text_mlp", "audio_mlp", "text_head")),
     "h1": trial(seed=4, rank=20, dropout=0.2),
     "l2": trial(seed=5, rank=8, targets=("audio_mlp",)),
 }
-ONE_SCALE = {  # in the attention's matmuls, which the one between does not target; two in those of the MLP
+ONE_SCALE = {  # one scale in the attention's matmuls, which "between" does not target; two in the MLP's
     "first": trial(seed=1, rank=8, alpha=16.0, dropout=0.2),
     "between": trial(seed=2, rank=4, alpha=4.0, targets=("text_mlp",)),
     "last": trial(seed=3, rank=4, alpha=8.0, dropout=0.2),
 }
 
 
-def test_a_run_of_one_scale_needs_no_other():
+def test_a_run_of_adapters_with_one_scale_uses_it_for_all():
     engine = Engine(tiny_base(), PackLimits.of([*ONE_SCALE.values()], 3), share_matmuls=True)
     for name, config in ONE_SCALE.items():
         engine.add(name, config)
@@ -102,14 +102,13 @@ def test_a_run_of_one_scale_needs_no_other():
 @pytest.mark.parametrize(
     "pack, name", [(pack, name) for pack in (CLASSES, ONE_SCALE) for name in pack]
 )
-def test_classes_in_any_order_give_the_gradients_of_each_alone(pack, name):
+def test_rank_classes_in_any_order_give_the_gradients_of_each_alone(pack, name):
     limits = PackLimits.of(list(pack.values()), num_slots=len(pack))
     found = []
     for names in (list(pack), [name]):
         engine = Engine(tiny_base(), limits, share_matmuls=len(names) > 1)
-        for slot, own in enumerate(
-            names
-        ):  # each in the slot that is free, as when trials come and go
+        for slot, own in enumerate(names):
+            # take the other slots, so that each adapter gets its own, as when trials come and go
             for other in range(len(names)):
                 if other != slot and len(names) > 1:
                     engine.residents[f"taken {other}"] = Resident("", other, pack[own], {})
@@ -133,15 +132,15 @@ def test_classes_in_any_order_give_the_gradients_of_each_alone(pack, name):
     "highest, expected",
     [(8, 8), (12, 12), (16, 16), (32, 8), (48, 16), (64, 16), (100, 8), (128, 8)],
 )
-def test_classes_of_ranks_suit_a_gpu(highest, expected):
+def test_the_lowest_rank_class_ends_where_it_suits_a_gpu(highest, expected):
     limits = PackLimits.of([trial(rank=highest, targets=("text_head",))], num_slots=2)
     engine = Engine(tiny_base(num_layers=1), limits, share_matmuls=True)
     assert engine.bank.layout_rank(8) == expected
     assert engine.bank.layout_rank(highest) == highest
 
 
-def test_what_an_adapter_lacks_stays_zero_where_matmuls_are_shared():
-    """Ranks and modules that others have: no weight, no moment, no gradient."""
+def test_parameters_that_an_adapter_lacks_stay_zero_with_shared_matmuls():
+    """No weight, moment or gradient in ranks and modules that only other adapters have."""
     engine = engine_of(True, *TRIALS)
     train(engine, list(TRIALS), range(3))
     examples = {r.slot: examples_of(t, 3) for t, r in engine.residents.items()}
@@ -155,7 +154,7 @@ def test_what_an_adapter_lacks_stays_zero_where_matmuls_are_shared():
             assert 0 < num_own == int(row.count_nonzero()), (trial_id, kind)
 
 
-def test_each_combination_of_slots_has_factors_of_its_own():
+def test_each_combination_of_slots_has_its_own_factors():
     configs = [trial(seed=n, targets=("attention",)) for n in range(3)]
     engine = Engine(tiny_base(), PackLimits.of(configs, num_slots=3), share_matmuls=True)
     for n, config in enumerate(configs):

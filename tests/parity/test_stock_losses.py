@@ -1,4 +1,4 @@
-"""Our losses and gradients against the stock classes, given the same labels."""
+"""Our losses and gradients match those of the stock classes on the same labels."""
 
 import copy
 
@@ -66,7 +66,8 @@ def test_every_codebook_matches_the_stock_logits():
 )
 def test_gradients_match_stock_transformers_with_peft(targets):
     base = tiny_base()
-    config = trial(targets=targets, rank=3, alpha=7.0, audio_loss_weight=4.0)  # 4 codebooks: a sum
+    # 4.0, the number of codebooks: stock sums over them
+    config = trial(targets=targets, rank=3, alpha=7.0, audio_loss_weight=4.0)
     engine = Engine(base, PackLimits.of([config], num_slots=1))
     engine.add("a", config)
     for view in engine.bank.views(0, "master").values():  # B = 0 would hide A's gradient
