@@ -121,7 +121,12 @@ def test_interface_is_that_of_the_higgs_tokenizer(codec: MelRvqCodec) -> None:
 def test_other_rates_are_resampled(codec: MelRvqCodec) -> None:
     time_s = np.arange(8000) / 8000
     low = np.sin(2 * np.pi * 440 * time_s).astype(np.float32) * 0.1
-    assert encode_clip(codec, low, 8000).shape == (25, 8)
+    codes_TC = encode_clip(codec, low, 8000)
+    time_s = np.arange(24_000) / 24_000
+    high = np.sin(2 * np.pi * 440 * time_s).astype(np.float32) * 0.1
+    inner = slice(2, -2)  # resampling smears the ends
+    np.testing.assert_array_equal(codes_TC[inner, 0], encode_clip(codec, high, 24_000)[inner, 0])
+    assert codes_TC.shape == (25, 8)
 
 
 def test_silence_decodes_to_near_silence(codec: MelRvqCodec) -> None:

@@ -175,8 +175,10 @@ def test_a_folder_of_other_data_is_left_alone(tmp_path: Path, run):
 
 def test_max_rejected_may_be_raised_for_a_prepared_folder(tmp_path: Path, run):
     rows = make_root(tmp_path / "root", 8)
-    run(rows, max_rejected=0)
-    run(rows, max_rejected=3)
+    (tmp_path / "root" / rows[0]["path"]).unlink()
+    with pytest.raises(DataError, match="1 of 8 rows"):
+        run(rows, max_rejected=0)
+    assert run(rows, max_rejected=3).num_rows == 7
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

@@ -83,13 +83,14 @@ def test_transcribe_learns_only_its_text_and_the_end_of_turn():
     assert (one.audio_labels_AC == IGNORE).all()
 
 
-def test_clone_learns_no_audio_of_its_reference():
+def test_clone_learns_neither_its_system_turn_nor_its_reference():
     talk = conversation("clone", 3)
     with_system = Conversation("k", "clone", (Turn("system", (TextPart("be kind"),)), *talk.turns))
     one = encode_conversation(with_system, vocabulary())
     reference_rows = len(talk.turns[1].parts[0].codes_TC) + NUM_CODEBOOKS + 1
     assert (one.audio_labels_AC[:reference_rows] == IGNORE).all()
     assert (one.audio_labels_AC[reference_rows:] != IGNORE).any()
+    assert (one.text_labels_L == IGNORE).all()
 
 
 def test_each_code_row_has_one_audio_placeholder():
