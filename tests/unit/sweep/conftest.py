@@ -32,7 +32,7 @@ def make_config(tmp_path: Path):
 
 @pytest.fixture
 def record(make_config):
-    """Trial 0 of it: 150 steps."""
+    """Trial 0 of a sweep of `make_config`: 150 steps."""
     config = make_config()
     trial = space.resolve(space.baseline_values(config, fixed_flag=False), config, 5)
     return TrialRecord("t000", 0, space.short_name("t000", trial), "baseline", None, trial)
@@ -50,7 +50,7 @@ def fast_rounds(monkeypatch):
 
 @pytest.fixture
 def crew(make_config, monkeypatch):
-    """Two workers and their actors, a clock, and what `hear` was told."""
+    """Two workers with fake actors and a fake clock; `heard` has what the callbacks of `hear` got."""
     actors, now, killed = [], [0.0], []
 
     def create(*_, **__):
@@ -91,7 +91,7 @@ def crew(make_config, monkeypatch):
         heard.accepted.append((name, description))
 
     def hear(actor=None, method=None, value=None):
-        """What the workers say by now, after an actor's newest call of a method was answered."""
+        """Handle all answers so far; before that, answer an actor's newest call of a method, if given."""
         if actor is not None:
             actor.answer(method, value)
         waits, begun = heard.waits.append, heard.begun.append

@@ -22,7 +22,7 @@ def record(trial_id, **changes):
 
 @pytest.fixture
 def shown(tmp_path, monkeypatch):
-    """Give a trial these lines; tells what its board shows of the text losses, by step."""
+    """Gives a trial these metrics lines; returns the text losses that its board shows, by step."""
     monkeypatch.setattr("higgs_tune.train.board.FLUSH_S", 0.02)
     boards = Boards(tmp_path, SEARCHED)
 
@@ -54,11 +54,11 @@ def test_a_board_has_each_report_of_its_own_trial_once(shown, tmp_path):
         assert count(tmp_path / BOARDS / "t000", "val/text/nll") == len(lines)
 
 
-def test_what_is_not_finite_is_not_drawn(shown):
+def test_a_value_that_is_not_finite_is_not_drawn(shown):
     assert shown(record("t000"), [(25, 4.0), (50, None)]) == {25: 4.0}
 
 
-def test_a_trial_that_goes_on_from_its_checkpoint_shows_what_it_did_then(shown):
+def test_a_trial_that_continues_from_its_checkpoint_shows_its_new_values(shown):
     shown(record("t000"), [(25, 4.0), (50, 3.0)])
     assert shown(record("t000"), [(25, 4.0), (50, 2.5)]) == {25: 4.0, 50: 2.5}
     assert shown(record("t000"), [(25, 4.0)]) == {25: 4.0}
@@ -70,11 +70,11 @@ def test_a_resumed_sweeps_board_has_the_whole_history(shown, tmp_path):
     assert found == {25: 4.0, 50: 2.0}
 
 
-def test_a_trial_that_ended_and_goes_on_has_its_whole_history(shown, tmp_path):
+def test_a_trial_that_continues_after_its_end_shows_its_whole_history(shown, tmp_path):
     boards = Boards(tmp_path, SEARCHED)
     shown(record("t000"), [(25, 4.0)], boards)
     boards.end("t000")
-    boards.end("t000")  # nothing is open any more
+    boards.end("t000")  # its board is closed already
     assert shown(record("t000"), [(25, 4.0), (50, 2.0)], boards) == {25: 4.0, 50: 2.0}
 
 
@@ -92,15 +92,15 @@ def test_a_board_names_the_trials_settings_and_results(shown, tmp_path):
     assert names == ["val/text/nll", "val/text/audio_gain", "val/audio/nll_per_code"]
 
 
-def test_a_board_that_cannot_be_written_is_said(tmp_path):
+def test_a_board_that_cannot_be_written_raises_one_error(tmp_path):
     (tmp_path / BOARDS).write_text("in the way")
     boards = Boards(tmp_path, SEARCHED)
     boards.update(record("t000"))
     with pytest.raises(OSError, match="Not a directory"):
         boards.finish()
-    boards.check()  # once
+    boards.check()  # raised once
 
 
-def test_a_driver_starts_without_torch():
+def test_importing_the_driver_does_not_import_torch():
     code = "import sys, higgs_tune.sweep.driver; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

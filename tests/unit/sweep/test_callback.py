@@ -1,4 +1,4 @@
-"""What the driver does for a running Tuner, without one."""
+"""The driver's callback for a running Tuner, tested without one."""
 
 import errno
 import io
@@ -23,7 +23,7 @@ from tests.workers import trial
 
 
 def make_callback(results, **parts):
-    """A callback of parts that do nothing, but for those that are given."""
+    """A callback whose parts do nothing, except those that are given."""
     nothing = SimpleNamespace()
     return SweepCallback(
         **{
@@ -45,7 +45,7 @@ def make_callback(results, **parts):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Let a trial's checkpoint appear as Tune makes it; gives the names of those that are left."""
+    """Saves a trial's checkpoint as Tune does; returns the names of those that are left."""
 
     def callback_of(num_checkpoints):
         callback = make_callback(tmp_path, num_checkpoints=num_checkpoints)
@@ -64,7 +64,7 @@ def saved(tmp_path):
     return callback_of
 
 
-def test_old_checkpoints_go_each_trials_own(saved):
+def test_only_the_newest_checkpoints_of_each_trial_are_kept(saved):
     save = saved(2)
     assert save("t0", "c0") == ["c0"]
     assert save("t1", "c0") == ["c0"]
@@ -73,12 +73,12 @@ def test_old_checkpoints_go_each_trials_own(saved):
     assert save("t1", "c1") == ["c0", "c1"]
 
 
-def test_a_trial_that_starts_again_keeps_what_it_writes_once_more(saved):
+def test_a_checkpoint_that_a_restarted_trial_writes_again_is_kept(saved):
     save = saved(1)
     save("t0", "c0")
     save("t0", "c1")
     assert save("t0", "c1") == ["c1"]
-    assert save("t0", "c0") == ["c0"]  # after a failure Tune may count from an earlier one
+    assert save("t0", "c0") == ["c0"]  # after a failure Tune may restart at an earlier number
     assert save("t0", "c1") == ["c1"]
 
 
@@ -109,7 +109,7 @@ def test_tune_waits_for_the_disk_only_at_a_trials_end(tmp_path):
         assert done == ([] if status == "running" else ["c0", "c1"])
     callback.on_trial_complete(0, [], of_tune)
     assert done == ["c0", "c1", "end"]
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # Tune's own have gone
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # Tune's own are deleted
 
 
 def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
@@ -138,14 +138,14 @@ def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
 
 @pytest.fixture
 def resumed(tmp_path, record):
-    """Start a trial that had reported twice and saved once; gives the callback. Damage a file before."""
+    """Starts a trial that had reported twice and saved once; returns the callback."""
     files = TrialFiles(tmp_path)
     files.start(record)
     for step in (25, 50):
         files.result(record.trial_id, {"step": step, "val/text/nll": 3.0 - step / 100})
     adapter = files.folder(record.trial_id) / "adapter"
     adapter.mkdir()
-    write_json(adapter / CHECKPOINT_INFO, {"step": 25})  # what lies beyond is trained again
+    write_json(adapter / CHECKPOINT_INFO, {"step": 25})  # step 50 is trained again
 
     def start():
         callback = make_callback(tmp_path, files=files)
@@ -155,11 +155,11 @@ def resumed(tmp_path, record):
     return start
 
 
-def test_a_trial_that_goes_on_is_shown_with_what_it_had_reported(resumed, record):
+def test_a_resumed_trial_is_shown_with_its_metrics_at_the_checkpoint(resumed, record):
     row = resumed()._display.board.rows[record.trial_id]
     assert (row.step, row.last["val/text/nll"]) == (25, 2.75)
 
 
-def test_a_damaged_file_of_a_trial_that_goes_on_ends_the_sweep(resumed, tmp_path):
+def test_a_damaged_metrics_file_of_a_resumed_trial_ends_the_sweep(resumed, tmp_path):
     (tmp_path / "trials" / "t000" / "metrics.jsonl").write_text("{}}\n")
     assert "metrics.jsonl, line 1: not JSON" in str(resumed()._control.error)

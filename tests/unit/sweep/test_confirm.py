@@ -37,7 +37,9 @@ def test_a_baseline_that_leads_the_search_is_confirmed_beside_the_best_other(tmp
     assert [record.confirms for record in records] == ["t000", "t002"] * 2
 
 
-def test_a_configuration_that_ran_twice_is_one_of_the_best_once(study, make_config, monkeypatch):
+def test_a_configuration_that_ran_twice_is_among_the_best_only_once(
+    study, make_config, monkeypatch
+):
     searcher, _, _ = make_searcher(study, make_config())
     for name, text in (("a", 9.0), ("b", 8.0)):
         searcher.suggest(name)
@@ -59,7 +61,7 @@ def test_nothing_is_confirmed_when_nothing_is_feasible(tmp_path, make_config):
     assert confirmed(tmp_path, make_config, [(1.0, 9.9)], num_configs=2, num_seeds=2) == []
 
 
-def test_the_stage_can_be_switched_off(tmp_path, make_config):
+def test_the_confirm_stage_can_be_switched_off(tmp_path, make_config):
     assert confirmed(tmp_path, make_config, [(1.0, 3.0)], num_configs=0, num_seeds=2) == []
 
 
@@ -95,5 +97,5 @@ def test_an_extended_sweep_with_more_seeds_keeps_the_runs_that_exist(tmp_path, m
     assert [record.trial_id for record in second[4:]] == ["c004", "c005"]
 
 
-def test_a_trial_whose_audio_was_never_judged_is_not_feasible():
+def test_a_trial_without_constraints_is_not_feasible():
     assert not studies.feasible(optuna.trial.create_trial(value=1.0))

@@ -1,4 +1,4 @@
-"""A sweep whose Ray ends beneath it."""
+"""A sweep whose Ray ends before it does, and signals that Ray would catch."""
 
 import signal
 import threading
@@ -17,7 +17,7 @@ RESULTS = Path("results/quick-2")
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Watches a Ray that has died; gives the Control, and what holds whether the process has ended."""
+    """Watches a Ray that has died; gives the Control, an event set at the exit, and the exit codes."""
     ended = threading.Event()
     codes: list[int] = []
 
@@ -33,7 +33,7 @@ def watched(monkeypatch):
         yield control, ended, codes
 
 
-def test_a_signal_that_has_ended_ray_too_ends_the_sweep_with_what_to_do(watched, capfd):
+def test_a_signal_that_also_ended_ray_ends_the_sweep_and_says_how_to_go_on(watched, capfd):
     control, ended, codes = watched
     control.request.number = 15
     assert ended.wait(10)
@@ -44,7 +44,7 @@ def test_a_signal_that_has_ended_ray_too_ends_the_sweep_with_what_to_do(watched,
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_it_ends_even_if_who_read_what_it_says_has_ended_before(watched, monkeypatch):
+def test_the_sweep_ends_even_if_its_message_cannot_be_printed(watched, monkeypatch):
     def gone(*_, **__):
         raise BrokenPipeError
 
@@ -54,7 +54,7 @@ def test_it_ends_even_if_who_read_what_it_says_has_ended_before(watched, monkeyp
     assert ended.wait(10)
 
 
-def test_without_a_signal_the_end_of_ray_is_rays_to_tell(watched):
+def test_without_a_signal_the_end_of_ray_does_not_end_the_process(watched):
     _, ended, _ = watched
     assert not ended.wait(2.5)
 
@@ -78,7 +78,7 @@ def test_ray_is_watched_until_the_workers_are_gone(monkeypatch, make_config, tmp
     assert ended.is_set()
 
 
-def test_sigterm_from_rays_start_on_ends_the_sweep_without_its_cores_handler(
+def test_sigterm_ends_the_sweep_despite_the_handler_that_ray_sets(
     monkeypatch, make_config, tmp_path
 ):
     @contextmanager

@@ -38,7 +38,7 @@ def test_a_new_folder_holds_the_resolved_settings_and_the_environment(make_confi
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "env.json", "sweep.yaml"]
 
 
-def test_the_commit_says_whether_the_code_was_changed_since_and_is_of_this_code(tmp_path):
+def test_the_commit_is_given_only_for_tracked_code_and_marks_changes(tmp_path):
     def git(*words):
         who = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
         command = ["git", "-C", str(tmp_path), *who, *words]
@@ -60,7 +60,7 @@ def test_the_commit_says_whether_the_code_was_changed_since_and_is_of_this_code(
     module.write_text("changed = True\n")
     assert folders.git_sha(tmp_path) == f"{commit}-dirty"
     shutil.rmtree(tmp_path / ".git" / "objects")
-    (tmp_path / ".git" / "objects").mkdir()  # as cluster.yaml copies a checkout
+    (tmp_path / ".git" / "objects").mkdir()  # cluster.yaml copies a checkout without them
     assert folders.git_sha(tmp_path) == f"{commit}-unchecked"
 
 
@@ -77,7 +77,7 @@ def test_a_folder_that_holds_a_sweep_is_refused_without_resume(make_config):
         opened(make_config())
 
 
-def test_a_sweep_that_never_got_a_result_leaves_its_name_free(make_config):
+def test_a_sweep_without_results_leaves_its_name_free(make_config):
     folder = opened(make_config(data={"path": "wrong"}))
     (folder / "trials" / "t000").mkdir(parents=True)
     (folder / "trials" / "t000" / "metrics.jsonl").touch()
@@ -88,7 +88,7 @@ def test_a_sweep_that_never_got_a_result_leaves_its_name_free(make_config):
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "env.json", "sweep.yaml"]
 
 
-def test_a_folder_is_not_free_once_a_sweep_runs_there_or_got_a_result(make_config, tmp_path):
+def test_a_folder_is_not_free_while_a_sweep_runs_or_once_it_has_results(make_config, tmp_path):
     with folders.open_folder(make_config(), resume=False, command=[]) as folder:
         assert not folders.is_free(folder)
     assert folders.is_free(folder)
@@ -98,7 +98,7 @@ def test_a_folder_is_not_free_once_a_sweep_runs_there_or_got_a_result(make_confi
     assert not folders.is_free(tmp_path / "thesis")
 
 
-def test_a_sweep_with_a_study_elsewhere_keeps_its_name(make_config):
+def test_a_sweep_whose_study_is_in_a_database_keeps_its_name(make_config):
     config = make_config(tune={"storage": "sqlite:///s.db"})
     folder = opened(config)
     assert not folders.is_free(folder)
@@ -106,7 +106,7 @@ def test_a_sweep_with_a_study_elsewhere_keeps_its_name(make_config):
         opened(config)
 
 
-def test_a_study_of_another_sweep_in_the_storage_is_refused(make_config, tmp_path):
+def test_a_storage_with_a_study_of_the_same_name_is_refused(make_config, tmp_path):
     url = f"sqlite:///{tmp_path}/studies.db"
     studies.open_study("s", tmp_path, url)
     with pytest.raises(ConfigError, match=r"tune\.storage already holds a study named s"):
@@ -114,7 +114,7 @@ def test_a_study_of_another_sweep_in_the_storage_is_refused(make_config, tmp_pat
     assert not (tmp_path / "results").exists()
 
 
-def test_another_sweep_is_refused_with_the_settings_that_differ(make_config):
+def test_resuming_with_other_settings_names_those_that_differ(make_config):
     opened(make_config())
     other = make_config(train={"num_steps": 60}, objective={"audio_tolerance": 0.5})
     with pytest.raises(ConfigError, match=r"differ: objective.audio_tolerance, train.num_steps"):
@@ -132,7 +132,7 @@ def test_a_resumed_sweep_may_have_more_trials_and_other_resources(make_config):
     assert len(environment["resumed_at"]) == 1
 
 
-def test_a_resumed_sweep_may_find_its_data_at_another_place(make_config):
+def test_a_resumed_sweep_may_read_its_data_from_another_path(make_config):
     folder = opened(make_config())
     assert opened(make_config(data={"path": "/moved/here"}), resume=True) == folder
     assert load_sweep(folder / "sweep.yaml").data.path == "/moved/here"
@@ -140,8 +140,8 @@ def test_a_resumed_sweep_may_find_its_data_at_another_place(make_config):
         opened(make_config(data={"path": "/moved/here", "num_val_clips": 3}), resume=True)
 
 
-def test_other_data_is_refused_before_the_folder_names_it(make_config):
-    """A sweep that is finished starts no worker that would compare them."""
+def test_resuming_with_other_data_is_refused_and_keeps_the_settings(make_config):
+    """A finished sweep starts no worker that would compare the data."""
     folder = opened(make_config())
     (folder / "base.json").write_text('{"content_hash": "0123456789abcdef"}')
     other = make_config(data={"path": "embedded:russian"})
@@ -150,7 +150,7 @@ def test_other_data_is_refused_before_the_folder_names_it(make_config):
     assert load_sweep(folder / "sweep.yaml") == make_config()
 
 
-def test_a_resumed_sweep_writes_over_no_checkpoint_that_an_adapter_is_a_link_to(make_config):
+def test_a_resumed_sweep_overwrites_no_checkpoint_that_an_adapter_links_to(make_config):
     folder = opened(make_config())
     give_result(folder)
     stored = folder / "ray/search/t000/checkpoint_000000"  # the first one of a run
@@ -160,11 +160,11 @@ def test_a_resumed_sweep_writes_over_no_checkpoint_that_an_adapter_is_a_link_to(
     files.checkpoint("t000", stored)
     with folders.open_folder(make_config(), resume=True, command=[]):
         stored.mkdir(parents=True, exist_ok=True)
-        (stored / CHECKPOINT_INFO).write_text('{"step": ')  # Tune is killed meanwhile
+        (stored / CHECKPOINT_INFO).write_text('{"step": ')  # Tune is killed while it writes
     assert files.checkpoint_of("t000") == (folder / "trials/t000/adapter", 25)
 
 
-def test_a_folder_whose_sweep_runs_is_refused_and_left_as_it_is(make_config):
+def test_a_folder_with_a_running_sweep_is_refused_and_not_changed(make_config):
     config = make_config()
     with folders.open_folder(config, resume=False, command=[]) as folder:
         before = (folder / "sweep.yaml").read_text()
@@ -183,9 +183,9 @@ def test_a_file_system_without_locks_is_one_clear_error(make_config, monkeypatch
         opened(make_config())
 
 
-def test_a_study_lies_on_a_file_system_without_links_too(make_config, monkeypatch):
+def test_a_study_works_on_a_file_system_without_links(make_config, monkeypatch):
     def none(*_):
-        raise OSError(errno.EPERM, "Operation not permitted")  # as exFAT and SMB shares say
+        raise OSError(errno.EPERM, "Operation not permitted")  # as on exFAT and SMB shares
 
     monkeypatch.setattr(os, "symlink", none)
     monkeypatch.setattr(os, "link", none)
@@ -193,12 +193,12 @@ def test_a_study_lies_on_a_file_system_without_links_too(make_config, monkeypatc
     assert study.ask().number == 0
 
 
-def test_there_must_be_something_to_resume(make_config):
+def test_resuming_without_a_sweep_is_refused(make_config):
     with pytest.raises(ConfigError, match="holds no sweep to resume"):
         opened(make_config(), resume=True)
 
 
-def test_a_folder_of_something_else_is_left_alone(make_config, tmp_path):
+def test_a_folder_with_other_files_is_refused(make_config, tmp_path):
     (tmp_path / "results" / "s").mkdir(parents=True)
     (tmp_path / "results" / "s" / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match="is not the folder of a sweep"):

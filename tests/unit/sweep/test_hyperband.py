@@ -1,4 +1,4 @@
-"""HyperBand under everything that happens to trials, in any order, without Ray."""
+"""HyperBand without Ray, while everything that can happen to trials happens in any order."""
 
 import random
 from types import SimpleNamespace
@@ -16,27 +16,27 @@ from higgs_tune.sweep.guard import Guard
 
 
 class HyperBand(Guard, tested.HyperBand):
-    """As `sweep.pausing` has it, without Tune's cache of processes."""
+    """As in `sweep.pausing`, without Tune's cache of processes."""
 
 
 class Run:
-    """A trial as far as a scheduler sees it, and what will become of it."""
+    """A trial as a scheduler sees it; what will happen to it is drawn in advance."""
 
     config = {"record": {"origin": "search"}}
 
     def __init__(self, number, rng, num_steps):
         self.trial_id, self.status = str(number), Trial.PENDING
         self.step = self.saved = 0
-        self.decision = None  # while its checkpoint is being written
+        self.decision = None  # set while its checkpoint is being written
         self.losses = {step: rng.random() for step in range(1, num_steps + 1)}
         self.diverges_at = rng.choice([None, None, None, rng.randint(1, num_steps)])
         self.deaths = rng.choice([0, 0, 1, 2])
-        self.comes_back = rng.random() < 0.7  # from its last death, too
-        self.judged = 0  # the last step at which it was not told to wait, or has waited to the end
+        self.comes_back = rng.random() < 0.7  # even after its last death
+        self.judged = 0  # the last step at which it was not paused, or whose pause is over
 
 
 class Tune:
-    """What Tune's controller does with trials; which of it comes next is drawn."""
+    """Does with trials what Tune's controller does; the next event is drawn at random."""
 
     def __init__(self, scheduler, num_trials, num_slots, num_steps, rng):
         self.scheduler, self.rng, self.num_steps = scheduler, rng, num_steps
@@ -83,7 +83,7 @@ class Tune:
             run.judged = max(run.judged, run.step)
 
     def saves(self, run):
-        """Its checkpoint is there: now the decision is carried out."""
+        """Its checkpoint is stored: carry out the decision."""
         decision, run.decision, run.saved = run.decision, None, run.step
         if decision == TrialScheduler.STOP:
             self.stop_trial(run)
@@ -91,7 +91,7 @@ class Tune:
             run.status = Trial.PAUSED
 
     def die(self, run):
-        """Its process is gone, and with it a checkpoint and a decision that are on their way."""
+        """Its process dies; a checkpoint and a decision that are on their way are lost."""
         run.deaths -= 1
         if not run.deaths and not run.comes_back:
             self.scheduler.on_trial_error(self, run)
@@ -122,7 +122,7 @@ class Tune:
 
 
 def survivors(runs, rungs):
-    """Who goes on after each rung, by their losses there alone."""
+    """Each rung's step, survivors and cut trials, by the losses there alone."""
     left = runs
     for step, num_survivors in zip(rungs.steps, rungs.survivors, strict=True):
         there = [run for run in left if run.diverges_at is None or run.diverges_at > step]
@@ -133,9 +133,7 @@ def survivors(runs, rungs):
 
 @pytest.mark.parametrize("num_slots", [1, 2, 4, 9])
 @pytest.mark.parametrize("seed", range(25))
-def test_brackets_are_cut_by_their_losses_at_equal_steps_whatever_happens_in_which_order(
-    seed, num_slots
-):
+def test_brackets_are_cut_by_losses_at_equal_steps_in_any_order_of_events(seed, num_slots):
     rng = random.Random(f"{seed}:{num_slots}")
     num_steps = rng.choice([4, 6, 9])
     band = hyperband(num_steps, 1, rng.choice([2.0, 3.0]))
@@ -156,11 +154,11 @@ def test_brackets_are_cut_by_their_losses_at_equal_steps_whatever_happens_in_whi
 
 
 @pytest.mark.parametrize("last", ["waits", "ends", "waits beside another"])
-def test_a_bracket_is_cut_as_soon_as_its_last_trial_waits_or_has_ended(last):
-    """Though others train on, and before the searcher hears of it: a pack would go on without it."""
+def test_a_bracket_is_cut_as_soon_as_its_last_trial_pauses_or_ends(last):
+    """Even while others train, and before the searcher hears: the pack would go on without survivors."""
     rungs = Rungs(size=3, steps=(2,), survivors=(1,))
     tune = Tune(HyperBand((rungs,), VAL_TEXT_NLL), 9, 9, 6, random.Random(0))
-    for run in tune.runs[:4]:  # the fourth is of another bracket, and trains
+    for run in tune.runs[:4]:  # the fourth belongs to another bracket, and trains on
         run.diverges_at = None
         tune.add(run)
     first, second, third, _ = tune.runs[:4]
@@ -186,7 +184,7 @@ def test_a_bracket_is_cut_as_soon_as_its_last_trial_waits_or_has_ended(last):
     assert len(tune.resumed) == statuses.count(Trial.PAUSED)
 
 
-def test_a_resumed_trial_is_compared_by_what_it_had_at_the_rung():
+def test_a_resumed_trial_is_compared_by_its_earlier_loss_at_the_rung():
     scheduler = HyperBand((Rungs(2, (2,), (1,)),), VAL_TEXT_NLL)
     tune = Tune(scheduler, 2, 2, 6, random.Random(0))
     late, other = tune.runs
@@ -230,7 +228,7 @@ def test_the_brackets_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("factor", [2.0, 2.5, 3.0, 4.0])
-def test_the_brackets_are_tunes(factor):
+def test_the_brackets_are_those_of_tunes_hyperband(factor):
     for budget in range(1, 100):
         tune = HyperBandScheduler(max_t=budget, reduction_factor=factor)
         expected = []
@@ -253,7 +251,7 @@ def test_the_brackets_are_tunes(factor):
         {"num_steps": 10, "report_every_steps": 10},
     ],
 )
-def test_a_budget_in_which_nobody_would_be_stopped_is_refused(train):
+def test_a_budget_in_which_no_trial_would_be_stopped_is_refused(train):
     raw = {"train": train, "tune": {"scheduler": {"name": "hyperband"}}}
     with pytest.raises(
         ValidationError, match=r"hyperband, which would stop no trial: .* at step \d+"

@@ -1,4 +1,4 @@
-"""Work on files beside Tune's loop."""
+"""File work on a thread beside Tune's loop."""
 
 import threading
 
@@ -7,20 +7,20 @@ import pytest
 from higgs_tune.sweep.later import Later
 
 
-def test_work_is_done_in_order_and_whoever_needs_a_trials_files_waits_for_them():
+def test_work_is_done_in_order_and_each_trials_work_can_be_waited_for():
     later, start, done = Later(), threading.Event(), []
     later.do("t0", lambda: start.wait(30))
     later.do("t1", lambda: done.append("t1"))
-    later.wait("t2")  # nothing was given for it
+    later.wait("t2")  # it has no work
     assert done == []
     threading.Timer(0.1, start.set).start()
-    later.do("t1", lambda: done.append("t1 again"))  # of each trial one thing at most is left over
+    later.do("t1", lambda: done.append("t1 again"))  # waits for the trial's earlier work
     assert done[0] == "t1"
     later.wait("t1")
     assert done == ["t1", "t1 again"]
 
 
-def test_an_error_is_raised_once_and_the_rest_is_done():
+def test_an_error_is_raised_once_and_other_work_is_still_done():
     def full():
         raise OSError("No space left on device")
 

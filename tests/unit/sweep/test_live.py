@@ -24,7 +24,7 @@ def drawn(board, num_rows=100, width=140):
 
 @pytest.fixture
 def crowd(record):
-    """Thirty trials, of which the last three have not ended; t004 is the best of five that ran to the end."""
+    """Thirty trials, the last three still live; t004 is the best of the five that were completed."""
     board = Board()
     board.num_slots = 2
     for number in range(30):
@@ -36,7 +36,7 @@ def crowd(record):
     return board
 
 
-def test_the_table_shows_what_a_person_asks_for(record):
+def test_the_table_shows_the_settings_progress_and_losses_of_each_trial(record):
     board = Board()
     board.num_slots = 1
     board.base = {"val/text/nll": 8.281, "val/audio/nll_per_code": 5.03, "val/text/audio_gain": 0}
@@ -55,7 +55,7 @@ def test_the_table_shows_what_a_person_asks_for(record):
     assert "1/4 ended · best t000 2.100" in drawn(board)
 
 
-def test_a_screen_too_small_for_all_trials_shows_those_that_run_the_best_and_the_state(crowd):
+def test_a_screen_too_small_for_all_shows_live_trials_the_best_and_the_state(crowd):
     lines = drawn(crowd, num_rows=5).splitlines()
     assert [line.split()[0] for line in lines] == [
         "trial", "t003", "t004", "t027", "t028", "t029", "and", "starting"
@@ -76,7 +76,7 @@ def test_a_narrow_terminal_breaks_no_row_and_cuts_no_figure(crowd):
     assert len(drawn(crowd, num_rows=5, width=60).splitlines()) == 8
 
 
-def test_the_whole_table_fits_the_terminal_until_the_end(crowd, monkeypatch):
+def test_the_table_is_cut_to_the_terminal_and_shown_whole_at_the_end(crowd, monkeypatch):
     monkeypatch.setenv("LINES", "20")
     monkeypatch.setenv("COLUMNS", "120")
     screen = Screen()
@@ -104,7 +104,7 @@ def test_a_sweep_that_ends_early_says_so(record):
     assert drawn(display.board).splitlines()[-1].startswith("ending · 0/1 ended")
 
 
-def test_before_there_is_anything_to_show_no_table_stands_above_the_state():
+def test_without_trials_only_the_state_line_is_shown():
     (line,) = drawn(Board()).splitlines()
     assert line.startswith("starting")
 

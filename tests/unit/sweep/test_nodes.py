@@ -1,4 +1,4 @@
-"""How many CPUs a worker asks for, and what is said when no machine has them."""
+"""How many CPUs a worker asks for, and the messages when no machine has them."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ TWO_GPUS = {"num_workers": 2, "gpus_per_worker": 1}
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Makes a cluster of nodes, each given by its CPUs and GPUs; a dead one beside them."""
+    """Makes a cluster of nodes, each given by its CPUs and GPUs, and of one dead node."""
 
     def make(*sizes):
         dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
@@ -40,7 +40,7 @@ def cluster(monkeypatch):
         ([(4, 0), (8, 0)], {"num_workers": 3}, 4),
     ],
 )
-def test_a_worker_asks_for_the_most_cpus_that_let_all_start(
+def test_a_worker_asks_for_the_most_cpus_with_which_all_can_start(
     make_config, cluster, sizes, tune, expected
 ):
     cluster(*sizes)
@@ -50,24 +50,24 @@ def test_a_worker_asks_for_the_most_cpus_that_let_all_start(
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ([(4, 0)], 1),  # none is up that could tell
+        ([(4, 0)], 1),  # no node with a GPU is up
         ([(4, 0), (8, 1)], 8),  # one of two: the other will be like it
         ([(0, 1), (8, 1)], 8),  # no worker starts without a CPU
     ],
 )
-def test_nodes_that_are_not_there_yet_are_taken_to_be_like_those_that_are(
+def test_missing_nodes_are_assumed_to_be_like_those_that_are_up(
     make_config, cluster, sizes, expected
 ):
     cluster(*sizes)
     assert nodes.cpus_of_worker(make_config(tune=TWO_GPUS).tune) == expected
 
 
-def test_a_given_number_of_cpus_stays(make_config, cluster):
+def test_a_given_number_of_cpus_is_kept(make_config, cluster):
     cluster((8, 1))
     assert nodes.cpus_of_worker(make_config(tune={"cpus_per_worker": 3}).tune) == 3
 
 
-def test_who_waits_is_told_what_the_largest_node_has(cluster):
+def test_the_message_about_a_missing_worker_names_the_largest_node(cluster):
     cluster((64, 0), (8, 1), (8, 1))
     assert nodes.shortage("worker-0 (of 2)", 10, 1) == (
         "waiting for worker-0 (of 2): it needs 10 CPU, 1 GPU; the cluster has 80 CPU, 2 GPU in all, "
@@ -103,7 +103,7 @@ def test_workers_that_this_machine_holds_are_not_refused(make_config, cluster):
     nodes.refuse_more_than_here(make_config(tune=TWO_GPUS).tune)
 
 
-def test_gpus_that_a_sweep_does_not_ask_for_are_told(make_config, cluster):
+def test_gpus_that_a_sweep_leaves_idle_are_reported(make_config, cluster):
     cluster((4, 0), (8, 2))
     said = nodes.idle_gpus(make_config().tune)
     assert said is not None
@@ -121,11 +121,11 @@ def test_gpus_that_a_sweep_does_not_ask_for_are_told(make_config, cluster):
         ([(8, 0)] * 4, 4, 3, 2),
         ([(8, 0), (16, 0)], 9, 4, 4),  # the larger one decides
         ([(64, 0)], 2, 4, 2),
-        ([(2, 0)], 3, 4, 3),  # none is up that could tell
+        ([(2, 0)], 3, 4, 3),  # no node with enough CPUs is up
         ([], 3, 4, 3),
     ],
 )
-def test_as_many_workers_share_a_machine_as_its_cpus_let(
+def test_as_many_workers_share_a_machine_as_its_cpus_allow(
     cluster, sizes, num_workers, num_cpus, expected
 ):
     cluster(*sizes)

@@ -1,4 +1,4 @@
-"""A worker reads what the command's own folder has, wherever it was started."""
+"""Relative paths refer to the folder of the command, wherever a worker was started."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from higgs_tune.sweep.places import whole_paths
         ("~/mine", False, "~/mine"),
     ],
 )
-def test_a_relative_path_is_one_from_where_the_command_was_typed(
+def test_a_relative_path_that_exists_where_the_command_runs_becomes_absolute(
     tmp_path, monkeypatch, make_config, path, there, expected
 ):
     monkeypatch.chdir(tmp_path)
@@ -25,7 +25,7 @@ def test_a_relative_path_is_one_from_where_the_command_was_typed(
     assert {found.base.path, found.data.path} == {expected.format(here=tmp_path)}
 
 
-def test_names_stay_names(make_config, tmp_path, monkeypatch):
+def test_names_of_the_hub_and_embedded_assets_are_kept(make_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "embedded").mkdir()
     assert whole_paths(make_config(data={"path": "embedded"})).data.path == str(

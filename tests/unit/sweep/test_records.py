@@ -53,7 +53,7 @@ def test_a_trial_leaves_config_metrics_status_and_adapter(tmp_path, record):
     assert (folder / "adapter" / "adapter_model.safetensors").read_text() == "weights 50"
 
 
-def test_a_resumed_trial_drops_what_lies_beyond_its_checkpoint(tmp_path, record):
+def test_a_resumed_trial_drops_metrics_beyond_its_checkpoint(tmp_path, record):
     files = TrialFiles(tmp_path)
     files.start(record)
     for step in (25, 50):
@@ -67,7 +67,7 @@ def test_a_resumed_trial_drops_what_lies_beyond_its_checkpoint(tmp_path, record)
     assert steps(tmp_path) == [25]
 
 
-def test_a_trial_that_was_killed_before_its_end_was_told_has_its_last_step_once(tmp_path, record):
+def test_a_last_step_reported_again_after_a_kill_is_recorded_once(tmp_path, record):
     files = TrialFiles(tmp_path)
     files.start(record)
     files.result("t000", {"step": 150, "val/text/nll": 2.0})
@@ -78,7 +78,7 @@ def test_a_trial_that_was_killed_before_its_end_was_told_has_its_last_step_once(
     assert steps(tmp_path) == [150]
 
 
-def test_the_former_checkpoint_is_found_if_the_process_died_between_two(tmp_path, record):
+def test_the_former_checkpoint_is_used_after_a_crash_while_replacing_it(tmp_path, record):
     files = TrialFiles(tmp_path)
     files.start(record)
     files.checkpoint("t000", checkpoint(tmp_path / "c1", 25))
@@ -95,7 +95,7 @@ def test_wall_time_of_earlier_runs_is_kept(tmp_path, record):
     path.write_text(json.dumps({**json.loads(path.read_text()), "wall_s": 100.0}))
     again = TrialFiles(tmp_path)
     again.start(record)
-    assert again.status("t000") is None  # it runs
+    assert again.status("t000") is None  # while it runs
     again.end("t000", "completed", None, True)
     assert again.status("t000")["wall_s"] >= 100.0
 
@@ -103,7 +103,7 @@ def test_wall_time_of_earlier_runs_is_kept(tmp_path, record):
 @pytest.mark.parametrize(
     ("status", "kept"), [("cancelled", True), ("completed", True), ("pruned", False)]
 )
-def test_a_trial_that_was_stopped_for_good_keeps_no_moments(tmp_path, record, status, kept):
+def test_a_pruned_trial_keeps_no_optimizer_moments(tmp_path, record, status, kept):
     files = TrialFiles(tmp_path)
     files.start(record)
     source = checkpoint(tmp_path / "c1", 25)
@@ -116,7 +116,7 @@ def test_a_trial_that_was_stopped_for_good_keeps_no_moments(tmp_path, record, st
     assert (adapter / "adapter_model.safetensors").exists()
 
 
-def test_a_number_that_is_not_finite_becomes_null_and_no_other_number(tmp_path, record):
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path, record):
     files = TrialFiles(tmp_path)
     files.start(record)
     files.result("t000", {"step": 1, "val/text/nll": math.nan, "x": math.inf, "status": "no"})
@@ -124,14 +124,14 @@ def test_a_number_that_is_not_finite_becomes_null_and_no_other_number(tmp_path, 
     assert line == '{"step": 1, "val/text/nll": null, "x": null}'
 
 
-def test_a_damaged_line_of_metrics_is_named(tmp_path, record):
+def test_a_damaged_metrics_line_is_named_in_the_error(tmp_path, record):
     TrialFiles(tmp_path).start(record)
     (tmp_path / "trials/t000/metrics.jsonl").write_text('{"step": 25}\n{"step" 50}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: not JSON"):
         TrialFiles(tmp_path).start(record)
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_former_one(tmp_path, monkeypatch):
+def test_a_checkpoint_that_fills_the_disk_leaves_the_former_one(tmp_path, monkeypatch):
     files = TrialFiles(tmp_path)
     files.checkpoint("t000", checkpoint(tmp_path / "c1", 25))
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_former_one(tmp_path, monkeypa
     assert [path.name for path in folder.iterdir()] == ["adapter"]
 
 
-def test_a_copy_goes_on_from_its_donors_step_even_if_it_had_come_further(tmp_path, record):
+def test_a_copy_continues_from_its_donors_step_even_if_it_was_further(tmp_path, record):
     files, donor = TrialFiles(tmp_path), replace(record, trial_id="t001", number=1)
     for one, steps in ((record, (25, 50, 75)), (donor, (25, 50))):
         files.start(one)

@@ -1,4 +1,4 @@
-"""What the sampler is told, and when it begins to choose."""
+"""What the sampler learns from trials, and from which trial on it uses its model."""
 
 import math
 
@@ -19,7 +19,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_study(study, make_config):
     assert study.trials[0].intermediate_values == {25: 5.0}
 
 
-def test_the_sampler_learns_of_a_pruned_trials_audio_too(study, make_config):
+def test_a_pruned_trials_audio_loss_is_recorded_as_a_constraint(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")
     searcher.on_trial_complete("a", report(5.0, 25, audio=AUDIO_LIMIT + 0.5))
@@ -29,7 +29,7 @@ def test_the_sampler_learns_of_a_pruned_trials_audio_too(study, make_config):
 
 
 @pytest.mark.parametrize("status", BROKEN)
-def test_a_trial_that_broke_is_infeasible_by_a_constraint_of_its_own(study, make_config, status):
+def test_a_broken_trial_is_infeasible_by_a_separate_constraint(study, make_config, status):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")
     searcher.on_trial_complete("a", {"step": 50, "status": status, "reason": "it says why"})
@@ -40,7 +40,7 @@ def test_a_trial_that_broke_is_infeasible_by_a_constraint_of_its_own(study, make
     assert not studies.feasible(trial) and studies.best_records(study, 5) == []
 
 
-def test_a_cancelled_trial_says_nothing_of_its_configuration(study, make_config):
+def test_a_cancelled_trial_fails_and_has_no_constraints(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")
     searcher.on_trial_result("a", report(5.0, 25))
@@ -49,8 +49,8 @@ def test_a_cancelled_trial_says_nothing_of_its_configuration(study, make_config)
     assert (trial.state, trial.constraints) == (TrialState.FAIL, {})
 
 
-def test_the_sampler_keeps_away_from_where_trials_diverge(study, make_config):
-    """The best is just below the rate at which everything diverges; half of the range lies above."""
+def test_the_sampler_avoids_rates_at_which_trials_diverge(study, make_config):
+    """The best rate is just below those at which all trials diverge: the upper half of the range."""
     config = make_config(tune={"num_trials": 42})
     searcher, _, _ = make_searcher(study, config)
     rates = config.space.learning_rate
@@ -63,14 +63,14 @@ def test_the_sampler_keeps_away_from_where_trials_diverge(study, make_config):
             searcher.on_trial_complete(str(index), {"step": 25, "status": "diverged"})
         else:
             finish(searcher, str(index), 2.0 + math.log10(limit / rate))
-    assert sum(diverged[2:12]) >= 3, "it was tried"
+    assert sum(diverged[2:12]) >= 3, "rates that diverge were tried"
     assert sum(diverged[12:]) < 15, (
-        "at random half of thirty would; 25 and more if it knew nothing of them"
+        "at random, half of the 30 would diverge; 25 or more if divergence were ignored"
     )
 
 
-def test_a_baseline_outside_the_space_is_nothing_to_the_sampler(tmp_path, make_config):
-    """Were it the best of what the sampler sees, nothing good would be left to learn from."""
+def test_a_baseline_outside_the_space_does_not_affect_the_sampler(tmp_path, make_config):
+    """If it counted and was the best, the sampler would have no good trial to learn from."""
     config = make_config(baseline={"rank": 64}, tune={"num_trials": 24})
     runs = []
     for loss in (0.1, 9.0):
@@ -86,7 +86,7 @@ def test_a_baseline_outside_the_space_is_nothing_to_the_sampler(tmp_path, make_c
 
 
 @pytest.mark.parametrize("num_trials, num_random", [(3, 4), (16, 5), (30, 10), (90, 10)])
-def test_a_third_of_the_trials_at_most_is_drawn_without_a_model(
+def test_a_third_of_the_trials_but_4_to_10_is_drawn_without_a_model(
     study, make_config, monkeypatch, num_trials, num_random
 ):
     made, plain = [], optuna.samplers.TPESampler
@@ -100,7 +100,7 @@ def test_a_third_of_the_trials_at_most_is_drawn_without_a_model(
     for name in "abc":
         searcher.suggest(name)
     assert made[-1]["n_startup_trials"] == num_random
-    assert made[-1]["constant_liar"], "trials that run at once must not be alike"
+    assert made[-1]["constant_liar"], "trials that run at the same time must differ"
     assert made[-1]["multivariate"] and made[-1]["group"], (
         "conditional parameters stay in the model"
     )

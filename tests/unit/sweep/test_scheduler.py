@@ -71,7 +71,7 @@ def test_rungs_are_rebuilt_from_the_study():
     assert decide(rebuilt, "new", 50, 4.0) == TrialScheduler.STOP
 
 
-def test_a_trial_that_came_first_to_a_rung_keeps_its_place_at_the_next_whoever_is_replayed_first():
+def test_a_trial_that_passed_a_rung_counts_at_the_next_in_any_replay_order():
     scheduler = scheduler_of(reduction_factor=2)
     for index, values in enumerate([{50: 2.0}, {50: 2.1}, {50: 9.0, 75: 5.0, 100: 1.0}]):
         replay(scheduler, f"earlier-{index}", finished(values), ended=True)
@@ -101,20 +101,20 @@ def test_baselines_are_neither_judged_nor_compared_with(name):
             result = {"step": step, "val/text/nll": value}
             assert scheduler.on_trial_result(None, trial, result) == TrialScheduler.CONTINUE
         scheduler.on_trial_complete(None, trial, result)
-        trial.status = Trial.RUNNING  # and another ends as its process dies, or as the sweep does
+        trial.status = Trial.RUNNING  # another ends because its process dies or the sweep ends
         scheduler.on_trial_error(None, trial)
         scheduler.on_trial_remove(None, trial)
     assert scheduler.debug_string() == before
 
 
-def test_an_earlier_baseline_leaves_the_rungs_alone():
+def test_a_replayed_baseline_does_not_change_the_rungs():
     scheduler = scheduler_of()
     before = scheduler.debug_string()
     replay(scheduler, "earlier-0", finished({50: 2.0}, "baseline"), ended=True)
     assert scheduler.debug_string() == before
 
 
-def test_a_diverged_trial_without_its_metric_leaves_the_rungs_alone():
+def test_a_diverged_trial_without_its_metric_does_not_change_the_rungs():
     scheduler = scheduler_of()
     before = scheduler.debug_string()
     trial = Earlier("bad")
@@ -123,7 +123,7 @@ def test_a_diverged_trial_without_its_metric_leaves_the_rungs_alone():
     assert scheduler.debug_string() == before
 
 
-def test_brackets_hear_what_a_resumed_trial_had():
+def test_hyperband_gets_the_earlier_values_of_a_resumed_trial():
     scheduler = scheduler_of("hyperband")
     replay(scheduler, "resumed", finished({25: 9.0, 50: 8.0}), ended=False)
     assert scheduler.earlier == {"resumed": {25: 9.0, 50: 8.0}}
@@ -144,20 +144,20 @@ def test_no_early_stopping_when_it_is_switched_off():
         ("median", {"quantile_fraction": 0.5}),
     ],
 )
-def test_a_setting_that_does_not_act_is_refused(name, setting):
+def test_a_setting_without_effect_is_refused(name, setting):
     (field,) = setting
     with pytest.raises(ValidationError, match=f"{field} has no effect with the scheduler {name}"):
         SchedulerSettings.model_validate({"name": name, **setting})
     SchedulerSettings.model_validate({"name": "none", **setting})
 
 
-def test_a_setting_that_acts_reaches_its_scheduler():
+def test_settings_reach_their_scheduler():
     band = scheduler_of("hyperband", reduction_factor=2)._band
     assert band == hyperband(150, 25, 2.0) != hyperband(150, 25, 3.0)
     assert scheduler_of("pbt", quantile_fraction=0.4)._quantile_fraction == 0.4
 
 
-def test_rungs_that_would_fall_together_are_refused():
+def test_a_reduction_factor_with_coinciding_rungs_is_refused():
     with pytest.raises(ValidationError, match="reduction_factor must be 2 or more"):
         SchedulerSettings(name="hyperband", reduction_factor=1.5)
 
@@ -172,7 +172,7 @@ def test_rungs_that_would_fall_together_are_refused():
         ),
     ],
 )
-def test_a_population_that_cannot_be_is_refused(tune, message):
+def test_an_impossible_population_is_refused(tune, message):
     with pytest.raises(ValidationError, match=message):
         SweepConfig.model_validate({"tune": tune})
 
@@ -188,18 +188,17 @@ def median_of(values, **settings):
     ("value", "min_samples", "expected"),
     [(2.2, 3, "STOP"), (2.0, 3, "CONTINUE"), (9.0, 4, "CONTINUE")],
 )
-def test_the_median_of_earlier_runs_counts(value, min_samples, expected):
-    scheduler = median_of(
-        [2.0, 2.1, 2.2], min_samples=min_samples
-    )  # their averages from the grace on, whose median is 2.1
+def test_the_median_rule_counts_trials_of_earlier_runs(value, min_samples, expected):
+    # averages from the end of the grace period on; their median is 2.1
+    scheduler = median_of([2.0, 2.1, 2.2], min_samples=min_samples)
     trial = Earlier("new")
     scheduler.on_trial_add(None, trial)
     result = {"step": 50, "val/text/nll": value}
     assert scheduler.on_trial_result(None, trial, result) == expected
 
 
-def test_trials_that_ended_in_an_earlier_run_are_not_judged_again_in_another_order():
-    """Several workers, or one that came late: seen by index, the last would have been stopped at 50."""
+def test_trials_that_ended_in_an_earlier_run_are_not_judged_again():
+    """With several workers, or a late one, index is not run order: by index, `slow` would stop at 50."""
     scheduler = scheduler_of("median")
     for index, value in enumerate((2.0, 2.1, 2.2)):
         replay(scheduler, f"earlier-{index}", finished({50: value, 75: value}), ended=True)
@@ -210,7 +209,7 @@ def test_trials_that_ended_in_an_earlier_run_are_not_judged_again_in_another_ord
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
-def test_a_trial_whose_process_died_before_it_was_stopped_is_stopped_when_it_reports_again(name):
+def test_a_stop_is_repeated_if_the_trials_process_died_before_it(name):
     scheduler, controller = scheduler_of(name), SimpleNamespace()
     for index, value in enumerate((2.0, 2.1, 2.2)):
         replay(scheduler, f"earlier-{index}", finished({50: value}), ended=True)
@@ -222,7 +221,7 @@ def test_a_trial_whose_process_died_before_it_was_stopped_is_stopped_when_it_rep
     assert scheduler.on_trial_result(controller, trial, result) == TrialScheduler.STOP
 
 
-def test_the_last_result_of_a_stopped_trial_counts_once_as_it_does_after_a_resume():
+def test_a_stopped_trials_last_result_counts_once_live_and_after_a_resume():
     live, resumed = scheduler_of("median"), scheduler_of("median")
     others = [{50: value} for value in (1.0, 2.0, 8.0, 9.0)]
     slow = {50: 3.0, 75: 9.0}  # its mean is 6
@@ -255,7 +254,7 @@ def test_a_resumed_trial_is_judged_by_its_best_so_far(best, expected):
     assert scheduler.on_trial_result(None, trial, result) == expected
 
 
-def test_the_median_is_not_confused_by_a_trial_without_metric():
+def test_the_median_rule_ignores_a_trial_without_its_metric():
     scheduler = median_of([2.0, 2.1, 2.2])
     bad = Earlier("bad")
     scheduler.on_trial_add(None, bad)
@@ -272,17 +271,19 @@ def test_the_median_is_not_confused_by_a_trial_without_metric():
         ({}, [], 50),
         ({"perturb_every_steps": 25}, [], 50),  # not before the grace
         ({"perturb_every_steps": 75, "grace_fraction": 0.1}, [], 75),
-        ({}, [25, 50], 100),  # one has passed 50
+        ({}, [25, 50], 100),  # one has reached 50
         ({}, [0, 25], 50),
     ],
 )
-def test_a_population_first_compares_where_nobody_has_been(settings, unfinished, expected):
+def test_a_population_first_compares_at_a_step_that_no_trial_has_reached(
+    settings, unfinished, expected
+):
     config = SweepConfig.model_validate({"tune": {"scheduler": {"name": "pbt", **settings}}})
     scheduler = make_scheduler(config, unfinished)
     assert scheduler._next_perturbation_sync == expected
 
 
-def test_baselines_that_ran_ahead_put_off_no_comparison_of_a_resumed_population():
+def test_the_steps_of_baselines_do_not_delay_a_resumed_population():
     config = trial_config()
     records = [
         TrialRecord(f"t{n}", n, f"t{n}", origin, None, config)
@@ -293,7 +294,7 @@ def test_baselines_that_ran_ahead_put_off_no_comparison_of_a_resumed_population(
     assert found == [50, 25]
 
 
-def test_rates_are_drawn_from_their_range_and_again_by_the_same_seed():
+def test_rates_are_drawn_from_their_range_and_repeat_with_the_seed():
     ranges = [Range(low=1e-4, high=1e-2, log=True), Range(low=0.5, high=2.0)]
     state = random.getstate()
     drawn = []
@@ -304,7 +305,8 @@ def test_rates_are_drawn_from_their_range_and_again_by_the_same_seed():
     assert random.getstate() == state
     log_scale, plain = drawn[0][:200], drawn[0][200:]
     assert 1e-4 <= min(log_scale) < 2e-4 and 5e-3 < max(log_scale) <= 1e-2
-    assert sorted(log_scale)[100] == pytest.approx(1e-3, rel=0.6)  # half lie below the middle power
+    # half lie below the geometric mean
+    assert sorted(log_scale)[100] == pytest.approx(1e-3, rel=0.6)
     assert 0.5 <= min(plain) < 0.6 and 1.9 < max(plain) <= 2.0
 
 
@@ -312,7 +314,7 @@ def test_rates_are_drawn_from_their_range_and_again_by_the_same_seed():
     "name, perturb, expected", [("pbt", 25, 3), ("pbt", 50, 4), ("asha", None, 1)]
 )
 def test_a_donors_checkpoint_is_kept_until_it_has_been_read(name, perturb, expected):
-    """What lies between two copyings, the one at the second, and one to spare."""
+    """Those from one comparison up to and including the next, and one to spare."""
     settings = {"name": name} if perturb is None else {"name": name, "perturb_every_steps": perturb}
     config = SweepConfig.model_validate(
         {"train": {"report_every_steps": 25}, "tune": {"scheduler": settings}}

@@ -12,7 +12,7 @@ from higgs_tune.sweep.source import FINISHED
 from tests.sweep_fakes import AUDIO_LIMIT, finish, make_searcher, report
 
 
-def test_trials_0_and_1_are_the_users_own_configurations(study, make_config):
+def test_trials_0_and_1_are_the_baselines(study, make_config):
     searcher, _, _ = make_searcher(study, make_config(baseline={"rank": 64}))
     first, second = searcher.suggest("a"), searcher.suggest("b")
     assert (first["id"], second["id"]) == ("t000", "t001")
@@ -31,7 +31,7 @@ def test_the_sampler_learns_from_a_baseline_inside_the_space(study, make_config)
     assert study.trials[0].params["rank"] == 16
 
 
-def test_sampling_works_beside_a_baseline_outside_the_space(study, make_config):
+def test_sampling_works_with_a_baseline_outside_the_space(study, make_config):
     config = make_config(baseline={"rank": 64}, tune={"num_trials": 30})
     searcher, _, _ = make_searcher(study, config)
     for number in range(30):
@@ -60,7 +60,7 @@ def test_a_full_budget_trial_is_complete_and_a_stopped_one_pruned_with_its_value
     assert pruned.user_attrs["status"] == "pruned"
 
 
-def test_a_diverged_trial_ends_with_its_reason_and_without_a_number(study, make_config):
+def test_a_diverged_trial_is_pruned_with_its_reason_and_without_its_last_loss(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")
     searcher.on_trial_result("a", report(5.0, 25))
@@ -74,7 +74,7 @@ def test_a_diverged_trial_ends_with_its_reason_and_without_a_number(study, make_
     assert trial.intermediate_values == {25: 5.0}
 
 
-def test_a_trial_that_tune_gives_up_waits_for_a_resumed_sweep(study, make_config):
+def test_a_trial_that_tune_gives_up_is_left_to_a_resumed_sweep(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")
     searcher.on_trial_complete("a", error=True)
@@ -84,7 +84,7 @@ def test_a_trial_that_tune_gives_up_waits_for_a_resumed_sweep(study, make_config
     assert len(studies.unfinished(study)) == 1
 
 
-def test_the_best_trial_keeps_the_audio_constraint(study, make_config):
+def test_the_best_trial_meets_the_audio_constraint(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     for name in "abc":
         searcher.suggest(name)
@@ -96,7 +96,7 @@ def test_the_best_trial_keeps_the_audio_constraint(study, make_config):
 
 
 def test_a_trial_that_was_stopped_is_never_the_best(study, make_config):
-    """Optuna gives it its last report as a value, which is of fewer steps."""
+    """Optuna takes its last report, made after fewer steps, as its value."""
     searcher, _, _ = make_searcher(study, make_config())
     for name in "ab":
         searcher.suggest(name)
@@ -110,7 +110,7 @@ def test_a_trial_that_was_stopped_is_never_the_best(study, make_config):
 def test_a_step_that_is_reported_twice_counts_once(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")
-    for value in (5.0, 4.9):  # a trial that failed over repeats the interval
+    for value in (5.0, 4.9):  # a restarted trial repeats the interval
         searcher.on_trial_result("a", report(value, 25))
     assert study.trials[0].intermediate_values == {25: 5.0}
 
@@ -143,9 +143,8 @@ def test_the_search_is_over_when_its_last_trial_has_ended(study, make_config):
     for name in "ab":
         searcher.suggest(name)
     finish(searcher, "a", 2.0)
-    assert (
-        searcher.suggest("c") is None
-    )  # Tune would end the processes that paused trials will need
+    # not FINISHED yet: Tune would end the processes that paused trials will need
+    assert searcher.suggest("c") is None
     finish(searcher, "b", 2.0)
     assert searcher.suggest("c") == FINISHED
 
@@ -194,7 +193,7 @@ def test_a_resumed_sweep_does_not_repeat_the_samplers_suggestions(study, make_co
     assert len(set(rates)) == len(rates)
 
 
-def test_stale_running_trials_are_failed_and_go_on_under_their_own_name(study, make_config):
+def test_stale_running_trials_are_failed_and_resumed_under_their_ids(study, make_config):
     config = make_config()
     searcher, _, _ = make_searcher(study, config)
     for name in "abc":
@@ -243,7 +242,7 @@ def test_cancelled_trials_fail_with_their_reason_and_are_resumed(study, make_con
     assert [trial.number for trial in studies.unfinished(study)] == [0]
 
 
-def test_the_roster_names_who_is_live_and_how_many_are_to_come(study, make_config):
+def test_the_roster_has_the_live_trials_and_the_number_to_come(study, make_config):
     searcher, rosters, _ = make_searcher(study, make_config(tune={"num_trials": 3}))
     searcher.suggest("a")
     assert (rosters[-1].live, rosters[-1].to_come) == (("t000",), 2)

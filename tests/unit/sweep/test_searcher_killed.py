@@ -10,7 +10,7 @@ from tests.sweep_fakes import make_searcher, report
 
 
 @pytest.mark.parametrize("num_written", [0, 1])
-def test_a_kill_while_a_trial_is_resumed_costs_none_of_its_values(
+def test_a_kill_while_a_trial_is_resumed_loses_none_of_its_values(
     study, make_config, monkeypatch, num_written
 ):
     searcher, _, _ = make_searcher(study, make_config())

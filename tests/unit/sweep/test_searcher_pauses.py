@@ -1,4 +1,4 @@
-"""Trials that a scheduler pauses, and those that copy another, in the study."""
+"""Trials that a scheduler pauses, and trials that copy another: rosters and study entries."""
 
 from types import SimpleNamespace
 
@@ -10,13 +10,11 @@ from tests.sweep_fakes import AUDIO_LIMIT, make_searcher, report
 
 
 def status_of(tune_id, status, config):
-    """What the searcher reads of Tune's trial."""
+    """What the searcher reads of one of Tune's trials."""
     return SimpleNamespace(trial_id=tune_id, status=status, config=config)
 
 
-def test_a_paused_trial_keeps_no_slot_and_no_roster_can_evict_it_when_it_comes_back(
-    study, make_config
-):
+def test_a_paused_trial_frees_its_slot_and_no_roster_evicts_it_on_return(study, make_config):
     searcher, rosters, _ = make_searcher(study, make_config(), rooms=lambda: [2])
     configs = {name: searcher.suggest(name) for name in "ab"}
     assert searcher.suggest("c") is None
@@ -42,12 +40,12 @@ def test_a_trial_whose_pause_is_over_gets_a_slot_before_a_new_one(study, make_co
     searcher.on_unpause("a")
     assert rosters[-1].to_come == to_come + 1
     assert searcher.suggest("c") is None
-    searcher.on_trial_result("a", report(4.0, 50))  # and waits at the next rung
+    searcher.on_trial_result("a", report(4.0, 50))  # and is paused at the next rung
     assert searcher.suggest("c") is not None
 
 
 @pytest.mark.parametrize("scheduler, to_come", [("pbt", 2), ("hyperband", 0)])
-def test_beside_a_baseline_a_pack_waits_for_a_population_of_which_everyone_is_paused(
+def test_a_pack_with_baselines_waits_for_a_population_that_is_all_paused(
     study, make_config, scheduler, to_come
 ):
     config = make_config(tune={"num_trials": 4, "scheduler": {"name": scheduler}})
@@ -59,7 +57,7 @@ def test_beside_a_baseline_a_pack_waits_for_a_population_of_which_everyone_is_pa
     trials[3].status = "PAUSED"
     searcher.watch(trials)
     assert (rosters[-1].live, rosters[-1].to_come) == (("t000", "t001"), to_come)
-    for name in "cd":  # compared
+    for name in "cd":  # after the comparison
         searcher.on_unpause(name)
     assert rosters[-1].to_come == 2
     trials[2].status = "PENDING"
@@ -67,7 +65,7 @@ def test_beside_a_baseline_a_pack_waits_for_a_population_of_which_everyone_is_pa
     assert (rosters[-1].live, rosters[-1].to_come) == (("t000", "t001", "t002"), 1)
 
 
-def test_a_pack_waits_for_a_population_whose_last_member_ends(study, make_config):
+def test_a_pack_waits_for_a_population_whose_last_running_trial_ends(study, make_config):
     config = make_config(tune={"num_trials": 4, "scheduler": {"name": "pbt"}})
     searcher, rosters, _ = make_searcher(study, config)
     trials = [status_of(name, "RUNNING", searcher.suggest(name)) for name in "abcd"]
@@ -77,7 +75,7 @@ def test_a_pack_waits_for_a_population_whose_last_member_ends(study, make_config
     assert (rosters[-1].live, rosters[-1].to_come) == (("t000", "t001"), 1)
 
 
-def test_of_two_starts_of_a_trial_the_later_has_the_higher_attempt(study, make_config):
+def test_a_trials_later_start_has_a_higher_attempt_number(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     config = searcher.suggest("a")
     trial = status_of("a", "PENDING", config)
@@ -90,7 +88,7 @@ def test_of_two_starts_of_a_trial_the_later_has_the_higher_attempt(study, make_c
     assert asked < again == running < paused < resumed
 
 
-def test_a_trial_that_is_stopped_in_its_pause_is_pruned_with_its_values(study, make_config):
+def test_a_trial_stopped_while_paused_is_pruned_with_its_values(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")
     searcher.on_trial_result("a", report(5.0, 25))
@@ -103,7 +101,7 @@ def test_a_trial_that_is_stopped_in_its_pause_is_pruned_with_its_values(study, m
     assert trial.intermediate_values == {25: 5.0, 50: 4.0}
 
 
-def test_a_copy_gets_an_entry_of_its_own_without_parameters(study, make_config):
+def test_a_copy_gets_its_own_study_entry_without_parameters(study, make_config):
     copies = []
     searcher, _, _ = make_searcher(
         study, make_config(), on_copy=lambda record, donor_id: copies.append((record, donor_id))
@@ -158,7 +156,7 @@ def test_a_copy_of_a_copy_keeps_the_whole_schedule_and_counts_its_donors_last_re
     config = searcher.copied("b", "t003", {**rates, "learning_rate": 3e-3}, 100)
     changes = [(change["step"], change["copied_from"]) for change in config["trial"]["schedule"]]
     assert changes == [(50, "t002"), (100, "t003")]
-    searcher.on_trial_complete("d", None)  # stopped before it has reported by itself
+    searcher.on_trial_complete("d", None)  # stopped before its own first report
     entry = studies.latest(study)[3]
     assert entry.constraints["val/audio/nll_per_code"] == pytest.approx(2.5 - AUDIO_LIMIT)
 

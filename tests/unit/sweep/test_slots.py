@@ -1,4 +1,4 @@
-"""tune.slots_per_worker: a number, or what the machine holds."""
+"""tune.slots_per_worker: auto, the number of trials for which a machine has memory."""
 
 import json
 import signal
@@ -19,14 +19,14 @@ AUTO = {"slots_per_worker": "auto", "num_workers": 2, "num_trials": 40, "gpus_pe
 
 
 class FakeRay:
-    """One actor that starts, and then answers, when its time has come; a wait lets time pass."""
+    """One actor that starts and answers at given times; waiting for it advances the clock."""
 
     def __init__(self):
         self.asked = {}
         self.killed = 0
         self.now = 0.0
         self.starts_at = self.answers_at = 0.0
-        self.happens = {}  # time → what happens in the wait that passes it
+        self.happens = {}  # time → called when a wait reaches it
 
     def remote(self, cls):
         assert cls is slots.Counter
@@ -74,7 +74,7 @@ def resolve(config, control=None, warn=pytest.fail):
     return slots.resolve_slots(config, control or Control(), warn)
 
 
-def test_auto_asks_a_machine_like_the_workers_and_lets_it_go(make_config, fake_ray, monkeypatch):
+def test_auto_counts_on_a_machine_like_a_workers_and_frees_it(make_config, fake_ray, monkeypatch):
     counts(monkeypatch, 5)
     resolved = resolve(make_config(tune=AUTO))
     assert slots.slots_of(resolved) == 5
@@ -82,7 +82,7 @@ def test_auto_asks_a_machine_like_the_workers_and_lets_it_go(make_config, fake_r
     assert fake_ray.killed == 1
 
 
-def test_no_more_slots_than_trials(make_config, fake_ray, monkeypatch):
+def test_auto_gives_no_more_slots_than_the_trials_need(make_config, fake_ray, monkeypatch):
     counts(monkeypatch, 99)
     tune = {"slots_per_worker": "auto", "num_workers": 2, "num_trials": 7}
     assert slots.slots_of(resolve(make_config(tune=tune))) == 4
@@ -97,7 +97,7 @@ def test_no_room_for_a_single_trial_is_one_clear_error(make_config, fake_ray, mo
     assert fake_ray.killed == 1
 
 
-def test_a_person_is_told_once_for_which_machine_the_count_waits(
+def test_the_user_is_told_once_which_machine_the_count_waits_for(
     make_config, fake_ray, monkeypatch
 ):
     counts(monkeypatch, 5)
@@ -113,7 +113,7 @@ def test_a_person_is_told_once_for_which_machine_the_count_waits(
     )
 
 
-def test_a_machine_that_is_there_may_take_its_time_to_count(make_config, fake_ray, monkeypatch):
+def test_a_slow_count_on_a_running_machine_gives_no_warning(make_config, fake_ray, monkeypatch):
     counts(monkeypatch, 5)
     fake_ray.starts_at, fake_ray.answers_at = 3.0, 90.0
     assert slots.slots_of(resolve(make_config(tune=AUTO))) == 5
@@ -133,7 +133,7 @@ def test_ctrl_c_ends_the_wait_for_the_count_within_a_second(make_config, fake_ra
     assert fake_ray.killed == 1
 
 
-def test_a_machine_on_which_nothing_can_count_is_one_clear_error(make_config, fake_ray):
+def test_a_count_that_cannot_start_is_one_clear_error(make_config, fake_ray):
     def get(_):
         raise NOT_INSTALLED
 
@@ -144,9 +144,7 @@ def test_a_machine_on_which_nothing_can_count_is_one_clear_error(make_config, fa
 
 
 @pytest.mark.parametrize(("num_cpus", "share"), [(2, 4), (4, 2), (8, 1)])
-def test_the_memory_of_a_host_is_shared_by_the_workers_that_it_holds(
-    make_config, monkeypatch, num_cpus, share
-):
+def test_workers_on_the_same_host_share_its_memory(make_config, monkeypatch, num_cpus, share):
     node = {"Alive": True, "Resources": {"CPU": 8.0}}
     monkeypatch.setattr(nodes, "ray", SimpleNamespace(nodes=lambda: [node] * 4))
     monkeypatch.setattr(slots, "_free_host_bytes", lambda: 1200)
@@ -157,12 +155,12 @@ def test_the_memory_of_a_host_is_shared_by_the_workers_that_it_holds(
     assert slots.Counter().count(make_config(tune=tune), num_cpus) == 1200 // share
 
 
-def test_the_free_memory_of_the_host_is_below_its_whole():
+def test_the_free_memory_of_the_host_is_less_than_its_total():
     whole = Path("/proc/meminfo").read_text().splitlines()[0]  # MemTotal
     assert 0 < slots._free_host_bytes() < int(whole.split()[1]) * 1024
 
 
-def test_the_number_is_written_down(make_config, tmp_path):
+def test_the_number_of_slots_is_recorded_in_the_results_folder(make_config, tmp_path):
     (tmp_path / "env.json").write_text('{"num_cpus": 2}')
     record_slots(tmp_path, make_config(tune={"slots_per_worker": 6}))
     assert json.loads((tmp_path / "env.json").read_text()) == {"num_cpus": 2, "slots_per_worker": 6}

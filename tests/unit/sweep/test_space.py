@@ -25,7 +25,7 @@ def test_alpha_does_not_follow_rank(make_config):
     assert len(pairs) == 8, "every alpha with every rank"
 
 
-def test_every_alpha_rule_is_the_same_at_rank_16_and_has_a_scale_of_its_own(make_config):
+def test_the_alpha_rules_agree_at_rank_16_and_scale_differently_elsewhere(make_config):
     config = make_config(space={"rank": [4, 16, 64], "alpha_rule": ["fixed", "rslora", "ratio"]})
     assert space.distributions(config)["alpha_rule"].choices == ("fixed", "rslora", "ratio")
     values = space.baseline_values(config, fixed_flag=False)
@@ -78,7 +78,7 @@ def test_cross_attention_adds_its_modules_to_the_targets(make_config):
     assert (off.cross_attention, on.cross_attention) == ("off", "audio_self")
 
 
-def test_a_baseline_inside_the_space_is_expressed_in_its_parameters(make_config):
+def test_a_baseline_inside_the_space_is_expressed_in_searched_parameters(make_config):
     config = make_config()
     values = space.baseline_values(config, fixed_flag=False)
     assert space.searched_part(values, config) == {
@@ -91,7 +91,7 @@ def test_a_baseline_inside_the_space_is_expressed_in_its_parameters(make_config)
 @pytest.mark.parametrize(
     "baseline", [{"rank": 64}, {"learning_rate": 1e-5}, {"alpha": 7}, {"target_set": "attention"}]
 )
-def test_a_baseline_outside_the_space_has_no_parameters(make_config, baseline):
+def test_a_baseline_outside_the_space_has_no_searched_parameters(make_config, baseline):
     config = make_config(baseline=baseline)
     values = space.baseline_values(config, fixed_flag=False)
     assert space.searched_part(values, config) is None
@@ -105,7 +105,7 @@ def test_the_baselines_batch_is_the_first_of_the_space_unless_it_is_set(make_con
     assert space.searched_part(space.baseline_values(outside, fixed_flag=False), outside) is None
 
 
-def test_seeds_differ_by_trial_and_repeat_by_sweep_seed():
+def test_seeds_differ_between_trials_and_follow_from_the_sweeps_seed():
     seeds = [space.trial_seed(3, "trial", index) for index in range(50)]
     assert len(set(seeds)) == 50
     assert seeds == [space.trial_seed(3, "trial", index) for index in range(50)]
@@ -132,7 +132,7 @@ def test_a_value_listed_twice_is_refused(make_config):
         ({"low": 0, "high": 0.3}, True, 0.0),
     ],
 )
-def test_dropout_is_a_number_a_list_or_a_range(make_config, setting, searched, baseline):
+def test_dropout_may_be_a_number_a_list_or_a_range(make_config, setting, searched, baseline):
     config = make_config(space={"dropout": setting})
     assert ("dropout" in space.distributions(config)) == searched
     values = space.baseline_values(config, fixed_flag=False)
@@ -142,6 +142,6 @@ def test_dropout_is_a_number_a_list_or_a_range(make_config, setting, searched, b
 
 
 @pytest.mark.parametrize("setting", [1.0, -0.1, [], {"low": 0.5, "high": 1}])
-def test_a_dropout_that_leaves_nothing_is_refused(make_config, setting):
+def test_an_invalid_dropout_is_refused(make_config, setting):
     with pytest.raises(ConfigError, match=r"space\.dropout"):
         make_config(space={"dropout": setting})

@@ -1,4 +1,4 @@
-"""What ends a stage beside its trials, and what counts as the same base and the same data."""
+"""Errors of Tune that end a stage, and what counts as the same base and the same data."""
 
 import io
 import math
@@ -22,7 +22,7 @@ KNOWN = {"content_hash": "aa", "metrics": {"val/text/nll": 9.0, "val/text/audio_
 
 @pytest.fixture
 def run(study, make_config, tmp_path, monkeypatch):
-    """Run a stage in which a trial starts, and Tune then fails with an error; gives what ended it."""
+    """Runs a stage in which a trial starts and Tune then fails; returns the error that ended it."""
 
     def run_until(error, given=None, **tune):
         def fit(tuner):
@@ -51,14 +51,14 @@ def run(study, make_config, tmp_path, monkeypatch):
 
 
 def unexpected(cause):
-    """As Tune's actor manager raises what it does not know."""
+    """An error wrapped as Tune's actor manager wraps one that it does not know."""
     try:
         raise RuntimeError(f"Caught unexpected exception: {cause}") from cause
     except RuntimeError as error:
         return error
 
 
-def test_a_trials_process_that_ray_ends_for_memory_ends_the_sweep_and_loses_nothing(run, tmp_path):
+def test_a_trial_that_ray_kills_for_memory_ends_the_sweep_and_can_be_resumed(run, tmp_path):
     error = run(
         unexpected(OutOfMemoryError("Task was killed due to the node running low on memory."))
     )
@@ -70,8 +70,8 @@ def test_a_trials_process_that_ray_ends_for_memory_ends_the_sweep_and_loses_noth
 
 
 @pytest.mark.parametrize(("num_workers", "trials"), [(1, 6), (2, 10)])
-def test_tune_keeps_trials_waiting_and_their_processes(run, num_workers, trials):
-    """Two of four slots' trials wait at an only worker, one at each of several."""
+def test_tune_gets_trials_beyond_the_slots_and_reuses_their_processes(run, num_workers, trials):
+    """With four slots, two more trials wait at a single worker, one at each of several."""
     given = {}
     settings = {"num_workers": num_workers, "slots_per_worker": 4, "max_failures": 3}
     run(unexpected(OutOfMemoryError("?")), given, **settings)
@@ -80,12 +80,12 @@ def test_tune_keeps_trials_waiting_and_their_processes(run, num_workers, trials)
     assert given["run"].failure_config.max_failures == 3
 
 
-def test_another_unexpected_error_is_raised(run):
+def test_any_other_unexpected_error_is_raised(run):
     with pytest.raises(RuntimeError, match="Caught unexpected"):
         run(unexpected(ValueError("?")))
 
 
-def test_a_resumed_sweep_shows_what_is_known(make_config, record, tmp_path):
+def test_a_resumed_sweep_shows_the_base_and_the_trials_that_ended(make_config, record, tmp_path):
     files, config = TrialFiles(tmp_path), make_config()
     first, second = record, replace(record, trial_id="t001", number=1)
     for each, status in ((first, "completed"), (second, "cancelled")):
@@ -97,9 +97,8 @@ def test_a_resumed_sweep_shows_what_is_known(make_config, record, tmp_path):
     sweep = Sweep(config, tmp_path, SimpleNamespace(), Control(), display)
     sweep.show_earlier()
     assert display.board.base == {"val/text/nll": 8.0}
-    assert list(display.board.rows) == [
-        "t000"
-    ]  # the other one goes on, and is shown when it starts
+    # the other one continues, and is shown when it starts
+    assert list(display.board.rows) == ["t000"]
     row = display.board.rows["t000"]
     assert (row.state, row.is_feasible, row.last["val/text/nll"]) == ("completed", True, 2.0)
 
@@ -109,12 +108,12 @@ def found(content_hash: str = "aa", **metrics: float) -> dict[str, object]:
     return {"content_hash": content_hash, "metrics": KNOWN["metrics"] | changed}
 
 
-def test_what_another_device_rounds_is_the_same():
+def test_rounding_differences_between_devices_are_ignored():
     assert difference(KNOWN, found()) is None
     assert difference(KNOWN, found(nll=9.08, audio_gain=-0.008)) is None
 
 
-def test_only_losses_that_were_finite_tell_one_base_from_another():
+def test_bases_are_compared_only_by_losses_that_were_finite():
     beside = {"val/audio/nll_per_code": None, "tokens_per_s": 100.0}  # null in base.json
     known = KNOWN | {"metrics": KNOWN["metrics"] | beside}
     assert difference(known, found()) is None
@@ -130,5 +129,5 @@ def test_only_losses_that_were_finite_tell_one_base_from_another():
         ({"content_hash": "aa", "metrics": {}}, "its base has val/text/nll nan, needed is 9.0000"),
     ],
 )
-def test_what_differs_is_said(other, words):
+def test_a_difference_is_described_with_both_values(other, words):
     assert difference(KNOWN, other) == words

@@ -1,4 +1,4 @@
-"""The database of tune.storage: what a person reads when it fails, and what its failures do to a study."""
+"""The database of tune.storage: its error messages, and what its failures do to a study."""
 
 import sqlite3
 from contextlib import closing
@@ -26,7 +26,7 @@ WRITES = [
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The waits between tries, which nobody waits for."""
+    """The waits between tries, noted instead of slept."""
     noted = []
     monkeypatch.setattr(storage.time, "sleep", noted.append)
     return noted
@@ -73,7 +73,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
         storage.open_storage(f"sqlite:///{tmp_path}/notes.txt")
 
 
-def test_a_study_of_another_optuna_says_what_to_run(tmp_path, opened, url):
+def test_a_study_of_another_optuna_version_names_the_command_to_run(tmp_path, opened, url):
     with closing(sqlite3.connect(tmp_path / "studies.db")) as database:
         database.execute("UPDATE alembic_version SET version_num = 'v2.6.0.a'")
         database.commit()
@@ -81,7 +81,7 @@ def test_a_study_of_another_optuna_says_what_to_run(tmp_path, opened, url):
         storage.open_storage(url)
 
 
-def test_connections_are_tried_before_they_are_used(url):
+def test_connections_are_tested_before_they_are_used(url):
     assert storage.open_storage(url).engine.pool._pre_ping
 
 
@@ -92,7 +92,7 @@ def test_connections_are_tried_before_they_are_used(url):
         ("postgresql://u:s@secret/x@db/studies", "postgresql"),  # an @ that should be a %40
     ],
 )
-def test_what_a_driver_says_is_told_without_the_password(url, place):
+def test_a_database_drivers_error_is_shown_without_the_password(url, place):
     error = StorageInternalError("commit")
     cause = Exception("no route to db: secret was refused\nand more")
     error.__cause__ = OperationalError("INSERT secret", {}, cause)
@@ -102,7 +102,7 @@ def test_what_a_driver_says_is_told_without_the_password(url, place):
     assert "secret" not in told
 
 
-def test_a_write_is_tried_again_a_few_times(waits):
+def test_a_failed_write_is_retried_a_few_times(waits):
     tried = []
 
     def write(times):
@@ -118,7 +118,7 @@ def test_a_write_is_tried_again_a_few_times(waits):
     assert len(tried) == len(storage.WAITS_S) + 1
 
 
-def test_a_full_disk_is_not_tried_again(waits):
+def test_a_write_to_a_full_disk_is_not_retried(waits):
     def write():
         raise OSError("No space left on device")
 
@@ -128,7 +128,7 @@ def test_a_full_disk_is_not_tried_again(waits):
 
 
 def started(folder, config):
-    """A searcher with three trials, its study, and what it says of the study."""
+    """A searcher with three trials, its study, and the study errors that it reports."""
     folder.mkdir()
     study, errors = studies.open_study("s", folder, f"sqlite:///{folder}/s.db"), []
     searcher, _, _ = make_searcher(study, config, on_study_error=errors.append)
@@ -138,7 +138,7 @@ def started(folder, config):
 
 
 def outline_at_the_end(searcher, study):
-    """What the study holds once the three have ended, each in its way, and a fourth has begun."""
+    """What the study holds once the three have ended, each in another way, and a fourth has begun."""
     finish(searcher, "a", 2.0)
     searcher.on_trial_complete("b", report(3.0, 25))
     searcher.on_trial_complete("c", report(9.0, 25, "diverged", reason="NaN"))
@@ -149,10 +149,10 @@ def outline_at_the_end(searcher, study):
     ]
 
 
-@pytest.mark.filterwarnings("ignore:The constraint value is ignored")  # it is there already
+@pytest.mark.filterwarnings("ignore:The constraint value is ignored")  # the retry sets it again
 @pytest.mark.parametrize("happened", [False, True], ids=["refused", "answer_lost"])
 @pytest.mark.parametrize("name", WRITES)
-def test_a_write_that_fails_once_leaves_the_study_as_if_it_had_not(
+def test_a_write_that_fails_once_does_not_change_the_resulting_study(
     make_config, tmp_path, waits, monkeypatch, name, happened
 ):
     calm, study, _ = started(tmp_path / "calm", make_config())
@@ -173,7 +173,7 @@ def test_a_write_that_fails_once_leaves_the_study_as_if_it_had_not(
     assert len(calls) > 1 and waits == [storage.WAITS_S[0]] and errors == []
 
 
-def test_a_database_that_stays_away_ends_the_search_and_the_study_stays_whole(
+def test_a_database_that_stays_unreachable_ends_the_search_but_loses_no_trial(
     make_config, tmp_path, url, opened, waits, monkeypatch
 ):
     errors = []
@@ -199,7 +199,7 @@ def test_a_database_that_stays_away_ends_the_search_and_the_study_stays_whole(
 
 
 @pytest.mark.parametrize("name", ["set_trial_user_attr", "_set_trial_param"])
-def test_a_proposal_that_fails_halfway_is_made_anew_by_a_resumed_sweep(
+def test_a_proposal_that_fails_halfway_is_made_again_by_a_resumed_sweep(
     make_config, tmp_path, url, opened, waits, monkeypatch, name
 ):
     errors = []

@@ -1,4 +1,4 @@
-"""A copy of a population that a crash tears apart, between the study and the files."""
+"""A crash while a population copies a trial, between the changes of the study and of the files."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.sweep_fakes import make_searcher, report
 
 
 class Crash(BaseException):
-    """Nothing after it is done."""
+    """Stands for the end of the process."""
 
 
 def checkpoint(files, folder, name, step):
@@ -25,7 +25,7 @@ def checkpoint(files, folder, name, step):
 
 
 def copy_and_crash(study, config, tmp_path, on_copy):
-    """t003 takes over t002's weights at step 50; returns what a new process finds."""
+    """Crash while t003 becomes a copy of t002 at step 50; returns what a new process finds."""
     files = TrialFiles(tmp_path)
     searcher, _, _ = make_searcher(study, config, on_copy=lambda *copy: on_copy(files, *copy))
     for tune_id, text in (("a", None), ("b", None), ("c", 3.0), ("d", 5.0)):
@@ -50,7 +50,7 @@ def crash(*_):
 
 
 @pytest.mark.parametrize("torn", ["before the files", "before the checkpoint"])
-def test_a_resumed_sweep_finishes_a_copy_that_the_study_has(
+def test_a_resumed_sweep_finishes_a_copy_that_the_study_already_has(
     study, make_config, tmp_path, monkeypatch, torn
 ):
     def on_copy(files, record, donor_id):
@@ -79,7 +79,7 @@ def test_a_resumed_sweep_finishes_a_copy_that_the_study_has(
     assert study.trials[again.live["h"].trial.number].intermediate_values == {50: 3.0}
 
 
-def test_a_copy_that_has_gone_on_is_left_alone(study, make_config, tmp_path):
+def test_a_finished_copy_is_left_alone(study, make_config, tmp_path):
     def on_copy(files, record, donor_id):
         files.copied(record, donor_id)
         raise Crash
@@ -93,7 +93,7 @@ def test_a_copy_that_has_gone_on_is_left_alone(study, make_config, tmp_path):
     assert (tmp_path / "trials/t003/adapter/weights").read_text() == "t003 at 75"
 
 
-def test_a_crash_before_the_study_has_the_copy_leaves_the_former_trial(
+def test_a_crash_before_the_study_has_the_copy_leaves_the_trial_as_it_was(
     study, make_config, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:

@@ -11,12 +11,12 @@ from higgs_tune.sweep import space, trainable
 from higgs_tune.sweep.records import metrics_of
 from higgs_tune.sweep.seats import SITS_AT
 
-NOT_READY = object()  # no process, for which Ray keeps a call, or one that still loads
+NOT_READY = object()  # no process yet (Ray queues the call), or one that still loads
 CALLS = ("ready", "join")
 
 
 class Clock:
-    """Time that passes only while someone sleeps."""
+    """Time that passes only in `sleep`."""
 
     now = 0.0
 
@@ -89,13 +89,13 @@ def reporting(make_config, monkeypatch, result) -> trainable.PackTrial:
 
 @pytest.mark.parametrize("status", ["diverged", "out_of_memory", "failed"])
 def test_a_trial_that_ended_badly_has_no_metric_for_a_scheduler(make_config, monkeypatch, status):
-    """NaN is below no cutoff, and above none."""
+    """NaN is neither below nor above any cutoff."""
     result = {"status": status, "val/text/nll": math.nan, "reason": "NaN"}
     made = reporting(make_config, monkeypatch, result)
     assert made.step() == {"status": status, "reason": "NaN", SITS_AT: 0, "done": True}
 
 
-def test_a_result_says_where_the_trial_sits_and_no_metrics_file_does(make_config, monkeypatch):
+def test_a_result_names_the_trials_worker_and_its_metrics_do_not(make_config, monkeypatch):
     result = {"status": "running", "val/text/nll": 2.5}
     made = reporting(make_config, monkeypatch, result)
     assert made.step() == {**result, SITS_AT: 0, "done": False}
@@ -103,7 +103,7 @@ def test_a_result_says_where_the_trial_sits_and_no_metrics_file_does(make_config
 
 
 @pytest.mark.parametrize("other", [NOT_READY, "away", "full", RayActorError()])
-def test_a_worker_that_takes_nobody_keeps_nobody_from_the_others(make_config, monkeypatch, other):
+def test_a_worker_that_takes_no_trials_does_not_block_the_others(make_config, monkeypatch, other):
     made, clock = trial(
         make_config, monkeypatch, lambda name, now: "seated" if name == "w0" else other
     )
@@ -111,7 +111,7 @@ def test_a_worker_that_takes_nobody_keeps_nobody_from_the_others(make_config, mo
     assert clock.now <= 15
 
 
-def test_whoever_is_ready_first_is_taken_at_once(make_config, monkeypatch):
+def test_the_worker_that_is_ready_first_is_taken_at_once(make_config, monkeypatch):
     ready_at = {"w0": 400.0, "w1": 7200.0}
     made, clock = trial(
         make_config,
@@ -122,7 +122,7 @@ def test_whoever_is_ready_first_is_taken_at_once(make_config, monkeypatch):
     assert 400 <= clock.now < 401
 
 
-def test_full_only_counts_from_when_somebody_is_there(make_config, monkeypatch):
+def test_the_wait_for_a_slot_counts_from_when_a_worker_is_ready(make_config, monkeypatch):
     made, clock = trial(
         make_config, monkeypatch, lambda name, now: "full" if now >= 300 else NOT_READY
     )
@@ -149,7 +149,7 @@ def test_a_worker_that_is_away_is_waited_for(make_config, monkeypatch, caplog, e
     assert 8 <= len(reminders) <= 10
 
 
-def test_an_error_of_a_reset_is_the_running_trials(make_config, monkeypatch):
+def test_after_a_reset_an_error_is_raised_by_the_new_trials_calls(make_config, monkeypatch):
     made, _ = trial(make_config, monkeypatch, lambda name, now: "full")
     config = {**made.config, "id": "t001", "name": "t001", "restore_from": ""}
     made.config = config
@@ -164,7 +164,7 @@ def test_an_error_of_a_reset_is_the_running_trials(make_config, monkeypatch):
 
 
 def test_a_reset_waits_for_no_slot(make_config, monkeypatch):
-    """Tune gives a trial up at once whose process dies in it."""
+    """Tune gives a trial up at once if its process dies during a reset."""
     made, clock = trial(
         make_config, monkeypatch, lambda name, now: "seated" if now >= 300 else NOT_READY
     )

@@ -1,4 +1,4 @@
-"""What the driver makes of its workers' answers, without Ray."""
+"""How the driver handles its workers' answers, without Ray."""
 
 import pytest
 from ray.exceptions import RayTaskError
@@ -11,7 +11,7 @@ CAUSE = SweepError("on node 10.0.0.2 cannot load base and data: RuntimeError: CU
 BROKEN = RayTaskError("describe", "traceback", CAUSE, ip="10.0.0.2")
 
 
-def test_every_worker_is_described_and_serves_only_once_it_was_accepted(crew):
+def test_every_worker_describes_its_load_and_serves_only_once_accepted(crew):
     crew.hear()
     assert [actor.count("describe") for actor in crew.actors] == [1, 1]
     crew.hear(crew.actors[1], "describe", {"n": 1})
@@ -24,7 +24,7 @@ def test_every_worker_is_described_and_serves_only_once_it_was_accepted(crew):
     assert crew.actors[0].count("serve") == 0
 
 
-def test_what_a_worker_cannot_load_names_it(crew):
+def test_an_error_while_loading_names_the_worker(crew):
     error = DataError("on node 10.0.0.2: data.path: no such folder")
     crew.actors[1].answer("describe", RayTaskError("describe", "traceback", error, ip="10.0.0.2"))
     with pytest.raises(DataError, match=r"^worker-1 on node 10\.0\.0\.2: data\.path: no such"):
@@ -41,7 +41,7 @@ def test_a_worker_that_died_is_described_again_before_it_serves(crew):
     assert actor.count("serve") == 2
 
 
-def test_a_worker_takes_trials_that_wait_once_its_pack_trains_in_this_stage(crew):
+def test_a_worker_takes_waiting_trials_once_its_pack_trains_in_this_stage(crew):
     assert crew.workers.rooms() == [2, 2]
     for actor in crew.actors:
         actor.answer("describe", {})
@@ -74,7 +74,7 @@ def test_a_worker_that_dies_before_its_pack_trains_is_asked_again(crew):
     assert crew.heard.begun == []
 
 
-def test_a_worker_whose_memory_is_taken_while_it_is_away_tries_again(crew):
+def test_a_restarted_worker_that_finds_no_memory_tries_again(crew):
     error = NoMemoryError("on node 10.0.0.2 finds no memory for base and data: MemoryError: full")
     full = RayTaskError("describe", "traceback", error, ip="10.0.0.2")
     actor = crew.actors[1]
@@ -94,7 +94,7 @@ def test_a_worker_whose_memory_is_taken_while_it_is_away_tries_again(crew):
     assert crew.heard.accepted == [("worker-1", {"n": 1}), ("worker-1", {"n": 2})]
 
 
-def test_a_worker_that_has_trained_and_meets_a_bad_machine_starts_anew_and_the_others_go_on(crew):
+def test_a_worker_that_restarts_on_a_bad_machine_is_replaced_while_others_train(crew):
     for actor in crew.actors:
         actor.answer("describe", {})
     crew.hear()
@@ -103,7 +103,7 @@ def test_a_worker_that_has_trained_and_meets_a_bad_machine_starts_anew_and_the_o
     for count in (1, 2, 3):
         crew.hear(actor, "describe", BROKEN)
         assert crew.killed == [(1, False)] * count
-        assert crew.workers.rooms() == [2, 0]  # it would take trials along
+        assert crew.workers.rooms() == [2, 0]  # else trials would be sent to it
         crew.now[0] += GIVE_UP_S
         crew.hear()
     (said,) = [text for text in crew.heard.waits if "cannot load" in text]
@@ -113,25 +113,25 @@ def test_a_worker_that_has_trained_and_meets_a_bad_machine_starts_anew_and_the_o
     assert crew.workers.rooms() == [2, 2]
 
 
-def test_a_worker_that_has_failed_for_long_ends_no_sweep_in_which_others_have_just_trained(crew):
+def test_a_worker_failing_for_long_does_not_end_a_sweep_while_another_restarts(crew):
     well, ill = crew.actors
     for actor in crew.actors:
         actor.answer("describe", {})
     crew.hear()
     crew.hear(ill, "serve", DEAD)
-    ill.answer("figures", {})  # its process is there, and loads anew each time
+    ill.answer("figures", {})  # its process is there, and loads again each time
     for _ in range(3):
         crew.hear(ill, "describe", BROKEN)
         crew.now[0] += GIVE_UP_S
         crew.hear()
-    crew.hear(well, "serve", DEAD)  # it is replaced
+    crew.hear(well, "serve", DEAD)  # Ray replaces it
     crew.hear(ill, "describe", BROKEN)
     assert not any("has been loading" in text for text in crew.heard.waits)
     crew.hear(well, "describe", {})
     assert crew.workers.serving() == [0]
 
 
-def test_a_sweep_ends_when_nobody_trains_and_the_last_worker_cannot_load_its_base_for_long(crew):
+def test_a_sweep_ends_when_no_worker_serves_and_one_fails_to_load_for_long(crew):
     actor = crew.actors[1]
     crew.hear(actor, "describe", {})
     crew.hear(actor, "serve", DEAD)
@@ -155,7 +155,7 @@ def test_a_worker_without_memory_from_the_start_ends_the_sweep(crew):
         crew.hear()
 
 
-def test_each_warning_is_handed_on_once(crew):
+def test_each_warning_is_passed_on_once(crew):
     actor = crew.actors[0]
     crew.hear(actor, "describe", {})
     crew.hear(actor, "serve", ["memory ran out"])
@@ -178,7 +178,7 @@ def test_a_worker_that_does_not_answer_keeps_its_former_figures(crew):
 
 
 @pytest.mark.parametrize(("num_accepted", "waited_s"), [(0, 0.0), (1, 5.0)])
-def test_the_end_waits_for_no_worker_that_never_came(crew, num_accepted, waited_s):
+def test_the_end_does_not_wait_for_workers_that_never_served(crew, num_accepted, waited_s):
     for actor in crew.actors[:num_accepted]:
         actor.answer("describe", {})
     crew.hear()

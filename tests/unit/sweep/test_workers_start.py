@@ -1,4 +1,4 @@
-"""Workers that are missing, load for long, or die while they load: who is told, and what ends."""
+"""Workers that are missing, load for long or die while loading: what the user is told, and what ends."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from higgs_tune.sweep.workers import LOADING_S, MAX_DEATHS, PATIENCE_S, PAUSE_S
 from tests.crew import DEAD, NOT_INSTALLED
 
 
-def test_a_person_is_told_once_which_process_is_missing_and_what_it_needs(crew):
+def test_the_user_is_told_once_which_worker_is_missing_and_what_it_needs(crew):
     crew.actors[0].answer("figures", {})  # it is there, and loads
     crew.now[0] = PATIENCE_S - 0.1
     crew.hear()
@@ -21,7 +21,7 @@ def test_a_person_is_told_once_which_process_is_missing_and_what_it_needs(crew):
     ]
 
 
-def test_a_person_is_told_once_that_a_worker_loads_for_very_long(crew):
+def test_the_user_is_told_once_that_a_worker_loads_for_very_long(crew):
     for actor in crew.actors:
         actor.answer("figures", {})
     crew.actors[1].answer("describe", {})
@@ -31,7 +31,7 @@ def test_a_person_is_told_once_that_a_worker_loads_for_very_long(crew):
     assert crew.heard.waits == ["worker-0 (of 2) has been loading base and data for 15 minutes"]
 
 
-def test_a_worker_that_came_late_and_loads_for_very_long_is_told_both(crew):
+def test_the_user_is_told_both_that_a_worker_is_missing_and_loads_for_long(crew):
     crew.actors[0].answer("figures", {})
     crew.actors[0].answer("describe", {})
     actor = crew.actors[1]
@@ -55,7 +55,7 @@ def test_a_machine_without_this_package_ends_the_sweep_with_one_line(crew):
 
 
 def kill_loading(crew, actor):
-    """Its process comes, begins to load, and is killed."""
+    """Let a worker's process start, begin to load, and be killed."""
     crew.now[0] += 40.0
     crew.hear(actor, "figures", {})
     crew.hear(actor, "describe", DEAD)
@@ -66,7 +66,7 @@ def test_a_worker_that_dies_each_time_it_loads_ends_the_sweep(crew):
         kill_loading(crew, crew.actors[0])
     with pytest.raises(SweepError, match=r"^worker-0 ends each time it loads base and data, .*"):
         kill_loading(crew, crew.actors[0])
-    assert not any("worker-0" in text for text in crew.heard.waits)  # it was there each time
+    assert not any("worker-0" in text for text in crew.heard.waits)  # its process started each time
 
 
 def test_a_worker_that_dies_each_time_it_loads_lets_the_others_train(crew):
@@ -86,7 +86,7 @@ def test_a_worker_that_dies_each_time_it_loads_lets_the_others_train(crew):
     assert crew.workers.rooms() == [2, 2]
 
 
-def test_deaths_before_a_worker_served_are_forgotten(crew):
+def test_deaths_while_loading_are_forgotten_once_the_worker_serves(crew):
     actor = crew.actors[0]
     for _ in range(3):
         for _ in range(MAX_DEATHS - 1):
@@ -96,7 +96,7 @@ def test_deaths_before_a_worker_served_are_forgotten(crew):
     assert crew.workers.rooms() == [2, 2]
 
 
-def test_a_machine_that_is_away_is_no_death(crew):
+def test_an_unreachable_machine_does_not_count_as_a_death(crew):
     for _ in range(2 * MAX_DEATHS):
         for method in ("figures", "describe"):
             crew.actors[0].answer(method, DEAD)
@@ -104,13 +104,13 @@ def test_a_machine_that_is_away_is_no_death(crew):
     assert crew.workers.rooms() == [2, 2]
 
 
-def test_a_worker_that_was_taken_away_is_waited_for_and_said_to_be(crew):
+def test_the_user_is_told_once_that_a_lost_worker_is_waited_for(crew):
     actor = crew.actors[0]
     actor.answer("describe", {})
     crew.actors[1].answer("figures", {})
     crew.now[0] = 100.0
     crew.hear()
-    for second in range(40):  # nobody answers while its node is away
+    for second in range(40):  # no call is answered while its node is away
         crew.now[0] = 200.0 + second
         actor.answer("describe" if second else "serve", DEAD)
         crew.hear(actor, "figures", DEAD)
