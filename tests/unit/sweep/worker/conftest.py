@@ -7,7 +7,7 @@ from tests.workers import run
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """A worker's methods run on an event loop, and so do their tests."""
+    """Run coroutine tests on an event loop, as a worker's methods do."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     names = inspect.signature(pyfuncitem.obj).parameters

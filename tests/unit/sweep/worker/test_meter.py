@@ -22,20 +22,20 @@ def test_time_counts_from_the_first_step_to_the_last():
     assert figures["occupancy"] == pytest.approx((2 * 9 + 4) / (2 * 9 + 2 * 3 + 4), abs=1e-4)
 
 
-def test_a_slot_is_refilled_after_all_the_time_in_which_a_trial_could_have_filled_it():
+def test_refill_time_counts_only_while_a_trial_could_fill_the_slot():
     meter = Meter()
     meter.add(trained(8.0, save_s=0.1), busy=2, wanted=2)
     meter.freed(1)
     meter.add({"wait_s": 0.3}, busy=1, wanted=2)
     meter.add(trained(2.0), busy=1, wanted=2)  # its neighbour goes on
-    meter.add(trained(9.0), busy=1, wanted=1)  # nobody is there, nor to come
+    meter.add(trained(9.0), busy=1, wanted=1)  # no trial waits or is to come
     meter.add({"join_s": 0.2}, busy=1, wanted=2)
     meter.filled(2)  # the second slot was free from the start
     assert meter.figures()["num_refills"] == 1
     assert meter.figures()["refill_max_s"] == pytest.approx(2.5)
 
 
-def test_a_slot_that_nobody_waits_for_is_not_counted_as_refilled():
+def test_a_slot_that_no_trial_wants_is_not_counted_as_refilled():
     meter = Meter()
     meter.add(trained(8.0), busy=1, wanted=1)
     meter.freed(1)

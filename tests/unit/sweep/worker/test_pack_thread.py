@@ -1,4 +1,4 @@
-"""A pack that no longer moves: whom a worker tells, and when its process ends."""
+"""A pack that hangs: what a worker logs, and when its process ends."""
 
 import asyncio
 import threading
@@ -24,18 +24,18 @@ def short_patience(monkeypatch):
 
 @pytest.fixture
 def lock() -> Iterator[threading.Event]:
-    """What a call waits for; opened at the end, or its thread would stay."""
+    """An event that a call waits for; set at the end, or the call's thread would stay."""
     event = threading.Event()
     yield event
     event.set()
 
 
 def ends_after(thread: PackThread, beats: int) -> int | None:
-    """At which of so many heartbeats without progress the process is to end."""
+    """At which of `beats` heartbeats without progress the process is to end; None: at none."""
     return next((number for number in range(1, beats + 1) if thread.beat(7)), None)
 
 
-async def test_a_call_that_never_returns_is_told_with_its_stack_and_then_ends(lock, caplog):
+async def test_a_call_that_hangs_is_logged_with_its_stack_and_then_ends_the_process(lock, caplog):
     def wait_for_the_gpu() -> None:
         lock.wait()
 
@@ -54,7 +54,7 @@ async def test_a_call_that_never_returns_is_told_with_its_stack_and_then_ends(lo
     await running
 
 
-async def test_forwards_and_further_calls_are_progress(lock, caplog):
+async def test_forwards_and_further_calls_count_as_progress(lock, caplog):
     thread = PackThread(ends=True)
     first, second = thread.run(lock.wait), thread.run(lock.wait)
     assert not any(thread.beat(number) for number in range(10 * END))
@@ -63,14 +63,14 @@ async def test_forwards_and_further_calls_are_progress(lock, caplog):
     lock.clear()
     for _ in range(10):
         running = thread.run(lock.wait)
-        assert ends_after(thread, END) is None  # the first says that a call has begun
+        assert ends_after(thread, END) is None  # the first heartbeat sees that a call has begun
         lock.set()
         await running
         lock.clear()
     assert len([text for text in caplog.messages if "computed nothing" in text]) == 10
 
 
-async def test_a_pack_with_nothing_to_do_does_not_hang(caplog):
+async def test_a_pack_with_nothing_to_do_is_not_taken_for_hanging(caplog):
     thread = PackThread(ends=True)
     assert ends_after(thread, 10 * END) is None
     await thread.run(lambda: None)
@@ -78,7 +78,7 @@ async def test_a_pack_with_nothing_to_do_does_not_hang(caplog):
     assert not caplog.messages
 
 
-async def test_what_may_compile_for_long_is_not_ended(lock, caplog):
+async def test_a_process_that_may_compile_for_long_is_not_ended(lock, caplog):
     thread = PackThread(ends=False)
     running = thread.run(lock.wait)
     assert ends_after(thread, 10 * END) is None
@@ -88,7 +88,9 @@ async def test_what_may_compile_for_long_is_not_ended(lock, caplog):
     await running
 
 
-async def test_a_worker_that_hangs_gives_its_trials_back_and_ends(make_config, monkeypatch, lock):
+async def test_a_worker_that_hangs_raises_in_its_trials_calls_and_ends(
+    make_config, monkeypatch, lock
+):
     monkeypatch.setattr(FakeLoop, "advance", lambda self, stop: lock.wait() and {})
 
     ended = asyncio.get_running_loop().create_future()

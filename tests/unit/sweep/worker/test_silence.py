@@ -20,7 +20,7 @@ def test_a_trial_that_stores_a_large_checkpoint_may_be_silent_for_longer():
     assert beats_until_lost(silence, "t0") == 5
 
 
-def test_a_word_of_another_does_not_shorten_that():
+def test_hearing_from_another_trial_does_not_shorten_that_silence():
     silence = Silence(5, together=True)
     silence.heard("t0", num_bytes=20 * SLOWEST_BYTES_A_BEAT)
     silence.heard("t1")

@@ -1,4 +1,4 @@
-"""Who trains at which step of the pack, without a pack, an event loop or a clock."""
+"""Which trials train at which step of the pack, without a pack, an event loop or a clock."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ LACKING = {"status": "out_of_memory", "reason": "MemoryError: full"}
 
 
 def table_of(*names: str, slots: int, to_come: int = 0, **options: Any) -> Table:
-    """A table at which these sit and ask, and who has a slot trains."""
+    """A table in which these trials are seated and ask for results; those with a slot train."""
     table = Table(slots, **{"strict": True, "ahead": 5, **options})
     table.gone(Roster(1, names, to_come))
     for name in names:
@@ -34,14 +34,14 @@ def sit(table: Table, name: str, version: int = 1) -> None:
 
 
 def report(table: Table, *names: str, at: int, status: str = "running") -> list[str]:
-    """The pack arrives at a step and validates."""
+    """Let the pack arrive at a step and validate these trials."""
     table.line.clock = at
     results = {name: {"step": at, "status": status, "of": name} for name in names}
     return table.reported(results, dict.fromkeys(names, Path.touch))
 
 
 def deal(table: Table, name: str, live: tuple[str, ...], to_come: int = 0, sits: str = "") -> None:
-    """The report of a trial that has ended goes out; what follows from it is who is live, or sits down."""
+    """Hand out an ended trial's report; then `live` are the live trials, and `sits` comes, if given."""
     found = table.next_report()
     assert found is not None
     assert found.trial_id == name
@@ -90,7 +90,7 @@ def test_the_pack_trains_on_until_the_decision_takes_effect_and_then_waits():
 
 
 @pytest.mark.parametrize("known_at", [25, 28, 30])
-def test_a_stop_and_its_successor_take_effect_at_one_step_however_early_they_are_known(known_at):
+def test_a_stop_and_its_successor_take_effect_at_the_same_step_if_known_early(known_at):
     table = table_of("t0", "t1", "t2", slots=2, to_come=1)
     report(table, "t0", at=25)
     table.next_report()
@@ -108,7 +108,7 @@ def test_a_stop_and_its_successor_take_effect_at_one_step_however_early_they_are
     assert sorted(table.line.residents) == ["t1", "t2"]
 
 
-def test_what_a_stopped_trial_trained_on_is_thrown_away():
+def test_what_a_stopped_trial_still_trains_is_discarded():
     table = table_of("t0", "t1", slots=2)
     report(table, "t0", at=25)
     table.next_report()
@@ -124,7 +124,7 @@ def test_what_a_stopped_trial_trained_on_is_thrown_away():
 
 
 @pytest.mark.parametrize("order", [("reported", "stopped"), ("stopped", "reported")])
-def test_a_slot_freed_while_a_stop_is_decided_is_filled_at_the_same_step(order):
+def test_a_slot_freed_while_a_stop_is_decided_is_filled_at_that_step(order):
     table = table_of("t0", "t1", "t2", slots=2)
     report(table, "t0", at=25)
     table.next_report()
@@ -138,14 +138,14 @@ def test_a_slot_freed_while_a_stop_is_decided_is_filled_at_the_same_step(order):
     assert table.line.clock == 28
 
 
-def test_a_full_budget_frees_the_slot_for_the_trial_that_is_queued():
+def test_a_trial_at_its_full_budget_frees_its_slot_for_the_queued_one():
     table = table_of("t0", "t1", "t2", slots=2)
     assert report(table, "t0", at=25, status="completed") == ["t0"]
     assert changes(table) == ([], ["t2"])
 
 
 @pytest.mark.parametrize(("num_slots", "num_waiting"), [(1, 1), (3, 1), (4, 2), (8, 4)])
-def test_somebody_waits_for_each_of_half_of_the_slots_freed_at_one_step(num_slots, num_waiting):
+def test_half_as_many_trials_wait_as_there_are_slots_but_at_least_one(num_slots, num_waiting):
     names = [f"t{n:02d}" for n in range(num_slots + num_waiting)]
     table = table_of(*names, slots=num_slots, to_come=5)
     assert table.join("t99", CONFIG, None, 1, 0) == "full"
@@ -153,11 +153,11 @@ def test_somebody_waits_for_each_of_half_of_the_slots_freed_at_one_step(num_slot
     assert changes(table) == ([], names[num_slots:])
 
 
-def test_one_waits_at_each_of_several_workers():
+def test_one_trial_waits_at_each_of_several_workers():
     assert num_seats(8, strict=False) == 9  # the next may go elsewhere
 
 
-def test_one_that_sits_down_while_a_decision_is_awaited_is_not_there_before_it_takes_effect():
+def test_a_trial_seated_while_a_decision_is_awaited_joins_when_it_takes_effect():
     table = table_of("t0", "t1", "t2", slots=2, to_come=1)
     report(table, "t0", at=25, status="completed")
     assert changes(table) == ([], ["t2"])
@@ -171,14 +171,14 @@ def test_one_that_sits_down_while_a_decision_is_awaited_is_not_there_before_it_t
 
 
 @pytest.mark.parametrize("first", ["dealt with", "queued"])
-def test_a_second_slot_freed_at_one_step_is_filled_at_once_by_the_next_proposed(first):
+def test_a_second_slot_freed_at_one_step_is_filled_there_by_a_new_trial(first):
     table = table_of("t0", "t1", "t2", "t3", slots=3, to_come=4)
     report(table, "t2", at=24)
     if first == "dealt with":
         table.next_report()
         table.line.seats["t2"].asks = True
     report(table, "t0", "t1", at=25, status="completed")
-    assert not table.can_train()  # t3 takes one slot; for the other nobody is there yet
+    assert not table.can_train()  # t3 takes one slot; no trial is there for the other yet
     assert changes(table) == ([], [])
     if first == "queued":
         found = table.next_report()
@@ -194,7 +194,7 @@ def test_a_second_slot_freed_at_one_step_is_filled_at_once_by_the_next_proposed(
     assert table.next_stop() == 30
 
 
-def test_the_pack_goes_on_when_nobody_follows_trials_that_have_ended():
+def test_the_pack_goes_on_when_ended_trials_have_no_successors():
     table = table_of("t0", "t1", "t2", slots=3, to_come=0)
     report(table, "t0", "t1", at=25, status="completed")
     assert not table.can_train()
@@ -204,7 +204,7 @@ def test_the_pack_goes_on_when_nobody_follows_trials_that_have_ended():
     assert table.can_train()
 
 
-def test_when_nobody_trains_the_clock_goes_to_where_the_decision_takes_effect():
+def test_an_empty_packs_clock_skips_to_where_the_decision_takes_effect():
     table = table_of("t0", "t1", slots=1, to_come=1)
     report(table, "t0", at=100, status="completed")
     assert changes(table) == ([], ["t1"])
@@ -216,7 +216,7 @@ def test_when_nobody_trains_the_clock_goes_to_where_the_decision_takes_effect():
 
 
 @pytest.mark.parametrize("decided", ["before", "after"])
-def test_a_join_that_fails_moves_no_successor_to_another_step(decided):
+def test_a_join_that_fails_does_not_change_the_successors_step(decided):
     table = table_of("t0", "t1", "t2", slots=2, to_come=1)
     second = table.line.seats["t2"]
     report(table, "t0", at=25, status="completed")
@@ -240,7 +240,7 @@ def test_a_join_that_fails_moves_no_successor_to_another_step(decided):
     assert changes(table) == ([], ["t3"])
 
 
-def test_nobody_waits_where_there_are_several_workers():
+def test_with_several_workers_the_pack_waits_for_no_decision():
     table = table_of("t0", "t1", slots=2, strict=False)
     report(table, "t0", "t1", at=25)
     assert [table.next_report(), table.next_report()] != [None, None]
@@ -254,7 +254,7 @@ def test_nobody_waits_where_there_are_several_workers():
     assert changes(table) == (["t0"], [])
 
 
-def test_a_trial_that_sits_down_again_takes_its_slot_after_it_was_freed():
+def test_a_trial_that_is_seated_again_leaves_its_slot_before_it_joins():
     table = table_of("t0", "t1", slots=2, strict=False)
     report(table, "t0", at=25)
     assert table.next_report() is not None

@@ -1,4 +1,4 @@
-"""A new trial trains as soon as it is named: its process is needed for its first report only."""
+"""A new trial trains as soon as it is named: only its first report needs its process."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.unit.sweep.worker.test_table import CONFIG, changes, report, sit, tab
 
 
 def name(table: Table, *live: str, to_come: int = 0, room: int | None = None) -> None:
-    """The driver names these, of which those without a seat are new."""
+    """Let the driver name these live trials; those without a seat are new."""
     new = dict.fromkeys(set(live) - table.line.seats.keys(), CONFIG)
     for gone in table.gone(Roster(table.roster.version + 1, live, to_come, room, new)):
         table.drop(gone)
@@ -38,11 +38,11 @@ def test_the_pack_begins_before_any_process_has_come():
     assert table.quiet() == {"t0", "t1", "t2"}
 
 
-def test_a_process_that_comes_finds_its_trial_where_it_is():
+def test_a_process_that_comes_later_takes_over_its_trial_as_it_is():
     table = begun()
     seat = table.line.seats["t0"]
     report(table, "t0", at=25)
-    assert table.next_report() is None  # nobody asks
+    assert table.next_report() is None  # its process has not asked
     sit(table, "t0")
     assert table.line.seats["t0"] is seat
     found = table.next_report()
@@ -50,7 +50,7 @@ def test_a_process_that_comes_finds_its_trial_where_it_is():
     assert (found.trial_id, found.result["step"]) == ("t0", 25)
 
 
-def test_one_that_takes_over_before_anything_was_reported_loses_nothing_either():
+def test_a_second_process_before_the_first_report_loses_nothing_either():
     table = begun()
     sit(table, "t0")
     seat = table.line.seats["t0"]
@@ -60,7 +60,7 @@ def test_one_that_takes_over_before_anything_was_reported_loses_nothing_either()
 
 
 @pytest.mark.parametrize("differs", ["reported", "config", "checkpoint"])
-def test_a_process_that_would_begin_otherwise_begins_anew(differs):
+def test_a_process_that_would_begin_differently_starts_its_trial_again(differs):
     table = begun()
     seat = table.line.seats["t0"]
     if differs == "reported":
@@ -85,7 +85,7 @@ def test_reports_go_out_in_their_order_whichever_process_comes_first():
     assert found.trial_id == "t0"
 
 
-def test_the_pack_stands_still_where_a_report_takes_effect_that_no_process_has_taken():
+def test_the_pack_waits_where_a_report_that_no_process_has_taken_takes_effect():
     table = begun()
     report(table, "t0", at=25)
     assert table.next_report() is None
@@ -106,7 +106,7 @@ def test_a_freed_slot_is_filled_when_its_trial_is_named():
     assert table.can_train()
 
 
-def test_who_was_waited_for_too_long_is_seated_by_its_process_alone():
+def test_a_trial_that_was_too_late_is_seated_only_by_its_process():
     table = begun()
     table.drop("t1")
     table.line.expected.give_up(["t1"])
@@ -116,7 +116,7 @@ def test_who_was_waited_for_too_long_is_seated_by_its_process_alone():
     assert "t1" in table.line.seats
 
 
-def test_a_checkpoint_that_comes_after_the_process_is_what_the_trial_begins_from():
+def test_a_trial_begins_from_a_checkpoint_that_is_restored_later():
     table = begun()
     table.restore("t0", {})
     assert table.line.seats["t0"].files == {}
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_comes_after_the_process_is_what_the_trial_begins_from
     assert table.line.seats["t0"].since is None  # until it asks: Tune may send another
 
 
-def test_among_several_workers_a_trial_sits_where_its_process_finds_a_seat():
+def test_with_several_workers_a_trial_is_not_seated_before_its_process_comes():
     table = table_of("t0", slots=2, strict=False)
     name(table, "t0", "t1")
     assert set(table.line.seats) == {"t0"}

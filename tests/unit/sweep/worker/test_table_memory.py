@@ -1,4 +1,4 @@
-"""Trials that find no memory when they are to sit down."""
+"""Trials that find no memory when they are to join the pack."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.unit.sweep.worker.test_table import LACKING, changes, deal, report, t
 
 
 @pytest.mark.parametrize("leaves", ["ends", "stopped"])
-def test_who_finds_no_memory_waits_until_somebody_leaves(leaves):
+def test_a_trial_that_finds_no_memory_waits_until_another_leaves(leaves):
     table = table_of("t0", "t1", "t2", slots=3)
     assert table.refused(table.line.seats["t2"], LACKING)
     assert num_wanted(table) == num_busy(table) == 2  # memory closes the third slot
@@ -30,17 +30,17 @@ def test_who_finds_no_memory_waits_until_somebody_leaves(leaves):
     assert not table.line.seats["t2"].reports
 
 
-def test_who_finds_no_memory_keeps_no_smaller_one_from_the_slot():
+def test_a_trial_that_finds_no_memory_leaves_the_slot_to_a_smaller_one():
     table = table_of("t0", "t1", "t2", slots=2)
     assert table.refused(table.line.seats["t1"], LACKING)
     assert changes(table) == ([], ["t2"])
     assert not table.refused(table.line.seats["t2"], LACKING | {"status": "failed"})
     deal(table, "t2", ("t0", "t1"))
-    assert changes(table) == ([], ["t1"])  # what t2 had is free
+    assert changes(table) == ([], ["t1"])  # t2's memory is free
 
 
 @pytest.mark.parametrize("status", ["failed", "out_of_memory"])
-def test_who_finds_no_memory_with_nobody_else_there_ends(status):
+def test_a_trial_that_finds_no_memory_alone_in_the_pack_ends(status):
     table = table_of("t0", "t1", slots=2)
     first, second = table.line.seats["t0"], table.line.seats["t1"]
     assert table.refused(first, LACKING)  # `second` joins with it
@@ -53,7 +53,7 @@ def test_who_finds_no_memory_with_nobody_else_there_ends(status):
     assert first.reports[0].result == LACKING
 
 
-def test_a_trial_that_is_stopped_while_it_finds_no_memory_is_forgotten():
+def test_a_trial_stopped_while_its_join_finds_no_memory_is_forgotten():
     table = table_of("t0", "t1", slots=2)
     seat = table.line.residents["t1"]
     table.drop("t1")

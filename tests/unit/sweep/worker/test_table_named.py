@@ -1,4 +1,4 @@
-"""What follows from a report is known once its successor is named; the successor's process comes later."""
+"""A report's consequences are known once a successor is named; the successor's process comes later."""
 
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.worker.occupancy import num_unfinished, num_wanted
@@ -16,7 +16,7 @@ def four_have_ended() -> Table:
 
 
 def follow(table: Table, name: str, successor: str) -> None:
-    """The driver hears a trial's end, and names who comes in its place."""
+    """Let the driver hear that a trial ended, and name its successor."""
     found = table.next_report()
     assert found is not None
     assert found.trial_id == name
@@ -29,7 +29,7 @@ def follow(table: Table, name: str, successor: str) -> None:
             assert table.next_report() is None
 
 
-def test_the_next_report_goes_out_when_the_successor_of_the_former_is_named():
+def test_a_report_goes_out_once_the_former_ones_successor_is_named():
     table = four_have_ended()
     follow(table, "t0", "t6")
     follow(table, "t1", "t7")
@@ -45,7 +45,7 @@ def test_the_next_report_goes_out_when_the_successor_of_the_former_is_named():
     assert table.can_train()
 
 
-def test_a_successor_sits_down_at_the_step_of_the_report_that_it_follows_however_late_it_comes():
+def test_a_successor_may_train_from_the_same_step_however_late_it_comes():
     table = table_of("t0", "t1", "t2", slots=2, to_come=3)
     table.gone(Roster(2, ("t0", "t1", "t2"), 3, 3))
     report(table, "t0", at=25)
@@ -58,7 +58,7 @@ def test_a_successor_sits_down_at_the_step_of_the_report_that_it_follows_however
     assert found is not None and found.trial_id == "t1"
     assert table.next_stop() == 30
     table.line.clock = 30
-    assert changes(table) == (["t0"], ["t2"])  # who waited; t3 is not needed yet
+    assert changes(table) == (["t0"], ["t2"])  # t2 waited; t3 is not needed yet
     assert table.can_train()
     table.line.seats["t1"].asks = True
     table.settled()
@@ -69,11 +69,11 @@ def test_a_successor_sits_down_at_the_step_of_the_report_that_it_follows_however
     assert table.line.seats["t3"].since == 30
 
 
-def test_while_the_pack_stands_still_for_a_process_the_driver_gets_nothing_less_urgent():
+def test_a_pack_that_waits_for_a_process_sends_no_report_that_can_wait():
     table = four_have_ended()
     follow(table, "t0", "t6")
     follow(table, "t1", "t7")
-    assert table.next_report() is None  # t2's, which takes effect at step 30
+    assert table.next_report() is None  # t2's would take effect only at step 30
     for name in ("t6", "t7"):
         sit(table, name, version=5)
     found = table.next_report()
@@ -81,7 +81,7 @@ def test_while_the_pack_stands_still_for_a_process_the_driver_gets_nothing_less_
     assert found.trial_id == "t2"
 
 
-def test_who_is_waited_for_too_long_or_taken_back_holds_nobody_up():
+def test_the_pack_goes_on_without_a_trial_that_is_too_late_or_cancelled():
     table = four_have_ended()
     follow(table, "t0", "t6")
     follow(table, "t1", "t7")
@@ -97,7 +97,7 @@ def test_who_is_waited_for_too_long_or_taken_back_holds_nobody_up():
     assert changes(table) == ([], ["t6"])
 
 
-def test_a_slot_that_waits_for_a_process_is_wanted_though_nobody_else_is_to_come():
+def test_a_slot_that_waits_for_a_process_counts_as_wanted():
     table = table_of("t0", "t1", slots=2)
     report(table, "t0", "t1", at=100, status="completed")
     for names in (("t0",), ("t0", "t2")):
@@ -106,7 +106,7 @@ def test_a_slot_that_waits_for_a_process_is_wanted_though_nobody_else_is_to_come
     assert num_wanted(table) == num_unfinished(table) == 1
 
 
-def test_among_several_workers_the_line_is_by_who_asked_first():
+def test_with_several_workers_trials_queue_in_the_order_in_which_they_ask():
     table = table_of("t0", "t1", "t2", slots=2, strict=False)
     table.gone(Roster(2, ("t0", "t3", "t4"), 0))
     for name in ("t1", "t2"):
@@ -121,7 +121,7 @@ def test_among_several_workers_the_line_is_by_who_asked_first():
     assert [table.line.seats[name].since for name in ("t4", "t3")] == [5, 7]
 
 
-def test_nobody_waits_for_a_process_whose_slot_goes_to_one_that_found_no_memory():
+def test_a_process_is_not_awaited_if_a_trial_that_lacked_memory_gets_its_slot():
     table = table_of("t0", "t1", "t2", slots=3)
     assert table.refused(table.line.seats["t2"], LACKING)
     report(table, "t0", at=25)
@@ -131,6 +131,6 @@ def test_nobody_waits_for_a_process_whose_slot_goes_to_one_that_found_no_memory(
     table.gone(Roster(3, ("t1", "t2", "t3", "t4"), 0))
     sit(table, "t3", version=3)
     table.settled()
-    table.line.clock = 30  # two slots for three: t2, t3, and t4, whose process is to come
+    table.line.clock = 30  # two slots for t2, t3 and t4, whose process is to come
     assert changes(table) == (["t0"], ["t2", "t3"])
     assert table.can_train()

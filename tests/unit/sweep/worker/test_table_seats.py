@@ -1,18 +1,18 @@
-"""Who gets a seat, and whose turn it is when a slot is free."""
+"""Which trial gets a seat, and which is next when a slot is free."""
 
 from higgs_tune.sweep.seats import Roster
 from higgs_tune.sweep.worker.occupancy import num_busy, num_wanted
 from tests.unit.sweep.worker.test_table import CONFIG, LACKING, changes, report, sit, table_of
 
 
-def test_a_trial_that_has_ended_keeps_no_seat_from_another():
+def test_the_seat_of_a_trial_that_has_ended_is_free():
     table = table_of("t0", "t1", "t2", slots=2)
     assert table.join("t3", CONFIG, None, 1, 0) == "full"
     report(table, "t0", at=100, status="completed")
     assert table.join("t3", CONFIG, None, 1, 0) == "seated"
 
 
-def test_who_has_waited_longest_gets_the_slot_whatever_the_ids():
+def test_the_trial_that_has_waited_longest_gets_the_slot():
     names = ("t0", "t1", "t2", "t3", "t9")
     table = table_of(*names, slots=4)
     report(table, "t0", at=25)
@@ -27,7 +27,7 @@ def test_who_has_waited_longest_gets_the_slot_whatever_the_ids():
     assert changes(table) == ([], ["t9"])
 
 
-def test_a_trial_to_come_wants_no_slot_that_memory_closes():
+def test_a_slot_closed_for_lack_of_memory_is_not_wanted_by_a_trial_to_come():
     table = table_of("t0", "t1", "t2", slots=3)
     assert table.refused(table.line.seats["t2"], LACKING)
     table.gone(Roster(2, ("t0", "t1", "t2"), 1))

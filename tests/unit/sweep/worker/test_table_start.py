@@ -1,4 +1,4 @@
-"""The start of a stage: the pack begins with its slots full, and those who are to wait come later."""
+"""The start of a stage: the pack begins with full slots, and the trials that will wait come later."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.unit.sweep.worker.test_table import LACKING, changes, report, sit, ta
 
 
 def first_two(room: int | None = 2) -> Table:
-    """A table of two slots at which the first two trials train; the third is to wait for a slot."""
+    """A table of two slots in which the first two trials train; the third will wait for a slot."""
     table = Table(2, strict=True, ahead=5)
     table.gone(Roster(1, ("t0", "t1"), 2, room))
     sit(table, "t0")
@@ -19,7 +19,7 @@ def first_two(room: int | None = 2) -> Table:
     return table
 
 
-def test_the_pack_begins_with_its_slots_full_and_trains_while_those_who_wait_come():
+def test_the_pack_begins_with_full_slots_before_the_waiting_trials_come():
     table = first_two()
     table.line.clock = 3
     assert table.can_train()
@@ -29,11 +29,11 @@ def test_the_pack_begins_with_its_slots_full_and_trains_while_those_who_wait_com
     sit(table, "t2", version=2)
     assert table.next_report() is None
     assert table.can_train()
-    assert table.line.seats["t2"].since == 0  # whenever its process was there
+    assert table.line.seats["t2"].since == 0  # whenever its process came
     assert not table.needs_a_look()
 
 
-def test_no_report_goes_out_before_those_who_wait_are_named():
+def test_no_report_goes_out_before_the_waiting_trials_are_named():
     table = first_two()
     report(table, "t0", at=25)
     assert table.next_report() is None
@@ -42,14 +42,14 @@ def test_no_report_goes_out_before_those_who_wait_are_named():
     found = table.next_report()
     assert found is not None
     assert found.trial_id == "t0"
-    assert table.can_train()  # its process may take seconds to come, and no slot is free
+    assert table.can_train()  # t2's process may take seconds to come, and no slot is free
     assert table.next_stop() == 30
     sit(table, "t2", version=2)
     assert table.next_report() is None
     assert table.line.seats["t2"].since == 0
 
 
-def test_a_slot_that_is_free_before_those_who_wait_have_come_waits_for_them():
+def test_a_slot_freed_before_the_waiting_trials_have_come_waits_for_them():
     table = first_two()
     report(table, "t1", at=4, status="diverged")
     assert changes(table) == ([], [])
@@ -70,7 +70,7 @@ def test_a_slot_without_memory_for_its_first_trial_is_filled_before_the_first_st
     table.next_report()
     _, (_, second) = table.take_changes()
     assert table.refused(second, LACKING)
-    assert not table.can_train()  # else it were a matter of time after which step t2 comes
+    assert not table.can_train()  # else timing would decide after which step t2 joins
     table.gone(Roster(2, ("t0", "t1", "t2"), 1, 3))
     sit(table, "t2", version=2)
     table.next_report()
@@ -79,7 +79,7 @@ def test_a_slot_without_memory_for_its_first_trial_is_filled_before_the_first_st
     assert table.can_train()
 
 
-def test_without_further_trials_nobody_is_waited_for():
+def test_without_further_trials_a_report_goes_out_at_once():
     table = table_of("t0", "t1", slots=2)
     table.gone(Roster(2, ("t0", "t1"), 0, 2))
     report(table, "t0", at=25)
@@ -87,7 +87,7 @@ def test_without_further_trials_nobody_is_waited_for():
 
 
 @pytest.mark.parametrize("named", ["before its report", "after its report"])
-def test_a_pack_that_is_empty_before_those_who_wait_are_named_goes_on_at_its_step(named):
+def test_a_pack_that_empties_before_waiting_trials_are_named_keeps_its_step(named):
     table = Table(1, strict=True, ahead=5)
     table.gone(Roster(1, ("t0",), 1, room=1))  # one process while the base loads
     sit(table, "t0")

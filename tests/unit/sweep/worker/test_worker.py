@@ -15,7 +15,7 @@ from tests.workers import asking, make_worker, never, saved, seat, trial
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 
 
-async def test_the_pack_starts_when_everyone_on_the_roster_asks(make_config):
+async def test_the_pack_starts_when_every_trial_on_the_roster_asks(make_config):
     worker = make_worker(make_config)
     await worker.sync(Roster(1, ("t0", "t1"), 0))
     await seat(worker, "t0", "t1")
@@ -28,13 +28,13 @@ async def test_the_pack_starts_when_everyone_on_the_roster_asks(make_config):
     assert await never(again)
 
 
-async def test_the_pack_starts_when_nobody_else_could_come(make_config):
+async def test_the_pack_starts_when_no_other_trial_can_come(make_config):
     worker = make_worker(make_config)
     await worker.sync(Roster(1, ("t0",), 1))
     await seat(worker, "t0")
     first = asking(worker, "t0")
     assert await never(first)
-    await worker.sync(Roster(1, ("t0",), 0))  # e.g. the time limit: nobody will come
+    await worker.sync(Roster(1, ("t0",), 0))  # e.g. at the time limit: no trial will come
     assert (await first)["step"] == 25
 
 
@@ -65,7 +65,7 @@ async def test_the_next_result_waits_for_the_successor_of_a_trial_that_left(make
     fourth = asking(worker, "t3")
     second = asking(worker, "t1")
     assert (await second)["step"] == 50
-    assert await never(third)  # it has t0's slot, and goes out behind t1
+    assert await never(third)  # it has t0's slot, and its result goes out after t1's
     second = asking(worker, "t1")
     assert (await third)["step"] == 25
     loop = await worker._loaded()
@@ -94,7 +94,7 @@ async def test_a_full_budget_frees_the_slot_at_once(make_config):
     assert 0 < figures["train_s"] <= figures["wall_s"]
 
 
-async def test_a_checkpoint_is_as_of_the_result_although_the_pack_trains_on(make_config):
+async def test_a_checkpoint_is_of_its_results_step_although_the_pack_trains_on(make_config):
     worker = make_worker(make_config, strict=False)
     await worker.sync(Roster(1, ("t0",), 0))
     await seat(worker, "t0")
@@ -110,7 +110,7 @@ async def test_a_checkpoint_is_as_of_the_result_although_the_pack_trains_on(make
     assert json.loads((await saved(worker, "t0"))["training_state.json"])["step"] == 50
 
 
-async def test_one_checkpoint_is_written_before_its_result_goes_out(make_config):
+async def test_one_checkpoint_at_a_time_is_written_before_it_is_asked_for(make_config):
     written = []
 
     def put(files):
@@ -123,7 +123,7 @@ async def test_one_checkpoint_is_written_before_its_result_goes_out(make_config)
     first, second, third = (asking(worker, f"t{n}") for n in range(3))
     await first
     assert await never(second)
-    assert written == ["t0"]  # nobody has asked for it yet
+    assert written == ["t0"]  # it has not been asked for yet
     await saved(worker, "t0")
     assert await never(second)
     assert written == ["t0", "t1"]  # the third one's must wait for memory
@@ -132,7 +132,7 @@ async def test_one_checkpoint_is_written_before_its_result_goes_out(make_config)
     assert json.loads((await saved(worker, "t1"))[CHECKPOINT_INFO])["step"] == 25
     assert await never(third)
     assert written == ["t0", "t1", "t2"]
-    files = [await saved(worker, "t1") for _ in range(2)]  # given away once, then made again
+    files = [await saved(worker, "t1") for _ in range(2)]  # given away once, then written again
     assert files[0] == files[1]
     assert written == ["t0", "t1", "t2", "t1", "t1"]
 
@@ -162,7 +162,7 @@ async def test_a_checkpoint_that_cannot_be_written_early_fails_when_it_is_asked_
     await worker.sync(Roster(3, ("t2",), 0))
     assert (await third)["status"] == "completed"
     assert await never(asyncio.Future())
-    room.append(True)  # what failed before anyone asked is written anew
+    room.append(True)  # what failed before it was asked for is written again
     assert json.loads((await saved(worker, "t2"))[CHECKPOINT_INFO])["step"] == 25
     assert "a checkpoint could not be written: OSError" in caplog.text
 
@@ -195,7 +195,7 @@ async def test_a_full_worker_refuses_and_a_newer_process_takes_over_its_own_tria
         await old
 
 
-async def test_a_process_that_was_replaced_before_it_came_takes_nothing_over(make_config):
+async def test_an_outdated_process_does_not_take_over_its_trial(make_config):
     worker = make_worker(make_config, slots=1)
     await worker.sync(Roster(1, ("t0",), 0))
     assert await worker.join("t0", trial(), None, 1, 7) == "seated"
@@ -205,7 +205,7 @@ async def test_a_process_that_was_replaced_before_it_came_takes_nothing_over(mak
     assert (await answer)["step"] == 25
 
 
-async def test_a_saved_trial_goes_on_where_it_was(make_config):
+async def test_a_restored_trial_continues_from_its_checkpoint(make_config):
     worker = make_worker(make_config, slots=1)
     await worker.sync(Roster(1, ("t0",), 0))
     await seat(worker, "t0")
@@ -225,7 +225,7 @@ async def test_the_account_comes_with_the_first_result_only(make_config):
     assert "account" not in await worker.next_result("t0")
 
 
-async def test_closing_lets_everyone_go(make_config):
+async def test_closing_answers_every_trial_as_cancelled(make_config):
     worker = make_worker(make_config)
     await worker.sync(Roster(1, ("t0", "t1"), 0))
     await seat(worker, "t0", "t1")
@@ -244,7 +244,7 @@ async def test_an_old_roster_does_not_evict_a_trial_it_cannot_know(make_config):
     assert (await worker.next_result("t5"))["step"] == 25
 
 
-def test_nothing_of_torch_is_needed_to_import_a_worker():
+def test_importing_a_worker_does_not_import_torch():
     code = (
         "import sys, higgs_tune.sweep.worker.actor, higgs_tune.sweep.trainable, higgs_tune.sweep.space;"
         "assert 'torch' not in sys.modules"
@@ -253,7 +253,7 @@ def test_nothing_of_torch_is_needed_to_import_a_worker():
 
 
 @pytest.mark.parametrize("path", ["json:dumps", "no_such_module:name"])
-def test_garbage_is_collected_again_after_the_loop_is_imported(path):
+def test_garbage_collection_is_on_again_after_the_loop_is_imported(path):
     with contextlib.suppress(ModuleNotFoundError):
         assert import_loop(path) is json.dumps
     assert gc.isenabled()

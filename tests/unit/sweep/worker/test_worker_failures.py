@@ -1,4 +1,4 @@
-"""What a worker does about trials that fall silent, cannot join or fail, and about its own end."""
+"""What a worker does about trials that fall silent, cannot join or fail, and when it ends itself."""
 
 import asyncio
 import errno
@@ -15,7 +15,7 @@ from tests.workers import asking, beat, broken_join, make_worker, never, saved, 
 pytestmark = pytest.mark.usefixtures("fast_rounds")
 
 
-async def test_a_trial_that_is_never_heard_of_does_not_hang_the_others(make_config, caplog):
+async def test_a_trial_that_is_never_heard_from_does_not_block_the_others(make_config, caplog):
     worker = make_worker(make_config, grace_beats=5)
     await worker.sync(Roster(1, ("t0", "t1"), 0))
     await seat(worker, "t0")
@@ -26,7 +26,7 @@ async def test_a_trial_that_is_never_heard_of_does_not_hang_the_others(make_conf
     assert len([line for line in caplog.messages if "going on without" in line]) == 1
 
 
-async def test_news_of_others_is_no_heartbeat(make_config, caplog):
+async def test_a_roster_update_is_not_counted_as_a_heartbeat(make_config, caplog):
     worker = make_worker(make_config, grace_beats=5)
     roster = Roster(1, ("t0", "t1"), 0)
     await seat(worker, "t0")
@@ -82,7 +82,7 @@ def unreadable() -> ModelError:
 
 
 @pytest.mark.parametrize("sick", ["check", "file", "checkpoint"])
-async def test_a_join_that_fails_by_the_machines_fault_is_no_trials_end(
+async def test_a_join_that_fails_through_the_machine_ends_the_process_not_the_trial(
     make_config, monkeypatch, sick
 ):
     def not_even_the_base(self):
@@ -106,7 +106,7 @@ async def test_a_join_that_fails_by_the_machines_fault_is_no_trials_end(
     assert await asyncio.wait_for(ended, 10) == 1
 
 
-async def test_a_checkpoint_that_the_machine_cannot_put_down_is_no_trials_end(
+async def test_a_checkpoint_that_fills_the_disk_ends_the_process_not_the_trial(
     make_config, monkeypatch
 ):
     def full(files, folder):
@@ -117,7 +117,7 @@ async def test_a_checkpoint_that_the_machine_cannot_put_down_is_no_trials_end(
     worker = make_worker(make_config, exit_process=ended.set_result)
     await worker.sync(Roster(1, ("t0",), 0))
     assert await worker.join("t0", trial(), {"a": b""}, 1, 0) == "seated"
-    with pytest.raises(OSError, match="No space left"):  # which Tune tries again
+    with pytest.raises(OSError, match="No space left"):  # Tune retries the trial
         await asking(worker, "t0")
     assert await asyncio.wait_for(ended, 10) == 1
 
@@ -142,11 +142,11 @@ async def test_a_failed_round_reaches_every_trial_and_ends_the_process(make_conf
     assert await asyncio.wait_for(ended, 10) == 1
 
 
-async def test_nobody_sits_down_before_the_driver_has_accepted_what_was_loaded(make_config):
+async def test_no_trial_is_seated_before_the_driver_has_accepted_what_was_loaded(make_config):
     worker = make_worker(make_config, accepted=False, grace_beats=3)
     roster = Roster(1, ("t0", "t1"), 0)
     ready = asyncio.create_task(worker.ready())
-    await beat(worker, roster, 10)  # however long that takes, nobody counts as silent
+    await beat(worker, roster, 10)  # however long that takes, no trial counts as silent
     assert (await worker.describe())["content_hash"] == "0" * 64
     assert await never(ready)
     assert await worker.join("t0", trial(), None, 1, 1) == "away"
@@ -163,7 +163,7 @@ async def test_nobody_sits_down_before_the_driver_has_accepted_what_was_loaded(m
     other.cancel()
 
 
-async def test_the_end_of_a_sweep_lets_go_who_waits_for_a_worker_that_loads(
+async def test_closing_a_worker_that_loads_cancels_the_trials_waiting_for_it(
     make_config, monkeypatch
 ):
     monkeypatch.setattr(FakeLoop, "__init__", lambda self, config, **_: pytest.fail("it loads"))
@@ -178,7 +178,7 @@ async def test_the_end_of_a_sweep_lets_go_who_waits_for_a_worker_that_loads(
     assert (await worker.next_result("t0"))["status"] == "cancelled"
 
 
-async def test_what_a_worker_warns_about_is_told_once(make_config):
+async def test_a_workers_warning_is_reported_once(make_config):
     logger = logging.getLogger("higgs_tune.train.room")
     worker = make_worker(make_config, accepted=False)
     logger.warning("before anyone %s", "listens")
@@ -191,7 +191,7 @@ async def test_what_a_worker_warns_about_is_told_once(make_config):
     assert [text[-22:] for text in await second] == ["from the pack's thread"]
 
 
-async def test_why_the_pack_failed_is_told_before_the_process_ends(make_config, monkeypatch):
+async def test_why_the_pack_failed_is_reported_before_the_process_ends(make_config, monkeypatch):
     def explode(self, stop):
         raise RuntimeError("device lost")
 
@@ -218,9 +218,7 @@ async def test_why_the_pack_failed_is_told_before_the_process_ends(make_config, 
         ),
     ],
 )
-async def test_what_cannot_be_loaded_is_told_with_its_node(
-    make_config, monkeypatch, error, message
-):
+async def test_an_error_while_loading_names_the_node(make_config, monkeypatch, error, message):
     def fail(self, config, **_):
         raise error
 

@@ -1,4 +1,4 @@
-"""No trial waits for ever, whoever dies, is given up, finds no memory or cannot join."""
+"""No trial waits for ever, whichever of them die, are given up, find no memory or cannot join."""
 
 import asyncio
 import random
@@ -32,7 +32,7 @@ class Driver:
         await asyncio.sleep(self.rng.random() * 0.004)
 
     async def stage(self, names: list[str]) -> None:
-        """Run all of these to an end of theirs."""
+        """Run all of these trials until they have ended."""
         self.live: list[str] = []
         self.queue, self.room = names, self.num_slots
         async with asyncio.timeout(10), asyncio.TaskGroup() as trials:
@@ -55,7 +55,7 @@ class Driver:
             await self.publish()
 
     async def open(self, trials: asyncio.TaskGroup) -> None:
-        """Those who are to wait come once the pack trains."""
+        """Send the trials that will wait for a slot once the pack trains."""
         await self.worker.trains()
         await self.pause()
         self.room = num_seats(self.num_slots, strict=True)
@@ -89,11 +89,11 @@ class Driver:
         await self.start(trials)
 
     async def process(self, name: str, files: Files | None) -> tuple[bool, Files | None]:
-        """Ask until the trial ends or is pruned; whether it has died, and its newest checkpoint."""
+        """Ask until the trial ends or is pruned; returns whether the process died, and the checkpoint."""
         while True:
             await self.pause()
             call = asyncio.ensure_future(self.worker.next_result(name))
-            if self.rng.random() < self.dies:  # and its call stays out
+            if self.rng.random() < self.dies:  # its process dies, its call stays open
                 await asyncio.sleep(self.rng.random() * 0.02)
                 call.add_done_callback(lambda done: done.cancelled() or done.exception())
                 return True, files
@@ -110,7 +110,7 @@ class Driver:
 
 
 @pytest.mark.parametrize("seed", range(30))
-async def test_nobody_waits_for_ever(make_config, monkeypatch, seed):
+async def test_no_trial_waits_for_ever(make_config, monkeypatch, seed):
     rng = random.Random(seed)
     num_slots, num_fit = rng.choice([1, 2, 3, 4]), rng.choice([99, 1, 2])
     damaged = {f"t{n}" for n in range(9) if rng.random() < rng.choice([0, 0.3])}

@@ -1,4 +1,4 @@
-"""What a worker does where memory is short: for a joining trial, for everyone, for its base."""
+"""What a worker does when memory is short: for a joining trial, for all trials, for its base."""
 
 import asyncio
 import weakref
@@ -39,7 +39,7 @@ async def test_a_trial_without_memory_beside_others_waits_until_one_leaves(
     ]
 
 
-async def test_a_trial_that_finds_no_memory_with_nobody_beside_it_ends(make_config):
+async def test_a_trial_that_finds_no_memory_alone_in_the_pack_ends(make_config):
     worker = make_worker(make_config)
     await worker.sync(Roster(1, ("t0",), 0))
     await seat(worker, "t0", batch_clips=13)
@@ -49,7 +49,7 @@ async def test_a_trial_that_finds_no_memory_with_nobody_beside_it_ends(make_conf
 
 
 def ends_at_once(self, stop):
-    """An interval in which memory runs out for everyone."""
+    """An interval in which memory runs out for all trials."""
     full = {
         "status": "out_of_memory",
         "reason": "not even one conversation fits in a training step",
@@ -58,7 +58,7 @@ def ends_at_once(self, stop):
 
 
 @pytest.mark.parametrize("when", ["join", "training"])
-async def test_a_process_without_memory_even_for_the_base_is_no_trials_end(
+async def test_a_process_without_memory_for_the_base_ends_itself_not_its_trials(
     make_config, monkeypatch, when
 ):
     def nothing_left(self):
@@ -81,7 +81,7 @@ async def test_a_process_without_memory_even_for_the_base_is_no_trials_end(
     assert await asyncio.wait_for(ended, 10) == 1
 
 
-async def test_trials_that_run_out_of_memory_where_the_base_does_not_end(make_config, monkeypatch):
+async def test_trials_end_if_they_run_out_of_memory_but_the_base_does_not(make_config, monkeypatch):
     checked = []
     monkeypatch.setattr(FakeLoop, "check", lambda self: checked.append(self))
     monkeypatch.setattr(FakeLoop, "advance", ends_at_once)
@@ -95,7 +95,7 @@ async def test_trials_that_run_out_of_memory_where_the_base_does_not_end(make_co
     assert checked
 
 
-async def test_memory_of_the_host_that_runs_out_in_a_join_is_called_that(make_config, monkeypatch):
+async def test_a_join_that_exhausts_host_memory_ends_as_out_of_memory(make_config, monkeypatch):
     def full(self, *args):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes")
 
@@ -106,9 +106,7 @@ async def test_memory_of_the_host_that_runs_out_in_a_join_is_called_that(make_co
     assert (await asking(worker, "t0"))["status"] == "out_of_memory"
 
 
-async def test_trials_may_come_to_a_worker_that_finds_memory_for_its_base_later(
-    make_config, monkeypatch
-):
+async def test_a_worker_that_finds_memory_for_its_base_later_takes_trials(make_config, monkeypatch):
     left = [MemoryError("taken"), RuntimeError("CUDA error: out of memory")]
     plain = FakeLoop.__init__
     half_loaded: list[weakref.ref] = []
@@ -127,7 +125,7 @@ async def test_trials_may_come_to_a_worker_that_finds_memory_for_its_base_later(
     for _ in range(2):
         with pytest.raises(NoMemoryError, match="finds no memory"):
             await worker.describe()
-        assert half_loaded[-1]() is None  # the next try has its memory
+        assert half_loaded[-1]() is None  # its memory is free for the next try
         assert await never(ready)
     assert (await worker.describe())["content_hash"] == "0" * 64
     serving = asyncio.create_task(worker.serve())

@@ -1,4 +1,4 @@
-"""What follows from what in a worker, and at which step: one worker repeats, several do not wait."""
+"""The order of a worker's results and joins: one worker is repeatable, several do not wait."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ async def test_one_of_several_workers_goes_on_without_a_successor_and_seats_it_a
     assert loop.log[-1][:2] == ("leave", "t1")
 
 
-async def test_one_of_several_workers_takes_the_slot_of_a_trial_that_stops_asking(
+async def test_one_of_several_workers_frees_the_slot_of_a_trial_that_stops_asking(
     make_config, caplog, monkeypatch
 ):
     worker = make_worker(make_config, strict=False, grace_beats=5)
@@ -77,10 +77,10 @@ def drive(
     """Run nine trials through the slots with racing clients that decide slowly.
 
     Args:
-        early: trials train before their processes come, or not.
+        early: whether trials train before their processes come.
 
     Returns:
-        The results in the order in which they arrived, and who joined and left after which step.
+        The results in order of arrival, and which trials joined and left after which step.
     """
     rng = random.Random(seed)
     arrived: list[tuple[Any, ...]] = []
@@ -93,7 +93,7 @@ def drive(
         configs = {
             name: trial(num_steps={"t4": 51, "t6": 26, "t7": 55}.get(name, 100)) for name in names
         }
-        heard: set[str] = set()  # of whom the driver has had a result
+        heard: set[str] = set()  # the trials that the driver has had a result of
 
         async def publish():
             state["version"] += 1
@@ -156,7 +156,7 @@ def drive(
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
 @pytest.mark.parametrize("bad", [{"t0"}, {"t0", "t1"}, {"t5"}])
-def test_trials_that_cannot_join_hold_nobody_up(make_config, monkeypatch, slots, bad):
+def test_trials_that_cannot_join_do_not_block_the_others(make_config, monkeypatch, slots, bad):
     join = FakeLoop.join
 
     def damaged(self, trial_id, *args):
@@ -171,7 +171,7 @@ def test_trials_that_cannot_join_hold_nobody_up(make_config, monkeypatch, slots,
 
 
 @pytest.mark.parametrize(("fraction", "steps"), [(0.0, 4), (0.05, 5), (0.5, 6)])
-async def test_a_pack_trains_a_share_of_an_interval_ahead_of_a_decision_and_no_less_than_a_step(
+async def test_a_pack_trains_a_share_of_an_interval_ahead_of_a_decision(
     make_config, fraction, steps
 ):
     sections = {
@@ -184,15 +184,15 @@ async def test_a_pack_trains_a_share_of_an_interval_ahead_of_a_decision_and_no_l
     assert (await worker.next_result("t1"))["step"] == 4
     while worker._table.line.clock < steps:
         await asyncio.sleep(0.002)
-    await asyncio.sleep(0.1)  # the decision stays out
+    await asyncio.sleep(0.1)  # no decision comes
     assert worker._table.line.clock == steps
 
 
-def test_however_late_decisions_are_the_same_happens_at_the_same_steps(make_config):
+def test_late_decisions_change_neither_the_results_nor_the_steps_of_joins(make_config):
     arrived, log = drive(make_config, seed=1, delay_s=0.01)
     assert len({name for name, *_ in arrived}) == 9
     assert {kind for kind, *_ in log} == {"join", "leave"}
-    # Of a trial that was stopped no later step is seen, though it trained on.
+    # No later step of a stopped trial is reported, though it trained on.
     assert max(step for name, step, _ in arrived if name == "t0") == 50
     assert {name: step for kind, name, step in log if kind == "leave"}["t0"] == 52
     for seed, delay_s in ((2, 0.0), (3, 0.001), (4, 0.03)):
@@ -200,7 +200,7 @@ def test_however_late_decisions_are_the_same_happens_at_the_same_steps(make_conf
             assert drive(make_config, seed, delay_s, early=early) == (arrived, log)
 
 
-def test_slots_that_are_freed_together_are_filled_together_however_late_decisions_are(make_config):
+def test_slots_freed_together_are_filled_together_however_late_decisions_are(make_config):
     pruned = ("t0", "t7")
     arrived, log = drive(make_config, seed=1, delay_s=0.01, slots=4, pruned=pruned)
     steps = {(kind, name): step for kind, name, step in log}
