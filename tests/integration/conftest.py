@@ -24,7 +24,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @contextmanager
 def forked_workers(patch: pytest.MonkeyPatch, folder: str) -> Iterator[None]:
-    """Let tests.forks start the workers of a Ray that starts here."""
+    """Let tests.forks start the workers of a Ray that this process starts."""
     path = os.path.join(folder, "forks")
     patch.setenv(forks.SOCKET, path)
     patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", forks.__file__)
@@ -65,7 +65,7 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def start_process() -> Iterator[Start]:
-    """Starts commands; kills what still runs, and all below it, when the test ends."""
+    """Starts commands; when the test ends, kills those that still run and their children."""
     temp_dir = tempfile.mkdtemp(prefix="ht", dir="/tmp")
     ours = {"RAY_ADDRESS": "local", "RAY_TMPDIR": temp_dir, "PYTHONPATH": str(ROOT)}
     started = []
@@ -79,7 +79,7 @@ def start_process() -> Iterator[Start]:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # A shell that runs the suite in the background lets all below it ignore Ctrl-C.
+            # A shell that runs the suite in the background makes its children ignore Ctrl-C.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)

@@ -1,4 +1,4 @@
-"""A trial whose worker dies too often is nobody's result: a resumed sweep goes on with it."""
+"""A trial whose worker dies too often is given up: it has no result, and a resumed sweep continues it."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 
 def kill_worker_when(folder: Path, pattern: str) -> None:
-    """Kill the newest worker as soon as there is such a file; its trials are given up at once."""
+    """Kill the newest worker as soon as a file matches; its trials are given up at once."""
 
     def kill_once() -> None:
         while not list(folder.glob(pattern)):
@@ -39,7 +39,7 @@ def sections_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_a_resumed_search_goes_on_with_what_was_given_up(tmp_path):
+def test_a_resumed_search_continues_the_trials_that_were_given_up(tmp_path):
     sections = sections_of(tmp_path) | {"confirm": {"num_configs": 0}}
     kill_worker_when(tmp_path, "s/trials/t000/adapter")
     outcome = run(tmp_path, **sections)
@@ -56,7 +56,7 @@ def test_a_resumed_search_goes_on_with_what_was_given_up(tmp_path):
     assert [trial["status"]["status"] for trial in trials.values()] == ["completed"] * 3
 
 
-def test_a_worker_that_dies_while_confirming_disqualifies_nothing(tmp_path):
+def test_a_worker_that_dies_in_the_confirm_stage_disqualifies_no_trial(tmp_path):
     sections = sections_of(tmp_path)
     kill_worker_when(tmp_path, "s/trials/c000/adapter")
     outcome = run(tmp_path, **sections)

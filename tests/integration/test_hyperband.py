@@ -20,13 +20,13 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.mark.parametrize("workers", [{}, {"slots_per_worker": 2}, {"num_workers": 2, **TWO}])
-def test_hyperband_cuts_every_bracket_whatever_the_number_of_slots(tmp_path, workers):
+def test_hyperband_cuts_every_bracket_for_any_number_of_slots(tmp_path, workers):
     settings = {"slots_per_worker": 1, **workers}
     outcome = run(tmp_path, tune=tune(EVERY["hyperband"], num_trials=18, **settings))
     check_nobody_was_lost(outcome.results, 18)
     trials = trials_of(outcome.results)
-    # 6 reports, factor 3: beside the baselines, brackets of 5 that are cut to 2 after 2 reports, and
-    # between them such of 3 that are not.
+    # 6 reports, factor 3: apart from the baselines, brackets of 5 that are cut to 2 after 2 reports
+    # alternate with brackets of 3 that are never cut.
     expected = {f"t{n:03d}": 150 for n in range(18)}
     for first in (2, 10):
         bracket = [f"t{n:03d}" for n in range(first, first + 5)]
@@ -43,10 +43,10 @@ def test_hyperband_cuts_every_bracket_whatever_the_number_of_slots(tmp_path, wor
         assert told.intermediate_values == {
             line["step"]: line["val/text/nll"] for line in trial["metrics"]
         }
-    assert len(study_of(outcome).trials) == 18  # a paused trial was neither told nor lost
+    assert len(study_of(outcome).trials) == 18  # no paused trial got a second entry or was lost
 
 
-def test_the_median_rule_stops_after_the_grace(tmp_path):
+def test_the_median_rule_stops_trials_after_the_grace_period(tmp_path):
     median = {"name": "median", "min_samples": 2}
     outcome = run(tmp_path, tune=tune(median, num_trials=10, slots_per_worker=1))
     check_nobody_was_lost(outcome.results, 10)

@@ -1,4 +1,4 @@
-"""Whole sweeps of a population that copies its best."""
+"""Whole sweeps of a population whose worst trials copy the best."""
 
 import pytest
 from optuna.trial import TrialState
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 @pytest.fixture(scope="module")
 def population(tmp_path_factory):
-    """Two baselines and six others, compared at steps 50 and 100."""
+    """Two baselines and six other trials, which are compared at steps 50 and 100."""
     folder = tmp_path_factory.mktemp("population")
     return run(
         folder,
@@ -21,7 +21,7 @@ def population(tmp_path_factory):
     )
 
 
-def test_a_copy_goes_on_from_its_donors_weights_at_another_rate(population):
+def test_a_copy_continues_from_its_donors_weights_at_another_rate(population):
     trials = {n: t for n, t in trials_of(population.results).items() if n[0] == "t"}
     assert {t["status"]["status"] for t in trials.values()} == {"completed"}
     steps = []
@@ -47,7 +47,7 @@ def test_a_copy_goes_on_from_its_donors_weights_at_another_rate(population):
     assert set(steps) == {50, 100}
 
 
-def test_the_baselines_stay_as_they_are(population):
+def test_baselines_neither_copy_nor_are_copied(population):
     trials = trials_of(population.results)
     for name in ("t000", "t001"):
         assert config_of(trials[name]).schedule == ()
@@ -55,7 +55,7 @@ def test_the_baselines_stay_as_they_are(population):
     assert not {"t000", "t001"} & set(copied)
 
 
-def test_a_copied_trial_is_told_as_no_single_configuration(population):
+def test_a_copy_is_recorded_in_the_study_without_parameters(population):
     study = study_of(population)
     newest = studies.latest(study)
     assert sorted(newest) == list(range(8))

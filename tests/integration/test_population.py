@@ -1,4 +1,4 @@
-"""A population on the embedded base, in a real worker, against runs of their own."""
+"""A population on the embedded base, in a real worker, compared with separate runs."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_state(folder).weights
 
 
-def test_a_copy_on_the_embedded_base_is_its_donor_trained_on_at_the_new_rate(tmp_path, monkeypatch):
+def test_a_copy_equals_its_donor_trained_on_at_the_new_rate(tmp_path, monkeypatch):
     kept = tmp_path / "kept"
     original = TrialFiles.copied
 
@@ -57,8 +57,8 @@ def test_a_copy_on_the_embedded_base_is_its_donor_trained_on_at_the_new_rate(tmp
     assert (trials[copier].rank, trials[copier].targets) == (donor.rank, donor.targets)
     assert change.learning_rate not in (donor.learning_rate, trials[copier].learning_rate)
 
-    # One after the other in a pack of their own: the copy with its new rate and no schedule, from
-    # the checkpoint as it was at the copy; everybody else from the start.
+    # One after the other in a separate pack: the copy from its donor's checkpoint of that time, with
+    # the new rate and no schedule; all others from the start.
     rates = {"learning_rate": change.learning_rate, "schedule": ()}
     references: dict[str, tuple[TrialConfig, Path | None]] = {
         name: (trial, None) for name, trial in trials.items()

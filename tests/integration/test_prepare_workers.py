@@ -1,4 +1,4 @@
-"""`data prepare` on a Ray Data pool: the same bytes as in one process, whatever dies on the way."""
+"""`data prepare` on a Ray Data pool: the same bytes as in one process, even if processes die."""
 
 import json
 import re
@@ -34,7 +34,7 @@ ROWS_PER_SHARD = 7
 
 @pytest.fixture(scope="module")
 def ray_with_torch(local_ray: None) -> None:
-    """A Ray whose next workers have imported torch: 12 s of a processor for each actor."""
+    """A Ray whose next workers start with torch imported: saves 12 s of CPU time for each actor."""
     forks.ask(modules=["higgs_tune.data.clips", "higgs_tune.data.codec", "transformers"])
 
 
@@ -45,7 +45,7 @@ def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 recordings of 0.5 to 4 s, every fifth row with a reference, one that cannot be used."""
+    """60 recordings of 0.5 to 4 s, every fifth row with a reference, one recording damaged."""
     root = tmp_path_factory.mktemp("root")
     rng = np.random.default_rng(0)
     lines = []
@@ -72,7 +72,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(manifest: Path, codec_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes of it without a break."""
+    """What one process makes of the manifest without interruption."""
     out = tmp_path_factory.mktemp("whole") / "out"
     info = run(manifest, out, codec_folder, num_workers=1)
     assert (info.num_rows, info.num_rejected) == (59, 1)
@@ -80,12 +80,12 @@ def whole(manifest: Path, codec_folder: Path, tmp_path_factory: pytest.TempPathF
 
 
 def descendants(named: str, pid: int | None = None) -> list[psutil.Process]:
-    """Processes below this one, or below another, whose command line has a word."""
+    """Processes below this one, or below `pid`, whose command line contains `named`."""
     children = psutil.Process(pid).children(recursive=True)
     return [child for child in children if named in "".join(child.cmdline())]
 
 
-def test_a_pool_whose_actors_die_gives_the_bytes_of_one_process_in_several_streams(
+def test_a_pool_whose_actors_die_gives_the_same_bytes_as_one_process(
     ray_with_torch, manifest, codec_folder, whole, tmp_path, monkeypatch
 ):
 
@@ -97,7 +97,7 @@ def test_a_pool_whose_actors_die_gives_the_bytes_of_one_process_in_several_strea
         yield next(outcomes)
         victims = descendants("MapWorker")
         assert len(victims) == 2
-        for victim in victims:  # at least one has a block
+        for victim in victims:  # at least one is working on a block
             victim.kill()
         yield from outcomes
 
@@ -107,10 +107,12 @@ def test_a_pool_whose_actors_die_gives_the_bytes_of_one_process_in_several_strea
     assert content(tmp_path / "out") == content(whole)
 
 
-def test_no_thread_asks_a_ray_that_is_gone(ray_with_torch, manifest, codec_folder, monkeypatch):
-    """It would end the process with 1 in the midst of its last words, as after Ctrl-C on a busy machine.
+def test_a_closed_stream_leaves_no_thread_that_calls_ray(
+    ray_with_torch, manifest, codec_folder, monkeypatch
+):
+    """If Ray is gone, such a thread ends the process with 1 before its last message is complete.
 
-    There Ray's own wait of two seconds is too short; here it is none.
+    After Ctrl-C on a busy machine, Ray's own wait of two seconds is too short; here it is skipped.
     """
 
     def join(self, timeout=None):
@@ -126,7 +128,7 @@ def test_no_thread_asks_a_ray_that_is_gone(ray_with_torch, manifest, codec_folde
     next(outcomes)
     outcomes.close()
     names_left = {thread.name for thread in set(threading.enumerate()) - before}
-    assert names_left <= {"Prefetcher"}  # which sleeps for good: it is asked for nothing
+    assert names_left <= {"Prefetcher"}  # it sleeps for ever and asks Ray for nothing
 
 
 def test_an_actor_with_another_codec_is_refused(ray_with_torch, manifest, codec_folder):
@@ -167,7 +169,7 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def test_a_run_that_is_interrupted_and_then_killed_goes_on(
+def test_a_run_that_is_interrupted_and_then_killed_can_be_continued(
     start, whole, manifest, codec_folder, tmp_path, capsys
 ):
     shards = tmp_path / "out" / "shards"
@@ -177,10 +179,10 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on(
         record = shards / f"part-{number:05d}.json"
         wait_until(lambda p=process, r=record: r.exists() or p.poll() is not None)
         assert process.poll() is None, process.communicate()[0]
-        process.send_signal(signal.SIGSTOP)  # it would end while its actors are looked up
+        process.send_signal(signal.SIGSTOP)  # else it could end while its actors are looked up
         workers = descendants("MapWorker", process.pid)
         assert len(workers) == 2
-        assert not descendants("ray-dashboard", process.pid)  # seconds of a processor for nobody
+        assert not descendants("ray-dashboard", process.pid)  # seconds of CPU time for nothing
         process.send_signal(how)
         process.send_signal(signal.SIGCONT)
         printed = process.communicate(timeout=60)[0]
@@ -192,7 +194,7 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on(
         wait_until(lambda w=workers: not any(is_alive(worker) for worker in w))
         before = done
         done = {path: path.stat().st_mtime_ns for path in shards.glob("*.json")}
-        assert number < len(done) < 9, "it was not in the midst"
+        assert number < len(done) < 9, "it was not stopped halfway"
         assert before.items() <= done.items(), "what was done is not done again"
     run(manifest, tmp_path / "out", codec_folder, num_workers=1)
     assert re.search(r"\d+ of 60 rows were done before", capsys.readouterr().err)
@@ -200,7 +202,7 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on(
     assert content(tmp_path / "out") == content(whole)
 
 
-def test_more_workers_than_cpus_are_refused(monkeypatch):
+def test_workers_and_devices_that_this_machine_lacks_are_refused(monkeypatch):
     monkeypatch.setattr(encode_ray.ray, "cluster_resources", lambda: {"CPU": 2.0})
     own = encode_ray.Cluster(is_own=True, complete=str)
     with pytest.raises(encode_ray.ConfigError, match=r"--workers 3: this machine has 2 CPUs"):
@@ -210,7 +212,7 @@ def test_more_workers_than_cpus_are_refused(monkeypatch):
     with pytest.raises(encode_ray.ConfigError, match="Set CUDA_VISIBLE_DEVICES to choose"):
         encode_ray._gpu_share(own, 2, "cuda:1")
     joined = encode_ray.Cluster(is_own=False, complete=str)
-    assert encode_ray._gpu_share(joined, 2, "cuda") == 1  # its machines come when asked for
+    assert encode_ray._gpu_share(joined, 2, "cuda") == 1  # its machines are added on demand
 
 
 @pytest.mark.parametrize(

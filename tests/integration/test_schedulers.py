@@ -42,7 +42,7 @@ def trained(results: Path, trial_id: str) -> list[list[Any]]:
 
 
 def uninterrupted(config: TrialConfig, last_step: int) -> list[list[Any]]:
-    """The same of a run of this configuration that nothing ever stopped."""
+    """The same for a run of this configuration without interruption."""
     return [[config.seed, step, config.learning_rate] for step in range(25, last_step + 1, 25)]
 
 
@@ -77,8 +77,8 @@ class Usual:
     tune: dict[str, Any]
     results: Path
     pids: set[int]  # of its trials' processes
-    gone: set[int]  # those of them that did not live to the last result
-    num_pauses: int  # seen, some more than once
+    gone: set[int]  # those of them that had ended before the last result
+    num_pauses: int  # as seen; one pause may count several times
 
 
 @pytest.fixture(scope="module", params=PAUSING)
@@ -110,12 +110,14 @@ def test_the_same_seed_gives_the_same_trials(usual, tmp_path):
 
 def test_a_pause_ends_no_process(usual):
     assert usual.num_pauses
-    assert len(usual.pids) == 3  # one waits for the next free slot
-    assert not usual.gone  # not even one that nobody would have missed
+    assert len(usual.pids) == 3  # two slots, and one that waits for the next free one
+    assert not usual.gone  # not even an idle one
 
 
 @pytest.mark.parametrize("name", PAUSING)
-def test_a_trial_that_should_go_on_in_a_process_that_died_is_not_lost(tmp_path, monkeypatch, name):
+def test_a_trial_that_should_continue_in_a_process_that_died_is_not_lost(
+    tmp_path, monkeypatch, name
+):
     pid_of: dict[str, int] = {}
     killed: list[int] = []
     original = SweepCallback.on_trial_result
@@ -140,7 +142,7 @@ def test_a_trial_that_should_go_on_in_a_process_that_died_is_not_lost(tmp_path, 
 
 
 @pytest.mark.parametrize("name", PAUSING)
-def test_a_time_limit_lets_paused_trials_come_to_their_end(tmp_path, monkeypatch, name):
+def test_a_time_limit_lets_paused_trials_run_to_their_end(tmp_path, monkeypatch, name):
     heard = SweepCallback.on_trial_result
     paused = []
 
@@ -158,7 +160,7 @@ def test_a_time_limit_lets_paused_trials_come_to_their_end(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", PAUSING)
-def test_trials_that_diverge_hold_nobody_up(tmp_path, name):
+def test_trials_that_diverge_do_not_block_the_others(tmp_path, name):
     outcome = run(
         tmp_path,
         space={"learning_rate": {"low": 1e-2, "high": 0.3}},
@@ -170,7 +172,7 @@ def test_trials_that_diverge_hold_nobody_up(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", PAUSING)
-def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, name):
+def test_an_interrupted_sweep_continues_from_its_checkpoints(tmp_path, monkeypatch, name):
     written, begun = [], {}
 
     def full(self, trial_id, content):
@@ -197,7 +199,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, name):
     assert (begun["t002"], begun["t003"]) == (75, 75)  # from their checkpoints
     for name in ("t000", "t001", "t002", "t003"):
         kept = trials_of(results)[name]["metrics"][: len(cut[name])]
-        assert kept == cut[name]  # with the speed, which no run repeats
+        assert kept == cut[name]  # with the speed, which differs in every run
 
 
 @pytest.mark.parametrize("name", PAUSING)
@@ -221,7 +223,7 @@ def test_no_trial_is_lost_when_the_worker_dies(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", PAUSING)
-def test_several_workers_share_paused_trials(tmp_path, name):
+def test_several_workers_lose_no_paused_trial(tmp_path, name):
     workers = {"num_workers": 2, "slots_per_worker": 2, "cpus_per_worker": 1}
     check_nobody_was_lost(run(tmp_path, tune=tune(EVERY[name], **workers)).results)
 

@@ -71,7 +71,7 @@ def study_of(outcome: SweepOutcome) -> optuna.Study:
 
 @pytest.fixture(scope="module")
 def watched():
-    """What Tune does on the driver's disk, noted by its own functions."""
+    """What Tune writes on the driver's disk, noted in two patched functions."""
     noted: dict[str, list[Any]] = {"states": [], "checkpoints": []}
     write_state, tell = TuneController.save_to_dir, SweepCallback.on_checkpoint
 
@@ -96,13 +96,13 @@ def first(tmp_path_factory, watched) -> SweepOutcome:
     return run(tmp_path_factory.mktemp("first"), confirm=confirm)
 
 
-def test_tune_keeps_one_checkpoint_a_trial_and_writes_no_state_for_it(first, watched):
+def test_tune_keeps_one_checkpoint_per_trial_and_writes_state_only_per_stage(first, watched):
     assert len(watched["checkpoints"]) >= 20
     assert set(watched["checkpoints"]) == {1}
     assert len(watched["states"]) <= 2 * 2  # at the start and the end of each stage
 
 
-def test_a_sweep_leaves_every_file_of_its_contract(first):
+def test_a_sweep_leaves_every_expected_file(first):
     assert first.exit_code == 0
     names = {path.name for path in first.results.iterdir()} - {".lock"}
     assert names == {
@@ -128,7 +128,7 @@ def test_a_sweep_leaves_every_file_of_its_contract(first):
         assert state["step"] == trial["status"]["step"]
 
 
-def test_the_curves_are_those_of_the_trials_own_configurations(first):
+def test_each_trials_curve_is_that_of_its_configuration(first):
     for trial in trials_of(first.results).values():
         config = TrialConfig.model_validate(trial["record"]["config"])
         for line in trial["metrics"]:
@@ -180,7 +180,7 @@ def test_the_same_seed_gives_the_same_trials_in_another_run(first, tmp_path):
         assert nlls[0] == nlls[1]
 
 
-def test_a_finished_sweep_can_be_extended_and_finished_trials_stay(first, tmp_path):
+def test_a_finished_sweep_can_be_extended_and_keeps_its_finished_trials(first, tmp_path):
     shutil.copytree(first.results, tmp_path / "s")
     before = trials_of(tmp_path / "s")
     outcome = run(tmp_path, resume=True, tune={"num_trials": 12, "seed": 3})
@@ -199,7 +199,7 @@ def test_resuming_a_finished_sweep_runs_nothing(first, tmp_path, monkeypatch):
     assert trials_of(tmp_path / "s") == before
 
 
-def test_trials_that_diverge_or_fail_or_break_the_constraint_or_cannot_join_end_as_such(tmp_path):
+def test_diverged_failed_infeasible_and_too_large_trials_are_recorded_as_such(tmp_path):
     outcome = run(
         tmp_path,
         space={
@@ -249,7 +249,7 @@ def test_no_trial_is_lost_when_the_worker_dies(tmp_path, monkeypatch):
         assert steps == list(range(25, trial["status"]["step"] + 1, 25))
 
 
-def test_a_killed_trial_gets_a_slot_again_and_its_neighbours_see_nothing(tmp_path, monkeypatch):
+def test_a_killed_trial_gets_a_slot_again_and_its_neighbours_are_unaffected(tmp_path, monkeypatch):
     killed = []
 
     def result(self, trial_id, content):
@@ -275,7 +275,7 @@ def test_a_killed_trial_gets_a_slot_again_and_its_neighbours_see_nothing(tmp_pat
         ], name
 
 
-def test_a_base_that_cannot_be_loaded_is_the_users_error(tmp_path):
+def test_a_base_that_cannot_be_loaded_ends_the_sweep_with_its_error(tmp_path):
     with pytest.raises(ModelError, match="no such checkpoint"):
         run(tmp_path, base={"path": "broken"}, tune={"slots_per_worker": 1})
 
@@ -306,7 +306,7 @@ def test_a_disk_that_fills_up_ends_the_sweep_and_loses_nothing(tmp_path, monkeyp
         assert steps == list(range(25, trial["status"]["step"] + 1, 25))
 
 
-def test_a_time_limit_ends_the_search_with_what_was_found(tmp_path):
+def test_a_time_limit_ends_the_search_but_lets_begun_trials_end(tmp_path):
     tune = {"num_trials": 500, "time_limit_s": 1.0, "slots_per_worker": 1}
     outcome = run(tmp_path, tune=tune)
     statuses = {trial["status"]["status"] for trial in trials_of(outcome.results).values()}

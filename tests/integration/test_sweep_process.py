@@ -27,7 +27,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def sweep(tmp_path: Path, start_process: Start) -> Start:
-    """Starts the sweep of tmp_path, in which there is time to stop it."""
+    """Starts a sweep in tmp_path that is slow enough to be stopped."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text("{}")
     (tmp_path / "base/slow").touch()
@@ -66,7 +66,7 @@ def statuses_of(results: Path) -> dict[str, str]:
 
 
 def end(process: subprocess.Popen[str], number: signal.Signals, results: Path) -> None:
-    """End a sweep with a signal; every trial that has begun must be recorded as what it then is."""
+    """End a sweep with a signal; every trial that has begun must have a recorded status."""
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
@@ -78,7 +78,7 @@ def end(process: subprocess.Popen[str], number: signal.Signals, results: Path) -
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_an_ended_interrupted_and_killed_sweep_is_resumed_without_losing_a_trial(sweep, tmp_path):
+def test_a_terminated_interrupted_and_killed_sweep_is_resumed_without_loss(sweep, tmp_path):
     results = tmp_path / "results" / "s"
 
     process = sweep()
@@ -89,7 +89,7 @@ def test_an_ended_interrupted_and_killed_sweep_is_resumed_without_losing_a_trial
     wait_until(lambda: any(steps_of(results).values()), process)
     end(process, signal.SIGTERM, results)
 
-    # from here on the sweeps join this process's Ray, which spares two of their own
+    # from here on the sweeps join this process's Ray, which saves starting two more
     joined = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     process = sweep("--resume", **joined)
     wait_until(lambda: any(len(steps) >= 3 for steps in steps_of(results).values()), process)
@@ -102,10 +102,10 @@ def test_an_ended_interrupted_and_killed_sweep_is_resumed_without_losing_a_trial
     process.kill()
     process.wait()
     assert len(statuses_of(results)) < len(steps_of(results))
-    for name in cancelled:  # it went on, it did not start again
+    for name in cancelled:  # it continued, it did not start again
         assert set(partial[name]) <= set(steps_of(results)[name])
 
-    # the last in this process, which spares its imports
+    # the last in this process, which saves its imports
     (tmp_path / "base/slow").unlink()
     outcome = run_sweep(
         load_sweep(tmp_path / "sweep.yaml"),

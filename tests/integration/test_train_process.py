@@ -1,4 +1,4 @@
-"""`higgs-tune train` in processes of its own: killed, ended, resumed, and several together."""
+"""`higgs-tune train` in its own processes: terminated, killed, resumed, and two together."""
 
 import json
 import random
@@ -52,7 +52,7 @@ def uninterrupted(config, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(config: Path, tmp_path: Path, start_process: Start) -> Start:
-    """Starts the command, behind a launcher's arguments."""
+    """Starts the command, through a launcher if one is given."""
 
     def run(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         command = [sys.executable, *launcher, "-m", "higgs_tune.cli", "train"]
@@ -89,7 +89,7 @@ def assert_equal_runs(out: Path, expected: Path, tolerance: float) -> None:
                 assert line[name] == other[name], name
 
 
-def test_ended_then_killed_at_a_random_step_it_ends_as_if_nothing_happened(
+def test_a_run_ended_by_sigterm_and_then_killed_gives_the_same_results(
     start, config, uninterrupted, tmp_path
 ):
     out = tmp_path / "out"
@@ -118,7 +118,7 @@ def test_ended_then_killed_at_a_random_step_it_ends_as_if_nothing_happened(
     assert samples[0] == samples[1]
 
 
-def test_two_processes_are_one_with_twice_the_batch(start, uninterrupted, tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch(start, uninterrupted, tmp_path):
     # with one clip each, a process often has no text target, or no audio target, of its own
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

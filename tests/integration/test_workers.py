@@ -1,4 +1,4 @@
-"""Sweeps whose workers are not all alike, or have something to say."""
+"""Sweeps whose workers differ from each other, fail, or give warnings."""
 
 import io
 import json
@@ -31,7 +31,7 @@ TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 1, "cpus_per_worke
             NoMemoryError,
             r"worker-\d on node \S+ finds no memory for base and data: .*CUDA error",
         ),
-        # which of the two answers first, and so is what the other is measured by, is a matter of time
+        # timing decides which of the two answers first, and so is what the other is compared with
         (
             "data",
             ConfigError,
@@ -44,18 +44,18 @@ def test_a_worker_that_is_not_like_the_first_ends_the_sweep(tmp_path, what, erro
         run(tmp_path, base={"path": f"odd:{what}:{tmp_path / 'first'}"}, tune=TWO)
     assert "worker-" in str(found.value)
     ended = [read_json(path) or {} for path in tmp_path.glob("s/trials/*/status.json")]
-    # the first may have trained some to their end before the other was there to be refused
+    # the first may have trained some to their end before the other was refused
     assert {status["status"] for status in ended} <= {"completed", "pruned", "cancelled"}
 
 
 def listen(patch: pytest.MonkeyPatch) -> io.StringIO:
-    """Gets the lines of sweeps; between two of them, Ray may tell standard output who died."""
+    """Gets the lines of sweeps; on standard output, Ray may print deaths of actors between them."""
     stream = io.StringIO()
     patch.setattr(driver, "Display", partial(Display, stream))
     return stream
 
 
-def test_what_others_print_while_a_sweep_runs_is_not_among_its_lines(tmp_path, monkeypatch, capsys):
+def test_other_output_during_a_sweep_goes_to_standard_error(tmp_path, monkeypatch, capsys):
     record, text = TrialFiles.result, "a worker died, as Ray prints it"
 
     def print_as_ray_does(self, trial_id, result):
@@ -86,14 +86,15 @@ def test_a_worker_that_starts_again_on_a_bad_gpu_gets_another_process(tmp_path, 
     outcome = run(tmp_path, base={"path": f"ill:{processes}"}, tune=tune)
     ended = {trial["status"]["status"] for trial in trials_of(outcome.results).values()}
     assert ended == {"completed"} and outcome.num_trials == 3
-    assert len(set(processes.read_text().split())) == 3  # started, killed by its GPU, well again
+    # the first, one that meets the bad GPU, one that works
+    assert len(set(processes.read_text().split())) == 3
     events = [json.loads(text) for text in printed.getvalue().splitlines()]
     (said,) = [e["message"] for e in events if "ECC" in e.get("message", "")]
     assert said.endswith("uncorrectable ECC error encountered; it tries again every 0 s")
 
 
 class OnBadNodes:
-    """A worker's settings, which cannot be read there while the file says so many times."""
+    """A worker's settings, which cannot be unpickled as many times as the file says."""
 
     def __init__(self, config, file):
         self.config, self.file = config, file
@@ -137,7 +138,7 @@ def test_a_worker_that_cannot_start_on_its_new_machine_is_started_again(tmp_path
     assert said.endswith("and enough memory; it tries again every 0 s")
 
 
-def test_a_worker_that_never_started_and_cannot_ends_the_sweep(tmp_path, monkeypatch):
+def test_a_worker_that_can_never_start_ends_the_sweep(tmp_path, monkeypatch):
     bad = tmp_path / "bad"
     bad.write_text("9")
     whole = workers.whole_paths
@@ -146,7 +147,7 @@ def test_a_worker_that_never_started_and_cannot_ends_the_sweep(tmp_path, monkeyp
         run(tmp_path, tune={**ONE_SLOT, "num_trials": 2})
 
 
-def test_trials_of_a_worker_that_finds_no_memory_any_more_go_to_the_other(tmp_path, monkeypatch):
+def test_trials_of_a_worker_that_no_longer_finds_memory_go_to_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PAUSE_S", 0.5)
     processes, heard, killed = tmp_path / "processes", set(), []
     record = TrialFiles.result
@@ -180,7 +181,7 @@ def whole(tmp_path_factory) -> tuple[Path, str]:
     """A small sweep whose worker warns: its results and what it printed."""
     with pytest.MonkeyPatch.context() as patch:
         printed = listen(patch)
-        patch.setattr(workers, "PATIENCE_S", 600.0)  # a busy machine is not what it is to warn of
+        patch.setattr(workers, "PATIENCE_S", 600.0)  # no warning because the machine is busy
         tune = {**ONE_SLOT, "num_trials": 2}
         outcome = run(tmp_path_factory.mktemp("whole"), base={"path": "warns"}, tune=tune)
     return outcome.results, printed.getvalue()
@@ -200,7 +201,7 @@ def test_a_resumed_sweep_refuses_data_that_was_prepared_again(whole, tmp_path):
     assert {trial["metrics"] == [] for name, trial in after.items() if name not in trials} <= {True}
 
 
-def test_a_worker_that_never_starts_keeps_no_trial_from_the_other(tmp_path):
+def test_a_worker_that_never_starts_does_not_block_the_other(tmp_path):
     cpus = int(ray.cluster_resources()["CPU"])
     tune = {**TWO, "num_trials": 5, "cpus_per_worker": cpus, "scheduler": {"name": "none"}}
     outcome = run(tmp_path, tune=tune)
@@ -219,8 +220,8 @@ def test_warnings_of_a_worker_reach_the_display_and_workers_log(whole):
     assert [e["worker"] for e in accepted] == ["worker-0"]
 
 
-def test_a_worker_without_a_gpu_counts_its_slots_on_this_machine(tmp_path):
-    off = {"cross_attention": ["off"]}  # seconds for every mode that has to be predicted
+def test_slots_of_workers_without_gpus_are_counted_on_this_machine(tmp_path):
+    off = {"cross_attention": ["off"]}  # predicting memory takes seconds for every mode
     outcome = run(tmp_path, space=off, tune={"num_trials": 2, "slots_per_worker": "auto"})
     assert outcome.num_trials == 2
     assert read_json(tmp_path / "s/env.json")["slots_per_worker"] == 2
@@ -240,6 +241,6 @@ def test_ctrl_c_ends_a_sweep_whose_slots_no_machine_can_count(tmp_path, monkeypa
     assert (outcome.exit_code, outcome.num_trials) == (0, 2)
 
 
-def test_a_pack_yields_to_no_process_that_starts(local_ray):
-    """Ray gives a process a lower priority once it has started."""
+def test_a_workers_process_has_the_same_priority_as_this_one(local_ray):
+    """By default Ray lowers its workers' priority, so that a pack would yield to starting processes."""
     assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
