@@ -40,9 +40,8 @@ TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 1, "cpus_per_worke
     ],
 )
 def test_a_worker_that_is_not_like_the_first_ends_the_sweep(tmp_path, what, error, message):
-    with pytest.raises(error, match=message) as found:
+    with pytest.raises(error, match=message):
         run(tmp_path, base={"path": f"odd:{what}:{tmp_path / 'first'}"}, tune=TWO)
-    assert "worker-" in str(found.value)
     ended = [read_json(path) or {} for path in tmp_path.glob("s/trials/*/status.json")]
     # the first may have trained some to their end before the other was refused
     assert {status["status"] for status in ended} <= {"completed", "pruned", "cancelled"}
