@@ -55,5 +55,5 @@ def base_difference(expected: Mapping[str, Any], found: Mapping[str, float]) -> 
             continue
         now = found.get(metric, math.nan)
         if not math.isclose(now, value, rel_tol=_BASE_TOLERANCE, abs_tol=_BASE_TOLERANCE):
-            return f"its base has {metric} {now:.4f}, needed is {value:.4f}"
+            return f"its base has {metric} {now:.4f}, needed {value:.4f}"
     return None

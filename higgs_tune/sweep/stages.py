@@ -253,7 +253,7 @@ def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | N
     """How a worker's base or data differ from the expected ones, in words; None if they do not."""
     name = "content_hash"
     if expected[name] != found[name]:
-        return f"its dataset has {name} {found[name]}, needed is {expected[name]}"
+        return f"its dataset has {name} {found[name]}, needed {expected[name]}"
     return base_difference(expected["metrics"], found["metrics"])
 
 

@@ -44,7 +44,7 @@ def open_storage(url: str) -> "RDBStorage":
         return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # the server may restart
     except NoSuchModuleError:
         _refuse(
-            f": SQLAlchemy knows no kind of database called {parsed.drivername}. Needed is one such "
+            f": SQLAlchemy knows no kind of database called {parsed.drivername}. Needed: a kind such "
             "as sqlite, postgresql or mysql. Correct it, or install the package that adds it."
         )
     except ImportError as error:
@@ -52,10 +52,10 @@ def open_storage(url: str) -> "RDBStorage":
     except database_errors() as error:
         is_file = parsed.get_backend_name() == "sqlite"
         advice = (
-            "Needed is a file in an existing folder, both writable. Create the folder, or give "
+            "Needed: a file in an existing folder, both writable. Create the folder, or give "
             "another path."
             if is_file
-            else "Needed is a server that answers and lets this user create tables. Start it, or "
+            else "Needed: a server that answers and lets this user create tables. Start it, or "
             "correct the URL."
         )
         _refuse(f" ({_place(parsed)}) cannot be opened: {_reason(error, parsed)}. {advice}")
@@ -112,7 +112,7 @@ def _parse(url: str) -> "URL":
         return make_url(url)
     except (ArgumentError, ValueError, KeyError, IndexError):
         _refuse(
-            ": the value is not the URL of a database. Needed is sqlite:///FILE or "
+            ": the value is not the URL of a database. Needed: sqlite:///FILE or "
             "KIND://USER:PASSWORD@HOST/NAME. Set one; in a password write %40 for @, %3A for :, "
             "%2F for /, %7B and %7D for braces."
         )

@@ -35,7 +35,7 @@ TWO = {"num_trials": 8, "num_workers": 2, "slots_per_worker": 1, "cpus_per_worke
         (
             "data",
             ConfigError,
-            r"worker-\d on node \S+: its dataset has content_hash (0{64}, needed is 1|1{64}, needed is 0)",
+            r"worker-\d on node \S+: its dataset has content_hash (0{64}, needed 1|1{64}, needed 0)",
         ),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_resumed_sweep_refuses_data_that_was_prepared_again(whole, tmp_path):
     base, trials = (tmp_path / "s/base.json"), trials_of(tmp_path / "s")
     other = json.dumps({**(read_json(base) or {}), "content_hash": "1" * 64})
     base.write_text(other)
-    with pytest.raises(ConfigError, match=r"content_hash 0{64}, needed is 1{64} .*base\.json") as e:
+    with pytest.raises(ConfigError, match=r"content_hash 0{64}, needed 1{64} .*base\.json") as e:
         run(tmp_path, resume=True, base={"path": "warns"}, tune={**ONE_SLOT, "num_trials": 4})
     assert "--name NAME" in str(e.value)
     assert base.read_text() == other

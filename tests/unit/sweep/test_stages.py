@@ -122,11 +122,11 @@ def test_bases_are_compared_only_by_losses_that_were_finite():
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (found("bb"), "its dataset has content_hash bb, needed is aa"),
-        (found(nll=9.2), "its base has val/text/nll 9.2000, needed is 9.0000"),
-        (found(nll=math.nan), "its base has val/text/nll nan, needed is 9.0000"),
-        (found(audio_gain=0.02), "its base has val/text/audio_gain 0.0200, needed is 0.0010"),
-        ({"content_hash": "aa", "metrics": {}}, "its base has val/text/nll nan, needed is 9.0000"),
+        (found("bb"), "its dataset has content_hash bb, needed aa"),
+        (found(nll=9.2), "its base has val/text/nll 9.2000, needed 9.0000"),
+        (found(nll=math.nan), "its base has val/text/nll nan, needed 9.0000"),
+        (found(audio_gain=0.02), "its base has val/text/audio_gain 0.0200, needed 0.0010"),
+        ({"content_hash": "aa", "metrics": {}}, "its base has val/text/nll nan, needed 9.0000"),
     ],
 )
 def test_a_difference_is_described_with_both_values(other, words):

@@ -110,7 +110,7 @@ def test_all_rows_and_all_their_texts_are_looked_at(embedded: Vocabulary, tmp_pa
     first = dataset.row(5).id
     message = (  # `evaluate` learns nothing
         rf"in 3 of 48 rows \(first {first!r}\) the base's tokenizer has no token for "
-        r"'☕' \(U\+2615\), '中' \(U\+4E2D\), '😀' \(U\+1F600\); to it all are one .* or use a base whose"
+        r"'☕' \(U\+2615\), '中' \(U\+4E2D\), '😀' \(U\+1F600\); it reads all such characters as one\. .* or use a base whose"
     )
     with pytest.raises(DataError, match=message):
         check_texts(dataset, embedded)
