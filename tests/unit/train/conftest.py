@@ -1,4 +1,4 @@
-"""A run of `higgs-tune train` on a tiny base, in this process."""
+"""Fixtures that run `higgs-tune train` on a tiny base, in this process."""
 
 import shutil
 
@@ -75,7 +75,7 @@ def clean(dataset):
 
 @pytest.fixture
 def trained(run_single, tmp_path):
-    """The adapter of a finished run, as `export` hands it over, and its last line."""
+    """A finished run's adapter without its training state, and the run's last line."""
     run, lines, _ = run_single
     run(out=tmp_path / "earlier")
     last = lines[-1]
@@ -88,7 +88,7 @@ def trained(run_single, tmp_path):
 
 @pytest.fixture
 def plain_peft(tmp_path):
-    """A function that saves an adapter of stock PEFT on the stock model, in bfloat16; and that model."""
+    """Saves a stock PEFT adapter in bfloat16; returns its folder and the wrapped stock model."""
 
     def save(**settings):
         torch.manual_seed(3)

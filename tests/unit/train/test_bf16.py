@@ -1,4 +1,4 @@
-"""A base in bf16: master weights and the gradients of a step stay in fp32."""
+"""A base in bf16: master weights and the gradient sums of a step stay in fp32."""
 
 import contextlib
 import threading
@@ -19,7 +19,7 @@ EXAMPLES = [example(("transcribe", "speak")[n % 2], n, 5 + n % 7, 4 + n % 5) for
 
 
 def engine_of(dtype, num_slots=1):
-    base = tiny_base(dtype=torch.bfloat16)  # the fp32 one has the rounded weights, too
+    base = tiny_base(dtype=torch.bfloat16)  # so that the fp32 base has rounded weights, too
     base.model.to(dtype)
     engine = Engine(base, PackLimits.of([CONFIG], num_slots))
     for name in "ab"[:num_slots]:
@@ -38,7 +38,7 @@ def total(bank, slot=0):
 
 
 def gradients(engine):
-    """The step's gradients, one micro-batch for each example."""
+    """A step's gradients, with one micro-batch per example."""
     counts = {0: count_targets(EXAMPLES, NUM_CODEBOOKS)}
     for number, one in enumerate(EXAMPLES):
         if number:
@@ -47,10 +47,10 @@ def gradients(engine):
     return total(engine.bank)
 
 
-def test_gradients_of_many_micro_batches_point_where_fp32_points():
+def test_gradients_of_many_micro_batches_have_the_direction_of_fp32():
     exact, ours = gradients(engine_of(torch.float32)), gradients(engine_of(torch.bfloat16))
     assert ours.dtype == torch.float32
-    # bf16 activations cost about 1e-4 of the cosine
+    # bf16 activations lower the cosine by about 1e-4
     assert torch.cosine_similarity(exact, ours, dim=0) >= 0.999
 
 
@@ -87,14 +87,14 @@ def test_compute_weights_are_the_rounded_master_after_each_change():
     check()
 
 
-def test_lanes_that_need_the_fp32_sum_at_once_share_one(monkeypatch):
+def test_lanes_that_create_the_fp32_sum_at_once_share_it(monkeypatch):
     bank = engine_of(torch.bfloat16, num_slots=2).bank
     bank.lora.grad.fill_(1.0)
     both = threading.Barrier(2)
     zeros_like = torch.zeros_like
 
     def slowly(*args, **kwargs):
-        with contextlib.suppress(threading.BrokenBarrierError):  # the other one waits elsewhere
+        with contextlib.suppress(threading.BrokenBarrierError):  # the other waits for the lock
             both.wait(timeout=2)
         return zeros_like(*args, **kwargs)
 
@@ -118,7 +118,7 @@ def test_losses_of_bfloat16_logits_are_summed_in_float32():
     torch.testing.assert_close(text_K.double(), exact[:, 0], rtol=1e-5, atol=0)
 
 
-def test_the_micro_batches_of_a_step_add_up_to_the_whole():
+def test_losses_of_micro_batches_add_up_to_those_of_one_batch():
     counts = {0: count_targets(EXAMPLES, NUM_CODEBOOKS)}
     sums = []
     for at_once in (1, len(EXAMPLES)):

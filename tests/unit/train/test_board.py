@@ -1,4 +1,4 @@
-"""What TensorBoard is told of a run."""
+"""What a run writes for TensorBoard."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from tests.full_disk import largest_file
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_figures_that_the_disk_does_not_take_are_an_error_and_no_endless_wait(tmp_path):
+def test_a_failed_write_raises_an_error_instead_of_blocking(tmp_path):
     board, errors = Board(tmp_path, next_step=0), []
     figures = {f"figure {number}": 1.0 for number in range(30)}
 

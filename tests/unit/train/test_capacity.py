@@ -1,4 +1,4 @@
-"""How many trials of a sweep a machine holds."""
+"""How many trials of a sweep a machine can hold."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def shape(config):
-    """The embedded base's, with one layer."""
+    """The embedded base's configuration, with one layer."""
     embedded = base_shape(config.base, None)
     return HiggsAudioV2Config.from_dict({**embedded.to_dict(), "num_hidden_layers": 1})
 
@@ -41,25 +41,27 @@ def by_slots(config, shape):
 
 @pytest.fixture
 def predicted(monkeypatch, by_slots):
-    """Nothing is predicted twice."""
+    """Replaces predictions by those of `by_slots`, to save time."""
     monkeypatch.setattr(capacity, "predict_modes", lambda config, shape, n, step: [by_slots[n]])
 
 
-def test_every_further_slot_needs_the_same(config, shape):
+def test_every_further_slot_needs_the_same_memory(config, shape):
     searched = load_sweep(QUICK, [*SMALL, "space.cross_attention=[off, text_to_audio]"])
     by_slots = (predict_modes(searched, shape, n, largest_step(searched, shape)) for n in (1, 2, 3))
     for one, two, three in zip(*by_slots, strict=True):
         assert memory_of_slots(one, two, 3) == three
 
 
-def test_a_gpu_holds_what_is_predicted_and_not_one_more(config, shape, by_slots, predicted):
+def test_a_gpu_holds_the_slots_that_fit_beside_the_reserve(config, shape, by_slots, predicted):
     for slots in (1, 2):
         just_enough = int(by_slots[slots].total / (1 - RESERVE)) + 1
         assert slots_on_gpu(config, shape, just_enough) == slots
     assert slots_on_gpu(config, shape, by_slots[1].total) == 0  # the reserve is missing
 
 
-def test_a_cpu_holds_two_for_each_core_or_what_memory_allows(config, shape, by_slots, predicted):
+def test_a_cpu_holds_two_slots_per_core_or_as_many_as_fit_in_memory(
+    config, shape, by_slots, predicted
+):
     one = by_slots[1]
     assert slots_on_cpu(config, shape, 1 << 40, 3) == 6
     computing = one.total - one.base - one.adapters
@@ -77,7 +79,7 @@ def test_the_largest_step_follows_the_limits_of_the_sweep(config, shape):
 
 @pytest.mark.parametrize("max_rows", [37, 60, 100, 128, 200, 256])
 def test_no_batch_of_a_sweep_has_more_rows_than_the_largest_step(config, shape, max_rows):
-    """By the cut that training makes of every choice of equal lengths; they fill a forward best."""
+    """Splits every batch of equally long clips, which fill a forward best, as training does."""
     searched = load_sweep(QUICK, [*SMALL, f"data.max_rows={max_rows}", "space.batch_clips=[5]"])
     most = 0
     for rows in range(1, max_rows + 1):
@@ -96,7 +98,7 @@ def test_one_long_conversation_is_the_largest_step_of_a_small_budget(config, sha
 
 
 @pytest.mark.parametrize("dropout", ["{low: 0, high: 0.1}", "[0, 0.1]"])
-def test_masks_of_dropout_are_counted(config, shape, by_slots, dropout):
+def test_dropout_masks_are_counted(config, shape, by_slots, dropout):
     searched = load_sweep(QUICK, [*SMALL, f"space.dropout={dropout}"])
     (with_masks,) = predict_modes(searched, shape, 1, largest_step(searched, shape))
     assert with_masks.activations > by_slots[1].activations

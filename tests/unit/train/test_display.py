@@ -29,26 +29,26 @@ def shown(stream: io.StringIO) -> str:
     return stream.getvalue()
 
 
-def test_without_a_terminal_there_are_json_lines_and_nothing_else():
+def test_without_a_terminal_only_json_lines_are_printed():
     lines = [json.loads(line) for line in shown(io.StringIO()).splitlines()]
     assert [line["step"] for line in lines] == [5, 20]
     assert lines[0] == LINE
 
 
-def test_a_process_that_is_told_nothing_shows_nothing():
+def test_a_display_without_calls_shows_nothing():
     stream = Terminal()
-    with Display(20, stream):  # as all but the first of several
+    with Display(20, stream):  # as in all processes but the main one
         pass
     assert stream.getvalue() == ""
 
 
-def test_a_figure_without_a_value_is_null_in_json():
+def test_a_figure_that_is_nan_is_null_in_json():
     stream = io.StringIO()
     Display(20, stream).line({**LINE, "val/text/nll": float("nan")})
     assert json.loads(stream.getvalue(), parse_constant=pytest.fail)["val/text/nll"] is None
 
 
-def test_a_terminal_has_figures_and_samples_as_they_are():
+def test_a_terminal_shows_figures_and_samples_verbatim():
     text = shown(Terminal())
     assert "step  5/20   text nll 2.500   audio nll 4.000" in text
     assert "completed early stop: enough" in text
@@ -56,7 +56,7 @@ def test_a_terminal_has_figures_and_samples_as_they_are():
     assert "nono …" in text
 
 
-def test_a_terminal_names_the_adapter_of_a_start():
+def test_a_terminal_names_the_adapter_that_a_run_started_from():
     stream = Terminal()
     with Display(20, stream) as display:
         display.line({**LINE, "step": 0, "start_from": "old/adapter"})
@@ -66,7 +66,7 @@ def test_a_terminal_names_the_adapter_of_a_start():
     )
 
 
-def test_pace_counts_the_steps_of_this_start():
+def test_pace_counts_only_the_steps_since_this_start():
     now = iter([0.0, 10.0, 10.0, 20.0, 20.0])
     pace = Pace(1000, clock=lambda: next(now))
     assert pace.after(500) == ""

@@ -1,4 +1,4 @@
-"""`higgs-tune fit`, and the sweep of the real model that it is for."""
+"""`higgs-tune fit`, and the real model's sweep that it was made for."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_the_real_sweep_is_valid_and_stops_no_trial_in_its_warm_up() -> None:
     assert config.base.dtype == "bfloat16"
 
 
-def test_every_sweep_that_ships_is_in_the_wheel() -> None:
+def test_every_shipped_sweep_is_in_the_wheel() -> None:
     project = (SWEEPS.parent / "pyproject.toml").read_text()
     for path in SWEEPS.glob("*.yaml"):
         assert f'"sweeps/{path.name}" = "higgs_tune/sweeps/{path.name}"' in project
@@ -68,7 +68,7 @@ def test_the_command_prints_parts_that_add_up(capsys) -> None:
 
 
 @pytest.mark.parametrize("how", [(), ("--json",)])
-def test_a_sweep_of_which_no_slot_fits_is_an_error_behind_the_figures(how, capsys) -> None:
+def test_a_sweep_too_large_for_one_slot_prints_figures_and_an_error(how, capsys) -> None:
     quick = str(SWEEPS / "quick.yaml")
     words = ["fit", "--config", quick, "--clip-rows", "100", "--gpu-gib", "0.05", *how]
     assert cli.main(words) == cli.BAD_INPUT
@@ -90,7 +90,7 @@ def test_a_sweep_of_which_no_slot_fits_is_an_error_behind_the_figures(how, capsy
         (["--clip-rows", "1"], "--clip-rows must be at least 8"),
     ],
 )
-def test_what_cannot_be_predicted_is_one_clear_line(words, message, capsys) -> None:
+def test_bad_input_is_refused_with_its_reason(words, message, capsys) -> None:
     assert cli.main(["fit", "--config", str(SWEEPS / "quick.yaml"), *words]) == cli.BAD_INPUT
     assert message in capsys.readouterr().err
 

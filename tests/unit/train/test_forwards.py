@@ -1,4 +1,4 @@
-"""Which adapters share a forward: arithmetic that only pads against time of the host."""
+"""Which adapters share a forward: wasted arithmetic on padding against host time."""
 
 from itertools import combinations, pairwise, zip_longest
 
@@ -15,7 +15,7 @@ COSTS = Costs(forward=1000.0, run=100.0)
 
 
 def cost(groups, rows, costs):
-    """Written anew: padded rows of each forward, or what the host needs for it."""
+    """A second implementation: padded rows of each forward, or its host time if that is longer."""
     total = 0.0
     for group in groups:
         for parts in zip_longest(*(rows[slot] for slot in group)):
@@ -27,7 +27,7 @@ def cost(groups, rows, costs):
 
 
 def every_cut(slots):
-    """All ways to cut a list into stretches."""
+    """All ways to cut a list into runs of neighbours."""
     for number in range(len(slots)):
         for cuts in combinations(range(1, len(slots)), number):
             edges = [0, *cuts, len(slots)]
@@ -35,7 +35,7 @@ def every_cut(slots):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_cut_by_length_takes_less(seed):
+def test_no_other_cut_by_length_costs_less(seed):
     rng = np.random.default_rng(seed)
     rows = {
         int(n): [tuple(map(int, rng.integers(10, 1500, 2))) for _ in range(rng.integers(1, 4))]
@@ -55,33 +55,32 @@ def test_equal_adapters_and_short_steps_share_one_forward():
     assert share_forwards({3: [(90, 510)]}, COSTS) == [(3,)]
 
 
-def test_many_short_forwards_are_no_reason_to_part():
-    """A step is long by its clips, but a small token budget gives the device little at a time."""
+def test_adapters_with_many_short_forwards_share_them():
+    """Many clips make a step long, but a small token budget keeps each of its forwards short."""
     long, short = [(30, 200)] * 12, [(30, 200)] * 2
     assert share_forwards({0: long, 1: short, 2: long, 3: short}, COSTS) == [(0, 1, 2, 3)]
 
 
-def test_long_adapters_part_from_short_ones():
+def test_long_and_short_adapters_get_separate_forwards():
     rows = {n: [(300, 3000)] if n % 2 else [(40, 400)] for n in range(8)}
     assert share_forwards(rows, COSTS) == [(1, 3, 5, 7), (0, 2, 4, 6)]
 
 
-def test_at_full_size_the_host_needs_as_long_as_some_thousand_rows():
+def test_at_full_size_host_time_equals_some_thousand_rows():
     meta = torch.device("meta")
     full = Costs.of(random_base(PRESETS["full"], meta, torch.bfloat16).model)
-    # 68 × 15 µs for a layer against its 403 MFLOP a row at 783 TFLOP/s
+    # a layer: 68 operations of 15 µs, against 403 MFLOP per row at 783 TFLOP/s
     assert full.forward == pytest.approx(1983, rel=0.01)
     assert full.run == pytest.approx(1516, rel=0.01)
-    tiny = Costs.of(tiny_base().model)  # nothing that fits into its forward makes it worth a second
+    tiny = Costs.of(tiny_base().model)  # no forward has enough rows to be worth splitting
     assert tiny.forward > 1e6
 
 
-SOME = Costs(
-    forward=150.0, run=0.0
-)  # cuts the three trials into two forwards in most of their steps
+# splits the three trials into two forwards in most steps
+SOME = Costs(forward=150.0, run=0.0)
 
 
-def test_a_pack_in_several_forwards_trains_what_it_trains_in_one(dataset, clean, monkeypatch):
+def test_a_pack_trains_the_same_however_it_is_split_into_forwards(dataset, clean, monkeypatch):
     loop = loop_of(dataset, like_gpu=True)
     loop.engine.lanes.costs = SOME
     asked = limit_clips(monkeypatch, lambda slots, num: True)
@@ -90,17 +89,19 @@ def test_a_pack_in_several_forwards_trains_what_it_trains_in_one(dataset, clean,
     same(results, clean, TRIALS, rel=2e-3, abs=2e-3)
 
 
-def test_memory_that_runs_out_in_one_of_several_forwards_costs_nothing(dataset, clean, monkeypatch):
+def test_running_out_of_memory_in_one_of_several_forwards_changes_nothing(
+    dataset, clean, monkeypatch
+):
     loop = loop_of(dataset, like_gpu=True)
     loop.engine.lanes.costs = SOME
     asked = limit_clips(monkeypatch, lambda slots, num: len(slots) < 2)
     results = [loop.advance() for _ in range(2)]
-    assert sum(len(slots) > 1 for slots, _ in asked) == 1  # never again
+    assert sum(len(slots) > 1 for slots, _ in asked) == 1  # not tried again
     assert loop._gradients.room.width == 1
     same(results, clean, TRIALS, rel=2e-3, abs=2e-3)
 
 
-def test_each_run_of_neighbouring_slots_takes_the_host_time():
+def test_each_run_of_neighbouring_slots_costs_host_time():
     rows = {slot: [(1, 1)] for slot in range(4)}
     found = [cost_of(group, rows, COSTS) for group in ((0, 1), (0, 2), (0, 1, 3))]
     assert found == [1100, 1200, 1200]

@@ -1,4 +1,4 @@
-"""The probes pass on our labels and catch the mission's leak."""
+"""The probes pass on correct labels, and catch labels that leak or are misaligned."""
 
 import math
 import re
@@ -36,21 +36,21 @@ def nll_of(base):
 
 
 def at_own_input(one):
-    """The same targets, each at its own input row, as transformers takes labels."""
+    """The same targets, each at the row of its own input, as transformers expects labels."""
     text = np.where(one.text_labels_L != IGNORE, one.text_labels_L, IGNORE)
     audio = np.full_like(one.audio_labels_AC, IGNORE)
     audio[1:] = one.audio_labels_AC[:-1]
     return replace(one, audio_labels_AC=audio, text_labels_L=np.roll(text, 1))
 
 
-def test_no_label_of_ours_sees_its_own_input():
+def test_no_label_sees_its_own_input():
     probed, worst, past = causality_probe(nll_of(tiny_base()), EXAMPLES, NUM_CODES, num_labels=6)
     assert probed == 18
     assert worst < 1e-4
-    assert past > 1e-2  # the probe does move inputs that a label may see
+    assert past > 1e-2  # the probe does change inputs that a label may see
 
 
-def test_probes_run_side_by_side_say_what_they_say_one_by_one():
+def test_probes_in_parallel_find_the_same_as_one_by_one():
     nll = nll_of(tiny_base())
     with ThreadPoolExecutor(2) as pool:
         together = preflight(nll, EXAMPLES, NUM_CODES + 2, each=pool.map)
@@ -58,8 +58,8 @@ def test_probes_run_side_by_side_say_what_they_say_one_by_one():
 
 
 def test_a_loss_that_forgets_to_shift_is_caught():
-    """The mission's leak: the logit of a row is scored against that row's own codes."""
-    nll = nll_of(tiny_base())  # scores labels where they stand
+    """The logits of a row are scored against that row's own codes."""
+    nll = nll_of(tiny_base())  # scores labels without a shift
     with pytest.raises(LeakError, match="labels are not shifted"):
         causality_probe(nll, [at_own_input(EXAMPLES[1])], NUM_CODES, label_offset=0)
 
@@ -80,7 +80,7 @@ def test_a_loss_that_shifts_labels_itself_passes():
 
 
 def later(one, *, text=0, audio=0):
-    """The same labels, each scored by the logits so many rows before its place."""
+    """The same labels, each moved this many rows up, to the logits of an earlier row."""
 
     def moved(labels, rows):
         return np.pad(
@@ -102,7 +102,7 @@ def test_a_loss_that_shifts_shifted_labels_again_is_caught(modality):
 
 
 def undelayed(one):
-    """Labels of clips as they are for inputs that are delayed."""
+    """Audio labels without the delay pattern that the inputs have."""
     columns = [np.roll(column, -c) for c, column in enumerate(one.audio_labels_AC.T)]
     return replace(one, audio_labels_AC=np.stack(columns, axis=1))
 
@@ -150,7 +150,7 @@ def test_text_beside_much_audio_is_probed_too():
         causality_probe(echoing, [one], NUM_CODES)
 
 
-def test_a_function_that_makes_labels_of_its_own_is_told_so():
+def test_a_function_that_scores_its_own_labels_is_refused():
     inner = nll_of(tiny_base())
 
     def own_labels(one):
@@ -183,7 +183,7 @@ def leaky(monkeypatch, batch, mode):
 def test_cross_attention_that_sees_later_audio_is_caught_once_it_is_trained(
     monkeypatch, mode, trained, leaks
 ):
-    """New modules start at o_proj = 0: until a step has changed that, no leak of theirs shows."""
+    """New modules start with o_proj = 0, which hides their leaks until a step has changed it."""
     config = trial(targets=("attention", "audio_attention"), cross_attention=mode)
     engine = Engine(tiny_base(), PackLimits.of([config], 1))
     engine.add("t", config)
@@ -233,14 +233,14 @@ def test_a_probe_that_cannot_fail_is_refused(examples):
         preflight(lambda one: (1.0, 1.0), examples, NUM_CODES + 2)
 
 
-def test_a_base_above_chance_is_reported_as_misaligned():
+def test_a_base_far_worse_than_chance_is_refused_as_misaligned():
     inner = nll_of(tiny_base())
     with pytest.raises(LeakError, match="misaligned labels"):
         preflight(lambda one: (inner(one)[0], 3 * inner(one)[1]), EXAMPLES, NUM_CODES + 2)
 
 
-def test_a_base_that_does_worse_than_a_guess_is_warned_of(caplog):
-    """Codes of another codec of the same shape cost the embedded base 1.25 times chance, no more."""
+def test_a_base_slightly_worse_than_chance_causes_a_warning(caplog):
+    """Another codec's codes of the same shape cost the embedded base only 1.25 times chance."""
     base = load_base(BaseSettings(device="cpu"))
     nll, rng = nll_of(base), np.random.default_rng(0)
 

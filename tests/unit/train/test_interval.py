@@ -1,4 +1,4 @@
-"""The figures of an interval: sums over targets, whatever was gathered or saved in between."""
+"""An interval's metrics: means over its targets, even if it is gathered or saved in between."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def test_losses_are_divided_by_the_targets_of_all_steps():
     assert figures[metrics.TRAIN_TIME_S] == pytest.approx(10)
 
 
-def test_an_interval_saved_in_between_has_the_same_figures():
+def test_an_interval_saved_and_loaded_midway_has_the_same_figures():
     whole = filled()
     whole.gather()
     half = filled(STEPS[:2])
@@ -49,7 +49,7 @@ def test_an_interval_saved_in_between_has_the_same_figures():
     assert again.metrics() == whole.metrics()
 
 
-def test_a_modality_without_a_target_has_no_figure():
+def test_a_modality_without_targets_has_nan_as_loss():
     interval = filled([(torch.zeros(3), torch.tensor(1.0), TargetCounts(0, np.array([1, 0])), 5)])
     interval.gather()
     figures = interval.metrics()
@@ -57,21 +57,21 @@ def test_a_modality_without_a_target_has_no_figure():
     assert math.isnan(figures[metrics.TRAIN_AUDIO_NLL])
 
 
-def test_an_interval_without_a_step_has_its_time_only():
+def test_an_interval_without_steps_has_only_its_time():
     following = filled().next()
     assert following.num_steps == 0
     assert following.metrics() == {metrics.TRAIN_TIME_S: 10.0}
 
 
 class Two(World):
-    """Another process has the same figures."""
+    """Two processes with the same figures."""
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return 2 * values
 
 
-def test_nats_and_rows_are_those_of_all_processes():
-    interval = filled()  # whose counts of targets are
+def test_nats_and_rows_are_summed_over_processes():
+    interval = filled()  # its target counts are already those of all processes
     interval.gather(Two())
     figures = interval.metrics()
     assert figures[metrics.TRAIN_TEXT_NLL] == pytest.approx(2 * 15 / 5)

@@ -1,4 +1,4 @@
-"""Characters without a token are refused before anything is trained, and none of ours has any."""
+"""Texts with characters that have no token are refused; no shipped text has any."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ def embedded() -> Vocabulary:
 
 
 def rewritten(folder: Path, **changes: Row) -> Dataset:
-    """Russian speech with some rows changed."""
+    """48 rows of Russian speech, some of them changed."""
     source = Dataset.open("embedded:russian")
     rows = [source.row(index) for index in range(40)]
     rows += [source.row(int(index)) for index in source.rows("validation")[:8]]
@@ -77,7 +77,7 @@ def test_an_unknown_character_in_a_text_is_refused_and_named(embedded: Vocabular
         ("a中b中", ["中"]),
         ("cafe\u0301", []),  # composed, it has a token
         ("e\u0323", ["\u1eb9"]),
-        ("a<|unk|>b", ["a<|unk|>b"]),  # no character of it is unknown
+        ("a<|unk|>b", ["a<|unk|>b"]),  # each character alone is known
         ("\U0001f600 ok", ["\U0001f600"]),
     ],
 )
@@ -87,13 +87,13 @@ def test_unknown_characters_are_found_as_the_tokenizer_reads_them(
     assert unknown_in(text, embedded) == characters
 
 
-def test_a_tokenizer_without_an_unknown_token_takes_every_text(embedded: Vocabulary, tmp_path):
+def test_a_tokenizer_without_an_unknown_token_accepts_every_text(embedded: Vocabulary, tmp_path):
     every = replace(embedded, unknown=None)
     check_texts(rewritten(tmp_path, row3=row(3, text=HINDI)), every)
     assert unknown_in(HINDI, every) == []
 
 
-def test_all_rows_and_all_their_texts_are_looked_at(embedded: Vocabulary, tmp_path):
+def test_all_texts_of_all_rows_are_checked(embedded: Vocabulary, tmp_path):
     chat = json.dumps(
         [
             {"role": "user", "parts": [{"type": "text", "text": "ж 中"}]},
@@ -108,13 +108,13 @@ def test_all_rows_and_all_their_texts_are_looked_at(embedded: Vocabulary, tmp_pa
         row12=row(12, kind="chat", turns=chat, start_index=1),
     )
     first = dataset.row(5).id
-    message = (  # `evaluate` learns nothing
+    message = (  # says nothing of training: `evaluate` shows it, too
         rf"in 3 of 48 rows \(first {first!r}\) the base's tokenizer has no token for "
         r"'☕' \(U\+2615\), '中' \(U\+4E2D\), '😀' \(U\+1F600\); it reads all such characters as one\. .* or use a base whose"
     )
     with pytest.raises(DataError, match=message):
         check_texts(dataset, embedded)
-    for number in (5, 9, 12):  # what is found there is what training would refuse
+    for number in (5, 9, 12):  # training would refuse the same rows
         one = dataset.row(number)
         talk = tasks.chat(one) if one.kind == "chat" else tasks.clone(one, one)
         with pytest.raises(DataError, match="no token for"):
@@ -122,7 +122,7 @@ def test_all_rows_and_all_their_texts_are_looked_at(embedded: Vocabulary, tmp_pa
 
 
 @pytest.mark.parametrize("command", ["check", "evaluate"])
-def test_the_commands_refuse_such_data_before_they_measure(tmp_path, capsys, command: str):
+def test_check_and_evaluate_refuse_texts_with_unknown_characters(tmp_path, capsys, command: str):
     rewritten(tmp_path / "data", row3=row(3, text=HINDI))
     arguments = [command, "--data", str(tmp_path / "data")]
     if command == "evaluate":

@@ -1,4 +1,4 @@
-"""Lanes with processes of their own, forked from new processes: these tests spoil them."""
+"""Lanes in processes of their own. The tests fork from fresh processes, which they may damage."""
 
 import errno
 import os
@@ -49,7 +49,7 @@ def in_new_process(function, *arguments):
 
 
 def answer(what, *rest):
-    """What the processes here do: whatever a test asks for."""
+    """Runs in the lanes of these tests: calls the function that a test sends."""
     return what(*rest)
 
 
@@ -66,21 +66,21 @@ def raise_made(make):
 
 
 class StubbornError(MemoryError):
-    """One that cannot be unpickled."""
+    """An error that cannot be unpickled."""
 
     def __init__(self, one, other):
         super().__init__(f"{one} {other}")
 
 
 class WildError(Exception):
-    """One whose pickling fails in a way of its own."""
+    """An error that cannot be pickled, because it raises a KeyError."""
 
     def __reduce__(self):
         raise KeyError("wild")
 
 
 class OddError(Exception):
-    """One that comes out of pickling as something else."""
+    """An error that is unpickled as a string."""
 
     def __reduce__(self):
         return str, ("odd",)
@@ -104,7 +104,7 @@ def talk():
             lane.call(raise_made, error)
         (note,) = caught.value.__notes__
         assert "in raise_made" in note
-    os.kill(pid, signal.SIGINT)  # Ctrl-C reaches the whole group; the parent ends it
+    os.kill(pid, signal.SIGINT)  # Ctrl-C reaches all processes; only the parent acts on it
     assert lane.call(os.getpid) == pid
     os.kill(pid, signal.SIGKILL)
     for _ in range(2):
@@ -113,7 +113,7 @@ def talk():
 
 
 def break_off():
-    """Memory runs out here while an answer comes: the next call must not get it."""
+    """Memory runs out in the parent as it reads an answer: the next call must not get this one."""
     lane = LaneProcess(answer)
     pid, receive = lane.call(os.getpid), lane._connection.recv_bytes
     lane._connection.recv_bytes = lambda: fail(MemoryError("none here"))
@@ -141,7 +141,7 @@ def new_process():
 
 
 @pytest.mark.parametrize("act", [talk, break_off, hold_a_connection])
-def test_a_lane(new_process, act):
+def test_a_lane_answers_until_it_is_lost_and_holds_no_sockets(new_process, act):
     new_process.submit(act).result(timeout=300)
 
 
@@ -165,14 +165,14 @@ def test_a_lane_ends_with_its_parent(tmp_path):
     for pid in pids.read_text().split():
         while Path(f"/proc/{pid}").exists() and time.monotonic() < ended:
             if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
-                break  # of whoever adopted it
+                break  # a zombie that its new parent has not reaped
             time.sleep(0.05)
         else:
             assert time.monotonic() < ended, "it lives on"
 
 
 def test_lanes_are_threads_where_a_fork_cannot_compute(caplog, monkeypatch):
-    def refuse(tensor):  # as where there is a GPU, behind the first gradient
+    def refuse(tensor):  # as with a GPU, after the first gradient
         raise RuntimeError("Unable to handle autograd's threading in combination with fork")
 
     monkeypatch.setattr(torch.Tensor, "backward", refuse)
@@ -197,7 +197,7 @@ def test_lanes_are_threads_where_nothing_can_be_forked(caplog, monkeypatch):
 
 
 def train(folder, threads, *, spoil=None):
-    """Both results and the last weights of each trial, in both dtypes; slots change hands in between."""
+    """Results, last states, numbers of forwards in both dtypes; trials change slots in between."""
     torch.set_num_threads(threads)
     limits = PackLimits.of(list(TRIALS.values()), num_slots=3)
     rounds, weights, num_forwards = [], {}, []
@@ -210,7 +210,7 @@ def train(folder, threads, *, spoil=None):
         rounds.append(loop.advance())
         for name in ("heads", "to_audio", "plain"):
             loop.leave(name)
-        for name in ("plain", "audio_self", "heads"):  # from the start, in other slots
+        for name in ("plain", "audio_self", "heads"):  # from step 0 again, in other slots
             loop.join(name, TRIALS[name])
         rounds += [loop.advance(), loop.advance()]
         for name in ("plain", "heads", "audio_self"):
@@ -222,12 +222,12 @@ def train(folder, threads, *, spoil=None):
             for name, r in each.items()
         }
         for each in rounds
-    ]  # shares of gradients are summed up here, by all threads
+    ]  # gradient shares are summed here, by all threads
     return shared, weights, num_forwards
 
 
 def train_in_lanes(folder, *, dies):
-    """`train` with two cores, in one of whose processes forwards fail, or which dies."""
+    """`train` on two cores; in a lane's process two forwards fail, or the process is killed."""
     pids = set()
 
     def note(loop):
@@ -240,14 +240,14 @@ def train_in_lanes(folder, *, dies):
 
         loop.engine.compute = compute
         if dies:
-            loop._validator.validate = None  # it must not come that far
+            loop._validator.validate = None  # must not be reached
             for pid in set(loop.engine.lanes.run([partial(compute, _pid, ())] * 8)) - {here}:
                 os.kill(pid, signal.SIGKILL)
                 time.sleep(0.2)
 
     spoil([ValueError("odd"), MemoryError("none here")])
     found = train(folder, 2, spoil=note)
-    assert len(pids) == 3, pids  # a process for each dtype
+    assert len(pids) == 3, pids  # this process, and a lane's for each dtype
     return found
 
 
@@ -257,7 +257,7 @@ def _pid(engine):
 
 
 def spoil(errors):
-    """Let forwards fail in a lane's process, once with each error, their gradients left behind."""
+    """Make forwards fail in a lane's process, once with each error, leaving gradients behind."""
     plain, here = Engine.forward_backward, os.getpid()
 
     def spoilt(self, *arguments):
@@ -285,21 +285,21 @@ def expected(dataset_folder):
         torch.set_num_threads(before)
 
 
-def test_lanes_in_processes_train_bit_for_bit_what_one_thread_does(dataset_folder, expected):
+def test_lanes_in_processes_train_the_same_bits_as_one_thread(dataset_folder, expected):
     results, states, num_forwards = in_new_process(
         partial(train_in_lanes, dies=False), dataset_folder
     )
-    assert repr(results) == repr(expected[0])  # equal where not a number
+    assert repr(results) == repr(expected[0])  # NaN equals NaN here
     assert states.keys() == expected[1].keys()
     for name, state in states.items():
         assert state.step == 2
         for kind in ("weights", "exp_avg", "exp_avg_sq"):
             for key, tensor in getattr(state, kind).items():
                 assert torch.equal(tensor, getattr(expected[1][name], kind)[key]), (name, key)
-    assert all(map(int.__ge__, num_forwards, expected[2])), num_forwards  # two were in vain
+    assert all(map(int.__ge__, num_forwards, expected[2])), num_forwards  # two were repeated
 
 
-def test_new_modules_of_one_kind_step_over_no_memory_of_another():
+def test_new_modules_of_one_kind_do_not_cover_the_memory_of_another():
     with torch_threads(2):
         engine = Engine(tiny_base(), PackLimits.of(list(TRIALS.values()), num_slots=2))
     resident = engine.add("t", TRIALS["to_audio"])
@@ -321,6 +321,6 @@ def test_lanes_beyond_the_slots_are_threads():
     assert len(lanes._processes) == 1
 
 
-def test_a_lane_that_dies_ends_the_pack_and_no_single_trial(dataset_folder):
+def test_the_death_of_a_lane_ends_the_whole_pack(dataset_folder):
     with pytest.raises(LaneLostError, match="ended with -9"):
         in_new_process(partial(train_in_lanes, dies=True), dataset_folder)

@@ -18,14 +18,14 @@ def two_cores():
         yield
 
 
-def test_lanes_take_slots_one_by_one_the_heaviest_first(two_cores):
+def test_lanes_take_one_slot_at_a_time_heaviest_first(two_cores):
     rows = {0: [(4, 6)], 1: [(40, 5), (40, 5)], 2: [(5, 45)], 3: [(45, 5)]}
     assert Lanes(CPU).groups(rows) == [(1,), (2,), (3,), (0,)]
     assert Lanes(torch.device("cuda")).groups(rows) == [(0, 1, 2, 3)]
     assert Lanes(torch.device("cuda"), Costs(0, 0)).groups(rows) == [(1,), (2,), (3,), (0,)]
 
 
-def test_tasks_run_side_by_side_on_a_core_each_and_keep_their_order(two_cores):
+def test_tasks_run_in_parallel_on_one_core_each_and_keep_their_order(two_cores):
     both = threading.Barrier(2, timeout=30)  # passes only when two tasks run at the same time
 
     def task(n):

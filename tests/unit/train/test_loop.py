@@ -1,4 +1,4 @@
-"""The loop: intervals, divergence, resume, evaluation."""
+"""The training loop: intervals, divergence, resume, evaluation."""
 
 import time
 
@@ -30,7 +30,7 @@ def loop_of(dataset, *trials, num_slots=2):
 
 
 def report_of(loop, trial_id):
-    """The trial's next report, whoever else reports before."""
+    """The trial's next report; skips those of other trials."""
     while trial_id not in (results := loop.advance()):
         assert results
     return results[trial_id]
@@ -52,7 +52,7 @@ def test_intervals_end_at_the_budget_and_report_true_steps(dataset):
     assert loop.advance() == {}
 
 
-def test_the_preparation_of_examples_is_no_training(dataset, monkeypatch):
+def test_preparing_examples_does_not_count_as_training_time(dataset, monkeypatch):
     loop = loop_of(dataset, A)
     loop.join("a", A)
     encode = loop._examples.encode
@@ -69,7 +69,7 @@ def test_the_preparation_of_examples_is_no_training(dataset, monkeypatch):
     assert loop.train_s + loop.prepare_s == pytest.approx(loop._steps_s)
 
 
-def test_trials_at_different_places_of_their_intervals_train_as_each_alone(dataset):
+def test_trials_at_different_points_of_their_intervals_train_as_if_alone(dataset):
     def alone(config):
         loop = loop_of(dataset, config, num_slots=1)
         loop.join("x", config)
@@ -95,7 +95,7 @@ def test_trials_at_different_places_of_their_intervals_train_as_each_alone(datas
                 assert ours[name] == pytest.approx(theirs[name], rel=5e-3), (trial_id, name)
 
 
-def test_a_snapshot_is_the_trial_as_it_was(dataset, tmp_path):
+def test_a_snapshot_written_later_holds_the_earlier_state(dataset, tmp_path):
     loop = loop_of(dataset, A, num_slots=1)
     loop.join("a", A)
     steps = iter(range(1, 8))
@@ -113,7 +113,7 @@ def test_a_snapshot_is_the_trial_as_it_was(dataset, tmp_path):
         assert (later / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_step_zero_is_the_bare_base_for_every_trial(dataset):
+def test_at_step_zero_every_trial_has_the_losses_of_the_bare_base(dataset):
     on = trial(cross_attention="audio_self", targets=("attention", "audio_attention"))
     loop = loop_of(dataset, A, on)
     loop.join("a", A)
@@ -123,7 +123,7 @@ def test_step_zero_is_the_bare_base_for_every_trial(dataset):
             assert result[name] == pytest.approx(value, abs=2e-5), name
 
 
-def test_audio_gain_is_the_nll_after_other_audio_minus_the_one_after_its_own(dataset):
+def test_audio_gain_is_the_text_nll_with_swapped_audio_minus_that_with_its_own(dataset):
     loop = loop_of(dataset, A)
 
     def nats_per_token(conversations):
@@ -172,12 +172,12 @@ def test_resumed_trial_repeats_the_same_batches_and_losses(dataset, tmp_path):
             assert again[name] == pytest.approx(result[name], rel=1e-6), name
 
 
-def test_trial_that_joins_at_its_budget_is_validated_once(dataset, tmp_path):
+def test_trial_that_joins_with_its_budget_used_up_is_validated_once(dataset, tmp_path):
     first = loop_of(dataset, A, num_slots=1)
     first.join("a", A)
     expected = [first.advance()["a"] for _ in range(4)][-1]
     first.snapshot("a")(tmp_path)
-    assert not load_state(tmp_path).exp_avg  # nothing to go on with
+    assert not load_state(tmp_path).exp_avg  # training cannot go on from it
     again = loop_of(dataset, A, B)
     again.join("a", A, tmp_path)
     again.join("b", B)
@@ -223,7 +223,7 @@ def test_data_of_another_codec_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("asked, told", [(4, False), (8, False), (48, True)])
-def test_fewer_validation_clips_than_asked_for_are_told(dataset, caplog, asked, told):
+def test_fewer_validation_clips_than_asked_for_cause_a_warning(dataset, caplog, asked, told):
     data = DATA.model_copy(update={"num_val_clips": asked})
     loop = PackLoop(tiny_base(), dataset, data, PackLimits.of([trial()], num_slots=1))
     assert len(loop.transcribe) == min(asked, 8)
@@ -233,7 +233,7 @@ def test_fewer_validation_clips_than_asked_for_are_told(dataset, caplog, asked, 
 
 def test_a_row_that_the_base_cannot_hold_is_left_out(dataset, caplog):
     base = tiny_base()
-    base.model.config.max_position_embeddings = 37  # rows may need 31 to 41, clones more
+    base.model.config.max_position_embeddings = 37  # a clip may need up to 31 to 40, cloning more
     loop = PackLoop(base, dataset, DATA, PackLimits.of([A], 1))
     account = loop.join("a", A)
     assert 0 < account["num_skipped"] < 24
@@ -246,7 +246,7 @@ def test_a_row_that_the_base_cannot_hold_is_left_out(dataset, caplog):
     assert results[-1]["status"] == "completed"
 
 
-def test_one_long_conversation_costs_nobody_the_run(dataset):
+def test_conversations_longer_than_max_rows_are_left_out(dataset):
     data = DATA.model_copy(update={"max_rows": 37})
     loop = PackLoop(tiny_base(), dataset, data, PackLimits.of([A], 1))
     assert 0 < loop.join("a", A)["num_skipped"] < 24

@@ -1,4 +1,4 @@
-"""The predicted memory against what torch's own allocator did in a real step."""
+"""Predicted memory against the peak of torch's own allocator in a real step."""
 
 import gc
 from collections.abc import Callable
@@ -53,8 +53,8 @@ def small_config(num_layers: int = 2, vocab_size: int = 500) -> HiggsAudioV2Conf
 
 
 def measured_peak(run) -> int:
-    """Bytes above the start that the CPU allocator had out at the worst moment of `run()`."""
-    gc.collect()  # what an earlier engine left must not be freed, and counted, in the middle of it
+    """The CPU allocator's peak during `run()`, in bytes above its start."""
+    gc.collect()  # an earlier engine's garbage must not be freed, and counted, during the run
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         run()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -86,7 +86,7 @@ CASES = {
 
 
 CROSS = {"audio self": ["audio_self", "off"]}
-# What has a dtype of its own in these: the bank's parts, the heads' logits, sums, modules saved whole.
+# Parts with dtypes of their own in these: the bank, the heads' logits, sums, modules saved whole.
 FLOAT32 = ("one", "with heads", "accumulated", "audio self")
 
 
@@ -114,7 +114,7 @@ def test_prediction_is_within_a_tenth_of_the_allocators_peak(case: str, dtype: s
         engine = Engine(base, limits)
         run_step(engine, fill_slots(engine, modes), step)
 
-    run(StepShape(1, text_rows=4, audio_rows=8, text_targets=2))  # what a process makes once
+    run(StepShape(1, text_rows=4, audio_rows=8, text_targets=2))  # allocates one-time buffers
     peak = measured_peak(run)
     assert predicted.total - predicted.base == pytest.approx(peak, rel=0.1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -123,9 +123,9 @@ def test_prediction_is_within_a_tenth_of_the_allocators_peak(case: str, dtype: s
 
 @pytest.mark.parametrize(
     "case, rows",
-    [("with heads", 1), ("with heads", 40), ("audio self", 40)],  # the bank rules, or the rows do
+    [("with heads", 1), ("with heads", 40), ("audio self", 40)],  # the bank's peak, and the rows'
 )
-def test_the_line_through_few_layers_meets_the_whole_model(
+def test_extrapolation_from_few_layers_equals_the_whole_model(
     case: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, limits = small_config(num_layers=7), limits_of(case)
@@ -140,7 +140,7 @@ def test_the_line_through_few_layers_meets_the_whole_model(
 
     monkeypatch.setattr(memory, "run_fake", noted)
     assert predict(config, "bfloat16", limits, modes, step) == whole
-    assert depths == [1, 2, 3]  # it is the line that meets it
+    assert depths == [1, 2, 3]  # so it was extrapolated
 
 
 @pytest.mark.parametrize(
@@ -148,10 +148,10 @@ def test_the_line_through_few_layers_meets_the_whole_model(
     [
         (lambda n: Memory(10, n, 5 * n, 0, 7), [1, 2, 3]),
         (lambda n: Memory(10, n, n * n, 0, 7), [1, 2, 3, 9]),
-        (lambda n: Memory(10, n, 5 * n, 0, 40 - 2 * n), [1, 2, 3, 9]),  # it may be another's peak
+        (lambda n: Memory(10, n, 5 * n, 0, 40 - 2 * n), [1, 2, 3, 9]),  # the peak may move
     ],
 )
-def test_a_model_that_is_no_line_is_run_whole(
+def test_a_model_that_does_not_grow_linearly_is_run_whole(
     bent: Callable[[int], Memory], depths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = []
@@ -167,7 +167,7 @@ def test_a_model_that_is_no_line_is_run_whole(
 
 
 @pytest.mark.parametrize("rows", [1, 40])  # the optimizer's peak, and the backward's
-def test_the_line_through_two_slots_meets_any_number(rows: int) -> None:
+def test_extrapolation_from_two_slots_equals_the_prediction_for_five(rows: int) -> None:
     step = StepShape(2, text_rows=2 * rows, audio_rows=rows, text_targets=rows, num_micro_batches=2)
 
     def of(num_slots: int) -> Memory:
@@ -180,11 +180,11 @@ def test_the_line_through_two_slots_meets_any_number(rows: int) -> None:
     assert memory_of_slots(of(1), of(2), 5) == of(5)
 
 
-def test_full_size_has_the_published_number_of_parameters_and_of_adapter_columns() -> None:
+def test_full_size_has_the_published_parameter_count_and_the_adapter_size_it_implies() -> None:
     limits = PackLimits(num_slots=1, max_rank=16, paths=frozenset(ALL_LINEAR))
     found = predict(FULL_SIZE, "bfloat16", limits, ["off"], StepShape.of(8, 400, 4096))
     assert found.base == pytest.approx(2 * 5.7713e9, rel=1e-3)
-    # per unit of rank 2.466 M columns: master and two moments in fp32, compute and gradient in bf16
+    # 2.466 M parameters per unit of rank: master, two moments in fp32; compute, gradient in bf16
     assert found.adapters == pytest.approx(16 * 2.4658e6 * 16, rel=1e-3)
     assert found.total < 24 * (1 << 30)
 
@@ -193,9 +193,8 @@ def test_slots_that_fit_counts_the_base_once() -> None:
     ones, twos = ([Memory(10, 2 * k, 3 * k, 0, 0)] for k in (1, 2))
     found = [slots_that_fit(ones, twos, room) for room in (15, 16, 21, 22, 100)]
     assert found == [0, 1, 1, 2, 17]
-    ones.append(
-        Memory(12, 0, 1, 0, 0)
-    )  # another kind, which needs more for the first and less for all
+    # another kind, with a larger base and smaller slots
+    ones.append(Memory(12, 0, 1, 0, 0))
     twos.append(Memory(12, 0, 2, 0, 0))
     found = [slots_that_fit(ones, twos, room) for room in (13, 15, 16, 100)]
     assert found == [0, 0, 1, 17]

@@ -1,4 +1,4 @@
-"""The bank's optimizer against torch's."""
+"""The bank's optimizer against torch's AdamW."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_rows_match_torch_adamw_with_their_own_settings():
             torch.testing.assert_close(view, own[name].detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_row_that_rests_or_died_keeps_weights_and_moments():
+def test_an_idle_or_diverged_row_keeps_its_weights_and_moments():
     bank = bank_of(3)
     alive = torch.ones(3, dtype=torch.bool)
     row = RowStep(1e-2, 1e-3, 0.1, 1.0, 1)

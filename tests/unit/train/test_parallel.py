@@ -1,4 +1,4 @@
-"""What several processes share, and which launches are refused. Real ones: tests/integration."""
+"""How processes share work, and which launches are refused. Real launches: tests/integration."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_shares_are_disjoint_and_complete():
     assert [len(share) for share in shares] == [3, 3, 3, 2]
 
 
-def test_a_process_alone_needs_nobody():
+def test_a_single_process_needs_no_group():
     assert join_world("auto", "float32") == (ALONE, "auto")
     assert ALONE.on_main(lambda: 3) == 3
     assert ALONE.any(True)
@@ -42,7 +42,7 @@ def test_a_process_alone_needs_nobody():
         ({"WORLD_SIZE": "2", "RANK": "0"}, "cuda:1", "one device for 2 processes"),
     ],
 )
-def test_a_launch_that_would_not_do_what_it_says_is_refused(
+def test_launch_options_that_could_not_take_effect_are_refused(
     monkeypatch, environment, device, message
 ):
     for name, value in environment.items():
@@ -51,7 +51,7 @@ def test_a_launch_that_would_not_do_what_it_says_is_refused(
         join_world(device, "float32")
 
 
-def test_accelerates_cpu_and_bf16_are_taken(monkeypatch):
+def test_accelerates_cpu_and_bf16_options_are_accepted(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert join_world("auto", "bfloat16") == (ALONE, "cpu")

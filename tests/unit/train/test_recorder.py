@@ -1,4 +1,4 @@
-"""What a run keeps: its best, its checkpoints, its samples; when it stops early."""
+"""What a run keeps: best adapter, checkpoints and samples; and when it stops early."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ from tests.runs import assert_same_run, read_lines
 
 
 def history(*texts, audio=None):
-    """Lines of validations 10 steps apart, the untouched base's first."""
+    """Lines of validations 10 steps apart; the first is the untouched base's."""
     audio = audio or [5.0] * len(texts)
     return [
         {
@@ -47,11 +47,11 @@ def test_early_stop_waits_for_its_patience():
     assert early_stop_reason(history(8, 3, 4, 5), RunSettings()) is None
     patient = RunSettings(early_stop_patience=2)
     assert early_stop_reason(history(8, 3, 3, 3), patient) is not None
-    assert early_stop_reason(history(8, 3, 4, 2, 5), patient) is None  # it waits anew
-    assert early_stop_reason(history(1, 9, 8), patient) is None  # the base is none to be beaten
+    assert early_stop_reason(history(8, 3, 4, 2, 5), patient) is None  # a new best starts anew
+    assert early_stop_reason(history(1, 9, 8), patient) is None  # the base need not be beaten
 
 
-def test_a_run_without_progress_ends_early_and_goes_on_with_more_patience(
+def test_a_run_without_progress_ends_early_and_resumes_without_that_limit(
     run_single, uninterrupted
 ):
     run, _, out = run_single
@@ -69,9 +69,7 @@ def test_a_run_without_progress_ends_early_and_goes_on_with_more_patience(
 
 
 @pytest.mark.parametrize("num_samples", [0, 1])
-def test_a_run_that_is_resumed_with_less_patience_than_it_has_used_has_ended_early(
-    run_single, num_samples
-):
+def test_resuming_with_less_patience_than_already_used_ends_the_run_early(run_single, num_samples):
     run, lines, _ = run_single
 
     def interrupt(step):
@@ -86,7 +84,7 @@ def test_a_run_that_is_resumed_with_less_patience_than_it_has_used_has_ended_ear
     assert result["reason"].startswith("early stop: val/text/nll was")
 
 
-def test_the_best_has_the_lowest_text_loss_of_those_that_kept_audio():
+def test_the_best_step_has_the_lowest_text_loss_within_the_audio_tolerance():
     assert best_step(history(8, 3, 2, 3), 0.05) == 20
     assert best_step(history(8, 3, 2, 3, audio=[5.0, 5.1, 5.3, 5.2]), 0.05) == 10
     assert best_step(history(8, 3, audio=[5.0, 6.0]), 0.05) is None
@@ -134,7 +132,7 @@ def test_best_adapter_follows_the_tolerance_of_a_resume(run_single, caplog):
     assert "was of step 20; with run.audio_tolerance 0 the best is step 5" in caplog.text
 
 
-def test_the_newest_checkpoint_can_be_the_best_that_a_looser_tolerance_asks_for(run_single, caplog):
+def test_a_looser_tolerance_can_make_the_newest_checkpoint_the_best(run_single, caplog):
     run, _, out = run_single
     run(trial=trial(**FASTER), audio_tolerance=0.0)
     assert best_of(out)[0] == 5
@@ -146,7 +144,7 @@ def test_the_newest_checkpoint_can_be_the_best_that_a_looser_tolerance_asks_for(
     assert not caplog.records
 
 
-def test_best_adapter_is_none_of_a_future_that_was_given_up(run_single):
+def test_best_adapter_is_never_of_a_step_that_was_rolled_back(run_single):
     run, _, out = run_single
     settings = RunSettings(keep_checkpoints=4, audio_tolerance=10.0)
     run(keep_checkpoints=4, audio_tolerance=10.0)
@@ -158,7 +156,7 @@ def test_best_adapter_is_none_of_a_future_that_was_given_up(run_single):
     assert not (out / "best_adapter").exists()
 
 
-def test_the_newest_checkpoints_are_kept_and_lead_back(run_single, uninterrupted):
+def test_the_newest_checkpoints_are_kept_and_can_be_resumed_from(run_single, uninterrupted):
     run, _, out = run_single
     run(keep_checkpoints=2)
     kept = sorted(folder.name for folder in (out / "checkpoints").iterdir())
@@ -195,7 +193,7 @@ def test_samples_of_every_validation_are_written_once(run_single):
     assert set(events(out / "tensorboard")["samples/text_summary"]) == {5, 10, 15, 20}
 
 
-def test_a_run_goes_on_without_samples_that_memory_does_not_hold(
+def test_a_run_goes_on_without_samples_if_memory_runs_out_for_them(
     run_single, uninterrupted, monkeypatch, caplog
 ):
     def too_big(*args):
@@ -208,14 +206,14 @@ def test_a_run_goes_on_without_samples_that_memory_does_not_hold(
     assert "no memory for samples beside the training, see run.num_samples" in caplog.text
 
 
-def test_samples_change_nothing_of_the_training(run_single, uninterrupted):
+def test_samples_do_not_change_the_training(run_single, uninterrupted):
     run, _, out = run_single
     run(num_samples=2, max_sample_tokens=4)
     assert_same_run(out, uninterrupted)
 
 
 def copies(out):
-    """The copies of checkpoints; without what holds clock times."""
+    """The files of the copied checkpoints, without the one that holds clock times."""
     folders = [out / BEST, out / KEPT]
     return {
         str(path.relative_to(out)): path.read_bytes()
@@ -255,7 +253,7 @@ def test_copies_that_failed_at_the_end_are_made_by_a_resume(
         assert copies(out) == copies(tmp_path / "whole")
 
 
-def test_a_checkpoint_behind_an_early_stop_is_no_copy_of_it(run_single):
+def test_a_checkpoint_from_after_an_early_stop_is_not_copied(run_single):
     run, _, out = run_single
     strict = KEEP | {"early_stop_patience": 1, "early_stop_min_delta": 100.0}
     run(**strict)

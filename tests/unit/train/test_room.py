@@ -1,4 +1,4 @@
-"""Memory that runs out in a step or a validation: done again smaller, nothing lost, nobody disturbed."""
+"""Steps and validations out of memory are redone in smaller parts; other trials are unaffected."""
 
 import gc
 import logging
@@ -29,7 +29,7 @@ ERRORS = {
 
 
 def fail_once(monkeypatch, number, *, backward):
-    """Raise in the n-th call of an operation inside the layers, or in its derivative."""
+    """Raise in the n-th call of an operation inside the layers, or in its backward."""
     plain, calls = packed_forward.swiglu, []
 
     def tick(*args):
@@ -56,7 +56,7 @@ def test_gradients_of_a_failed_attempt_do_not_count(dataset, clean, monkeypatch,
     results = [loop.advance() for _ in range(2)]
     assert len(calls) > number
     assert loop._gradients.room.width == 2
-    # other shapes round otherwise; gradients counted twice are clipped, and so seen in their norm
+    # other shapes round differently; gradients counted twice would be clipped, but show in the norm
     same(results, clean, TRIALS, rel=2e-3, abs=2e-3)
 
 
@@ -65,7 +65,7 @@ def test_a_trial_that_does_not_fit_ends_alone(dataset, clean, monkeypatch, lanes
     loop = loop_of(dataset, lanes=lanes)
     asked = limit_clips(monkeypatch, lambda slots, num: 1 not in slots)
     with caplog.at_level(logging.WARNING):
-        ended = loop.advance()  # at once; the others stand within their interval
+        ended = loop.advance()  # at once; the others are in the middle of their interval
         results = [loop.advance() for _ in range(2)]
     assert list(ended) == ["b"]
     assert ended["b"]["status"] == "out_of_memory"
@@ -86,34 +86,34 @@ def test_shorter_micro_batches_give_the_same_step_and_are_remembered(dataset, cl
     loop = loop_of(dataset)
     asked = limit_clips(monkeypatch, lambda slots, num: num <= 2)
     results = [loop.advance() for _ in range(2)]
-    same(results, clean, "bc", rel=2e-3, abs=2e-3)  # "a" drops other inputs in other micro-batches
+    same(results, clean, "bc", rel=2e-3, abs=2e-3)  # other micro-batches draw other masks for "a"
     same(results, clean, "c")
-    assert sum(num > 2 for _, num in asked) < 6  # of 10 steps of two adapters
+    assert sum(num > 2 for _, num in asked) < 6  # out of 10 steps of two adapters
     assert all(num <= 2 for _, num in asked[len(asked) // 2 :])
 
 
-def test_fewer_adapters_are_remembered_until_one_leaves(dataset, monkeypatch):
+def test_a_smaller_width_is_kept_until_an_adapter_leaves(dataset, monkeypatch):
     loop = loop_of(dataset, like_gpu=True)
     room = loop._gradients.room
     asked = limit_clips(monkeypatch, lambda slots, num: len(slots) < 2)
     loop.advance()
     assert [len(slots) for slots, _ in asked[:6]] == [3, 2, 1, 1, 1, 1]
     assert all(len(slots) == 1 for slots, _ in asked[2:])
-    room._device = torch.device("meta")  # the rule of a GPU, without one
+    room._device = torch.device("meta")  # makes `forget` behave as on a GPU
     loop.leave("b")
     asked.clear()
     loop.advance()
     assert [len(slots) for slots, _ in asked[:3]] == [2, 1, 1]
 
 
-def test_a_gpu_gives_back_its_pieces_and_tries_the_same_again_before_anything_smaller(
+def test_a_gpu_frees_unused_memory_and_retries_unchanged_before_splitting(
     dataset, clean, monkeypatch, caplog
 ):
     loop = loop_of(dataset, like_gpu=True)
     room = loop._gradients.room
     room._keeps_pieces = True
     given_back = []
-    failing = {3, 8, 9}  # of the forwards; the third of them fails again
+    failing = {3, 8, 9}  # numbers of forwards; 9 is the retry of 8
     plain = Engine.forward_backward
     asked = []
 
@@ -154,7 +154,9 @@ def test_lanes_that_need_too_much_together_take_turns(dataset, clean, monkeypatc
 
 
 @pytest.mark.parametrize("width", [1, None])
-def test_validation_that_ran_out_is_done_again(dataset, clean, monkeypatch, width):
+def test_validation_that_runs_out_of_memory_is_redone_in_smaller_parts(
+    dataset, clean, monkeypatch, width
+):
     loop = loop_of(dataset)
     loop._validator.room.width = width
     asked = limit_clips(
@@ -165,7 +167,7 @@ def test_validation_that_ran_out_is_done_again(dataset, clean, monkeypatch, widt
     assert loop._validator.room.width == 1
 
 
-def test_a_trial_without_room_to_validate_ends_alone(dataset, clean, monkeypatch):
+def test_a_trial_without_memory_to_validate_ends_alone(dataset, clean, monkeypatch):
     loop = loop_of(dataset)
     limit_clips(monkeypatch, lambda slots, num: slots != (2,), method="evaluate")
     results = loop.advance()
@@ -177,7 +179,7 @@ def test_a_trial_without_room_to_validate_ends_alone(dataset, clean, monkeypatch
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_every_way_of_saying_out_of_memory_is_understood(dataset, clean, monkeypatch, name):
+def test_every_out_of_memory_error_is_recognised(dataset, clean, monkeypatch, name):
     loop = loop_of(dataset)
     limit_clips(monkeypatch, lambda slots, num: 0 not in slots, ERRORS[name])
     assert {n: r["status"] for n, r in loop.advance().items()} == {"a": "out_of_memory"}
@@ -186,11 +188,11 @@ def test_every_way_of_saying_out_of_memory_is_understood(dataset, clean, monkeyp
     same([results], clean, "bc")
 
 
-def test_another_error_is_not_taken_for_memory():
+def test_a_value_error_is_not_taken_for_out_of_memory():
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
-def test_memory_is_given_back_after_the_attempt_is_gone(dataset, monkeypatch):
+def test_a_failed_attempt_is_freed_before_memory_is_given_back(dataset, monkeypatch):
     loop = loop_of(dataset, "a")
     held: list[weakref.ref] = []
     plain = Engine.forward_backward
@@ -200,7 +202,7 @@ def test_memory_is_given_back_after_the_attempt_is_gone(dataset, monkeypatch):
             return plain(self, batch, counts)
         activations = torch.zeros(100)
         held.append(weakref.ref(activations))
-        raise torch.OutOfMemoryError("CUDA out of memory")  # a new one: it holds its frames
+        raise torch.OutOfMemoryError("CUDA out of memory")  # a new one, which holds its frames
 
     alive = []
     monkeypatch.setattr(Engine, "forward_backward", failing)

@@ -1,4 +1,4 @@
-"""Errors that are not about memory: a trial's own end it alone, everyone's end the process."""
+"""Errors other than lack of memory: one trial's ends that trial, an error of all is raised."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_a_trial_that_fails_by_itself_ends_alone(
     assert ended["b"]["status"] == "failed"
     assert ended["b"]["reason"] == "ValueError: odd"
     assert metrics.VAL_TEXT_NLL not in ended["b"]
-    assert "b: ValueError: odd" in caplog.text and "in limited" in caplog.text  # where
+    assert "b: ValueError: odd" in caplog.text and "in limited" in caplog.text  # its traceback
     results = [ended] if len(ended) > 1 else []
     results += [loop.advance() for _ in range(2 - len(results))]
     rounding = {"rel": 2e-3, "abs": 2e-3} if like_gpu else {}
@@ -53,7 +53,7 @@ def test_an_error_that_does_not_come_back_changes_nothing(
     assert caplog.text.count("ValueError: once") == 1, "it is not hidden"
 
 
-def test_what_fails_in_company_only_fails_once(dataset, monkeypatch, caplog):
+def test_adapters_that_fail_only_together_fail_once(dataset, monkeypatch, caplog):
     loop = loop_of(dataset, like_gpu=True)
     asked = limit_clips(monkeypatch, lambda slots, num: len(slots) == 1, ValueError("in company"))
     assert {result["status"] for result in loop.advance().values()} == {"running"}
@@ -62,7 +62,7 @@ def test_what_fails_in_company_only_fails_once(dataset, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("of_base", [True, False])
-def test_the_base_tells_whether_a_validations_error_is_the_process_own(
+def test_a_validation_error_of_all_is_raised_only_if_the_base_fails_too(
     dataset, monkeypatch, of_base
 ):
     loop = loop_of(dataset, "ab")
@@ -86,7 +86,7 @@ def test_the_base_tells_whether_a_validations_error_is_the_process_own(
 
 @pytest.mark.parametrize("names", ["a", "abc"])
 @pytest.mark.parametrize("method", ["forward_backward", "evaluate"])
-def test_an_error_that_strikes_everyone_is_raised(dataset, monkeypatch, method, names):
+def test_an_error_of_all_trials_is_raised(dataset, monkeypatch, method, names):
     loop = loop_of(dataset, names)
     error = RuntimeError("shapes differ")
     limit_clips(monkeypatch, lambda slots, num: False, error, method)
@@ -95,7 +95,7 @@ def test_an_error_that_strikes_everyone_is_raised(dataset, monkeypatch, method, 
     assert "limited" in [entry.name for entry in raised.traceback]
 
 
-def test_of_several_processes_an_error_is_raised_where_it_happens():
+def test_with_several_processes_an_error_is_raised_where_it_happens():
     with pytest.raises(ValueError, match="odd"):
         agree({0: Ended(ValueError("odd"))}, World(size=2))
 
@@ -108,7 +108,7 @@ def test_an_error_that_is_its_own_cause_ends_its_trial(dataset, monkeypatch):
     assert loop.advance()["b"]["status"] == "failed"
 
 
-def test_a_check_tells_a_process_that_cannot_even_compute_the_base(dataset, monkeypatch):
+def test_check_raises_only_if_not_even_the_base_can_be_computed(dataset, monkeypatch):
     loop = loop_of(dataset, "ab")
     before = loop.engine.state("a").weights
     loop.check()
@@ -118,15 +118,13 @@ def test_a_check_tells_a_process_that_cannot_even_compute_the_base(dataset, monk
         loop.check()
 
 
-def test_a_base_without_memory_beside_the_pack_is_no_fault_of_the_process(
-    dataset, monkeypatch, caplog
-):
+def test_check_only_warns_if_a_pack_leaves_the_base_no_memory(dataset, monkeypatch, caplog):
     loop = loop_of(dataset, "ab")
     limit_clips(monkeypatch, lambda slots, num: False, OUT_OF_MEMORY, "evaluate")
     loop.check()
     assert "no memory to compute the base" in caplog.text
     for name in "ab":
         loop.leave(name)
-    with pytest.raises(MemoryError):  # with nobody there it is
+    with pytest.raises(MemoryError):  # without a pack it is an error
         loop.check()
     assert not any(slot >= 0 for room in rooms(loop) for slot in room._budgets)

@@ -1,4 +1,4 @@
-"""Text that is heard at a validation; nothing of it is left behind."""
+"""Transcribed samples at a validation; making them leaves the base unchanged."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ MODES = [
 
 
 def saved_adapter(base, config, directory):
-    """An adapter with random weights everywhere, on disk."""
+    """An adapter on disk, with random weights except in its norms."""
     engine = Engine(base, PackLimits.of([config], 1))
     engine.add("a", config)
     state = engine.state("a")
@@ -31,7 +31,7 @@ def saved_adapter(base, config, directory):
     return directory
 
 
-def test_samples_say_what_the_adapted_model_writes(tmp_path):
+def test_samples_hold_what_the_adapted_model_writes(tmp_path):
     base = tiny_base()
     clips = [conversation("transcribe", seed, num_frames=4 + seed) for seed in range(4)]
     folder = saved_adapter(base, trial(), tmp_path / "a")

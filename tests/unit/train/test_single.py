@@ -1,4 +1,4 @@
-"""The one-configuration run: its folder, how it ends and how it goes on."""
+"""A run of one configuration: its folder, how it ends and how it is resumed."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.models import DATA, make_dataset, tiny_base
 from tests.runs import TRIAL, assert_same_run, read_lines
 
 
-def test_single_run_killed_between_intervals_goes_on_where_it_was(run_single):
+def test_a_run_killed_between_intervals_resumes_where_it_was(run_single):
     run, lines, out = run_single
     with pytest.raises(RuntimeError, match="killed"):
         run(
@@ -37,7 +37,7 @@ def test_single_run_killed_between_intervals_goes_on_where_it_was(run_single):
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_single_run_that_is_done_can_be_resumed_and_says_so(run_single):
+def test_resuming_a_finished_run_only_repeats_its_last_line(run_single):
     run, lines, out = run_single
     run()
     lines.clear()
@@ -47,7 +47,7 @@ def test_single_run_that_is_done_can_be_resumed_and_says_so(run_single):
     assert (out / "metrics.jsonl").read_text() == written
 
 
-def test_single_run_goes_on_with_its_own_settings_only(run_single):
+def test_a_resume_with_other_settings_is_refused(run_single):
     run, _, _ = run_single
     run()
     other = TRIAL.model_copy(update={"learning_rate": 0.5, "seed": 9})
@@ -70,7 +70,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_data_error(run_single, monkeyp
     assert not list(out.glob(".*")), "a draft takes space that the next start needs"
 
 
-def test_a_swap_of_checkpoints_that_stops_half_way_is_mended(run_single, monkeypatch):
+def test_a_checkpoint_swap_that_stops_halfway_is_mended(run_single, monkeypatch):
     run, lines, out = run_single
     rename = Path.rename
 
@@ -89,7 +89,7 @@ def test_a_swap_of_checkpoints_that_stops_half_way_is_mended(run_single, monkeyp
     assert [line["step"] for line in lines] == [0, 5, 10, 15, 20]
 
 
-def test_a_figure_without_a_value_is_null_on_disk(run_single):
+def test_a_figure_that_is_nan_is_null_on_disk(run_single):
     run, lines, out = run_single
     run(data=DATA.model_copy(update={"tasks": TaskMix(transcribe=0)}))
     assert np.isnan(lines[1][metrics.TRAIN_TEXT_NLL])
@@ -112,7 +112,7 @@ def test_an_error_outside_of_writing_keeps_its_type(run_single):
         run(report=broken_pipe)
 
 
-def test_an_out_that_is_a_file_is_refused(run_single):
+def test_a_file_as_out_is_refused(run_single):
     run, _, out = run_single
     out.write_text("notes")
     for resume in (False, True):
@@ -121,7 +121,7 @@ def test_an_out_that_is_a_file_is_refused(run_single):
     assert out.read_text() == "notes"
 
 
-def test_single_run_cannot_resume_from_nothing(run_single):
+def test_a_resume_without_a_run_is_refused(run_single):
     run, _, _ = run_single
     with pytest.raises(ConfigError, match=r"no config\.json, so no run to go on with"):
         run(resume=True)
@@ -130,7 +130,7 @@ def test_single_run_cannot_resume_from_nothing(run_single):
 @pytest.mark.parametrize(
     ("number", "at"), [*((signal.SIGTERM, at) for at in (1, 7, 10, 20)), (signal.SIGINT, 7)]
 )
-def test_a_signal_ends_the_run_behind_its_step_and_it_goes_on_exactly(
+def test_a_signal_ends_the_run_after_its_step_and_it_resumes_exactly(
     run_single, uninterrupted, number, at
 ):
     run, lines, out = run_single
@@ -138,12 +138,12 @@ def test_a_signal_ends_the_run_behind_its_step_and_it_goes_on_exactly(
     assert (result["status"], result["step"]) == ("cancelled", at)
     assert result["signal"] == number
     assert checkpoint.read_step(out / "adapter") == at
-    assert [line["step"] for line in lines] == list(range(0, at, 5))  # the validation waits, too
+    assert [line["step"] for line in lines] == list(range(0, at, 5))  # a due validation waits
     assert run(resume=True)["status"] == "completed"
     assert_same_run(out, uninterrupted)
 
 
-def test_a_signal_before_the_first_step_leaves_a_run_that_goes_on(run_single, uninterrupted):
+def test_a_signal_before_the_first_step_leaves_a_run_that_resumes(run_single, uninterrupted):
     run, _, out = run_single
 
     def ended(line):
@@ -162,7 +162,7 @@ def crash_at(wanted):
     return on_step
 
 
-def test_a_crash_goes_on_from_the_last_checkpoint_between_validations(run_single, uninterrupted):
+def test_a_crashed_run_resumes_from_a_checkpoint_between_validations(run_single, uninterrupted):
     run, lines, out = run_single
     with pytest.raises(RuntimeError, match="the machine stopped"):
         run(save_every_steps=3, on_step=crash_at(14))
@@ -173,11 +173,9 @@ def test_a_crash_goes_on_from_the_last_checkpoint_between_validations(run_single
     assert_same_run(out, uninterrupted)
 
 
-def test_a_power_cut_leaves_the_lines_that_lead_to_the_checkpoint(
-    run_single, uninterrupted, monkeypatch
-):
+def test_a_power_cut_loses_no_line_up_to_the_checkpoint(run_single, uninterrupted, monkeypatch):
     run, _, out = run_single
-    fsync, on_disk = os.fsync, {}  # metrics.jsonl as far as the disk surely has it
+    fsync, on_disk = os.fsync, {}  # metrics.jsonl as of its last fsync
 
     def note(handle):
         fsync(handle)
@@ -199,7 +197,7 @@ def test_a_power_cut_leaves_the_lines_that_lead_to_the_checkpoint(
     assert_same_run(out, uninterrupted)
 
 
-def test_a_crash_before_the_first_checkpoint_starts_anew(run_single, uninterrupted):
+def test_a_run_that_crashed_before_its_first_checkpoint_starts_anew(run_single, uninterrupted):
     run, lines, out = run_single
     with pytest.raises(RuntimeError, match="the machine stopped"):
         run(on_step=crash_at(3))
@@ -230,7 +228,7 @@ def test_a_line_without_its_checkpoint_is_written_again_once(
     assert_same_run(out, uninterrupted)
 
 
-def test_accumulated_batches_are_one_large_batch(run_single, tmp_path):
+def test_accumulated_batches_equal_one_large_batch(run_single, tmp_path):
     run, _, _ = run_single
     run(trial=TRIAL.model_copy(update={"batch_clips": 6}), out=tmp_path / "large")
     run(trial=TRIAL, gradient_accumulation_steps=2, out=tmp_path / "two")
@@ -246,7 +244,7 @@ def test_accumulated_batches_are_one_large_batch(run_single, tmp_path):
             assert other.get(name) == pytest.approx(one.get(name), abs=1e-5), name
 
 
-def test_another_number_of_clips_a_step_is_another_run(run_single):
+def test_a_resume_with_another_number_of_clips_per_step_is_refused(run_single):
     run, _, _ = run_single
     run()
     with pytest.raises(ConfigError, match=r"gradient_accumulation_steps .* was 3, now 6"):
@@ -269,7 +267,7 @@ def test_a_resume_on_other_data_is_refused(run_single, dataset, tmp_path, ended)
     assert run(resume=True)["status"] == "completed"
 
 
-def test_a_resume_on_the_same_data_at_another_place_goes_on(run_single, uninterrupted):
+def test_a_resume_on_the_same_data_in_another_place_goes_on(run_single, uninterrupted):
     run, _, out = run_single
     run(on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 7 else None)
     moved = DATA.model_copy(update={"path": "/moved/here"})
@@ -294,7 +292,7 @@ def test_a_resume_on_other_weights_is_refused(run_single, monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_masks_of_other_processes_are_another_run(run_single, dataset, dropout):
+def test_a_resume_with_more_processes_is_refused_only_with_dropout(run_single, dataset, dropout):
     run, _, out = run_single
     config = TRIAL.model_copy(update={"dropout": dropout, "batch_clips": 4})
     run(trial=config)

@@ -26,7 +26,7 @@ def figures(line):
 
 
 def killed_at(step, num_lines):
-    """A report that ends the process at this line."""
+    """A report that raises at this line, as if the process were killed."""
     seen = []
 
     def report(line):
@@ -37,7 +37,7 @@ def killed_at(step, num_lines):
     return report
 
 
-def test_a_run_starts_with_the_losses_and_weights_of_its_adapter(run_single, trained):
+def test_a_run_starts_with_the_losses_of_its_adapter(run_single, trained):
     run, lines, out = run_single
     adapter, last = trained
     run(start_from=str(adapter), trial=TRIAL.model_copy(update={"num_steps": 5, "seed": 8}))
@@ -48,7 +48,7 @@ def test_a_run_starts_with_the_losses_and_weights_of_its_adapter(run_single, tra
     assert read_lines(out / "metrics.jsonl") == lines
 
 
-def test_the_checkpoint_of_a_start_has_its_weights_and_no_moments(run_single, trained):
+def test_the_first_checkpoint_has_the_adapters_weights_and_zero_moments(run_single, trained):
     run, _, out = run_single
     adapter, _ = trained
     with pytest.raises(RuntimeError, match="killed"):
@@ -61,7 +61,7 @@ def test_the_checkpoint_of_a_start_has_its_weights_and_no_moments(run_single, tr
 
 
 @pytest.mark.parametrize(("step", "num_lines"), [(0, 1), (0, 2), (10, 4)])
-def test_a_started_run_that_is_killed_goes_on_as_if_it_had_not_been(
+def test_a_killed_run_that_started_from_an_adapter_resumes_exactly(
     run_single, trained, tmp_path, step, num_lines
 ):
     run, _, out = run_single
@@ -74,14 +74,14 @@ def test_a_started_run_that_is_killed_goes_on_as_if_it_had_not_been(
             run(resume=True)
         assert run(resume=True, start_from=str(adapter))["status"] == "completed"
     else:
-        shutil.rmtree(adapter)  # a checkpoint needs it no longer
+        shutil.rmtree(adapter)  # no longer needed once there is a checkpoint
         assert run(resume=True)["status"] == "completed"
     assert_same_run(out, tmp_path / "whole")
     best = "best_adapter/adapter_model.safetensors"
     assert (out / best).read_bytes() == (tmp_path / "whole" / best).read_bytes()
 
 
-def test_training_that_only_spoils_its_start_leaves_it_as_the_best(run_single, trained):
+def test_a_start_that_training_only_makes_worse_stays_the_best(run_single, trained):
     run, lines, out = run_single
     adapter, _ = trained
     spoil = TRIAL.model_copy(update={"learning_rate": 3.0, "clip_norm": 100.0, "num_steps": 5})
@@ -92,7 +92,7 @@ def test_training_that_only_spoils_its_start_leaves_it_as_the_best(run_single, t
     torch.testing.assert_close(saved, load_file(adapter / WEIGHTS), rtol=0, atol=0)
 
 
-def test_an_adapter_that_was_drawn_otherwise_is_a_start(run_single, plain_peft):
+def test_an_adapter_with_gaussian_initial_weights_is_accepted(run_single, plain_peft):
     run, lines, _ = run_single
     adapter, _ = plain_peft(init_lora_weights="gaussian")
     run(start_from=str(adapter), trial=TRIAL.model_copy(update={"alpha": 2.0, "num_steps": 5}))
@@ -100,10 +100,10 @@ def test_an_adapter_that_was_drawn_otherwise_is_a_start(run_single, plain_peft):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_of_plain_peft_starts_with_the_losses_of_the_model_it_makes(
+def test_a_plain_peft_adapter_starts_with_the_losses_of_its_merged_model(
     run_single, plain_peft, dataset, rslora
 ):
-    """The reference merges it into the stock model and knows no adapter."""
+    """The reference is the stock model with the adapter merged into its weights."""
     run, lines, _ = run_single
     adapter, wrapped = plain_peft(use_rslora=rslora)
     merged = tiny_base()
@@ -117,7 +117,7 @@ def test_an_adapter_of_plain_peft_starts_with_the_losses_of_the_model_it_makes(
     assert abs(base[metrics.VAL_TEXT_NLL] - start[metrics.VAL_TEXT_NLL]) > 0.01
 
 
-def test_what_a_trial_trains_beyond_its_start_begins_fresh(run_single, trained):
+def test_modules_that_the_adapter_lacks_begin_fresh(run_single, trained):
     run, lines, out = run_single
     adapter, last = trained
     wider = TRIAL.model_copy(
@@ -133,7 +133,7 @@ def test_what_a_trial_trains_beyond_its_start_begins_fresh(run_single, trained):
     assert ended["base_model.model.text_lm_head.lora_B.weight"].any()
 
 
-def test_the_alpha_that_a_start_is_refused_for_is_the_one_that_passes(run_single, trained):
+def test_the_alpha_that_a_refusal_names_is_accepted(run_single, trained):
     run, lines, _ = run_single
     adapter, last = trained
     ruled = TRIAL.model_copy(update={"alpha_rule": "rslora", "num_steps": 5})
@@ -144,8 +144,8 @@ def test_the_alpha_that_a_start_is_refused_for_is_the_one_that_passes(run_single
     assert figures(lines[1]) == figures(last)
 
 
-def test_what_a_run_started_from_stays_in_its_folder(run_single, trained):
-    """A resume may leave it out, and the next one give it again."""
+def test_the_settings_of_a_resumed_run_keep_its_start(run_single, trained):
+    """Whether a resume leaves it out or gives it again."""
     run, _, out = run_single
     adapter, _ = trained
     with pytest.raises(RuntimeError, match="killed"):
@@ -156,7 +156,7 @@ def test_what_a_run_started_from_stays_in_its_folder(run_single, trained):
     assert run(resume=True, start_from=str(adapter))["status"] == "completed"
 
 
-def test_a_resume_may_spell_its_start_otherwise(run_single, trained, tmp_path, monkeypatch):
+def test_a_resume_may_give_its_start_by_another_path(run_single, trained, tmp_path, monkeypatch):
     run, _, out = run_single
     adapter, _ = trained
     monkeypatch.chdir(tmp_path)
@@ -167,9 +167,7 @@ def test_a_resume_may_spell_its_start_otherwise(run_single, trained, tmp_path, m
     assert run(resume=True, start_from="../adapter/")["status"] == "completed"
 
 
-def test_an_adapter_of_another_base_or_system_text_is_a_start_with_a_note(
-    run_single, trained, caplog
-):
+def test_a_start_of_another_base_or_system_text_causes_a_warning(run_single, trained, caplog):
     run, _, out = run_single
     adapter, _ = trained
     short = TRIAL.model_copy(update={"num_steps": 5})
@@ -187,7 +185,7 @@ def test_an_adapter_of_another_base_or_system_text_is_a_start_with_a_note(
     ("named", "is_other"),
     [("/far/higgs_tune/embedded/base", False), ("/far/base", True), (None, False)],
 )
-def test_the_embedded_base_is_the_same_wherever_it_lies(trained, caplog, named, is_other):
+def test_the_embedded_base_counts_as_the_same_in_any_folder(trained, caplog, named, is_other):
     adapter, _ = trained
     edit_config(adapter, base_model_name_or_path=named)
     embedded = replace(tiny_base(), source=str(EMBEDDED_BASE))
@@ -195,7 +193,7 @@ def test_the_embedded_base_is_the_same_wherever_it_lies(trained, caplog, named, 
     assert ("on the base /far/base, this run" in caplog.text) == is_other
 
 
-def test_a_run_that_has_begun_takes_no_other_start(run_single, trained):
+def test_a_resume_with_another_start_is_refused(run_single, trained):
     run, _, _ = run_single
     adapter, _ = trained
     with pytest.raises(RuntimeError, match="killed"):
@@ -204,7 +202,7 @@ def test_a_run_that_has_begun_takes_no_other_start(run_single, trained):
         run(resume=True, start_from=str(adapter))
 
 
-def test_a_run_of_other_settings_is_told_how_to_take_over_its_weights(run_single):
+def test_refusing_other_settings_names_the_way_to_reuse_the_weights(run_single):
     run, _, out = run_single
     run()
     longer = TRIAL.model_copy(update={"num_steps": 40})

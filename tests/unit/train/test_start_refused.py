@@ -9,8 +9,8 @@ from tests.starts import edit_config, edit_weights
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
-def test_an_adapter_whose_start_changed_the_base_is_refused(run_single, plain_peft, init):
-    """PEFT draws it out of the base's weights again when it loads such an adapter."""
+def test_an_adapter_whose_initialisation_changed_the_base_is_refused(run_single, plain_peft, init):
+    """When PEFT loads such an adapter, it takes that part out of the base's weights again."""
     run, _, out = run_single
     adapter, _ = plain_peft(init_lora_weights=init)
     with pytest.raises(ModelError, match=rf"init_lora_weights '{init}' took a part of"):
@@ -102,7 +102,7 @@ def test_an_adapter_of_another_kind_is_refused_before_anything_is_loaded(
     assert not out.exists()
 
 
-def test_a_start_that_is_not_there_is_named(run_single, tmp_path):
+def test_a_start_without_an_adapter_in_its_folder_is_refused(run_single, tmp_path):
     run, _, out = run_single
     with pytest.raises(ModelError, match=r"/nowhere: no such folder. Give one that a sweep or"):
         run(start_from=str(tmp_path / "nowhere"))

@@ -1,4 +1,4 @@
-"""The loop of a sweep's worker."""
+"""The training loop of a sweep's worker."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from higgs_tune.train.sweep_pack import sweep_loop
 from tests.models import CODEC, random_codes, random_text, tiny_base
 
 
-def test_data_without_a_row_to_train_on_are_told_before_any_trial(tmp_path, monkeypatch):
+def test_data_without_a_row_to_train_on_is_refused_before_any_trial(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     rows = [
         Row(

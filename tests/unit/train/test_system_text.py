@@ -1,4 +1,4 @@
-"""The system turn before each clip: trained, validated, spoken and written down alike."""
+"""The system turn before each clip: the same in training, validation and speaking, and saved."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def same_turns(left, right):
     )
 
 
-def test_speech_follows_the_system_turn_and_what_is_written_or_a_chat_does_not(tmp_path):
+def test_speech_follows_a_system_turn_but_transcriptions_and_chats_do_not(tmp_path):
     rows = [clip(n, speaker=f"s{n % 2}") for n in range(12)]
     held_out = [clip(n, "validation") for n in range(12, 16)]
     dataset = make(tmp_path, [*rows, *held_out, chat(0)])
@@ -65,7 +65,7 @@ def test_speech_follows_the_system_turn_and_what_is_written_or_a_chat_does_not(t
 
 
 @pytest.mark.parametrize("max_rows", [None, 54, 58])
-def test_no_conversation_is_longer_than_the_limit_with_its_system_turn(dataset, max_rows):
+def test_no_conversation_with_its_system_turn_is_longer_than_the_limit(dataset, max_rows):
     data = DATA.model_copy(update={"max_rows": max_rows, "max_frames": 10, "max_text_tokens": 8})
     examples = Examples(tiny_base(), dataset, data)
     order = examples.order(4, seed=0)
@@ -73,10 +73,10 @@ def test_no_conversation_is_longer_than_the_limit_with_its_system_turn(dataset, 
     talks = [talk for step in range(12) for talk in order.batch(step)]
     assert {talk.task for talk in talks} >= {"transcribe", "speak"}
     for talk in talks:
-        examples.encode(talk)  # an error if it is too long
+        examples.encode(talk)  # raises if it is too long
 
 
-def test_what_is_trained_is_what_the_chat_template_writes():
+def test_trained_tokens_are_those_that_the_chat_template_writes():
     row = dataclasses.replace(clip(0, text="good day"), codes=(np.zeros((1, 2), np.uint16),))
     talk = tasks.introduced(tasks.speak(row), TOLD)
     voc = dataclasses.replace(vocabulary(), num_codebooks=2)
@@ -104,7 +104,7 @@ def test_what_is_trained_is_what_the_chat_template_writes():
         ),
     ],
 )
-def test_a_template_that_wants_a_system_message_is_noticed(dataset, caplog, template, expected):
+def test_a_template_that_expects_a_system_message_is_noticed(dataset, caplog, template, expected):
     assert wants_system(tokenizer(template)) == expected
     base = dataclasses.replace(tiny_base(), tokenizer=tokenizer(template))
     for data in (DATA, DATA.model_copy(update={"system_text": None})):
@@ -114,7 +114,7 @@ def test_a_template_that_wants_a_system_message_is_noticed(dataset, caplog, temp
         assert told == (expected and data.system_text is None)
 
 
-def test_an_adapter_is_prompted_as_it_was_trained(dataset, tmp_path):
+def test_an_adapter_is_prompted_with_the_system_text_of_its_training(dataset, tmp_path):
     config, base = trial(), tiny_base()
     loop = PackLoop(base, dataset, DATA, PackLimits.of([config], num_slots=1))
     loop.join("a", config)
@@ -134,7 +134,7 @@ def test_an_adapter_is_prompted_as_it_was_trained(dataset, tmp_path):
         assert chosen.spoken.turns[0] == SYSTEM
 
 
-def test_adapters_of_different_system_texts_are_not_compared_by_chance(dataset, tmp_path):
+def test_comparing_adapters_of_different_system_texts_is_refused(dataset, tmp_path):
     config = trial()
     folders = [tmp_path / name for name in ("with", "without")]
     for folder, data in zip(

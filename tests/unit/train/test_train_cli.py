@@ -57,7 +57,7 @@ def test_any_setting_can_be_overridden(read):
     assert settings["data"].path == "elsewhere"
 
 
-def test_a_start_is_an_argument_and_a_setting(read):
+def test_start_from_is_both_an_argument_and_a_setting(read):
     in_file = BEST | {"run": {"start_from": "old/adapter", "num_samples": 2}}
     assert read(content=in_file)[0]["run"].start_from == "old/adapter"
     settings, _ = read("--start-from", "new/adapter", content=in_file)
@@ -95,7 +95,7 @@ def test_a_file_without_a_trial_is_refused(read):
         read(content={"base": {}, "data": {}})
 
 
-def test_the_yaml_of_a_sweep_is_called_that(read):
+def test_the_yaml_of_a_sweep_is_recognised(read):
     with pytest.raises(
         ConfigError, match=r"holds a sweep, .* higgs-tune sweep --config \S+\.yaml\."
     ):
@@ -118,7 +118,7 @@ def test_a_section_that_would_be_ignored_is_refused(read, name, message):
         read(content=BEST | {name: {"num_steps": 9}})
 
 
-def test_all_that_a_sweep_writes_is_known(read, tmp_path):
+def test_every_section_that_a_sweep_writes_is_known(read, tmp_path):
     realistic(tmp_path / "quick")
     build_report(tmp_path / "quick")
     content = yaml.safe_load((tmp_path / "quick" / "best_config.yaml").read_text())
@@ -126,7 +126,7 @@ def test_all_that_a_sweep_writes_is_known(read, tmp_path):
     assert read(content=content)[1] == "c0ffee"
 
 
-def test_the_audio_tolerance_of_the_sweep_holds_unless_another_is_set(read, tmp_path):
+def test_the_audio_tolerance_of_the_sweep_applies_unless_another_is_set(read, tmp_path):
     config = trial_config()
     sweep = sweep_config(objective={"audio_tolerance": 0.2}, confirm={"num_configs": 0})
     rows = curve(config, 3.0, 0.4, 3.93 * 1.1, 150)
@@ -140,7 +140,7 @@ def test_the_audio_tolerance_of_the_sweep_holds_unless_another_is_set(read, tmp_
 
 @pytest.fixture
 def end_with(tmp_path, monkeypatch):
-    """Ends the command with a result and some folders in `--out`; returns the exit code and `--out`."""
+    """Runs the command with a stub of the training; returns the exit code and `--out`."""
 
     def end(result: dict, *folders: str):
         def train(*_, out, **__):
@@ -160,7 +160,7 @@ def end_with(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("has_best", [True, False])
-def test_a_run_ends_with_where_its_adapters_are(end_with, capsys, has_best):
+def test_a_run_ends_by_printing_where_its_adapters_are(end_with, capsys, has_best):
     folders = ["adapter", "best_adapter"] if has_best else ["adapter"]
     code, out = end_with({"status": "completed"}, *folders)
     assert code == 0

@@ -11,7 +11,7 @@ from higgs_tune.train import single
 from tests.runs import assert_same_run
 
 
-def test_a_folder_in_which_a_run_is_training_is_not_resumed(run_single, uninterrupted):
+def test_a_folder_in_which_a_run_is_training_cannot_be_resumed(run_single, uninterrupted):
     run, _, out = run_single
 
     def again(step):
@@ -24,7 +24,7 @@ def test_a_folder_in_which_a_run_is_training_is_not_resumed(run_single, uninterr
     assert run(resume=True)["status"] == "completed"
 
 
-def test_of_two_runs_that_load_for_one_folder_only_the_first_writes_there(
+def test_of_two_new_runs_in_one_folder_only_the_first_to_load_writes_there(
     run_single, uninterrupted, monkeypatch
 ):
     run, _, out = run_single
@@ -41,7 +41,9 @@ def test_of_two_runs_that_load_for_one_folder_only_the_first_writes_there(
     assert_same_run(out, uninterrupted)
 
 
-def test_a_file_system_without_locks_is_told(run_single, uninterrupted, monkeypatch, caplog):
+def test_a_file_system_without_locks_causes_a_warning(
+    run_single, uninterrupted, monkeypatch, caplog
+):
     def no_lock(handle, kind):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
