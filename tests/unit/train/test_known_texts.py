@@ -110,7 +110,8 @@ def test_all_texts_of_all_rows_are_checked(embedded: Vocabulary, tmp_path):
     first = dataset.row(5).id
     message = (  # says nothing of training: `evaluate` shows it, too
         rf"in 3 of 48 rows \(first {first!r}\) the base's tokenizer has no token for "
-        r"'☕' \(U\+2615\), '中' \(U\+4E2D\), '😀' \(U\+1F600\); it reads all such characters as one\. .* or use a base whose"
+        r"'☕' \(U\+2615\), '中' \(U\+4E2D\), '😀' \(U\+1F600\); it reads all such "
+        r"characters as one\. .* or use a base whose"
     )
     with pytest.raises(DataError, match=message):
         check_texts(dataset, embedded)
