@@ -28,7 +28,7 @@ from options import ascending, at_least, json_file, new_parser, run
 from output import COLORS, machine, new_figure, ratio, save, settings_of
 from random_base import PRESETS
 from sides import our_step, prediction, synchronise
-from stock_processes import base_of, be_stock_process, clips_of, measure_shared
+from stock_processes import base_of, clips_of, measure_shared, run_stock_process
 
 from higgs_tune.device import resolve_device
 from higgs_tune.errors import is_out_of_memory
@@ -185,7 +185,7 @@ def main() -> None:
     """Measure everything, print, write JSON and a picture; or be one of the stock processes."""
     args = arguments()
     if args.as_process:
-        be_stock_process(args)
+        run_stock_process(args)
         return
     device = resolve_device(args.device, "--device")
     gib = args.gib or (torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else 80)

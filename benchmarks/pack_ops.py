@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from options import ascending, at_least, json_file, new_parser, run
 from output import COLORS, machine, new_figure, save, settings_of
 from random_base import PRESETS, random_clips, step_flops, vocabulary_of
-from stand_in_gpu import have_it
+from stand_in_gpu import ensure_preloaded
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=at_least(1), default=600, help="rows of an adapter's step")
     parser.add_argument("--out", type=json_file, help="JSON file; the picture is saved beside it")
     args = parser.parse_args()
-    have_it()
+    ensure_preloaded()
     config = PRESETS[args.preset]
     packs: list[dict[str, Any]] = []
     result = {"machine": machine(), "settings": settings_of(args), "packs": packs}

@@ -34,14 +34,14 @@ def preload(folder: Path) -> dict[str, str]:
     return os.environ | {"LD_PRELOAD": ":".join([str(library), *others])}
 
 
-def take_for_real() -> None:
+def enable_fake_cuda() -> None:
     """Let fake tensors be on "cuda", set up as by `resolve_device`; needs the library preloaded."""
     torch.cuda.is_available = lambda: False  # else fake tensors call more of the driver
     torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]  # fake tensors cannot
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def have_it() -> None:
+def ensure_preloaded() -> None:
     """Ensure the library: without it, run this script again with it, and exit with its exit code."""
     if _LIBRARY not in os.environ.get("LD_PRELOAD", ""):
         with TemporaryDirectory() as folder:
@@ -51,4 +51,4 @@ def have_it() -> None:
             except (OSError, subprocess.CalledProcessError) as error:
                 raise SystemExit(f"error: needs a C++ compiler (CXX, or g++): {error}") from None
             sys.exit(subprocess.run(again, env=environment).returncode)
-    take_for_real()
+    enable_fake_cuda()

@@ -34,7 +34,7 @@ def clips_of(base: Base, args: argparse.Namespace, adapter: int, number: int) ->
     return random_clips(base, args.clips, args.tokens, args.text_share, (adapter, number))
 
 
-def be_stock_process(args: argparse.Namespace) -> None:
+def run_stock_process(args: argparse.Namespace) -> None:
     """Be one of several stock processes: print "ready", wait for a line, train, print the number of steps."""
     torch.set_num_threads(args.threads)
     try:
@@ -65,7 +65,7 @@ def measure_shared(args: argparse.Namespace, command: Sequence[str]) -> dict[str
     """Run several stock processes on the device at once; returns figures such as their ms per adapter-step.
 
     Args:
-        command: the command that calls `be_stock_process`, without the options of such a process.
+        command: the command that calls `run_stock_process`, without the options of such a process.
     """
     command = [*command, "--as-process"]
     command += ["--threads", str(max(1, torch.get_num_threads() // args.processes))]

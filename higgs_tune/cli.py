@@ -241,7 +241,7 @@ def run_check(args: argparse.Namespace) -> int:
     from higgs_tune.train.loop import PackLoop
     from higgs_tune.train.residents import PackLimits
 
-    base = validate(BaseSettings, listen.given(args, listen.BASE), "check")
+    base = validate(BaseSettings, listen.given_settings(args, listen.BASE), "check")
     limits = PackLimits.of([], num_slots=1)
     loop = PackLoop.load(base, DataSettings(path=args.data), limits)
     print(json.dumps({"preflight": loop.preflight, "base": loop.base_metrics}, indent=1))

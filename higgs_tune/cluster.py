@@ -32,7 +32,7 @@ ENVIRONMENT = {
 }
 
 # Methods of Ray's Node that start what can wait, the dashboard last; and what everything else waits for.
-PUT_OFF = ("start_monitor", "start_log_monitor", "start_api_server")
+DELAYED = ("start_monitor", "start_log_monitor", "start_api_server")
 NODE = "start_ray_processes"
 VITAL = ("raylet", "gcs_server")  # kinds of its processes
 
@@ -75,8 +75,8 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
         return
     address = _address()
     try:
-        _knock(address)
-        with _in_parts() as (start_rest, has_died):
+        _check_reachable(address)
+        with _staged_start() as (start_rest, has_died):
             context = _connect(address)
     except ConnectionError:
         raise ConfigError(
@@ -93,7 +93,7 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
 
 
 @contextmanager
-def _in_parts() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool]]]:
+def _staged_start() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool]]]:
     """Let Ray start what the work needs first, and its dashboard and monitors later.
 
     By default Ray first waits for the dashboard and its agents, and together they keep two CPUs busy.
@@ -104,7 +104,7 @@ def _in_parts() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool]]]
     """
     rest: list[Callable[[], None]] = []
     nodes: list[Node] = []
-    former = {name: getattr(Node, name) for name in (*PUT_OFF, NODE)}
+    former = {name: getattr(Node, name) for name in (*DELAYED, NODE)}
     core: Any = _raylet  # untyped
 
     def later(node: Node, start: Callable[..., None], **settings: Any) -> None:
@@ -126,7 +126,7 @@ def _in_parts() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool]]]
     def has_died() -> bool:
         return any(kind in VITAL for kind, _ in nodes[0].dead_processes())
 
-    for name in PUT_OFF:
+    for name in DELAYED:
         setattr(Node, name, partialmethod(later, former[name]))
     setattr(Node, NODE, go_on)
     try:
@@ -198,7 +198,7 @@ def head_address() -> str | None:
     return noted.read_text().strip() if noted.exists() else None
 
 
-def _knock(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Raise ConnectionError if nothing listens there; Ray itself would try for a quarter of an hour."""
     host, _, port = address.rpartition(":")
     if not host:  # auto, or a cluster of our own

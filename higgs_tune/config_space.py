@@ -45,7 +45,7 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse booleans as numbers: Python's True is 1, so pydantic would accept YAML's `yes`."""
         assert info.field_name is not None
         if _takes_numbers(cls.model_fields[info.field_name].annotation):

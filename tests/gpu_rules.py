@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 from host_syncs import HostReads
-from stand_in_gpu import take_for_real
+from stand_in_gpu import enable_fake_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import HiggsAudioV2Config
 
@@ -71,7 +71,7 @@ def step_on(device: str, dtype: str) -> dict[str, Any]:
 
 def main() -> None:
     """Print the results."""
-    take_for_real()
+    enable_fake_cuda()
     found = {
         dtype: {device: step_on(device, dtype) for device in ("cpu", "cuda")}
         for dtype in ("bfloat16", "float32")

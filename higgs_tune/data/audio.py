@@ -41,7 +41,7 @@ def locate(root: Path, name: str) -> Path:
     """
     shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}…"
     try:
-        path = as_stored(root, name).resolve()
+        path = find_spelling(root, name).resolve()
         if not path.is_relative_to(root):
             raise DataError(
                 f"audio {shown!r} is outside the data root {root}: move it inside or set --data-root"
@@ -57,7 +57,7 @@ def locate(root: Path, name: str) -> Path:
     return path
 
 
-def as_stored(root: Path, name: str) -> Path:
+def find_spelling(root: Path, name: str) -> Path:
     """Return `root / name`, or another spelling of it if only that one exists.
 
     macOS decomposes accented letters (NFD); Windows writes `\\` for `/`.
@@ -70,7 +70,7 @@ def as_stored(root: Path, name: str) -> Path:
     return next((other for other in others if other.exists()), path)
 
 
-def is_passing(reason: str) -> bool:
+def may_be_temporary(reason: str) -> bool:
     """Whether a rejection comes from the file system and may not recur later or on another machine."""
     return _UNOPENED in reason or _ABSENT in reason
 

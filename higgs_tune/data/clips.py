@@ -46,7 +46,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def clip_coder(codec: Codec, rules: ClipRules) -> Callable[[Names], Outcome]:
+def clip_encoder(codec: Codec, rules: ClipRules) -> Callable[[Names], Outcome]:
     """Return a function that encodes a row's recordings; it caches the most recent clips."""
 
     @lru_cache(maxsize=_CACHED_CLIPS)
@@ -76,11 +76,11 @@ def reason_of(names: Names, place: int, problem: Exception) -> str:
     return f"{names[place]!r}: {problem}" if place else str(problem)
 
 
-def code_here(
+def encode_here(
     codec: Codec, rules: ClipRules, rows: Iterable[Names]
 ) -> Generator[Outcome, None, None]:
     """Encode row by row in this process."""
-    coder = clip_coder(codec, rules)
+    coder = clip_encoder(codec, rules)
     for names in rows:
         with one_thread():
             found = coder(names)

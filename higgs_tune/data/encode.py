@@ -15,13 +15,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.data.clips import ClipRules, Names, Outcome, code_here
+from higgs_tune.data.clips import ClipRules, Names, Outcome, encode_here
 from higgs_tune.data.codec import Codec, load_codec, weights_digest
 from higgs_tune.data.files import writing
 from higgs_tune.data.manifest import open_manifest
 from higgs_tune.data.options import PrepareOptions
 from higgs_tune.data.progress import Advance, progress
-from higgs_tune.data.restart import claim, holds_rows, look_up, read_record, write_record
+from higgs_tune.data.restart import (
+    check_recordings,
+    claim_folder,
+    holds_rows,
+    read_record,
+    write_record,
+)
 from higgs_tune.data.row_table import RowTable, Stage
 from higgs_tune.data.rows import ManifestRow, Rejection
 from higgs_tune.data.shards import (
@@ -85,17 +91,17 @@ def prepare(
 
     def code(names: Iterable[Names]) -> Generator[Outcome, None, None]:
         if num_workers == 1:
-            return code_here(model, rules, names)
+            return encode_here(model, rules, names)
         # pandas and Ray: seconds to import
-        from higgs_tune.data.encode_ray import CodecSource, code_on_cluster
+        from higgs_tune.data.encode_ray import CodecSource, encode_on_cluster
 
         assert facts.weights_sha256 is not None
         source = CodecSource(codec, codec_revision, facts.weights_sha256, facts.num_codebooks)
-        return code_on_cluster(source, rules, names, num_workers=num_workers, device=device)
+        return encode_on_cluster(source, rules, names, num_workers=num_workers, device=device)
 
     with open_manifest(manifest, root, options.max_text_chars, options.clips_from_chat) as table:
         num_total = table.num_rows + table.num_rejected()
-        claim(out, _job(table, facts, options))
+        claim_folder(out, _job(table, facts, options))
         _check_rejected(manifest, out, table, num_total, options)
         split_rule = divide(table, manifest, root, options.val_fraction, options.seed)
         to_do = _to_do(table, out, root, options.rows_per_shard)
@@ -135,7 +141,7 @@ def _to_do(table: RowTable, out: Path, root: Path, rows_per_shard: int) -> dict[
     to_do: dict[int, str] = {}
     for index, part in enumerate(table.parts(rows_per_shard)):
         # Taken before the audio is read, so that a file that changes meanwhile makes the record stale.
-        fingerprint, missing = look_up(part, root)
+        fingerprint, missing = check_recordings(part, root)
         rejected = read_record(out, index, fingerprint, part, root)
         if rejected is None:
             to_do[index] = fingerprint
@@ -222,7 +228,7 @@ def _check_rejected(
         return
     (out / INFO_NAME).unlink(missing_ok=True)
     how = "Fix the manifest or the recordings"
-    if holds_rows(out):  # encoded from this manifest: `claim` refuses a changed one
+    if holds_rows(out):  # encoded from this manifest: `claim_folder` refuses a changed one
         how = "Fix the recordings (what is encoded is kept), use a new --out for a fixed manifest"
     first = "; ".join(f"row {r.row}: {r.reason}" for r in table.first_rejected(_NUM_SHOWN))
     raise DataError(

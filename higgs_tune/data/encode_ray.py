@@ -20,7 +20,7 @@ import ray.data
 import torch
 
 from higgs_tune.cluster import ENVIRONMENT, Cluster, join_cluster
-from higgs_tune.data.clips import ClipRules, Names, Outcome, clip_coder
+from higgs_tune.data.clips import ClipRules, Names, Outcome, clip_encoder
 from higgs_tune.data.codec import load_codec, weights_digest
 from higgs_tune.errors import ConfigError, ModelError, NoMemoryError
 
@@ -55,7 +55,7 @@ class CodecSource:
     num_codebooks: int
 
 
-class _Coder:
+class _Encoder:
     """Ray actor that encodes blocks of rows."""
 
     def __init__(self, source: CodecSource, rules: ClipRules, device: str) -> None:
@@ -72,7 +72,7 @@ class _Coder:
                 f"codec {source.path}: has other weights on {ray.util.get_node_ip_address()} than on "
                 "the machine that started the command. Give all machines the same folder."
             )
-        return clip_coder(codec, self._rules)
+        return clip_encoder(codec, self._rules)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         try:
@@ -91,7 +91,7 @@ class _Coder:
         return pa.Table.from_pylist(rows, schema=_RESULT)
 
 
-def code_on_cluster(
+def encode_on_cluster(
     source: CodecSource, rules: ClipRules, rows: Iterable[Names], *, num_workers: int, device: str
 ) -> Generator[Outcome, None, None]:
     """Encode `rows` on `num_workers` actors, yielding outcomes in the rows' order.
@@ -108,7 +108,7 @@ def code_on_cluster(
     """
     with join_cluster(_ENVIRONMENT) as cluster:
         num_gpus = _gpu_share(cluster, num_workers, device)
-        _be_quiet()
+        _silence_ray_data()
         rest = iter(rows)
         while names := list(islice(rest, _STREAM_ROWS)):
             yield from _stream(source, rules, names, num_workers, num_gpus)
@@ -123,7 +123,7 @@ def _stream(
     data = ray.data.from_items(items, override_num_blocks=-(-len(rows) // size))
     data.context.execution_options.preserve_order = True
     data = data.map_batches(
-        _Coder,
+        _Encoder,
         fn_constructor_args=(source, rules, "cuda" if num_gpus else "cpu"),
         batch_size=size,
         batch_format="pyarrow",
@@ -192,7 +192,7 @@ def _gpu_share(cluster: Cluster, num_workers: int, device: str) -> float:
     return 0.0
 
 
-def _be_quiet() -> None:
+def _silence_ray_data() -> None:
     """Silence Ray Data's progress and logs, which our own progress replaces."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -7,7 +7,7 @@ import numpy as np
 from higgs_tune.data import tasks
 from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset
-from higgs_tune.data.swap import alike, spread, swaps, without_majority
+from higgs_tune.data.swap import choose_spread_out, group_labels, limit_groups_to_half, swaps
 from higgs_tune.errors import DataError
 
 
@@ -47,11 +47,11 @@ def validation_sets(
     if max_rows is not None:
         clips = _fitting_in_pairs(dataset, clips, max_rows, text_length)
     texts, speakers = dataset.index["text"][clips], dataset.index["speaker"][clips]
-    places = spread(texts, speakers, num_val_clips, seed=0)
+    places = choose_spread_out(texts, speakers, num_val_clips, seed=0)
     drawn = sorted(clips[places].tolist())
     rows = [dataset.row(index) for index in drawn]
-    groups = alike([row.text for row in rows], [row.codes[0].tobytes() for row in rows])
-    kept = without_majority(groups)
+    groups = group_labels([row.text for row in rows], [row.codes[0].tobytes() for row in rows])
+    kept = limit_groups_to_half(groups)
     if len(kept) < 2:
         raise DataError(
             f"{dataset.directory}: the validation split has {len(clips)} usable clips with "
@@ -69,7 +69,7 @@ def validation_sets(
             tasks.transcribe(row, audio_of=rows[other])
             for row, other in zip(rows, others, strict=True)
         ),
-        speak=tuple(tasks.introduced(tasks.speak(row), system_text) for row in rows),
+        speak=tuple(tasks.with_system_turn(tasks.speak(row), system_text) for row in rows),
     )
 
 

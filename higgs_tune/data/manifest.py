@@ -11,10 +11,10 @@ from os.path import normpath
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.data.audio import as_stored
+from higgs_tune.data.audio import find_spelling
 from higgs_tune.data.files import scratch_database
 from higgs_tune.data.manifest_files import encoding_of, read_fields
-from higgs_tune.data.messages import chat_row, clip_from_chat, learnt_again
+from higgs_tune.data.messages import chat_row, clip_from_chat, repeated_target
 from higgs_tune.data.plain_text import visible
 from higgs_tune.data.row_table import RowTable, Stage
 from higgs_tune.data.rows import (
@@ -84,23 +84,23 @@ def open_manifest(
                 f"{path}: found no rows. A manifest needs at least one recording with text."
             )
         table.complete()
-        table.reject(_problems(table, data_root, max_text_chars), Stage.MANIFEST)
+        table.reject(_rejections(table, data_root, max_text_chars), Stage.MANIFEST)
         table.drop_rejected()
         yield table
 
 
-def _problems(table: RowTable, data_root: Path, max_text_chars: int) -> Iterator[Rejection]:
+def _rejections(table: RowTable, data_root: Path, max_text_chars: int) -> Iterator[Rejection]:
     """Yield a rejection for each row that is well-formed but cannot be used."""
     for row, owner in table.rows_and_owners():
         if row.number != owner:
             problem = f"id {row.id!r} is already used by row {owner}; ids must be unique"
         else:
-            problem = _problem(row, data_root, max_text_chars)
+            problem = _rejection_reason(row, data_root, max_text_chars)
         if problem:
             yield Rejection(row.number, row.id, row.audio[0], problem)
 
 
-def _problem(row: ManifestRow, data_root: Path, max_text_chars: int) -> str | None:
+def _rejection_reason(row: ManifestRow, data_root: Path, max_text_chars: int) -> str | None:
     if row.kind == "clip" and len(row.audio) == 2 and row.ref_text is None:
         return (
             "has a reference recording without its text: add ref_transcript, or a separate row "
@@ -113,7 +113,7 @@ def _problem(row: ManifestRow, data_root: Path, max_text_chars: int) -> str | No
             "has its own recording as its reference, which teaches copying: name another recording of "
             "this speaker, or none to have one drawn"
         )
-    if (copied := learnt_again(row, data_root)) is not None:
+    if (copied := repeated_target(row, data_root)) is not None:
         return (
             f"trains on {copied}, which appears earlier in the same chat and so teaches copying: name "
             "another recording there"
@@ -173,7 +173,7 @@ def _text(
     if name is None:
         return None
     try:
-        path = as_stored(data_root, name)
+        path = find_spelling(data_root, name)
         if not path.resolve().is_relative_to(data_root.resolve()):
             raise DataError(f"transcript file {name} is outside the data root")
         return unicodedata.normalize("NFC", path.read_text(encoding_of(path)).strip())

@@ -93,7 +93,7 @@ def _turns(
         if role not in ROLES:
             raise DataError(f"message {number} has role {role!r}, needed one of {', '.join(ROLES)}")
         if role == "assistant" and isinstance(content, list):
-            content = _joined(content)
+            content = _join_texts(content)
         parts = _parts(content, number, audio, queue)
         blank = [part for part in parts if part["type"] == "text" and is_blank(part["text"])]
         if role == "system" and parts == blank:
@@ -130,11 +130,11 @@ def _with_scene(system: list[Any], scene: list[dict[str, Any]]) -> list[dict[str
             pieces += [part, "\n\n"] if following else [part]
         else:
             pieces += [part, "\n"] if following == "text" else [part]
-    joined = _joined([*pieces, "\n<|scene_desc_end|>"])
+    joined = _join_texts([*pieces, "\n<|scene_desc_end|>"])
     return [{"type": "text", "text": one} if isinstance(one, str) else one for one in joined]
 
 
-def _joined(content: list[Any]) -> list[Any]:
+def _join_texts(content: list[Any]) -> list[Any]:
     """Join consecutive texts, so that the spaces between them are trained.
 
     Used for assistant messages and scenes. In other messages each text is stripped, as in the native chat
@@ -224,7 +224,7 @@ def _target_text(turns: list[dict[str, Any]], start: int) -> str:
     return (texts([t for t in turns if t["role"] != "system"]) or texts(turns) or [""])[-1]
 
 
-def taught(row: ManifestRow) -> tuple[list[str], list[str]]:
+def target_content(row: ManifestRow) -> tuple[list[str], list[str]]:
     """Return the texts and recordings that a chat row teaches.
 
     They are those of its target turns, and those that these answer: a target recording may read aloud the
@@ -247,7 +247,7 @@ def taught(row: ManifestRow) -> tuple[list[str], list[str]]:
     return texts, recordings
 
 
-def learnt_again(row: ManifestRow, data_root: Path) -> str | None:
+def repeated_target(row: ManifestRow, data_root: Path) -> str | None:
     """Return the first target recording that appears earlier in the same chat, as prompt or target."""
     before: set[str] = set()
     for index, turn in enumerate(json.loads(row.turns or "[]")):

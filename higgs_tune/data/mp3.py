@@ -23,7 +23,7 @@ def mp3_seconds(content: bytes) -> float:
     place, seconds = _id3_bytes(content), 0.0
     while place + _HEADER_BYTES <= len(content):
         found = _frame(content, place)
-        if found is None or not _goes_on(content, place + found[0]):
+        if found is None or not _frame_follows(content, place + found[0]):
             place += 1
             continue
         size, length_s = found
@@ -59,7 +59,7 @@ def _frame(content: bytes, place: int) -> tuple[int, float] | None:
     return num_samples // 8 * 1000 * kbps // rate_hz + padding, num_samples / rate_hz
 
 
-def _goes_on(content: bytes, place: int) -> bool:
+def _frame_follows(content: bytes, place: int) -> bool:
     """Whether a frame, a tag or the end is at `place`; otherwise what came before was not a frame."""
     rest = content[place : place + _HEADER_BYTES]
     is_tag = rest[:3] in (b"TAG", b"ID3") or rest == b"APET"

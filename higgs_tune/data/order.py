@@ -80,7 +80,7 @@ class TrainOrder:
         weights = np.zeros((len(fitting), len(tasks.CLIP_TASKS)))
         weights[is_clip] = [getattr(mix, task) for task in tasks.CLIP_TASKS]
         weights[is_clip, 2] *= np.where(
-            index["has_reference"][clips], own_fits, self._references.exist(clips)
+            index["has_reference"][clips], own_fits, self._references.has_any(clips)
         )
         kept = ~is_clip | (weights.sum(axis=1) > 0)
         self._rows = fitting[kept]
@@ -105,7 +105,7 @@ class TrainOrder:
         first = step * self._batch_clips
         places = (divmod(place, self.num_rows) for place in range(first, first + self._batch_clips))
         talks = (self._conversation(*self._epoch(epoch)[position]) for epoch, position in places)
-        return [tasks.introduced(talk, self._system_text) for talk in talks]
+        return [tasks.with_system_turn(talk, self._system_text) for talk in talks]
 
     def _conversation(self, index: int, task: int, reference: int) -> Conversation:
         row = self._dataset.row(index)

@@ -38,7 +38,7 @@ class References:
         self._other = self._shortest.copy()  # stays so where a speaker has one text only
         self._other[with_other] = by_length[is_other][places]
 
-    def exist(self, clips: np.ndarray) -> np.ndarray:
+    def has_any(self, clips: np.ndarray) -> np.ndarray:
         """Whether each of these clips has any reference."""
         found = np.zeros(len(clips), dtype=bool)
         if len(self._voices):

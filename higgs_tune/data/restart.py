@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.data.audio import can_be_opened, is_passing, locate
+from higgs_tune.data.audio import can_be_opened, locate, may_be_temporary
 from higgs_tune.data.clips import reason_of
 from higgs_tune.data.files import writing
 from higgs_tune.data.rows import ManifestRow, Rejection
@@ -18,7 +18,7 @@ from higgs_tune.files import write_json
 JOB_NAME = "prepare.json"
 
 
-def claim(out: Path, job: dict[str, Any]) -> None:
+def claim_folder(out: Path, job: dict[str, Any]) -> None:
     """Claim `out` for this job, or check that it already belongs to it.
 
     Raises:
@@ -57,7 +57,7 @@ def holds_rows(out: Path) -> bool:
     return any(ShardFile(path, num_codebooks=1).group_starts[-1] for path in list_shards(out))
 
 
-def look_up(part: Sequence[ManifestRow], root: Path) -> tuple[str, list[Rejection]]:
+def check_recordings(part: Sequence[ManifestRow], root: Path) -> tuple[str, list[Rejection]]:
     """Find a shard's recordings without reading them.
 
     Returns:
@@ -94,7 +94,7 @@ def read_record(
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}). Delete it and run again.") from None
     rejected = [Rejection(**fields) for fields in record["rejected"]]
-    if record["fingerprint"] != fingerprint or _is_mended(rejected, part, root):
+    if record["fingerprint"] != fingerprint or _can_be_retried(rejected, part, root):
         return None
     return rejected
 
@@ -110,11 +110,11 @@ def _record_path(out: Path, index: int) -> Path:
     return shard_path(out, index).with_suffix(".json")
 
 
-def _is_mended(rejected: Sequence[Rejection], part: Sequence[ManifestRow], root: Path) -> bool:
+def _can_be_retried(rejected: Sequence[Rejection], part: Sequence[ManifestRow], root: Path) -> bool:
     """Whether a rejected row's recordings, which could not be opened at the time, can be now."""
     rows = {row.number: row for row in part}
     return any(
         all(can_be_opened(root, name) for name in rows[rejection.row].audio)
         for rejection in rejected
-        if is_passing(rejection.reason)
+        if may_be_temporary(rejection.reason)
     )

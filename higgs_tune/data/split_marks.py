@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from sqlite3 import Connection
 
-from higgs_tune.data.audio import as_stored
-from higgs_tune.data.messages import taught
+from higgs_tune.data.audio import find_spelling
+from higgs_tune.data.messages import target_content
 from higgs_tune.data.plain_text import sound_of
 from higgs_tune.data.row_table import RowTable
 
@@ -41,7 +41,7 @@ def split_marks(table: RowTable, root: Path, seed: int) -> Iterator[Connection]:
             values = (row.number, voice, text, _recording_mark(root, row.audio[0], seed), text)
             database.execute("INSERT INTO clips VALUES (?, ?, ?, ?, ?, NULL)", values)
         else:
-            texts, recordings = taught(row)
+            texts, recordings = target_content(row)
             marks = [_text_mark(text, seed) for text in texts if sound_of(text)]
             marks += [_recording_mark(root, name, seed) for name in recordings]
             database.executemany(
@@ -64,7 +64,7 @@ def _text_mark(text: str, seed: int) -> bytes:
 
 def _recording_mark(root: Path, name: str, seed: int) -> bytes:
     with suppress(OSError, ValueError):  # unusable path: the row is rejected when its audio is read
-        name = os.path.realpath(as_stored(root, name))
+        name = os.path.realpath(find_spelling(root, name))
     return hashlib.sha256(f"{seed}\0\0{name}".encode()).digest()
 
 

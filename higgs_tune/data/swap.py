@@ -8,7 +8,7 @@ import numpy as np
 from higgs_tune.data.plain_text import sound_of
 
 
-def spread(texts: np.ndarray, speakers: np.ndarray, count: int, seed: int) -> list[int]:
+def choose_spread_out(texts: np.ndarray, speakers: np.ndarray, count: int, seed: int) -> list[int]:
     """Return the places of up to `count` clips: least used text first, then speaker, then at random.
 
     No text fills more than half, so that each clip can be swapped with one of another text. `texts` and
@@ -29,11 +29,11 @@ def spread(texts: np.ndarray, speakers: np.ndarray, count: int, seed: int) -> li
         text_uses[text[best]] += 1
         speaker_uses[speaker[best]] += 1
         chosen.append(best)
-    kept = without_majority([int(text[place]) for place in chosen])
+    kept = limit_groups_to_half([int(text[place]) for place in chosen])
     return [int(order[chosen[place]]) for place in kept]
 
 
-def alike(texts: list[str], recordings: list[bytes]) -> list[str]:
+def group_labels(texts: list[str], recordings: list[bytes]) -> list[str]:
     """Group clips that share a text or a recording; return for each clip one text that names its group.
 
     Clips may also share them through others: any recording of the group may say the clip's own text. Texts
@@ -48,7 +48,7 @@ def alike(texts: list[str], recordings: list[bytes]) -> list[str]:
     return [texts[one] for one in label]
 
 
-def without_majority(groups: Sequence[Hashable]) -> list[int]:
+def limit_groups_to_half(groups: Sequence[Hashable]) -> list[int]:
     """Return the places of the clips to keep, so that no group has over half; its last clips are dropped."""
     kept = list(range(len(groups)))
     while kept:
@@ -72,7 +72,7 @@ def swaps(groups: list[str], lengths: list[int], languages: Sequence[str | None]
     for part in sorted(parts.values(), key=len):
         waiting = sorted([*waiting, *part])
         own = [groups[place] for place in waiting]
-        if len(without_majority(own)) == len(own):
+        if len(limit_groups_to_half(own)) == len(own):
             others = derange(own, [lengths[place] for place in waiting])
             for place, other in zip(waiting, others, strict=True):
                 result[place] = waiting[other]

@@ -71,7 +71,7 @@ def chat(row: Row) -> Conversation:
     return Conversation(f"{row.id}:chat", "chat", tuple(turns))
 
 
-def introduced(talk: Conversation, system_text: str | None) -> Conversation:
+def with_system_turn(talk: Conversation, system_text: str | None) -> Conversation:
     """Put a system turn before a spoken clip, if there is a text for one.
 
     A chat has its own system turn. Transcription gets none, because the published base's asks for speech.
@@ -104,7 +104,7 @@ def most_rows(
 
 
 def system_rows(system_text: str | None, text_length: TextLength = len) -> int:
-    """Upper bound on the rows that `introduced` adds, in the unit of `text_length`."""
+    """Upper bound on the rows that `with_system_turn` adds, in the unit of `text_length`."""
     return 0 if system_text is None else _ROWS_PER_TURN + text_length(system_text)
 
 

@@ -12,7 +12,7 @@ from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.held_out import validation_sets
 from higgs_tune.data.references import References
 from higgs_tune.data.shards import Row
-from higgs_tune.data.swap import spread
+from higgs_tune.data.swap import choose_spread_out
 from higgs_tune.listen.options import EvaluateOptions
 
 
@@ -29,7 +29,7 @@ class Clip:
         """The conversation whose last turn is the speech to generate."""
         alone = self.reference is None
         talk = tasks.speak(self.row) if alone else tasks.clone(self.row, self.reference)
-        return tasks.introduced(talk, self.system_text)
+        return tasks.with_system_turn(talk, self.system_text)
 
 
 def choose_clips(
@@ -60,10 +60,10 @@ def choose_clips(
     )
     held_out = list(sets.rows)
     texts, speakers = dataset.index["text"], dataset.index["speaker"]
-    numbers = spread(
+    numbers = choose_spread_out(
         texts[held_out],
         speakers[held_out],
-        max(2, options.num_generated),  # `spread` drops a text that fills more than half
+        max(2, options.num_generated),  # `choose_spread_out` drops a text that fills more than half
         seed=0,
     )[: options.num_generated]
     chosen = [held_out[number] for number in numbers]
@@ -92,7 +92,7 @@ def _reference(
     row, found = dataset.row(index), None
     if row.ref_text is not None:
         found = own_reference(row) if own_fits else None
-    elif references.exist(np.array([index]))[0]:
+    elif references.has_any(np.array([index]))[0]:
         found = dataset.row(references.draw(index, pick))
     is_itself = found is not None and np.array_equal(found.codes[0], row.codes[0])
     return None if is_itself else found

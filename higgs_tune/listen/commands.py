@@ -28,7 +28,7 @@ _EVALUATE = {
     "task": "clone: with a reference of the speaker's voice; speak: without one",
 }
 _NONE = Path("none")
-_FASTEST = 30  # letters per second; fast speech has up to 8 syllables of two or three letters
+_MAX_LETTERS_PER_S = 30  # fast speech has up to 8 syllables of two or three letters
 
 
 def _add_options(
@@ -107,13 +107,13 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_options(parser, SpeechOptions, _SPEECH | {"seed": drawn})
 
 
-def given(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
+def given_settings(args: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
     """The settings whose argument was given; `names` maps each setting to its argument."""
     return {k: v for k, name in names.items() if (v := getattr(args, name)) is not None}
 
 
 def _options(args: argparse.Namespace, model: type[ModelT], names: Iterable[str]) -> ModelT:
-    return validate(model, given(args, {name: name for name in names}), "options")
+    return validate(model, given_settings(args, {name: name for name in names}), "options")
 
 
 BASE = {
@@ -141,7 +141,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     paths = take_paths(args.out, args.num_takes)
     adapters = [] if adapter is None else [adapter]
-    base_settings = base_for(adapters, given(args, BASE), "generate")
+    base_settings = base_for(adapters, given_settings(args, BASE), "generate")
     base = load_checkpoint(base_settings)
     codec_name = args.codec or "embedded"
     codec = load_codec(codec_name, base.model.device, args.codec_revision)
@@ -179,7 +179,7 @@ def _warn(path: Path, take: dict[str, Any]) -> None:
             "Raise --max-seconds, or try another --seed or --temperature.",
             file=sys.stderr,
         )
-    elif take["seconds"] * _FASTEST <= letters:
+    elif take["seconds"] * _MAX_LETTERS_PER_S <= letters:
         print(
             f"warning: {path}: ended after {take['seconds']:.2f} s, too short for a text of {letters} "
             "letters. Try another --seed; if all takes are too short, the model has not learnt to speak "
@@ -196,7 +196,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         if getattr(args, name) and not args.asr:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option}: needs a recogniser; name one with --asr.")
-    base, data, adapters, out = _subject(args, options)
+    base, data, adapters, out = _evaluation_inputs(args, options)
     notes = []
     if args.results is not None and options.task == "clone" and data.tasks.clone == 0:
         notes.append(
@@ -225,7 +225,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _subject(
+def _evaluation_inputs(
     args: argparse.Namespace, options: EvaluateOptions
 ) -> tuple[BaseSettings, DataSettings, list[Path], Path]:
     """Base, data, adapters and output folder, from the arguments."""
@@ -262,7 +262,7 @@ def _subject(
         data["path"] = args.data
     if args.results is None or args.num_clips is not None:  # else as many as the sweep validated on
         data["num_val_clips"] = options.num_clips
-    base = base_for(adapters, stored_base | given(args, BASE), "evaluate")
+    base = base_for(adapters, stored_base | given_settings(args, BASE), "evaluate")
     if args.results is None or args.system_text is not None:
         data["system_text"] = system_text_for(adapters, args.system_text, base)
     data_settings = validate(DataSettings, data, "evaluate")

@@ -24,7 +24,7 @@ from higgs_tune.listen.systems import RECORDING, REFERENCE, System
 from higgs_tune.listen.takes import frame_limit, seconds_of, wave_of, write_wav
 from higgs_tune.listen.voices import Recogniser, VoiceJudge
 from higgs_tune.model.load import Base
-from higgs_tune.model.writing import Written, prompt_before_text, write_text
+from higgs_tune.model.writing import GeneratedText, prompt_before_text, write_text
 from higgs_tune.report.listening import SHOWN
 from higgs_tune.train.checkpoint import adapted
 
@@ -174,7 +174,9 @@ def _speech(
         )
 
 
-def _transcription(base: Base, model: HiggsAudioV2ForConditionalGeneration, clip: Clip) -> Written:
+def _transcription(
+    base: Base, model: HiggsAudioV2ForConditionalGeneration, clip: Clip
+) -> GeneratedText:
     """The model's transcript of the recording, of at most 2n + 8 tokens where the true text has n."""
     talk = tasks.transcribe(clip.row)
     prompt = prompt_before_text(encode_conversation(talk, base.vocabulary))

@@ -63,11 +63,11 @@ def mel_distance(wave: np.ndarray, reference: np.ndarray, rate_hz: int) -> float
     cost_AB = torch.cdist(
         torch.from_numpy(a), torch.from_numpy(b), compute_mode="donot_use_mm_for_euclid_dist"
     )
-    total, num_steps = warp(cost_AB.numpy())
+    total, num_steps = dynamic_time_warping(cost_AB.numpy())
     return total / num_steps
 
 
-def warp(cost_AB: np.ndarray) -> tuple[float, int]:
+def dynamic_time_warping(cost_AB: np.ndarray) -> tuple[float, int]:
     """Dynamic time warping: the lowest sum of costs from corner to corner, and its number of steps.
 
     A step advances one row, one column or both; all weigh the same. Computed along anti-diagonals,

@@ -7,7 +7,7 @@ from pydantic import Field
 from higgs_tune.config import Settings
 
 # Advice if a file cannot be written; files written before it are complete.
-AGAIN = "Free space, or give another --out, and run the command again."
+WRITE_ADVICE = "Free space, or give another --out, and run the command again."
 
 
 class SpeechOptions(Settings):

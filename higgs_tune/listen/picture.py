@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter
 
 from higgs_tune.files import write_bytes, writing
 from higgs_tune.listen.measures import log_mel
-from higgs_tune.listen.options import AGAIN
+from higgs_tune.listen.options import WRITE_ADVICE
 from higgs_tune.report.ink import STYLE, png_of
 
 _LOUDEST, _SOFTEST = 4.5, -2.5  # log mel magnitudes at the ends of the colour scale
@@ -49,7 +49,7 @@ def draw_spectrogram(path: Path, wave: np.ndarray, rate_hz: int, least_seconds: 
         axes.tick_params(labelsize=7)
         axes.set_xlabel("s", fontsize=7, labelpad=1)
         axes.set_ylabel("Hz", fontsize=7, labelpad=1)
-        with writing(path, AGAIN):
+        with writing(path, WRITE_ADVICE):
             write_bytes(path, png_of(figure))
 
 

@@ -15,7 +15,7 @@ from higgs_tune.files import write_json, write_json_lines, write_text, writing
 from higgs_tune.listen.clips import choose_clips
 from higgs_tune.listen.evaluate import Bench, Judges, means, recording_rows, system_rows
 from higgs_tune.listen.losses import validation_losses
-from higgs_tune.listen.options import AGAIN, EvaluateOptions, SpeechOptions
+from higgs_tune.listen.options import WRITE_ADVICE, EvaluateOptions, SpeechOptions
 from higgs_tune.listen.page import render_page
 from higgs_tune.listen.systems import RECORDING, check_codec, check_data_codec, name_systems
 from higgs_tune.listen.table import figures_table
@@ -116,7 +116,7 @@ def write_result(out: Path, result: Mapping[str, Any], rows: Sequence[Mapping[st
     Raises:
         DataError: a file cannot be written; the others are complete.
     """
-    with writing(out, AGAIN):
+    with writing(out, WRITE_ADVICE):
         write_json_lines(out / CLIPS, rows)
         write_json(out / DATA, result)
         write_text(out / PAGE, render_page(result, rows))

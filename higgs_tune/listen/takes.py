@@ -19,7 +19,7 @@ from higgs_tune.data.tokens import Vocabulary, encode_conversation, unknown_in
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.files import write_bytes, write_json, writing
 from higgs_tune.listen.generate import most_frames, prompt_before_audio, speak
-from higgs_tune.listen.options import AGAIN, SpeechOptions
+from higgs_tune.listen.options import WRITE_ADVICE, SpeechOptions
 from higgs_tune.local_path import refuse_existing
 from higgs_tune.model.writing import Prompt
 
@@ -74,7 +74,7 @@ def take_prompt(
     spoken = normalize("NFC", text.strip())
     row = Row("--text", "validation", "clip", "", spoken, codes, ref_text=ref_text)
     talk = tasks.speak(row) if reference is None else tasks.clone(row, None)
-    talk = tasks.introduced(talk, system_text)
+    talk = tasks.with_system_turn(talk, system_text)
     return prompt_before_audio(encode_conversation(talk, vocabulary))
 
 
@@ -140,7 +140,7 @@ def write_wav(path: Path, wave: np.ndarray, rate_hz: int) -> None:
     """
     content = io.BytesIO()  # libsndfile would report a full disk only as "System error."
     soundfile.write(content, wave, rate_hz, format="WAV", subtype="PCM_16")
-    with writing(path, AGAIN):
+    with writing(path, WRITE_ADVICE):
         write_bytes(path, content.getvalue())
 
 
@@ -176,6 +176,6 @@ def make_take(
         "hit_length_limit": not spoken.reached_eos,
         "num_clipped_codes": spoken.num_clipped,
     }
-    with writing(path.with_suffix(".json"), AGAIN):
+    with writing(path.with_suffix(".json"), WRITE_ADVICE):
         write_json(path.with_suffix(".json"), record)
     return record

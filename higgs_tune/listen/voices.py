@@ -72,7 +72,7 @@ class Recogniser:
         extractor = self._pipeline.feature_extractor
         self._rate_hz: int = extractor.sampling_rate
         is_whisper = self._pipeline.type == "seq2seq_whisper"
-        self._at_once: float = extractor.n_samples if is_whisper else float("inf")
+        self._max_samples: float = extractor.n_samples if is_whisper else float("inf")
         self._arguments = {"generate_kwargs": {"language": language}} if language else {}
         if language:
             try:  # a recogniser refuses a language only when it transcribes
@@ -88,7 +88,7 @@ class Recogniser:
             return ""
         heard = resample(wave, rate_hz, self._rate_hz)
         arguments: dict[str, Any] = dict(self._arguments)
-        if len(heard) > self._at_once:  # Whisper continues after 30 s only with timestamps
+        if len(heard) > self._max_samples:  # Whisper continues after 30 s only with timestamps
             arguments["return_timestamps"] = True
         result = self._pipeline({"raw": heard, "sampling_rate": self._rate_hz}, **arguments)
         return result["text"]

@@ -147,7 +147,7 @@ class Storage:
         every += [self.compute] if self.compute is not self.master else []
         return every + ([self.grad_sum] if self.grad_sum is not None else [])
 
-    def keep_gradient(self, where: Where) -> None:
+    def accumulate_gradient(self, where: Where) -> None:
         """Prepare for another micro-batch: add bf16 gradients to the fp32 sum; fp32 ones just accumulate."""
         if self.grad.dtype == torch.float32:
             return
@@ -168,7 +168,7 @@ class Storage:
         grad = self.grad[where].float()
         return grad if self.grad_sum is None else self.grad_sum[where] + grad
 
-    def give_back(self) -> None:
+    def release_memory(self) -> None:
         """Zero all buffers if they are shared, and free their memory until they are used again."""
         try:
             for memory in self._maps:

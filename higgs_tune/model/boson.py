@@ -92,21 +92,21 @@ def native_config(raw: Mapping[str, Any], ids: Mapping[str, int], where: str) ->
         pad_token_id=raw.get("pad_token_id"),
         bos_token_id=ids[CONTROL_TOKENS["begin_of_text"]],
         eos_token_id=ids[CONTROL_TOKENS["end_of_turn"]],
-        num_codebooks=_whole(raw, "audio_num_codebooks", where),
+        num_codebooks=_positive_int(raw, "audio_num_codebooks", where),
         # the original counts neither BOS nor EOS
-        codebook_size=_whole(raw, "audio_codebook_size", where) + 2,
+        codebook_size=_positive_int(raw, "audio_codebook_size", where) + 2,
         audio_token_id=ids[CONTROL_TOKENS["audio"]],
         audio_bos_token_id=ids[CONTROL_TOKENS["audio_bos"]],
         audio_delay_token_id=ids[CONTROL_TOKENS["audio_delay"]],
-        audio_stream_bos_id=_whole(raw, "audio_stream_bos_id", where),
-        audio_stream_eos_id=_whole(raw, "audio_stream_eos_id", where),
+        audio_stream_bos_id=_positive_int(raw, "audio_stream_bos_id", where),
+        audio_stream_eos_id=_positive_int(raw, "audio_stream_eos_id", where),
     )
     if raw.get("use_audio_out_self_attention"):
         return cross_attention_config(config.to_dict(), "audio_self")
     return config
 
 
-def _whole(raw: Mapping[str, Any], field: str, where: str) -> int:
+def _positive_int(raw: Mapping[str, Any], field: str, where: str) -> int:
     value = raw.get(field)
     if not isinstance(value, int) or value < 1:
         raise ModelError(f"{where}: {field} is {value!r}, needed a whole number above 0.")
@@ -131,7 +131,7 @@ def _check_options(raw: Mapping[str, Any], num_layers: int, where: str) -> None:
             )
 
 
-def loading(config: HiggsAudioV2Config) -> dict[str, Any]:
+def load_arguments(config: HiggsAudioV2Config) -> dict[str, Any]:
     """The arguments of `from_pretrained` that an original checkpoint needs besides its folder."""
     generation = GenerationConfig(  # as the original generates by default
         bos_token_id=config.bos_token_id,
@@ -143,7 +143,7 @@ def loading(config: HiggsAudioV2Config) -> dict[str, Any]:
     return {"config": config, "generation_config": generation, "key_mapping": NATIVE_NAMES}
 
 
-def check_modes(cross_attention: CrossAttention) -> None:
+def check_cross_attention(cross_attention: CrossAttention) -> None:
     """Check that the original code supports these new modules.
 
     Raises:
@@ -173,7 +173,7 @@ def boson_config(
     Raises:
         ModelError: the original code cannot run this model.
     """
-    check_modes(cross_attention)
+    check_cross_attention(cross_attention)
     size = config.codebook_size - 2
     if (config.audio_stream_bos_id, config.audio_stream_eos_id) != (size, size + 1):
         raise ModelError(

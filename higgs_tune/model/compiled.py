@@ -39,7 +39,7 @@ class CompiledForward:
 
     def __call__(self, batch: PackBatch, weights: PackWeights | None) -> Nll:
         """Compute `packed_nll`; the first call of a kind compiles, which takes seconds to minutes."""
-        batch = _wide(batch)
+        batch = _pad_to_two(batch)
         _mark(batch)
         if weights is None:
             with self._lock:
@@ -69,7 +69,7 @@ class CompiledForward:
         return self._graphs[kind]
 
 
-def _wide(batch: PackBatch) -> PackBatch:
+def _pad_to_two(batch: PackBatch) -> PackBatch:
     """Pad to at least two labelled rows of text and of audio: widths 0 and 1 would each compile a graph."""
     text, audio = batch.text_rows_KM.shape[1], batch.audio_rows_KM.shape[1]
     if min(text, audio) > 1:

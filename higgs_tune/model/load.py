@@ -167,7 +167,7 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
             dtype=stored if keep_dtype else getattr(torch, settings.dtype),
             attn_implementation=settings.attention,
             device_map={"": device},
-            **(boson.loading(config) if is_original else {}),
+            **(boson.load_arguments(config) if is_original else {}),
         )
     except (
         OSError,

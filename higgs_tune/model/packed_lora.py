@@ -119,7 +119,7 @@ class AdapterBank:
             for buffer in self.lora.buffers():
                 buffer[slot].zero_()
             if seat.new is not None:
-                seat.new.give_back()
+                seat.new.release_memory()
 
     def vacate(self, slot: int) -> Seat | None:
         """Free a slot but keep its memory as it is; returns the seat that was there."""
@@ -155,11 +155,11 @@ class AdapterBank:
         yield self.lora
         yield from (seat.new for seat in self.seats.values() if seat.new is not None)
 
-    def keep_gradients(self, slots: Iterable[int]) -> None:
+    def accumulate_gradients(self, slots: Iterable[int]) -> None:
         """Prepare these adapters' gradients for another micro-batch of their steps."""
         for slot in slots:
             for part in self.seats[slot].parts:
-                part.storage.keep_gradient(part.where)
+                part.storage.accumulate_gradient(part.where)
 
     def clear_gradients(self, slots: Iterable[int]) -> None:
         """Zero these adapters' gradients."""

@@ -13,18 +13,18 @@ from higgs_tune.errors import ModelError
 _SYSTEM, _USER = "speak as told", "good day"
 
 
-def wants_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+def requires_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a checkpoint's chat template refuses a conversation without a system message."""
     if tokenizer.chat_template is None:
         return False
     try:
-        tokenizer.apply_chat_template(_talk(), tokenize=False)
+        tokenizer.apply_chat_template(_messages(), tokenize=False)
     except (jinja2.TemplateError, ValueError):
         return True
     return False
 
 
-def _talk() -> list[dict[str, Any]]:
+def _messages() -> list[dict[str, Any]]:
     """Messages: a text, and audio as its answer."""
     return [
         {"role": "user", "content": [{"type": "text", "text": _USER}]},
@@ -53,7 +53,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -
     num_delay = vocabulary.num_codebooks - 1
     frames = CONTROL_TOKENS["audio"] * (len(ours.codes_AC) - num_delay)
     system = {"role": "system", "content": [{"type": "text", "text": _SYSTEM}]}
-    messages = [system, *_talk()]
+    messages = [system, *_messages()]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (jinja2.TemplateError, ValueError) as error:

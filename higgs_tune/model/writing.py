@@ -24,7 +24,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedText:
     """A generated text."""
 
     ids: tuple[int, ...]
@@ -44,7 +44,7 @@ def write_text(
     vocabulary: Vocabulary,
     prompt: Prompt,
     max_tokens: int,
-) -> Written:
+) -> GeneratedText:
     """Continue a prompt greedily with text, up to `<|eot_id|>` or `max_tokens`.
 
     No other control token is ever written.
@@ -69,7 +69,7 @@ def write_text(
         logits_V[never] = -torch.inf
         token = int(logits_V.argmax())
         if token == end:
-            return Written(tuple(written), reached_end=True)
+            return GeneratedText(tuple(written), reached_end=True)
         written.append(token)
         cache, fed, audio = output.cache, torch.tensor([[token]], device=device), {}
-    return Written(tuple(written), reached_end=False)
+    return GeneratedText(tuple(written), reached_end=False)

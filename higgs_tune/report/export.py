@@ -11,7 +11,7 @@ from higgs_tune import metrics as m
 from higgs_tune.files import RESUME_FILES, write_text
 from higgs_tune.report.choose import Choice
 from higgs_tune.report.findings import Findings
-from higgs_tune.report.results import Results, read_if_there
+from higgs_tune.report.results import Results, read_optional_json
 
 BEST_CONFIG = "best_config.yaml"
 BEST_ADAPTER = "best_adapter"
@@ -65,7 +65,7 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
         # Training again picks its best_adapter/ under the same audio limit as the sweep.
         "run": {"audio_tolerance": results.sweep.objective.audio_tolerance},
         # the resolved peft.LoraConfig from the run's adapter
-        "lora_config": read_if_there(
+        "lora_config": read_optional_json(
             choice.adapter_run.directory / "adapter" / "adapter_config.json"
         )
         or None,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from higgs_tune import metrics as m
 from higgs_tune.report.choose import Choice, Stat, choose, leader, mean_of
 from higgs_tune.report.importance import (
+    CATEGORICAL,
     MIN_TRIALS,
-    NAMES,
     ImportanceInfo,
     importance_info,
     levels,
@@ -148,7 +148,7 @@ def _mattered(results: Results, importance: ImportanceInfo | None) -> Answer:
         f"That is its share of the ranking of {trials} by text loss at {step}; chance rarely "
         f"reaches more than {chance:.0f}%. {_others(importance)}{later}"
     )
-    for name in (name for name in NAMES if name in importance.mattered):
+    for name in (name for name in CATEGORICAL if name in importance.mattered):
         sentence += f" {_medians(results, name)}"
     figure = f"{setting_name(first)} {share:.0f}%"
     return Answer("mattered", question, figure, sentence, "plain")

@@ -30,7 +30,7 @@ SETTINGS = (
     "audio_loss_weight",
     "batch_clips",
 )
-NAMES = ("target_set", "cross_attention", "alpha_rule")  # settings whose values have no order
+CATEGORICAL = ("target_set", "cross_attention", "alpha_rule")  # settings whose values have no order
 _NUM_SHUFFLES = 1000
 _CONFIDENCE = 0.95  # over all settings: by chance, one sweep in 20 names one
 
@@ -90,7 +90,7 @@ def importance_info(results: Results) -> ImportanceInfo | None:
     varied = {name: shares_P for name, shares_P in found.items() if shares_P is not None}
     if not varied:
         return None
-    by_chance = _by_chance({name: shares_P[1:] for name, shares_P in varied.items()})
+    by_chance = _chance_thresholds({name: shares_P[1:] for name, shares_P in varied.items()})
     shares = {name: float(shares_P[0]) for name, shares_P in varied.items()}
     order = sorted(shares, key=lambda name: by_chance[name] - shares[name])
     return ImportanceInfo(
@@ -129,7 +129,7 @@ def _compared(results: Results, step: int) -> tuple[list[Trial], list[float]]:
     return [trial for trial, _ in known], [loss for _, loss in known]
 
 
-def _acts(trial: Trial, name: str) -> bool:
+def _has_effect(trial: Trial, name: str) -> bool:
     return name != "new_module_lr_factor" or trial.config.cross_attention != "off"
 
 
@@ -145,7 +145,7 @@ def _shares(trials: Sequence[Trial], name: str, ranks_PN: np.ndarray) -> np.ndar
     None if it or the ranks did not vary, or if it has about as many values as trials, so that it explains
     any ranking.
     """
-    acting = [index for index, trial in enumerate(trials) if _acts(trial, name)]
+    acting = [index for index, trial in enumerate(trials) if _has_effect(trial, name)]
     values = [getattr(trials[index].config, name) for index in acting]
     if len(set(values)) < 2:
         return None
@@ -164,7 +164,7 @@ def _effects(values: Sequence[Any], name: str) -> np.ndarray:
 
     Numbers get a parabola over their rank, because the best value often lies inside the searched range.
     """
-    if name in NAMES:
+    if name in CATEGORICAL:
         columns_NK = np.array(
             [[v == known for known in sorted(set(values))] for v in values], float
         )
@@ -185,7 +185,7 @@ def _ranks(values: Sequence[Any]) -> np.ndarray:
     return (last - (counts - 1) / 2)[places]
 
 
-def _by_chance(shuffled: dict[str, np.ndarray]) -> dict[str, float]:
+def _chance_thresholds(shuffled: dict[str, np.ndarray]) -> dict[str, float]:
     """The share that each setting must exceed, from its shares of the shuffled losses.
 
     Testing more settings makes a chance hit likelier, so the limit comes from the largest share in each

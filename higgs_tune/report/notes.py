@@ -14,7 +14,7 @@ def notes_on(results: Results, choice: Choice | None) -> list[str]:
     """All notes, a sentence or two each."""
     notes = []
     num_trials = results.sweep.tune.num_trials
-    if open_ends := _open_ends(results.search):
+    if open_ends := _resumable_counts(results.search):
         notes.append(
             f"The sweep is not finished: {open_ends}. --resume continues what was cancelled or lost."
         )
@@ -25,7 +25,7 @@ def notes_on(results: Results, choice: Choice | None) -> list[str]:
     if choice is not None and choice.confirm == "unfinished":
         notes.append("The confirm stage has not finished; the choice rests on the search alone.")
     done = confirmed(results)  # these may have open runs if confirm.num_seeds was lowered
-    if open_ends := _open_ends(run for run in results.confirm if run.confirms not in done):
+    if open_ends := _resumable_counts(run for run in results.confirm if run.confirms not in done):
         notes.append(
             f"Unfinished confirm runs: {open_ends}. A configuration without all its runs is not "
             "confirmed; --resume continues them."
@@ -37,9 +37,9 @@ def notes_on(results: Results, choice: Choice | None) -> list[str]:
         ]
     notes += _broken(results.trials)
     notes += _diverged(results.search)
-    notes += _crowded_out(results)
+    notes += _pruned_all_feasible(results)
     if results.baseline is not None:
-        notes += _broken_off(results.baseline)
+        notes += _baseline_ended_early(results.baseline)
     if choice is not None and not (choice.adapter_run.directory / "adapter").is_dir():
         notes.append(f"{choice.adapter_run.id} left no adapter; train it again to get one.")
     return notes
@@ -76,7 +76,7 @@ def _diverged(trials: Sequence[Trial]) -> list[str]:
     ]
 
 
-def _crowded_out(results: Results) -> list[str]:
+def _pruned_all_feasible(results: Results) -> list[str]:
     """A note if early stopping, which sees only text loss, left no sampled trial to choose."""
     sampled = [trial for trial in results.search if trial.origin == "search"]
     ended = [results.feasible(trial) for trial in sampled if trial.full_budget]
@@ -90,7 +90,7 @@ def _crowded_out(results: Results) -> list[str]:
     ]
 
 
-def _broken_off(baseline: Trial) -> list[str]:
+def _baseline_ended_early(baseline: Trial) -> list[str]:
     """A note if trial 0 ended before its full budget; none while it is running."""
     if not baseline.history or baseline.full_budget or baseline.status == UNFINISHED:
         return []
@@ -100,7 +100,7 @@ def _broken_off(baseline: Trial) -> list[str]:
     return [f"Trial 0 {ended} at step {baseline.step}{at}."]
 
 
-def _open_ends(trials: Iterable[Trial]) -> str:
+def _resumable_counts(trials: Iterable[Trial]) -> str:
     """How many of the trials --resume would continue, in words; empty if none."""
     counts = Counter(trial.status for trial in trials)
     words = {UNFINISHED: "running or lost", "cancelled": "cancelled"}

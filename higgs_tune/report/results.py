@@ -136,23 +136,23 @@ def read_results(directory: Path) -> Results:
             f"{directory}: found no sweep.yaml, needed the results folder of a sweep. "
             "Give a folder such as results/quick."
         )
-    base_file = read_if_there(directory / "base.json")
+    base_file = read_optional_json(directory / "base.json")
     folders = sorted((directory / "trials").glob("*/config.json"))
     trials = [_read_trial(path.parent) for path in folders]
     return Results(
         directory=directory,
         sweep=validate(SweepConfig, read_yaml(sweep_file), str(sweep_file)),
-        env=read_if_there(directory / "env.json"),
+        env=read_optional_json(directory / "env.json"),
         base=base_file.get("metrics"),
         base_file=base_file,
         trials=tuple(sorted(trials, key=lambda t: (t.origin == "confirm", t.number, t.id))),
-        workers=read_if_there(directory / "workers.json"),
+        workers=read_optional_json(directory / "workers.json"),
     )
 
 
 def _read_trial(folder: Path) -> Trial:
-    config = read_if_there(folder / "config.json")
-    status = read_if_there(folder / "status.json", {"status": UNFINISHED})
+    config = read_optional_json(folder / "config.json")
+    status = read_optional_json(folder / "status.json", {"status": UNFINISHED})
     try:
         return Trial(
             id=config["trial_id"],
@@ -180,7 +180,7 @@ def _read_history(path: Path) -> tuple[Metrics, ...]:
     return tuple(rows[step] for step in sorted(rows))
 
 
-def read_if_there(path: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_optional_json(path: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
     """The JSON object in a file; `absent`, or an empty dict, if there is no file.
 
     Raises:

@@ -20,7 +20,7 @@ from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.folder import TUNE, disk_fault, open_folder, record_slots
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.nodes import idle_gpus, refuse_more_than_here
-from higgs_tune.sweep.places import refuse_absent, refuse_other_data
+from higgs_tune.sweep.places import refuse_other_data, require_local
 from higgs_tune.sweep.records import TrialFiles
 from higgs_tune.sweep.seats import DEFAULT_LOOP
 from higgs_tune.sweep.slots import resolve_slots, slots_of
@@ -29,7 +29,7 @@ from higgs_tune.sweep.workers import Workers
 from higgs_tune.train.signals import exit_on_sigterm, stop_signals
 
 EXIT_NOTHING_FEASIBLE = 3
-RAY_IS_DEAD_S = 5.0  # enough for a sweep to end without Ray, if no call to it is pending
+GRACE_WITHOUT_RAY_S = 5.0  # enough for a sweep to end without Ray, if no call to it is pending
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run_sweep(
     check_pinned(config.base)
     space.check(config)
     if starts_own():  # a cluster's machines may have base and data where this one does not
-        refuse_absent(config)
+        require_local(config)
         if resume:
             refuse_other_data(config)
     storage = config.tune.storage
@@ -88,7 +88,7 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
             log,
             join_cluster(runtime.ENVIRONMENT) as cluster,
             exit_on_sigterm(),
-            _end_with_ray(cluster, control, display, results),
+            _exit_if_ray_died(cluster, control, display, results),
         ):
             if cluster.is_own:
                 refuse_more_than_here(config.tune)
@@ -127,7 +127,7 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
 
 
 @contextmanager
-def _end_with_ray(
+def _exit_if_ray_died(
     cluster: Cluster, control: Control, display: Display, results: Path
 ) -> Iterator[None]:
     """End this process if a stop signal has ended Ray, too: some reach all processes of a job.
@@ -139,7 +139,7 @@ def _end_with_ray(
     def watch() -> None:
         while not is_over.wait(1):
             number = control.request.number
-            if number is None or not cluster.has_died() or is_over.wait(RAY_IS_DEAD_S):
+            if number is None or not cluster.has_died() or is_over.wait(GRACE_WITHOUT_RAY_S):
                 continue
             try:
                 display.close()

@@ -18,7 +18,7 @@ class Guard(TrialScheduler):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._told_to_stop: set[Trial] = set()
+        self._stopped: set[Trial] = set()
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Pass on a new trial unless it is a baseline; likewise below."""
@@ -34,12 +34,12 @@ class Guard(TrialScheduler):
         """CONTINUE for a baseline, else the scheduler's decision; STOP is final."""
         if not is_searched(trial):
             return TrialScheduler.CONTINUE
-        if trial in self._told_to_stop:
+        if trial in self._stopped:
             return TrialScheduler.STOP
         decision = super().on_trial_result(tune_controller, trial, result)
         is_replay = tune_controller is None  # which shows all of a trial's earlier results
         if decision == TrialScheduler.STOP and not is_replay:
-            self._told_to_stop.add(trial)
+            self._stopped.add(trial)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from higgs_tune.metrics import VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.sweep.board import Board, Row, text_nll
 
 REFRESH_S = 0.5
-AROUND = 4  # lines besides trials: header, base, number of hidden trials, state of the sweep
-GIVE_WAY = ("cross-attention", "targets")  # columns that are cut if the terminal is too narrow
+NUM_OTHER_LINES = 4  # besides trials: header, base, number of hidden trials, state of the sweep
+SHRINKABLE = ("cross-attention", "targets")  # cut if the terminal is too narrow
 SHOWN = (VAL_TEXT_NLL, VAL_AUDIO_NLL, VAL_AUDIO_GAIN)
 STYLES = {
     "running": "cyan",
@@ -71,7 +71,9 @@ class Display:
         if self._live is None or (not force and time.monotonic() - self._refreshed < REFRESH_S):
             return
         self._refreshed = time.monotonic()
-        self._live.update(render(self.board, self._live.console.height - AROUND), refresh=True)
+        self._live.update(
+            render(self.board, self._live.console.height - NUM_OTHER_LINES), refresh=True
+        )
 
     def close(self) -> None:
         """Leave a last table with every trial on the screen."""
@@ -84,12 +86,12 @@ class Display:
 def render(board: Board, num_rows: int) -> Group:
     """The table, with at most `num_rows` trials, and the lines below it."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for name in ("trial", "state", "rank", "rate", *GIVE_WAY, "step", "text", "audio", "gain"):
-        left = name in ("trial", "state", *GIVE_WAY)
-        table.add_column(name, justify="left" if left else "right", no_wrap=name not in GIVE_WAY)
+    for name in ("trial", "state", "rank", "rate", *SHRINKABLE, "step", "text", "audio", "gain"):
+        left = name in ("trial", "state", *SHRINKABLE)
+        table.add_column(name, justify="left" if left else "right", no_wrap=name not in SHRINKABLE)
     if board.base:
         table.add_row("base", *[""] * 6, *_numbers(board.base), style="dim")
-    rows = _most_wanted(board, num_rows)
+    rows = _rows_to_show(board, num_rows)
     best = board.best()
     for row in rows:
         trial = row.record.config
@@ -112,7 +114,7 @@ def render(board: Board, num_rows: int) -> Group:
     return Group(table, *below) if table.row_count else Group(*below)
 
 
-def _most_wanted(board: Board, num_rows: int) -> list[Row]:
+def _rows_to_show(board: Board, num_rows: int) -> list[Row]:
     """The `num_rows` trials to show: live ones, then the best completed ones; by id, confirm trials last."""
 
     def order(row: Row) -> tuple[bool, bool, bool, float]:

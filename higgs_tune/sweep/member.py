@@ -21,8 +21,8 @@ class Member:
     figures: "ray.ObjectRef[dict[str, Any]]" = field(init=False)
     accepted: bool = False
     trains: bool = False  # its pack has begun in this stage
-    is_waited_for: bool = False  # the user was told that its process has not started
-    loads_long: bool = False  # the user was told that it has been loading for very long
+    told_missing: bool = False  # the user was told that its process has not started
+    told_slow: bool = False  # the user was told that it has been loading for very long
     num_deaths: int = 0  # while loading, since it last served
     has_served: bool = False
     complaint: str | None = None  # why it cannot load its base now, as the user was told
@@ -45,14 +45,14 @@ class Member:
             self.actor, self.given_up = self.start(), False
         self.ask()
 
-    def begin_anew(self) -> None:
+    def expect_restart(self) -> None:
         """Expect its pack to begin again, in another stage or another process."""
         self._begins, self.trains = None, False
 
     def begins(self) -> bool:
         """Whether its pack trains; the first call asks the worker."""
         begins = self._begins = self._begins or self.actor.trains.remote()
-        if not is_there(begins):
+        if not is_ready(begins):
             return False
         try:
             ray.get(begins)
@@ -63,7 +63,7 @@ class Member:
 
     def lives(self) -> bool:
         """Whether its process has answered since it was last found dead."""
-        if not is_there(self.figures):
+        if not is_ready(self.figures):
             return False
         try:
             ray.get(self.figures)
@@ -72,6 +72,6 @@ class Member:
         return True
 
 
-def is_there(answer: "ray.ObjectRef[Any]") -> bool:
+def is_ready(answer: "ray.ObjectRef[Any]") -> bool:
     """Whether the call has returned or failed."""
     return bool(ray.wait([answer], timeout=0)[0])

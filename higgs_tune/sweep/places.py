@@ -11,7 +11,7 @@ from higgs_tune.sweep.folder import BASE
 from higgs_tune.sweep.records import read_json
 
 
-def refuse_absent(config: SweepConfig) -> None:
+def require_local(config: SweepConfig) -> None:
     """Refuse base or data that are not on this machine; a Hub id is not looked up.
 
     Raises:
@@ -41,7 +41,7 @@ def refuse_other_data(config: SweepConfig) -> None:
         )
 
 
-def whole_paths(config: SweepConfig) -> SweepConfig:
+def absolute_paths(config: SweepConfig) -> SweepConfig:
     """The configuration with absolute paths for base and data that exist relative to this folder."""
     base, data = config.base, config.data.model_copy(update={"path": _whole(config.data.path)})
     if base.path != "embedded":  # a name, even if there is a file called so

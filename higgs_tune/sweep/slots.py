@@ -17,7 +17,7 @@ from higgs_tune.sweep.nodes import (
     most_on_one_node,
     shortage,
 )
-from higgs_tune.sweep.places import whole_paths
+from higgs_tune.sweep.places import absolute_paths
 
 
 def slots_of(config: SweepConfig) -> int:
@@ -67,7 +67,7 @@ def _ask_a_machine(
     lives = {"max_restarts": 3, "max_task_retries": 3}
     counter = remote.options(num_cpus=num_cpus, num_gpus=num_gpus, **lives).remote()
     is_there = counter.__ray_ready__.remote()
-    answer = counter.count.remote(whole_paths(config), num_cpus)
+    answer = counter.count.remote(absolute_paths(config), num_cpus)
     asked_at, warned = time.monotonic(), False
     try:
         while not ray.wait([answer], timeout=1)[0]:

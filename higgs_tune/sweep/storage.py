@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
     from sqlalchemy.engine import URL
 
-WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts of a write; the sweep's heartbeat waits, too
+RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts of a write, in which heartbeats wait
 # pip's names for drivers whose modules are named differently.
 PACKAGES = {"MySQLdb": "mysqlclient", "psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary"}
 Arguments = ParamSpec("Arguments")
@@ -93,7 +93,7 @@ def retried(
     Only for writes that may happen twice, because a failed one may have succeeded with its answer lost.
     Setting a value may happen twice, asking for a trial may not.
     """
-    for wait_s in WAITS_S:
+    for wait_s in RETRY_DELAYS_S:
         try:
             write(*args, **kwargs)
             return

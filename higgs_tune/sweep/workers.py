@@ -12,9 +12,9 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.errors import HiggsTuneError, NoMemoryError, SweepError
-from higgs_tune.sweep.member import Member, is_there
+from higgs_tune.sweep.member import Member, is_ready
 from higgs_tune.sweep.nodes import PATIENCE_S, cannot_start, cpus_of_worker, shortage
-from higgs_tune.sweep.places import whole_paths
+from higgs_tune.sweep.places import absolute_paths
 from higgs_tune.sweep.seats import Roster, num_seats
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.worker.actor import Worker
@@ -48,7 +48,7 @@ class Workers:
                 num_cpus=self._num_cpus,
                 num_gpus=self._num_gpus,
                 max_restarts=-1,
-            ).remote(whole_paths(config), **settings, loop_path=loop_path)
+            ).remote(absolute_paths(config), **settings, loop_path=loop_path)
 
         self._asked_at = time.monotonic()
         self._members = [
@@ -70,7 +70,7 @@ class Workers:
     def begin_stage(self) -> None:
         """Begin a stage: all workers start again with one trial per slot."""
         for member in self._members:
-            member.begin_anew()
+            member.expect_restart()
 
     def rooms(self) -> list[int]:
         """How many trials each worker takes for now: none if it can no longer load its base.
@@ -109,9 +109,9 @@ class Workers:
                 if time.monotonic() < member.retry_at:
                     continue
                 member.retry_at = None
-                member.since, member.loads_long = time.monotonic(), False
+                member.since, member.told_slow = time.monotonic(), False
                 member.ask_again()
-            if not is_there(member.answer):
+            if not is_ready(member.answer):
                 self._check_start(member, tell)
                 continue
             try:
@@ -123,7 +123,7 @@ class Workers:
                 if not member.has_served:
                     raise SweepError(f"{member.name} {cannot_start(error)}.") from None
                 member.given_up, member.accepted = True, False
-                member.begin_anew()
+                member.expect_restart()
                 self._retry_later(member, SweepError(cannot_start(error)), tell)
                 continue
             except RayTaskError as error:
@@ -153,10 +153,10 @@ class Workers:
         """
         was_loading = not member.accepted and member.lives()
         if member.accepted or was_loading:
-            member.since, member.is_waited_for, member.loads_long = time.monotonic(), False, False
+            member.since, member.told_missing, member.told_slow = time.monotonic(), False, False
         member.num_deaths += was_loading
         member.accepted = False
-        member.begin_anew()
+        member.expect_restart()
         member.ask()
         if member.num_deaths < MAX_DEATHS:
             self._check_start(member, tell)
@@ -202,13 +202,13 @@ class Workers:
             return
         who = f"{member.name} (of {len(self._members)})"
         if not member.lives():
-            if not member.is_waited_for:
-                member.is_waited_for = True
+            if not member.told_missing:
+                member.told_missing = True
                 tell(shortage(who, self._num_cpus, self._num_gpus))
-        elif member.is_waited_for:  # it has started, and begins to load
-            member.since, member.is_waited_for = now, False
-        elif waited_s >= LOADING_S and not member.loads_long:
-            member.loads_long = True
+        elif member.told_missing:  # it has started, and begins to load
+            member.since, member.told_missing = now, False
+        elif waited_s >= LOADING_S and not member.told_slow:
+            member.told_slow = True
             tell(f"{who} has been loading base and data for {waited_s / 60:.0f} minutes")
 
     def poll_figures(self) -> dict[str, dict[str, Any]] | None:
@@ -236,7 +236,7 @@ class Workers:
         asked = [member.figures for member in self._members if member.accepted]
         ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
         for member in self._members:
-            if is_there(member.figures):
+            if is_ready(member.figures):
                 with suppress(RayActorError):  # it restarts, and counts from 0
                     self._figures[member.name] = ray.get(member.figures)
         return self._figures

@@ -55,7 +55,7 @@ def read_lora_config(directory: Path) -> LoraConfig:
         ModelError: it is missing, not readable, or not a LoRA's.
     """
     if not (directory / CONFIG_NAME).is_file():
-        raise ModelError(f"{directory}: {_what_instead(directory, CONFIG_NAME)}")
+        raise ModelError(f"{directory}: {_describe_missing(directory, CONFIG_NAME)}")
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -178,7 +178,7 @@ def read_trial(directory: Path) -> TrialConfig:
     try:
         trial = json.loads(path.read_text(encoding="utf-8"))["trial"]
     except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(f"{directory}: {_what_instead(directory, MARK_NAME)}") from None
+        raise ModelError(f"{directory}: {_describe_missing(directory, MARK_NAME)}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path}: no readable trial settings ({error!r}), needed an adapter's. A merged checkpoint has "
@@ -197,7 +197,7 @@ def read_system_text(directory: Path) -> str | None:
     return read_object(path).get("system_text") if path.is_file() else None
 
 
-def _what_instead(directory: Path, needed: str) -> str:
+def _describe_missing(directory: Path, needed: str) -> str:
     """Say what was found in place of an adapter, and what to give instead."""
     found = (
         f"no {needed} in it, so it is not an adapter" if directory.is_dir() else "no such folder"

@@ -85,7 +85,7 @@ class Engine:
         self._forwards = memoryview(mmap.mmap(-1, 8 * self.lanes.count)).cast("q")
         self._lane = 0
         if forks:
-            self.lanes.fork(self._answer, limits.num_slots)
+            self.lanes.fork(self._run_job, limits.num_slots)
 
     @property
     def num_forwards(self) -> int:
@@ -239,7 +239,7 @@ class Engine:
             return job(self)
         return process.call([r for r in self.residents.values() if r.slot in slots], job)
 
-    def _answer(self, lane: int, residents: Sequence[Resident], job: Callable[["Engine"], T]) -> T:
+    def _run_job(self, lane: int, residents: Sequence[Resident], job: Callable[["Engine"], T]) -> T:
         """Run `compute`'s job in a lane's process, on its copy of the parent's engine."""
         self._lane = lane
         for resident in residents:

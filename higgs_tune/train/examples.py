@@ -20,7 +20,7 @@ from higgs_tune.data.tokens import (
 )
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.model.load import Base
-from higgs_tune.model.template import wants_system
+from higgs_tune.model.template import requires_system
 
 logger = logging.getLogger(__name__)
 _CACHED_ROWS = 4_000_000  # of cached tokenised examples; at most 152 bytes per row with 8 codebooks
@@ -79,7 +79,7 @@ class Examples:
         self._max_rows = longest_conversation(
             data, config.num_codebooks, config.max_position_embeddings, text_length
         )
-        if warns and data.system_text is None and wants_system(base.tokenizer):
+        if warns and data.system_text is None and requires_system(base.tokenizer):
             logger.warning(
                 "the chat template of %s expects a system message, and data.system_text is not set: clips "
                 "are trained without one, so use the adapter without that template",

@@ -19,7 +19,7 @@ from higgs_tune.base_source import named_here
 from higgs_tune.config import BaseSettings, TrialConfig
 from higgs_tune.files import RESUME_FILES, share_weights, writing
 from higgs_tune.local_path import refuse_existing
-from higgs_tune.model.boson import boson_config, boson_name, check_modes
+from higgs_tune.model.boson import boson_config, boson_name, check_cross_attention
 from higgs_tune.model.load import Base, control_ids, load_checkpoint
 from higgs_tune.model.snapshot import header
 from higgs_tune.train.checkpoint import (
@@ -101,7 +101,7 @@ def export_merged(
     """
     trial = read_trial(adapter)
     if to == "boson":
-        check_modes(trial.cross_attention)
+        check_cross_attention(trial.cross_attention)
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
     with _new_folder(out) as folder:
@@ -116,7 +116,7 @@ def export_merged(
                 _write_boson(model, config, folder)
             else:
                 model.save_pretrained(folder, max_shard_size=MAX_SHARD)
-            _write_company(base, trial, read_system_text(adapter), settings.revision, to, folder)
+            _write_side_files(base, trial, read_system_text(adapter), settings.revision, to, folder)
     return base
 
 
@@ -138,7 +138,7 @@ def merge(
     return merged.requires_grad_(False).eval()
 
 
-def _write_company(
+def _write_side_files(
     base: Base,
     trial: TrialConfig,
     system_text: str | None,

@@ -83,7 +83,7 @@ def _forwards_backwards(
         part = {slot: batches[index] for slot, batches in micro.items() if index < len(batches)}
         batch = engine.batch(part)
         if index:
-            engine.bank.keep_gradients(part)
+            engine.bank.accumulate_gradients(part)
         text_K, audio_KC = engine.forward_backward(batch, counts)
         for slot, sum_C in zip(batch.slots, torch.cat([text_K[:, None], audio_KC], 1), strict=True):
             sums[slot].append(sum_C)

@@ -102,7 +102,7 @@ def _serve(answer: Callable[..., Any], connection: Connection) -> None:
     Path("/proc/self/comm").write_text("higgs-tune lane")  # for `top`; at most 15 letters
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _let_sockets_go(connection.fileno())
+    _close_parent_sockets(connection.fileno())
     torch.set_num_threads(1)
     gc.freeze()  # exempts the parent's objects: scanning them would copy their pages
     Thread(target=_end_with_parent, daemon=True).start()
@@ -149,7 +149,7 @@ def _portable(error: Exception) -> Exception:
     return copy
 
 
-def _let_sockets_go(mine: int) -> None:
+def _close_parent_sockets(mine: int) -> None:
     """Close the parent's sockets in this process, so that their peers notice when the parent dies.
 
     Each number then refers to /dev/null: if it were free, objects that still hold it would later close

@@ -30,7 +30,7 @@ from higgs_tune.train.optim import learning_rate
 from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.progress import Run
 from higgs_tune.train.residents import AdapterState, PackLimits
-from higgs_tune.train.room import Ended, agree, raise_if_all_failed
+from higgs_tune.train.room import Ended, agree_across_processes, raise_if_all_failed
 from higgs_tune.train.validation import Validator, nll_of
 
 logger = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ class PackLoop:
             )
             clips[slot] = Clips(examples, config.batch_clips, config.token_budget)
         self.prepare_s += time.monotonic() - started
-        sums = agree(self._gradients.add(clips, counts), self._world)
+        sums = agree_across_processes(self._gradients.add(clips, counts), self._world)
         self._world.sum_gradients(self.engine.bank)
         raise_if_all_failed(sums, len(by_slot))
         fits = [t for t, run in active.items() if not isinstance(sums[run.resident.slot], Ended)]

@@ -251,7 +251,7 @@ def run_step(engine: Engine, trial_ids: Sequence[str], step: StepShape) -> None:
     batch: PackBatch = collate(dict.fromkeys(slots, examples), engine.modes())
     for index in range(min(2, step.num_micro_batches)):  # a third one needs no more than the second
         if index:
-            engine.bank.keep_gradients(slots)
+            engine.bank.accumulate_gradients(slots)
         engine.forward_backward(batch.to(engine.device), counts)
     engine.optim_step(trial_ids)
 

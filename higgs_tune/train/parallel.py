@@ -57,7 +57,7 @@ class World:
         """Sum the step's gradients over all processes, in fp32 whatever they were computed in."""
         if self.size == 1:
             return
-        bank.keep_gradients(bank.seats)
+        bank.accumulate_gradients(bank.seats)
         for storage in bank.storages():
             dist.all_reduce(storage.grad if storage.grad_sum is None else storage.grad_sum)
 

@@ -116,13 +116,13 @@ class Room:
                 self._warn(outcome, work, "after all unused memory was given back")
                 todo.append(outcome.group)
             else:
-                todo += self._instead(outcome, work, done, tried)
+                todo += self._next_attempts(outcome, work, done, tried)
         while todo:
             self._give_back()
             outcome = self._once(todo.pop(0), work)
             if isinstance(outcome, _Failed):
                 work.discard(outcome.group)
-                todo = [*self._instead(outcome, work, done, tried), *todo]
+                todo = [*self._next_attempts(outcome, work, done, tried), *todo]
             else:
                 done |= outcome
             todo = [piece for group in todo for piece in self._pieces(group)]
@@ -144,7 +144,7 @@ class Room:
         width = self.width or len(group)
         return [group[first : first + width] for first in range(0, len(group), width)]
 
-    def _instead(
+    def _next_attempts(
         self, failed: _Failed, work: Work[T], done: dict[int, T | Ended], tried: set[int]
     ) -> Sequence[Group]:
         """Groups to try next; none, with an `Ended` in `done`, if nothing is left to try."""
@@ -206,7 +206,7 @@ class Room:
             torch.cuda.empty_cache()
 
 
-def agree(results: dict[int, T | Ended], world: World) -> dict[int, T | Ended]:
+def agree_across_processes(results: dict[int, T | Ended], world: World) -> dict[int, T | Ended]:
     """The results, with an `Ended` in every process for a slot that ran out of memory in any."""
     if world.size > 1:  # all train one adapter, so its error ends the run
         raise_if_all_failed(results, len(results))

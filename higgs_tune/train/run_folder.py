@@ -81,7 +81,7 @@ def check_new(out: Path) -> None:
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Lock a folder against a second run; the system releases the lock when the process ends.
 
     Raises:
@@ -215,7 +215,7 @@ def keep(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
             shutil.rmtree(folder)
 
 
-def mend_best(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
+def repair_best(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
     """Make `best_adapter/` match the lines: another tolerance or checkpoint may have changed the best step.
 
     If no copy of the best step is kept, the folder is removed until a later step is better.

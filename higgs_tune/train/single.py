@@ -22,7 +22,7 @@ from higgs_tune.train.recorder import Recorder, Watcher, early_stop_reason, is_f
 from higgs_tune.train.residents import PackLimits
 from higgs_tune.train.run_folder import Line
 from higgs_tune.train.signals import StopRequest, stop_signals
-from higgs_tune.train.start_from import check_start, note_other_training, start_state
+from higgs_tune.train.start_from import check_start, start_state, warn_if_trained_differently
 
 _ID = "run"
 
@@ -75,9 +75,9 @@ def train_single(
     def open_folder() -> list[Line]:
         if resume:
             if out.is_dir():
-                hold.enter_context(folder.held(out))
+                hold.enter_context(folder.locked(out))
             lines = folder.rewind(out, started)
-            folder.mend_best(out, lines, run)
+            folder.repair_best(out, lines, run)
             return lines
         folder.check_new(out)
         return []
@@ -100,7 +100,7 @@ def train_single(
         loop = PackLoop(load_base(here), dataset, data, limits, world)
         folder.check_base(out, lines, loop.base_metrics)
         if start_from and world.is_main:
-            note_other_training(start_from, loop.base, data.system_text)
+            warn_if_trained_differently(start_from, loop.base, data.system_text)
         account = loop.join(
             _ID,
             trial,
@@ -122,7 +122,7 @@ def train_single(
             with folder.writing(out):
                 if not resume:
                     out.mkdir(parents=True, exist_ok=True)
-                    hold.enter_context(folder.held(out))
+                    hold.enter_context(folder.locked(out))
                     folder.check_new(out)  # another run may have begun here since
                 write_json(out / folder.SETTINGS, settings)
 

@@ -71,7 +71,7 @@ def check_start(directory: Path, config: TrialConfig) -> None:
     header(directory / WEIGHTS_NAME)
 
 
-def note_other_training(directory: Path, base: Base, system_text: str | None) -> None:
+def warn_if_trained_differently(directory: Path, base: Base, system_text: str | None) -> None:
     """Warn if an adapter records another base or another system text than this run has.
 
     No error, because a base in another place may have the same weights.

@@ -16,7 +16,7 @@ from higgs_tune.data.tokens import Encoded
 from higgs_tune.errors import ModelError
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.parallel import ALONE, World
-from higgs_tune.train.room import Ended, Room, Work, agree
+from higgs_tune.train.room import Ended, Room, Work, agree_across_processes
 
 _TOKEN_BUDGET = 1024  # rows of one adapter in one forward; more would not fit in a CPU's caches
 _BARE = -1  # in place of a slot: the base's row limit must not become an adapter's
@@ -77,7 +77,9 @@ class Validator:
             discard=lambda slots: None,
         )
         figures: dict[int, dict[str, float] | Ended] = {}
-        for slot, found in agree(self.room.run([slots], work), self._world).items():
+        for slot, found in agree_across_processes(
+            self.room.run([slots], work), self._world
+        ).items():
             if isinstance(found, Ended):
                 figures[slot] = found
                 continue

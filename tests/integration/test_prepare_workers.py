@@ -20,7 +20,7 @@ from higgs_tune.data import encode_ray
 from higgs_tune.data.clips import ClipRules
 from higgs_tune.data.codec import load_codec, weights_digest
 from higgs_tune.data.encode import prepare
-from higgs_tune.data.encode_ray import CodecSource, code_on_cluster
+from higgs_tune.data.encode_ray import CodecSource, encode_on_cluster
 from higgs_tune.data.options import PrepareOptions
 from higgs_tune.errors import ModelError
 from tests import forks
@@ -93,7 +93,7 @@ def test_a_pool_whose_actors_die_gives_the_same_bytes_as_one_process(
         source = CodecSource(
             str(codec_folder), None, weights_digest(codec), codec.config.num_quantizers
         )
-        outcomes = code_on_cluster(source, rules, rows, num_workers=2, device="cpu")
+        outcomes = encode_on_cluster(source, rules, rows, num_workers=2, device="cpu")
         yield next(outcomes)
         victims = descendants("MapWorker")
         assert len(victims) == 2
@@ -101,7 +101,7 @@ def test_a_pool_whose_actors_die_gives_the_same_bytes_as_one_process(
             victim.kill()
         yield from outcomes
 
-    monkeypatch.setattr("higgs_tune.data.encode.code_here", on_two_actors)
+    monkeypatch.setattr("higgs_tune.data.encode.encode_here", on_two_actors)
     monkeypatch.setattr(encode_ray, "_STREAM_ROWS", 40)
     run(manifest, tmp_path / "out", codec_folder, num_workers=1)
     assert content(tmp_path / "out") == content(whole)
@@ -124,7 +124,7 @@ def test_a_closed_stream_leaves_no_thread_that_calls_ray(
     rules = ClipRules(manifest.parent, 0.1, 30)
     names = [(f"{n}.wav",) for n in range(60)]
     before = set(threading.enumerate())
-    outcomes = code_on_cluster(source, rules, names, num_workers=1, device="cpu")
+    outcomes = encode_on_cluster(source, rules, names, num_workers=1, device="cpu")
     next(outcomes)
     outcomes.close()
     names_left = {thread.name for thread in set(threading.enumerate()) - before}
@@ -133,7 +133,7 @@ def test_a_closed_stream_leaves_no_thread_that_calls_ray(
 
 def test_an_actor_with_another_codec_is_refused(ray_with_torch, manifest, codec_folder):
     source = CodecSource(str(codec_folder), None, "0" * 64, 8)
-    outcomes = code_on_cluster(
+    outcomes = encode_on_cluster(
         source, ClipRules(manifest.parent, 0.1, 30), [("0.wav",)], num_workers=1, device="cpu"
     )
     with pytest.raises(ModelError, match="has other weights on"):

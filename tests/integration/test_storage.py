@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 
 
 def test_a_database_that_goes_away_ends_the_sweep_and_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(storage, "RETRY_DELAYS_S", (0.01, 0.01))
     write, calls = RDBStorage.set_trial_intermediate_value, []
 
     def away(self, *args):

@@ -114,7 +114,7 @@ def test_a_worker_that_cannot_start_on_its_new_machine_is_started_again(tmp_path
     monkeypatch.setattr(workers, "PAUSE_S", 0.5)
     printed = listen(monkeypatch)
     pids, bad, killed = tmp_path / "pids", tmp_path / "bad", []
-    whole, record = workers.whole_paths, TrialFiles.result
+    whole, record = workers.absolute_paths, TrialFiles.result
 
     def kill_the_worker(self, trial_id, result):
         record(self, trial_id, result)
@@ -123,7 +123,7 @@ def test_a_worker_that_cannot_start_on_its_new_machine_is_started_again(tmp_path
             killed.append(int(pids.read_text()))
             os.kill(killed[0], signal.SIGKILL)
 
-    monkeypatch.setattr(workers, "whole_paths", lambda config: OnBadNodes(whole(config), bad))
+    monkeypatch.setattr(workers, "absolute_paths", lambda config: OnBadNodes(whole(config), bad))
     monkeypatch.setattr(TrialFiles, "result", kill_the_worker)
     tune = {**ONE_SLOT, "num_trials": 3, "scheduler": {"name": "none"}}
     outcome = run(tmp_path, base={"path": f"pid:{pids}"}, tune=tune)
@@ -140,8 +140,8 @@ def test_a_worker_that_cannot_start_on_its_new_machine_is_started_again(tmp_path
 def test_a_worker_that_can_never_start_ends_the_sweep(tmp_path, monkeypatch):
     bad = tmp_path / "bad"
     bad.write_text("9")
-    whole = workers.whole_paths
-    monkeypatch.setattr(workers, "whole_paths", lambda config: OnBadNodes(whole(config), bad))
+    whole = workers.absolute_paths
+    monkeypatch.setattr(workers, "absolute_paths", lambda config: OnBadNodes(whole(config), bad))
     with pytest.raises(SweepError, match=r"^worker-0 cannot start: .*No module named 'higgs_tune'"):
         run(tmp_path, tune={**ONE_SLOT, "num_trials": 2})
 

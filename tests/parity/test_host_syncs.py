@@ -65,7 +65,7 @@ def step(engine):
     }
     for number, part in enumerate(micro):
         if number:
-            engine.bank.keep_gradients(part)
+            engine.bank.accumulate_gradients(part)
         batch = engine.batch(part)
         engine.forward_backward(batch, counts)
     return engine.optim_step(NAMES)

@@ -116,7 +116,7 @@ def test_ray_starts_what_work_needs_first_and_the_rest_on_request(monkeypatch, t
 
     methods = dict(vars(Fake))
     monkeypatch.setattr(cluster, "Node", Fake)
-    with cluster._in_parts() as (start_rest, has_died):
+    with cluster._staged_start() as (start_rest, has_died):
         Fake()
     assert started == ["raylet", "ready"]
     assert ports.keys() == set(cluster.AGENT_PORTS)
@@ -166,7 +166,7 @@ def test_a_port_in_use_is_not_taken(monkeypatch):
 
 
 def test_rays_node_has_the_methods_and_ports_that_we_rely_on():
-    assert all(callable(getattr(Node, name)) for name in (*cluster.PUT_OFF, cluster.NODE))
+    assert all(callable(getattr(Node, name)) for name in (*cluster.DELAYED, cluster.NODE))
     known = {ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER}
     assert set(cluster.VITAL) == known
     files = {value for name, value in vars(_raylet).items() if name.endswith("_PORT_NAME")}

@@ -69,7 +69,7 @@ class Worker:
         self._loading: asyncio.Future[Loop] | None = None
         self._running: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        self._look_up = False  # the pack must stop after its current step
+        self._interrupt = False  # the pack must stop after its current step
         self._closed = False
         self._broken = False  # the process is about to end
         self._answers = Answers()
@@ -104,7 +104,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         self._notices.tell(lambda: loop.call_soon_threadsafe(self._news.set))
         self._accepted.set()
-        self._look()
+        self._dispatch()
         await self._news.wait()
         self._news.clear()
         return self._notices.take()
@@ -131,7 +131,7 @@ class Worker:
         self._table.seat_new()
         self._silence.beat(self._table.quiet(), int(beat))
         self._give_up_waiting()
-        self._look()
+        self._dispatch()
         watched = beat and self._accepted.is_set()  # before that, loading may take very long
         if watched and self._thread.beat(self._num_forwards()):
             self._break(SweepError("the pack has hung, see workers.log"))
@@ -192,7 +192,7 @@ class Worker:
         self._closed = True
         self._accepted.set()  # releases the trials that wait in `ready`
         self._answers.give_all(CANCELLED)
-        self._look()
+        self._dispatch()
 
     def _seat(self, trial_id: str) -> Seat:
         if trial_id not in self._table.line.seats:
@@ -201,19 +201,19 @@ class Worker:
 
     def _heard(self, trial_id: str) -> None:
         self._silence.heard(trial_id)
-        self._look()
+        self._dispatch()
 
     def _evict(self, trial_id: str, why: str) -> None:
         self._table.drop(trial_id)
         self._answers.fail(trial_id, SlotLostError(f"{trial_id}: {why}"))
 
-    def _look(self) -> None:
+    def _dispatch(self) -> None:
         """Hand out the reports that are due, and start or interrupt the pack as the table asks."""
         while not self._closed and (report := self._table.next_report()) is not None:
             self._silence.heard(report.trial_id)
             self._answers.give(report.trial_id, report.result)
             self._writer.begin(report)  # its trial will ask for the checkpoint
-        self._look_up = self._closed or self._table.needs_a_look()
+        self._interrupt = self._closed or self._table.must_interrupt()
         self._wake.set()
         may_run = self._accepted.is_set() and not self._closed
         if self._running is None and may_run and self._table.line.seats:
@@ -241,7 +241,7 @@ class Worker:
             self._num_forwards = lambda: loop.num_forwards
             since = time.monotonic()
             while not self._closed:
-                self._look()
+                self._dispatch()
                 wanted, busy = num_wanted(self._table), num_busy(self._table)
                 seconds: dict[str, float] = {}
                 num_filled = num_ended = 0
@@ -290,7 +290,7 @@ class Worker:
 
         def stop() -> bool:
             table.line.clock += 1
-            return self._look_up or (stop_at is not None and table.line.clock >= stop_at)
+            return self._interrupt or (stop_at is not None and table.line.clock >= stop_at)
 
         results, snapshots, seconds = await self._thread.run(lambda: pack.advance(loop, stop))
         return seconds, len(table.reported(results, snapshots))

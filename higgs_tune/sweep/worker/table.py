@@ -17,23 +17,25 @@ from collections.abc import Iterable, Mapping
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.sweep.seats import Files, Lease, Report, Result, Roster, Seat, Snapshot, num_seats
-from higgs_tune.sweep.worker.line import Line
+from higgs_tune.sweep.worker.line import SlotQueue
 
 
 class Table:
     """The seats of a worker. Uses no clock but the pack's, no thread and no event loop."""
 
     def __init__(self, num_slots: int, *, strict: bool, ahead: int) -> None:
-        self.line = Line(num_slots)
+        self.line = SlotQueue(num_slots)
         self.roster = Roster(-1, (), 0)
         self._num_seats = num_seats(num_slots, strict=strict)
         self._num_batches = 0  # of reports
-        self._unweighed: list[Report] = []  # of ended trials, which `_hurry` has yet to consider
+        self._unconsidered: list[
+            Report
+        ] = []  # of ended trials, which `_expedite` has yet to consider
         self._strict = strict
         self._ahead = ahead if strict else 0
-        self._began: int | None = None  # at which step, until the trials that will wait are named
+        self._start_step: int | None = None  # until the trials that will wait are named
         self._attempts: dict[str, int] = {}  # the newest attempt with which each trial has joined
-        self._dealing: Report | None = None  # handed out; what follows from it is not known yet
+        self._undecided: Report | None = None  # handed out; what follows from it is not known yet
 
     def seat_new(self) -> None:
         """Seat the roster's new trials, even if their processes have not come yet.
@@ -105,19 +107,19 @@ class Table:
         """
         is_decided = not self._strict or self._is_decided()
         if is_decided:
-            known = self._dealing.takes_effect if self._dealing else self._began
+            known = self._undecided.takes_effect if self._undecided else self._start_step
             now = self.line.clock if known is None else known
             more = (
                 self.roster.to_come > 0 and self.roster.num_sent(self._num_seats) < self._num_seats
             )
-            self._began = now if self._strict and more else None
-            self._dealing = None
+            self._start_step = now if self._strict and more else None
+            self._undecided = None
             self.line.expected.name(self._unplaced(), now)
             self.line.leaving = [
                 (seat, now if at is None else at) for seat, at in self.line.leaving
             ]
         self.line.expected.place(self.line.seats.values())
-        return is_decided and self._began is None
+        return is_decided and self._start_step is None
 
     def next_report(self) -> Report | None:
         """Take out the report to hand out now, if there is one; its trial no longer counts as asking.
@@ -128,7 +130,7 @@ class Table:
         """
         if not self.settled():
             return None
-        self._hurry()
+        self._expedite()
         seats = [s for s in self.line.seats.values() if s.reports and (s.asks or self._strict)]
         report = min((seat.reports[0] for seat in seats), key=Report.turn, default=None)
         if report is None or not self.line.seats[report.trial_id].asks:
@@ -139,7 +141,7 @@ class Table:
         seat.reports.popleft()
         seat.asks = False
         seat.last = report
-        self._dealing = report if self._strict else None
+        self._undecided = report if self._strict else None
         return report
 
     def coming(self) -> Report | None:
@@ -149,7 +151,7 @@ class Table:
 
     def take_changes(self) -> tuple[list[Seat], list[Seat]]:
         """Apply this step's changes; returns the seats that leave the pack and those that then join."""
-        if not self.line.residents and self._began is None:
+        if not self.line.residents and self._start_step is None:
             self._skip_to_next_change()
         if not self._is_open():
             return [], []
@@ -163,13 +165,13 @@ class Table:
         self.line.residents.update((seat.trial_id, seat) for seat in joining)
         return out, joining
 
-    def needs_a_look(self) -> bool:
+    def must_interrupt(self) -> bool:
         """Whether the pack must stop before `next_stop`, because something has changed meanwhile."""
         return not self._is_open() or bool(self.line.due_to_leave() or self.line.due_to_join())
 
     def can_train(self) -> bool:
         """Whether the pack may do a step now; for the first, all slots must be filled that can be."""
-        is_short = self._began is not None and len(self.line.residents) < self.line.num_slots
+        is_short = self._start_step is not None and len(self.line.residents) < self.line.num_slots
         return bool(self.line.residents) and not is_short and self._is_open()
 
     def next_stop(self) -> int | None:
@@ -244,20 +246,20 @@ class Table:
         """Whether everything is known that takes effect by this step."""
         if not self._strict:
             return True
-        if self._began is not None:  # nothing changes before the first report
+        if self._start_step is not None:  # nothing changes before the first report
             is_full = len(self.line.residents) == self.line.num_slots
             everyone = self._is_decided() and not self.line.expected.steps()
             return (is_full or everyone) and not any(self._outstanding())
-        self._hurry()  # before the pack does anything more
+        self._expedite()  # before the pack does anything more
         if self._is_owed() or self.line.is_awaited():
             return False
-        return self._dealing is not None or self._is_decided()
+        return self._undecided is not None or self._is_decided()
 
     def _outstanding(self) -> Iterable[Report]:
         """Reports whose consequences are not known yet; none with several workers."""
         if self._strict:
-            if self._dealing is not None:
-                yield self._dealing
+            if self._undecided is not None:
+                yield self._undecided
             for seat in self.line.seats.values():
                 yield from seat.reports
 
@@ -265,24 +267,24 @@ class Table:
         """Whether something that takes effect by this step is not known yet."""
         return any(report.takes_effect <= self.line.clock for report in self._outstanding())
 
-    def _hurry(self) -> None:
+    def _expedite(self) -> None:
         """Give trials that have just ended their successors at this step, if no trial waits for the slots.
 
         The pack stands still until the successors are known. Each report is considered once, when the
         slots of its step are known: later, timing would decide whether it is still there.
         """
-        if self._is_owed() or not self._unweighed:
+        if self._is_owed() or not self._unconsidered:
             return
         num_lacking = max(0, self.line.num_free() - len(self.line.queue()))
-        for report in sorted(self._unweighed, key=Report.turn)[:num_lacking]:
+        for report in sorted(self._unconsidered, key=Report.turn)[:num_lacking]:
             report.takes_effect = self.line.clock
-        self._unweighed.clear()
+        self._unconsidered.clear()
 
     def _report(self, trial_id: str, result: Result, snapshot: Snapshot | None) -> Report:
         takes_effect = self.line.clock + self._ahead
         report = Report(self._num_batches, trial_id, result, snapshot, takes_effect)
         if result["status"] != "running":
-            self._unweighed.append(report)
+            self._unconsidered.append(report)
         return report
 
     def _skip_to_next_change(self) -> None:

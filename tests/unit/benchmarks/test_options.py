@@ -91,7 +91,7 @@ def test_a_missing_compiler_is_a_clear_error(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     with pytest.raises(SystemExit, match=r"needs a C\+\+ compiler .*no-such-compiler"):
-        stand_in_gpu.have_it()
+        stand_in_gpu.ensure_preloaded()
 
 
 @pytest.mark.parametrize("load, warned", [(0.1, False), (99.0, True)])

@@ -11,7 +11,7 @@ import pytest
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.held_out import validation_sets
 from higgs_tune.data.plain_text import plain_text
-from higgs_tune.data.swap import alike, spread, swaps
+from higgs_tune.data.swap import choose_spread_out, group_labels, swaps
 from higgs_tune.errors import DataError
 from tests.unit.data.rows import audio, chat, clip, encoded_rows, make, row_of, text
 
@@ -88,7 +88,8 @@ def test_validation_needs_at_least_two_recordings(tmp_path: Path):
 
 def test_clips_linked_by_texts_or_recordings_form_one_group():
     texts = ["one", "two", "Two!", "three", "four"]
-    assert alike(texts, [b"a", b"b", b"c", b"c", b"d"]) == ["one", "two", "two", "two", "four"]
+    labels = group_labels(texts, [b"a", b"b", b"c", b"c", b"d"])
+    assert labels == ["one", "two", "two", "two", "four"]
 
 
 def test_audio_is_swapped_within_a_language(tmp_path: Path):
@@ -167,7 +168,7 @@ def test_no_exchange_of_two_swaps_would_bring_lengths_nearer():
 @pytest.mark.parametrize("seed", range(5))
 def test_clips_are_spread_over_texts_before_speakers(seed: int):
     texts, speakers = np.array([0] * 5 + [1, 2, 3, 4, 5]), np.array([0] * 5 + [1] * 5)
-    places = spread(texts, speakers, 4, seed)
+    places = choose_spread_out(texts, speakers, 4, seed)
     assert len({int(texts[place]) for place in places}) == 4
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from higgs_tune.data.messages import taught
+from higgs_tune.data.messages import target_content
 from higgs_tune.data.tasks import texts_of
 from tests.unit.data.manifests import (
     SPOKEN,
@@ -162,7 +162,7 @@ def test_a_chat_teaches_the_learnt_answers_and_what_they_answer(
         one for ask, tell in zip(asked, told, strict=True) for one in (ask, ("assistant", tell))
     ]
     (row,) = jsonl(tmp_path, chat(*messages, start_index=start)).rows
-    said, heard = taught(row)
+    said, heard = target_content(row)
     assert (set(said) - {row.text}, set(heard)) == (set(texts) - {row.text}, set(recordings))
 
 

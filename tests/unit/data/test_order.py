@@ -160,7 +160,7 @@ def test_estimated_rows_are_an_upper_bound_of_encoded_rows(tmp_path: Path):
 def test_longest_conversation_allows_for_cloning_the_longest_clips():
     data = DataSettings(max_frames=60, max_text_tokens=20, system_text=40 * "s")
     one, other = (clip(number, num_frames=60, text=20 * "x") for number in range(2))
-    rows = encoded_rows(tasks.introduced(tasks.clone(one, other), data.system_text))
+    rows = encoded_rows(tasks.with_system_turn(tasks.clone(one, other), data.system_text))
     assert rows <= tasks.longest_conversation(data, 2, positions=1000) <= 1.1 * rows
     assert tasks.longest_conversation(data, 2, positions=100) == 100
 

@@ -49,7 +49,7 @@ def codec() -> Codec:
 def test_a_prepared_folder_matches_the_plain_reference(
     tmp_path: Path, monkeypatch, codec, seed: int, suffix: str
 ):
-    monkeypatch.setattr(encode, "code_here", fake_coder)
+    monkeypatch.setattr(encode, "encode_here", fake_coder)
     monkeypatch.setattr(encode, "load_codec", lambda *_: codec)
     rng = np.random.default_rng(seed)
     fields = plain.random_fields(rng)

@@ -11,9 +11,9 @@ import torch
 from higgs_tune.listen.measures import (
     cepstra,
     character_error_rate,
+    dynamic_time_warping,
     log_mel,
     mel_distance,
-    warp,
 )
 
 RATE = 24_000
@@ -43,7 +43,7 @@ def paths(num_a: int, num_b: int):
 def test_warping_finds_the_cheapest_of_all_paths(shape):
     cost = np.random.default_rng(sum(shape)).random(shape)
     best = min(paths(*shape), key=lambda path: sum(cost[cell] for cell in path))
-    total, num_steps = warp(cost)
+    total, num_steps = dynamic_time_warping(cost)
     assert total == pytest.approx(sum(cost[cell] for cell in best), rel=1e-12)
     assert num_steps == len(best)
 

@@ -23,7 +23,7 @@ def test_shared_buffers_are_zeroed_when_given_back(dtype):
     storage = Storage((3, 1000), dtype, torch.device("cpu"), shared=True)
     for buffer in storage.buffers():
         buffer.fill_(7)
-    storage.give_back()
+    storage.release_memory()
     assert not any(buffer.count_nonzero() for buffer in storage.buffers())
     storage.master[1] = 2  # still usable
     assert storage.master.sum() == 2000
@@ -33,7 +33,7 @@ def test_shared_buffers_are_zeroed_without_support_for_giving_back(monkeypatch):
     storage = Storage((3, 1000), torch.float32, torch.device("cpu"), shared=True)
     storage.exp_avg.fill_(7)
     storage._maps[0] = Unable()
-    storage.give_back()
+    storage.release_memory()
     assert not any(buffer.count_nonzero() for buffer in storage.buffers())
 
 

@@ -26,10 +26,10 @@ def watched(monkeypatch):
         ended.set()
 
     monkeypatch.setattr(driver.os, "_exit", leave)
-    monkeypatch.setattr(driver, "RAY_IS_DEAD_S", 0.0)
+    monkeypatch.setattr(driver, "GRACE_WITHOUT_RAY_S", 0.0)
     cluster = Cluster(is_own=True, complete=str, has_died=lambda: True)
     control, display = Control(), SimpleNamespace(close=lambda: None)
-    with driver._end_with_ray(cluster, control, display, RESULTS):
+    with driver._exit_if_ray_died(cluster, control, display, RESULTS):
         yield control, ended, codes
 
 
@@ -68,7 +68,7 @@ def test_ray_is_watched_until_the_workers_are_gone(monkeypatch, make_config, tmp
 
     workers = SimpleNamespace(kill=lambda: ended.wait(10))  # as long as Ray would take
     monkeypatch.setattr(driver.os, "_exit", lambda code: ended.set())
-    monkeypatch.setattr(driver, "RAY_IS_DEAD_S", 0.0)
+    monkeypatch.setattr(driver, "GRACE_WITHOUT_RAY_S", 0.0)
     monkeypatch.setattr(driver, "join_cluster", join)
     monkeypatch.setattr(driver, "idle_gpus", lambda tune: None)
     monkeypatch.setattr(driver, "Workers", lambda *_, **__: workers)

@@ -111,11 +111,11 @@ def test_a_failed_write_is_retried_a_few_times(waits):
             raise LOST
 
     storage.retried(write, 2)
-    assert len(tried) == 3 and waits == list(storage.WAITS_S[:2])
+    assert len(tried) == 3 and waits == list(storage.RETRY_DELAYS_S[:2])
     tried.clear()
     with pytest.raises(StorageInternalError):
         storage.retried(write, 99)
-    assert len(tried) == len(storage.WAITS_S) + 1
+    assert len(tried) == len(storage.RETRY_DELAYS_S) + 1
 
 
 def test_a_write_to_a_full_disk_is_not_retried(waits):
@@ -170,7 +170,7 @@ def test_a_write_that_fails_once_does_not_change_the_resulting_study(
 
     monkeypatch.setattr(RDBStorage, name, fail_once)
     assert outline_at_the_end(searcher, study) == expected
-    assert len(calls) > 1 and waits == [storage.WAITS_S[0]] and errors == []
+    assert len(calls) > 1 and waits == [storage.RETRY_DELAYS_S[0]] and errors == []
 
 
 def test_a_database_that_stays_unreachable_ends_the_search_but_loses_no_trial(
@@ -188,7 +188,7 @@ def test_a_database_that_stays_unreachable_ends_the_search_but_loses_no_trial(
         for name in WRITES:
             patch.setattr(RDBStorage, name, away)
         searcher.on_trial_result("a", report(5.0, 25))
-        assert waits == list(storage.WAITS_S)
+        assert waits == list(storage.RETRY_DELAYS_S)
         searcher.on_trial_complete("a", report(2.0, 150, "completed"))
         searcher.cancel_live("away")
         assert searcher.suggest("c") == Searcher.FINISHED

@@ -42,7 +42,7 @@ def gradients(engine):
     counts = {0: count_targets(EXAMPLES, NUM_CODEBOOKS)}
     for number, one in enumerate(EXAMPLES):
         if number:
-            engine.bank.keep_gradients([0])
+            engine.bank.accumulate_gradients([0])
         engine.forward_backward(collate({0: [one]}), counts)
     return total(engine.bank)
 
@@ -58,7 +58,7 @@ def test_micro_batches_add_up_in_fp32():
     bank = engine_of(torch.bfloat16).bank
     for _ in range(1000):
         bank.lora.grad.fill_(0.001)
-        bank.keep_gradients([0])
+        bank.accumulate_gradients([0])
     added = total(bank)
     torch.testing.assert_close(added, torch.full_like(added, 1.0), rtol=2e-3, atol=0)
     bank.clear_gradients(bank.seats)
@@ -101,7 +101,7 @@ def test_lanes_that_create_the_fp32_sum_at_once_share_it(monkeypatch):
     monkeypatch.setattr(torch, "zeros_like", slowly)
     lanes = Lanes(torch.device("cpu"))
     lanes.count = 2
-    lanes.run([partial(bank.keep_gradients, [slot]) for slot in (0, 1)])
+    lanes.run([partial(bank.accumulate_gradients, [slot]) for slot in (0, 1)])
     for slot in (0, 1):
         assert (total(bank, slot) == 1).all()
 

@@ -16,7 +16,7 @@ from higgs_tune.config import RunSettings
 from higgs_tune.errors import DataError
 from higgs_tune.train import checkpoint, recorder
 from higgs_tune.train.recorder import early_stop_reason
-from higgs_tune.train.run_folder import BEST, KEPT, best_step, mend_best
+from higgs_tune.train.run_folder import BEST, KEPT, best_step, repair_best
 from tests.boards import events
 from tests.models import trial
 from tests.runs import assert_same_run, read_lines
@@ -136,7 +136,7 @@ def test_a_looser_tolerance_can_make_the_newest_checkpoint_the_best(run_single, 
     run, _, out = run_single
     run(trial=trial(**FASTER), audio_tolerance=0.0)
     assert best_of(out)[0] == 5
-    mend_best(out, read_lines(out / "metrics.jsonl"), RunSettings(audio_tolerance=10.0))
+    repair_best(out, read_lines(out / "metrics.jsonl"), RunSettings(audio_tolerance=10.0))
     step, weights = best_of(out)
     assert step == checkpoint.read_step(out / "adapter") == 20
     newest = load_file(out / "adapter" / "adapter_model.safetensors")
@@ -150,9 +150,9 @@ def test_best_adapter_is_never_of_a_step_that_was_rolled_back(run_single):
     run(keep_checkpoints=4, audio_tolerance=10.0)
     assert best_of(out)[0] == 20
     lines = [line for line in read_lines(out / "metrics.jsonl") if line["step"] <= 10]
-    mend_best(out, lines, settings)  # as after going back to the checkpoint of step 10
+    repair_best(out, lines, settings)  # as after going back to the checkpoint of step 10
     assert best_of(out)[0] == best_step(lines, 10.0) <= 10
-    mend_best(out, [], settings)
+    repair_best(out, [], settings)
     assert not (out / "best_adapter").exists()
 
 

@@ -6,7 +6,7 @@ import torch
 from higgs_tune import metrics
 from higgs_tune.train.engine import Engine
 from higgs_tune.train.parallel import World
-from higgs_tune.train.room import Ended, agree
+from higgs_tune.train.room import Ended, agree_across_processes
 from tests.packs import OUT_OF_MEMORY, TRIALS, limit_clips, loop_of, rooms, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,7 +97,7 @@ def test_an_error_of_all_trials_is_raised(dataset, monkeypatch, method, names):
 
 def test_with_several_processes_an_error_is_raised_where_it_happens():
     with pytest.raises(ValueError, match="odd"):
-        agree({0: Ended(ValueError("odd"))}, World(size=2))
+        agree_across_processes({0: Ended(ValueError("odd"))}, World(size=2))
 
 
 def test_an_error_that_is_its_own_cause_ends_its_trial(dataset, monkeypatch):

@@ -13,7 +13,7 @@ from higgs_tune.base_source import EMBEDDED_BASE
 from higgs_tune.errors import ConfigError
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.residents import PackLimits
-from higgs_tune.train.start_from import note_other_training
+from higgs_tune.train.start_from import warn_if_trained_differently
 from tests.models import DATA, tiny_base
 from tests.runs import TRIAL, assert_same_run, read_lines
 from tests.starts import WEIGHTS, edit_config
@@ -189,7 +189,7 @@ def test_the_embedded_base_counts_as_the_same_in_any_folder(trained, caplog, nam
     adapter, _ = trained
     edit_config(adapter, base_model_name_or_path=named)
     embedded = replace(tiny_base(), source=str(EMBEDDED_BASE))
-    note_other_training(adapter, embedded, None)
+    warn_if_trained_differently(adapter, embedded, None)
     assert ("on the base /far/base, this run" in caplog.text) == is_other
 
 

@@ -16,7 +16,7 @@ from higgs_tune.listen.bases import system_text_for
 from higgs_tune.listen.clips import choose_clips
 from higgs_tune.listen.options import EvaluateOptions
 from higgs_tune.listen.takes import take_prompt
-from higgs_tune.model.template import wants_system
+from higgs_tune.model.template import requires_system
 from higgs_tune.train.checkpoint import read_system_text
 from higgs_tune.train.examples import Examples
 from higgs_tune.train.loop import PackLoop
@@ -78,7 +78,7 @@ def test_no_conversation_with_its_system_turn_is_longer_than_the_limit(dataset, 
 
 def test_trained_tokens_are_those_that_the_chat_template_writes():
     row = dataclasses.replace(clip(0, text="good day"), codes=(np.zeros((1, 2), np.uint16),))
-    talk = tasks.introduced(tasks.speak(row), TOLD)
+    talk = tasks.with_system_turn(tasks.speak(row), TOLD)
     voc = dataclasses.replace(vocabulary(), num_codebooks=2)
     ours = encode_conversation(talk, voc)
     messages = [
@@ -105,7 +105,7 @@ def test_trained_tokens_are_those_that_the_chat_template_writes():
     ],
 )
 def test_a_template_that_expects_a_system_message_is_noticed(dataset, caplog, template, expected):
-    assert wants_system(tokenizer(template)) == expected
+    assert requires_system(tokenizer(template)) == expected
     base = dataclasses.replace(tiny_base(), tokenizer=tokenizer(template))
     for data in (DATA, DATA.model_copy(update={"system_text": None})):
         caplog.clear()

@@ -247,10 +247,10 @@ def test_with_several_workers_the_pack_waits_for_no_decision():
     assert table.can_train()
     assert table.next_stop() is None
     table.line.clock = 26
-    assert not table.needs_a_look()
+    assert not table.must_interrupt()
     table.drop("t0")
     table.next_report()
-    assert table.needs_a_look()
+    assert table.must_interrupt()
     assert changes(table) == (["t0"], [])
 
 

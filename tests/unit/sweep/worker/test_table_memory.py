@@ -13,7 +13,7 @@ def test_a_trial_that_finds_no_memory_waits_until_another_leaves(leaves):
     assert table.refused(table.line.seats["t2"], LACKING)
     assert num_wanted(table) == num_busy(table) == 2  # memory closes the third slot
     assert table.can_train()
-    assert not table.needs_a_look()
+    assert not table.must_interrupt()
     assert changes(table) == ([], [])
     if leaves == "ends":
         report(table, "t0", at=25, status="completed")

@@ -24,13 +24,13 @@ def test_the_pack_begins_with_full_slots_before_the_waiting_trials_come():
     table.line.clock = 3
     assert table.can_train()
     table.gone(Roster(2, ("t0", "t1", "t2"), 1, 3))
-    assert not table.needs_a_look()
+    assert not table.must_interrupt()
     table.line.clock = 7
     sit(table, "t2", version=2)
     assert table.next_report() is None
     assert table.can_train()
     assert table.line.seats["t2"].since == 0  # whenever its process came
-    assert not table.needs_a_look()
+    assert not table.must_interrupt()
 
 
 def test_no_report_goes_out_before_the_waiting_trials_are_named():
