@@ -10,9 +10,11 @@ Both start as the identity: `o_proj` is 0, and audio_self's extra norm is a copy
 Source of audio_self: boson_multimodal, HiggsAudioDualFFNDecoderLayer.forward.
 """
 
+import inspect
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -178,12 +180,27 @@ class CrossAttentionDecoderLayer(HiggsAudioV2DecoderLayer):
         )
 
 
+def _check_arguments() -> None:
+    """Refuse a transformers whose layer has other arguments, which `**kwargs` would swallow."""
+    found, needed = (
+        set(inspect.signature(layer.forward).parameters)
+        for layer in (HiggsAudioV2DecoderLayer, CrossAttentionDecoderLayer)
+    )
+    if found != needed:
+        raise ModelError(
+            f"transformers {transformers.__version__}: HiggsAudioV2DecoderLayer.forward takes "
+            f"{sorted(found - needed)} where {sorted(needed - found)} was expected, so cross_attention would "
+            "compute something else. Install the transformers version that higgs-tune requires."
+        )
+
+
 class CrossAttentionModel(HiggsAudioV2Model):
     """The stock decoder with `CrossAttentionDecoderLayer`s."""
 
     config_class = CrossAttentionConfig
 
     def __init__(self, config: CrossAttentionConfig) -> None:
+        _check_arguments()
         super().__init__(config)
         self.layers = nn.ModuleList(
             CrossAttentionDecoderLayer(config, index) for index in range(config.num_hidden_layers)
@@ -225,7 +242,7 @@ def with_cross_attention(
         seed: for the new modules' random weights; None makes all of them 0, to be loaded from a file.
 
     Raises:
-        ModelError: the base already has such modules.
+        ModelError: the base already has such modules, or transformers' layer has other arguments.
     """
     if mode == "off":
         return base

@@ -8,6 +8,8 @@ from sides import stock_inputs
 
 from higgs_tune.config_file import validate
 from higgs_tune.data.collate import collate, count_targets
+from higgs_tune.errors import ModelError
+from higgs_tune.model import audio_attention
 from higgs_tune.model.audio_attention import with_cross_attention
 from higgs_tune.model.new_modules import initial_new_modules
 from higgs_tune.model.packed_forward import packed_nll
@@ -106,6 +108,15 @@ def test_model_matches_a_plain_reference_of_its_equations(mode):
         inputs = {k: v for k, v in stock_inputs([one], NUM_CODEBOOKS).items() if "labels" not in k}
         ours = model.model(**inputs, use_cache=False).last_hidden_state[0]
         torch.testing.assert_close(ours, reference_hidden(model, one, mode), rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformers_that_renamed_an_argument_of_the_layer_is_refused(monkeypatch):
+    def forward(self, hidden_states, past_key_values=None, **kwargs):
+        pass
+
+    monkeypatch.setattr(audio_attention.HiggsAudioV2DecoderLayer, "forward", forward)
+    with pytest.raises(ModelError, match=r"takes \['past_key_values'\] where .*'cache'.* expected"):
+        with_cross_attention(tiny_base().model, "audio_self", seed=1)
 
 
 @pytest.mark.parametrize("mode", MODES)
