@@ -234,12 +234,13 @@ def cross_attention_of(config: HiggsAudioV2Config) -> CrossAttention:
 def with_cross_attention(
     base: HiggsAudioV2ForConditionalGeneration, mode: CrossAttention, seed: int | None
 ) -> HiggsAudioV2ForConditionalGeneration:
-    """A model with the base's weights and new modules that at first leave every output unchanged.
+    """A model with the base's weights and new modules.
 
     Args:
         base: a stock model with its text head; its tensors are shared, not copied.
         mode: "off" returns the base itself.
-        seed: for the new modules' random weights; None makes all of them 0, to be loaded from a file.
+        seed: for the new modules' random weights, which at first leave every output unchanged; None makes
+            all of them 0, to be loaded from a file.
 
     Raises:
         ModelError: the base already has such modules, or transformers' layer has other arguments.

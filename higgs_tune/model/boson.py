@@ -68,7 +68,8 @@ def native_config(raw: Mapping[str, Any], ids: Mapping[str, int], where: str) ->
         where: prefix of error messages.
 
     Raises:
-        ModelError: an option that the native model does not support, or ids that differ from the tokenizer's.
+        ModelError: a value is missing or not of such a model, the native model does not support an option,
+            or ids differ from the tokenizer's.
     """
     text = raw.get("text_config")
     if not isinstance(text, dict) or text.get("model_type", "llama") != "llama":

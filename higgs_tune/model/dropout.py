@@ -2,7 +2,7 @@
 
 A mask is drawn for an adapter's own rows only, from that adapter's generator, so it depends neither on the
 padding nor on the neighbours. No state outlives a forward: the generator is seeded with the trial's seed,
-the step and the micro-batch, so a checkpoint needs nothing more.
+the step, the process and the micro-batch, so a checkpoint needs nothing more.
 
 Shape letters: K adapters, k adapters of a run, N rows, D inputs, X inputs of several linears.
 """

@@ -19,8 +19,8 @@ def initial_weights(
 ) -> dict[str, Tensor]:
     """Full names → initial weights of an adapter, float32 on the CPU.
 
-    LoRA starts as in PEFT (A uniform, B zero). All draws depend on the config's seed only, not on the rest
-    of the pack. Includes the new modules of the config's cross_attention.
+    LoRA starts as in PEFT (A uniform, B zero). All draws depend on the config only, not on the rest of the
+    pack. Includes the new modules of the config's cross_attention.
 
     Args:
         groups: from `groups.lora_groups`, with at least the adapter's targets.

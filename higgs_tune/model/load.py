@@ -70,7 +70,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: HiggsAudioV2Config
     """Look up the control tokens by name and check them against the model's config.
 
     Raises:
-        ModelError: a control token is missing, or tokenizer and config disagree about one.
+        ModelError: a control token is missing, tokenizer and config disagree about one, or the config's
+            vocab_size or codebook_size is too small.
     """
     known = control_ids(tokenizer)
     ids = {name: known[token] for name, token in CONTROL_TOKENS.items()}
@@ -111,8 +112,9 @@ def load_base(settings: BaseSettings) -> Base:
     Raises:
         ConfigError: a Hub id without a revision, a GPU that does not exist, an attention that
             training does not support, or no compiler for `base.compile`.
-        ModelError: the folder is not a checkpoint of this model, has no text head, or already has
-            cross-attention modules.
+        ModelError: the folder is not a checkpoint of this model, lacks a text head that `base.text_head`
+            requires, or already has cross-attention modules.
+        NoMemoryError: it does not fit in memory.
     """
     if settings.attention != "sdpa":
         raise ConfigError(
@@ -145,7 +147,8 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
 
     Raises:
         ConfigError: a Hub id without a revision, or a GPU that does not exist.
-        ModelError: the folder is not a checkpoint of this model, or has no text head.
+        ModelError: the folder is not a checkpoint of this model, or lacks a text head that
+            `settings.text_head` requires.
         NoMemoryError: it does not fit in memory.
     """
     device = resolve_device(settings.device, "base.device")
@@ -219,7 +222,8 @@ def read_config(folder: Path) -> tuple[HiggsAudioV2Config, PreTrainedTokenizerBa
     """The native config of a checkpoint in any format, and its tokenizer; reads no weights.
 
     Raises:
-        ModelError: the config or the tokenizer is not of this model.
+        ModelError: the config or the tokenizer cannot be read or is not of this model, or hidden_act is
+            not silu.
     """
     where = f"base.path: {folder / 'config.json'}"
     raw = read_object(folder / "config.json")
@@ -251,7 +255,7 @@ def _check_weights(
     folder: Path,
     settings: BaseSettings,
 ) -> tuple[bool, torch.dtype]:
-    """Whether there is a text head, and the weights' dtype; all other weights must match exactly."""
+    """Whether there is a text head, and the weights' dtype; checks all names and shapes first."""
     where = f"base.path: {folder}"
     stored = stored_tensors(folder)
     if config.model_type == HiggsAudioV2Config.model_type and stored.keys() >= _ORIGINAL_HEADS:

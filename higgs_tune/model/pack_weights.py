@@ -37,8 +37,9 @@ class Run:
     """
 
     rows: int | slice  # positions among the batch's adapters
-    scale: float  # LoRA's scale if all adapters have the same, else 1
-    scales_k11: Tensor | None  # each adapter's scale if they differ, float32
+    # LoRA's scale, divided by the share that dropout keeps; 1 if the adapters that target the linears differ
+    scale: float
+    scales_k11: Tensor | None  # each adapter's, if they differ; float32
     keeps: tuple[float, ...]  # each adapter's share of inputs that dropout keeps in this forward
     factors: Factors
 

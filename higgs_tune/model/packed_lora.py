@@ -1,7 +1,7 @@
 """The parameters of a pack: one flat row per adapter, with views of each module's tensors.
 
 The LoRA factors of K slots are in one (K, P) buffer. Where adapters share matmuls (on a GPU), a slot is laid
-out for the highest rank of its adapter's class. So neighbours of a class have one stride, whatever their
+out for the highest rank of its adapter's class. So neighbours of a class have one layout, whatever their
 ranks and targets; the parameters that an adapter does not have are zero, compute zero and get zero gradients.
 Where each adapter multiplies alone (on a CPU), a slot is laid out densely for its own rank. New
 cross-attention modules are large and rare, so an adapter that has them gets a separate buffer for them

@@ -45,8 +45,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Name → shape and dtype of every tensor in a folder's safetensors files.
 
     Raises:
-        ModelError: there are no weights, a file that the index names is missing or cut off, or a tensor
-            that it names is in no file.
+        ModelError: there are no weights, the index is damaged, it names a file or a tensor that is not
+            there, or a file is cut off, damaged or quantised.
     """
     index = folder / INDEX
     if index.is_file():

@@ -32,7 +32,7 @@ class GeneratedText:
 
 
 def prompt_before_text(encoded: Encoded) -> Prompt:
-    """Everything up to the target's first text token."""
+    """Everything before the target's first text token."""
     stop = int(np.flatnonzero(encoded.text_labels_L != IGNORE)[0]) + 1
     num_audio = int((encoded.audio_rows_A < stop).sum())
     return Prompt(encoded.key, encoded.ids_L[:stop], encoded.codes_AC[:num_audio])

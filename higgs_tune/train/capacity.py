@@ -28,7 +28,7 @@ SLOTS_PER_CPU = 2  # keeps a CPU's lanes busy when trials differ in length
 
 
 def largest_step(config: SweepConfig, shape: "HiggsAudioV2Config") -> StepShape:
-    """The step with the most rows that the sweep's limits allow one adapter, for speech data.
+    """The step with the most rows in one forward that the sweep's limits allow an adapter, for speech data.
 
     Assumes that a fifth of the rows is text, and half of that targets; denser text needs more memory
     for its logits.

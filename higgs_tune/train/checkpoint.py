@@ -173,6 +173,7 @@ def read_trial(directory: Path) -> TrialConfig:
 
     Raises:
         ModelError: the folder is not a higgs-tune adapter.
+        ConfigError: a setting is unknown or out of bounds.
     """
     path = directory / MARK_NAME
     try:
@@ -242,8 +243,8 @@ def attach_adapter(model: HiggsAudioV2ForConditionalGeneration, directory: Path)
     """Load an adapter onto a model that already has the modules it needs.
 
     Raises:
-        ModelError: the model lacks the adapter's cross-attention modules or the text head that it
-            adapts, or the shapes differ.
+        ModelError: not a higgs-tune adapter, its files do not belong together, the model has other
+            cross-attention modules or lacks the text head that it adapts, or the shapes differ.
     """
     trial = read_trial(directory)
     mode = trial.cross_attention

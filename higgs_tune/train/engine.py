@@ -182,7 +182,7 @@ class Engine:
                 resident.num_forwards = 0
 
     def optim_step(self, trial_ids: Sequence[str]) -> Tensor:
-        """Step these adapters once; returns gradient norms of all slots before clipping, (K,)."""
+        """Step these adapters once; returns gradient norms before clipping, (K,), 0 for other slots."""
         rows = {}
         for trial_id in trial_ids:
             resident = self.residents[trial_id]

@@ -1,4 +1,4 @@
-"""Probes that detect leaking or misaligned labels before any GPU time is spent.
+"""Probes that detect leaking or misaligned labels before training starts.
 
 "Audio loss 0.001, text loss 7.7" is the symptom of labels that are not shifted: audio learns to echo
 its input. The probes test the running code, not the source: does a label's loss change when the label's
@@ -29,7 +29,7 @@ class Preflight:
     """The probes' findings, for the sweep's record."""
 
     num_probes: int
-    largest_change: float  # nats; 0 if no label sees its own input
+    largest_change: float  # nats; 0, up to rounding, if no label sees its own or a later input
     largest_past_change: float  # nats; above 0 if labels see the inputs before them
     audio_nll_per_code: float
     audio_nll_uniform: float  # ln(classes)
@@ -153,8 +153,9 @@ def causality_probe(
 
     Raises:
         LeakError: a label does not equal its own input; its loss is not finite or depends on an input
-            that it must not see; no loss depends on the input right before its label, as when labels are
-            shifted twice; or no loss depends on any earlier input, so that the probe could not fail.
+            that it must not see; `nll` scores more than the given labels; no text loss or no audio loss
+            depends on the input right before its label, as when labels are shifted twice; or no loss
+            depends on any earlier input, so that the probe could not fail.
     """
     labels = list(_choose(examples, label_offset, num_labels, seed))
     variants: list[Encoded] = []

@@ -29,7 +29,7 @@ _START_S = 60  # a forked process answers within milliseconds, or never
 
 
 class LaneLostError(RuntimeError):
-    """A lane's process cannot start, or has ended and left half-done work in the shared memory."""
+    """A lane's process cannot start, or is lost and may have left half-done work in the shared memory."""
 
 
 class LaneProcess:
@@ -72,14 +72,15 @@ class LaneProcess:
 
         Raises:
             Exception: what was raised in the process, with its traceback as a note.
-            LaneLostError: the process has ended.
+            LaneLostError: the process has ended, or cannot be asked any more.
         """
         request = pickle.dumps(arguments)
         try:
             self._connection.send_bytes(request)
             reply = self._connection.recv_bytes()
         except (EOFError, OSError, MemoryError) as error:
-            self._process.join(1)  # even if it lives: its next answer could be the one to this call
+            # if it lives, it is given up too: its next answer could belong to this call
+            self._process.join(1)
             code = self._process.exitcode
             raise self._lost(
                 f"has ended with {code}; -9 is how the system kills a process when memory runs out"

@@ -118,7 +118,10 @@ class PackLoop:
         self._validator.room.forget([slot])
 
     def check(self) -> None:
-        """Compute the base without any adapter; raises if even that fails in this process."""
+        """Compute the base without any adapter; raises if even that fails in this process.
+
+        Lack of memory is only logged while there are residents.
+        """
         try:
             self._validator.bare()
         except MemoryError as error:
@@ -139,9 +142,9 @@ class PackLoop:
     def snapshot(self, trial_id: str) -> Callable[[Path], None]:
         """Copy a trial's state; returns a function that writes it into an empty folder.
 
-        The function writes the adapter in PEFT's format and its training state. Call it at any time, on
-        any thread. With several processes, call `gather` first. Once a trial has reported its end, the
-        optimizer's moments, two thirds of the bytes, are left out.
+        With several processes, all must have called `gather` before. The function writes the adapter in
+        PEFT's format and its training state; it may run at any time, on any thread. Once a trial has
+        reported its end, the optimizer's moments, two thirds of the bytes, are left out.
         """
         run = self._runs[trial_id]
         run.interval.gather()
@@ -185,8 +188,8 @@ class PackLoop:
             out_of_memory or failed, and a "reason". Empty when stopped.
 
         Raises:
-            Exception: a step or a validation failed for every unfinished resident, so the cause is not
-                one of them.
+            Exception: the cause is not one adapter: a step or a validation failed for every unfinished
+                resident, or for every one that was due and for the base alone.
         """
         pending = {trial_id: run for trial_id, run in self._runs.items() if not run.reported_done}
 
@@ -250,7 +253,7 @@ class PackLoop:
         return self._examples.order(batch_clips, seed)
 
     def _train_step(self, active: dict[str, Run]) -> None:
-        """Do one optimizer step of each active trial that fits into memory."""
+        """Do one optimizer step of each active trial; one that fails or does not fit in memory ends."""
         started = time.monotonic()
         clips: dict[int, Clips] = {}
         counts: dict[int, TargetCounts] = {}

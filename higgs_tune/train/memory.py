@@ -30,7 +30,7 @@ from higgs_tune.train.engine import Engine
 from higgs_tune.train.residents import PackLimits
 
 GIB = 1 << 30
-# CUDA context, cuBLAS workspaces, and blocks that the caching allocator cannot reuse.
+# Share of memory kept free: CUDA context, cuBLAS workspaces, blocks that the caching allocator cannot reuse.
 RESERVE = 0.05
 
 
@@ -142,8 +142,9 @@ def predict(
     """Memory of an engine with all its slots taken, at the peak of one optimizer step.
 
     Every layer adds the same bytes, so a deep model is extrapolated linearly from one, two and three
-    layers. That is valid if each layer raises the peak by at least its base, adapters, activations and
-    heads: then no other moment of the step can become the peak. Otherwise all layers are run.
+    layers. That is valid if these lie on a line and each layer raises the peak by at least its base,
+    adapters, activations and heads: then no other moment of the step can become the peak. Otherwise all
+    layers are run.
 
     Args:
         config: the base's configuration; nothing else of the base is read.

@@ -62,7 +62,7 @@ def adamw_step(bank: AdapterBank, rows: dict[int, RowStep], alive_K: Tensor) -> 
         alive_K: bool, updated in place; a row that dies stays dead.
 
     Returns:
-        Gradient norms before clipping, float32 (K,).
+        Gradient norms before clipping, float32 (K,); 0 for slots not in `rows`.
 
     Source: Loshchilov and Hutter 2019 (AdamW); parity with torch.optim.AdamW is tested.
     """

@@ -105,8 +105,9 @@ def join_world(device: str, dtype: str) -> tuple[World, str]:
         The world, and the name of this process's device, as `load_base` takes it.
 
     Raises:
-        ConfigError: accelerate was asked for something that a frozen base with adapters does not use,
-            or base.device names one GPU for several processes, or this process finds no GPU.
+        ConfigError: accelerate was asked for something that a frozen base with adapters does not use, or
+            that contradicts `device` or `dtype`; `device` names one GPU for several processes; or this
+            process finds no GPU.
     """
     _check_accelerate(dtype)
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):

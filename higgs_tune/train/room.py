@@ -1,8 +1,9 @@
 """Retries when a forward or a backward fails for some adapters of a pack.
 
-When memory runs out: on a GPU, whose memory may only be fragmented, once more unchanged; then with fewer
-adapters at once, then with shorter forwards. After another error: once more, one adapter at a time. An
-adapter ends if not even a single clip fits, or if it fails by itself twice; its neighbours go on.
+When memory runs out: once more unchanged, on a GPU, whose memory may only be fragmented, or on a CPU if other
+lanes computed at the same time; then with fewer adapters at once, then with shorter forwards. After another
+error: once more, one adapter at a time. An adapter ends if not even a single clip fits, or if it fails again
+by itself; its neighbours go on.
 
 A CPU computes each adapter in forwards of its own from the start: shared matmuls gain little there, and
 without them an adapter's results do not depend on its neighbours, to the last bit. Only an adapter that is
@@ -222,11 +223,13 @@ def agree_across_processes(results: dict[int, T | Ended], world: World) -> dict[
 def raise_if_all_failed(
     results: Mapping[Any, T | Ended], num_residents: int, probe: Callable[[], Any] | None = None
 ) -> None:
-    """Raise an error that all adapters had: its cause is the process, not one adapter.
+    """Raise if all residents failed, other than by lack of memory: the process is the cause, not an adapter.
 
     Args:
-        probe: called if all failed but not all residents took part; computes something that needs no
-            adapter, and raises if that fails as well.
+        results: of the adapters that took part, by any key.
+        num_residents: adapters that could have taken part.
+        probe: called if all in `results` failed, but not all residents took part; computes something that
+            needs no adapter, and raises if that fails as well.
     """
     ended = [result for result in results.values() if isinstance(result, Ended)]
     errors = [e.error for e in ended if not isinstance(e.error, MemoryError)]

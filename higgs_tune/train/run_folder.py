@@ -46,7 +46,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Started:
-    """What a run began with; a resume must have the same."""
+    """What a run began with; a resume must have the same, except for what `_check_same` allows."""
 
     base: BaseSettings
     data: DataSettings
@@ -141,7 +141,7 @@ def rewind(out: Path, started: Started) -> list[Line]:
 def _check_same(path: Path, started: Started, *, has_checkpoint: bool) -> None:
     """Refuse to resume with other settings or data.
 
-    The device may change; the path of the data, whose content is compared; and how a batch is divided over
+    May change: the device; the path of the data, whose content is compared; and how a batch is divided over
     processes, unless each draws its own dropout masks. `run.start_from` may be left out once there is a
     checkpoint.
     """
@@ -204,7 +204,10 @@ def check_base(out: Path, lines: Sequence[Line], base_metrics: Mapping[str, floa
 
 
 def keep(out: Path, lines: Sequence[Line], run: RunSettings) -> None:
-    """Copy the newest checkpoint to best_adapter/ if it is the best, and to checkpoints/ if asked for."""
+    """Copy the newest checkpoint to best_adapter/ if it is the best, and to checkpoints/ if asked for.
+
+    Of those in checkpoints/, only the newest `run.keep_checkpoints` stay.
+    """
     step = lines[-1][metrics.STEP]
     if best_step(lines, run.audio_tolerance) == step:
         _copy_best(out, out / ADAPTER, step)
