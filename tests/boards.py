@@ -33,6 +33,12 @@ def count(directory: Path, tag: str) -> int:
     return sum(value.tag == tag for event in _read(directory) for value in event.summary.value)
 
 
+def texts(directory: Path) -> dict[str, str]:
+    """Tag → the last text written with it."""
+    values = [value for event in _read(directory) for value in event.summary.value]
+    return {v.tag: v.tensor.string_val[0].decode() for v in values if v.tensor.string_val}
+
+
 def plugin_data(directory: Path, plugin: str) -> dict[str, bytes]:
     """Tag → content written for a plugin."""
     values = [value for event in _read(directory) for value in event.summary.value]

@@ -161,13 +161,14 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
     if cross_attention_of(config) != "off":
         cls = CrossAttentionHiggsAudioV2ForConditionalGeneration
     has_head, stored = _check_weights(cls, config, folder, settings)
+    dtype = stored if keep_dtype else getattr(torch, settings.dtype)
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()  # a bar in a log file is noise
     try:
         model: HiggsAudioV2ForConditionalGeneration = cls.from_pretrained(
             str(folder),
             use_text_head=has_head,
-            dtype=stored if keep_dtype else getattr(torch, settings.dtype),
+            dtype=dtype,
             attn_implementation=settings.attention,
             device_map={"": device},
             **(boson.load_arguments(config) if is_original else {}),
@@ -181,9 +182,10 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
         SafetensorError,
     ) as error:
         if is_out_of_memory(error):
+            others = "device" if keep_dtype else "base.device or base.dtype"
             raise NoMemoryError(
-                f"base.path: {source} does not fit in memory on {device} as {settings.dtype}: {error}. "
-                "Free some memory, or choose another base.device or base.dtype."
+                f"base.path: {source} does not fit in memory on {device} as "
+                f"{str(dtype).removeprefix('torch.')}: {error}. Free some memory, or choose another {others}."
             ) from error
         raise ModelError(f"base.path: {source} cannot be loaded: {error}") from error
     # else PEFT and save_pretrained would use the original names

@@ -50,7 +50,7 @@ class Board:
         rows = [
             "| target | predicted |",
             "|---|---|",
-            *(f"| {s.target} | {s.predicted.replace('|', ' ')} |" for s in samples),
+            *(f"| {_cell(s.target)} | {_cell(s.predicted)} |" for s in samples),
         ]
         self._writer.add_text("samples", "\n".join(rows), step)
 
@@ -67,3 +67,8 @@ class Board:
     def close(self) -> None:
         """Write out what is still queued."""
         self._writer.close()
+
+
+def _cell(text: str) -> str:
+    """A text as one cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
