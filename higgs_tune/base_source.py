@@ -32,17 +32,17 @@ def local_folder(settings: BaseSettings) -> Path | None:
 
 
 def named_here(path: str) -> str:
-    """The path of an adapter's base on this machine; "embedded" if another machine's embedded base."""
+    """The given path of an adapter's base, or "embedded" if it is another machine's embedded base."""
     return "embedded" if is_embedded(path) and not Path(path).exists() else path
 
 
 def is_embedded(path: str) -> bool:
-    """Whether a path is the embedded base's folder, on any machine."""
+    """Whether a path ends like the embedded base's folder, whose parents differ between machines."""
     return Path(path).parts[-3:] == EMBEDDED_BASE.parts[-3:]
 
 
 def check_pinned(settings: BaseSettings) -> None:
-    """Refuse a Hub id without a revision; accepts a folder that only other machines have.
+    """Refuse a Hub id without a revision; accepts any other path, even if only other machines have it.
 
     Raises:
         ConfigError: the Hub id is not pinned.

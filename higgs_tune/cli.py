@@ -38,7 +38,7 @@ DEFAULT_SWEEP = Path("sweeps/quick.yaml")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit code."""
-    os.environ.setdefault("TQDM_DELAY", "1")  # show transformers' bars only if loading is slow
+    os.environ.setdefault("TQDM_DELAY", "1")  # show transformers' bars only after 1 s
     parser = argparse.ArgumentParser(
         prog="higgs-tune", description="LoRA sweeps for Higgs Audio V2"
     )
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate.set_defaults(run=listen.run_generate)
 
     evaluate = commands.add_parser(
-        "evaluate", help="measure adapters on held-out clips, and listen to them"
+        "evaluate", help="generate held-out clips with adapters; measure and listen to them"
     )
     listen.add_evaluate_arguments(evaluate)
     evaluate.set_defaults(run=listen.run_evaluate)
@@ -201,7 +201,7 @@ def _sweep_config(args: argparse.Namespace) -> SweepConfig:
         place = [text for text in args.set if text.startswith(("name=", "results_dir="))]
         config = load_sweep(DEFAULT_SWEEP, place)
         where = {"name": args.name or _pick_name(config, resume=True)}
-        where["results_dir"] = config.results_dir  # the folder may have moved from the stored one
+        where["results_dir"] = config.results_dir  # the stored one is wrong after a move
         stored = config.results_root / where["name"] / "sweep.yaml"
         if stored.exists():
             others = [text for text in args.set if text not in place]
@@ -210,7 +210,7 @@ def _sweep_config(args: argparse.Namespace) -> SweepConfig:
 
 
 def _pick_name(config: SweepConfig, *, resume: bool) -> str:
-    """The YAML's name, numbered if taken; with --resume, the newest one that has trials."""
+    """The results folder's name: the YAML's, numbered if taken; with --resume, the newest with trials."""
     from higgs_tune.sweep.folder import is_free
 
     pattern = re.compile(rf"{re.escape(config.name)}(?:-(\d+))?")

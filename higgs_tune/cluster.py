@@ -27,11 +27,12 @@ from higgs_tune.errors import ConfigError
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # half-enabled tokens break `ray start`; the dashboard is on loopback
-    "RAY_worker_niceness": "0",  # by default packs yield to every process that starts: seconds
+    "RAY_worker_niceness": "0",  # by default 15: each process that starts would hold packs up for seconds
     "RAY_prestart_worker_first_driver": "0",  # ray.init would wait for two processes, one of them unused
 }
 
-# Methods of Ray's Node that start what can wait, the dashboard last; and what everything else waits for.
+# Methods of Ray's Node: those that start what can wait, the dashboard last; and the one that starts the
+# raylet, for which all work waits.
 DELAYED = ("start_monitor", "start_log_monitor", "start_api_server")
 NODE = "start_ray_processes"
 VITAL = ("raylet", "gcs_server")  # kinds of its processes
@@ -44,7 +45,7 @@ AGENT_PORTS = (
     "runtime_env_agent_port",
 )
 PORTS = range(20_000, 32_768)  # above Ray's worker ports, below Linux's ephemeral ports
-NICENESS = 10  # of the processes that are put off
+NICENESS = 10  # of the delayed processes
 KNOCK_S = 10.0  # timeout of a connection to a head
 ADDRESS = re.compile(r"auto|local|[^/\s]+:\d+")  # not Ray Client (ray://), not Ray Jobs (http://)
 
@@ -54,8 +55,8 @@ class Cluster:
     """The Ray cluster in use."""
 
     is_own: bool  # started by this process, so no node will ever join it
-    complete: Callable[[], str | None]  # starts the rest of our own; the dashboard's address
-    has_died: Callable[[], bool] = lambda: False  # our own, so that nothing answers any more
+    complete: Callable[[], str | None]  # starts what is delayed; returns the dashboard's address
+    has_died: Callable[[], bool] = lambda: False  # whether our own has, so that nothing answers
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
         environment: variables for Ray's processes, unless the user has set them.
 
     Raises:
-        ConfigError: RAY_ADDRESS names no cluster, or one that does not answer.
+        ConfigError: RAY_ADDRESS is not a cluster's address, or no cluster answers at the address.
     """
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -214,7 +215,7 @@ def _connect(address: str) -> Any:
     package_root = str(Path(higgs_tune.__file__).parents[1])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    # not include_dashboard=True, with which a dashboard that cannot start would end everything
+    # not include_dashboard=True, with which a dashboard that cannot start would raise an error
     local: dict[str, Any] = {"dashboard_host": "127.0.0.1"}
     return ray.init(
         address=address,

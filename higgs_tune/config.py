@@ -37,7 +37,7 @@ class BaseSettings(Settings):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", …
-    # for whole models, as in generation; training always uses torch's SDPA
+    # for whole models, as in generation; training, which uses torch's SDPA, refuses the others
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     # torch.compile the training forward: faster steps, but each kind of pack compiles first
     compile: bool = False
@@ -109,7 +109,7 @@ class TuneSettings(Settings):
     # trials that train together around one base; "auto": as many as the worker's device holds
     slots_per_worker: CountOrAuto = 4
     # share of report_every_steps, at least one step unless 0, that a trial trains on while the decision
-    # about its report is pending
+    # about its report is pending; with several workers it trains until the decision comes
     ahead_fraction: float = Field(default=0.05, ge=0, le=1)
     # default: as many as let all workers run at once; 1 while no node with the workers' GPUs is up
     cpus_per_worker: int | None = Field(default=None, ge=1)
@@ -211,7 +211,7 @@ class SweepConfig(Settings):
 
 
 class RunSettings(Settings):
-    """How `higgs-tune train` runs. Only the first two change what is trained."""
+    """How `higgs-tune train` runs. Only the first two change the weights after a given step."""
 
     # folder of an adapter, this tool's or PEFT's, whose weights training starts from
     start_from: LocalPath | None = None

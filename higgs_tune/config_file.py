@@ -135,7 +135,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping without duplicate keys.
 
     Raises:
-        ConfigError: the file is not one; names the file and, if known, the line.
+        ConfigError: the file is missing or not one; names the file and, if known, the line.
     """
     try:
         raw = _parse(path.read_text(encoding="utf-8"), str(path))

@@ -61,16 +61,16 @@ class SchedulerSettings(Settings):
     grace_fraction: float = Field(default=0.34, gt=0, le=1)
     # asha, hyperband: the best 1/n at a rung go on
     reduction_factor: float = Field(default=3.0, gt=1)
-    min_samples: int = Field(default=3, ge=1)  # median: of at least so many other trials
+    min_samples: int = Field(default=3, ge=1)  # median: that of at least so many other trials
     # pbt: copy and change every so many steps; default: as many as grace_fraction gives
     perturb_every_steps: int | None = Field(default=None, ge=1)
-    # pbt: this share of the worst copies from the same share of the best
+    # pbt: share of the population that copies, the worst, and that is copied, the best
     quantile_fraction: float = Field(default=0.25, gt=0, le=0.5)
 
     def refuse_impossible(
         self, num_trials: int, num_steps: int, report_every_steps: int, past_warmup: int
     ) -> None:
-        """Raise ValueError for a population too small or compared between reports, and for no cut at all."""
+        """Raise ValueError if hyperband never cuts, or pbt has too few trials or copies between reports."""
         if self.name == "hyperband" and not any(
             rungs.steps for rungs in hyperband(num_steps, past_warmup, self.reduction_factor)
         ):

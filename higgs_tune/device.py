@@ -35,10 +35,10 @@ def resolve_device(name: str, setting: str) -> torch.device:
             "counted from 0."
         )
     if device.type == "cuda":
-        # Shapes differ from batch to batch, which would fragment memory. Read when the GPU is first used.
+        # Shapes differ by batch, which would fragment memory. torch reads this when the GPU is first used.
         if not any(os.environ.get(name) for name in _ALLOCATOR):
             os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
-        # PyTorch prefers cuDNN's on newer GPUs, but it plans anew for every shape, and shapes differ by batch
+        # PyTorch prefers cuDNN's SDPA on newer GPUs, but cuDNN plans again for every new shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 

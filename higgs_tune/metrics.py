@@ -21,7 +21,7 @@ LENGTH_RATIO = "speech/length_ratio"  # generated seconds / recorded seconds
 MEL_DISTANCE = "speech/mel_distance_db"  # mel cepstral distortion to the recording, aligned
 SPEAKER_SIMILARITY = "speech/speaker_similarity"  # cosine with the reference's voice
 SPEECH_CER = "speech/cer"  # character error rate of a recogniser's transcription
-TRANSCRIPTION_CER = "text/transcription_cer"  # the same of the model's own transcription
+TRANSCRIPTION_CER = "text/transcription_cer"  # of the model's own transcription of the recording
 PEAK_MEMORY_MIB = "peak_memory_mib"  # of the worker's process so far; GPU memory if it has a GPU
 
 

@@ -17,7 +17,7 @@ BOARDS = "tensorboard"
 
 
 class Boards:
-    """Writes `tensorboard/<id>` from `trials/<id>/metrics.jsonl`, on a thread that nothing waits for."""
+    """Writes `tensorboard/<id>` from `trials/<id>/metrics.jsonl`, on a thread; only `finish` waits for it."""
 
     def __init__(self, results: Path, searched: Iterable[str]) -> None:
         self._results, self._later = results, Later()
@@ -25,11 +25,11 @@ class Boards:
         self._open: dict[str, tuple[Board, list[dict[str, Any]]]] = {}  # and the lines written
 
     def update(self, record: TrialRecord) -> None:
-        """Write the metrics that a trial has added or changed."""
+        """Queue the writing of the metrics that a trial has added or changed."""
         self._later.queue(lambda: self._follow(record))
 
     def end(self, trial_id: str) -> None:
-        """Close the run of a trial that has ended, at least for now."""
+        """Queue the closing of a trial's run, because it has ended, at least for now."""
         self._later.queue(lambda: self._close(trial_id))
 
     def check(self) -> None:

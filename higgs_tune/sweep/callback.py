@@ -196,7 +196,7 @@ class SweepCallback(Callback):
         is_feasible = None if audio is None else bool(audio <= self._audio_limit())
         self._guard(self._files.end, trial_id, status, reason, is_feasible)
         self._boards.end(trial_id)
-        if status != "cancelled" and self._num_checkpoints == 1:  # else another may read it
+        if status != "cancelled" and self._num_checkpoints == 1:  # else a copy may have to read it
             for path in self._kept.pop(trial_id, []):
                 shutil.rmtree(path, ignore_errors=True)
         self._display.board.end(trial_id, status, is_feasible)

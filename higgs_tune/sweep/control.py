@@ -1,4 +1,4 @@
-"""What ends a sweep early: signals, disk errors of the driver's host, a base that cannot be loaded."""
+"""What ends a sweep early: a signal, or an error such as a full disk or a base that cannot be loaded."""
 
 import signal
 

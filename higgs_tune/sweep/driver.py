@@ -130,9 +130,10 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
 def _exit_if_ray_died(
     cluster: Cluster, control: Control, display: Display, results: Path
 ) -> Iterator[None]:
-    """End this process if a stop signal has ended Ray, too: some reach all processes of a job.
+    """End this process if a stop signal has ended Ray, too, and the sweep does not end by itself in time.
 
-    A call to a dead Ray would block for a minute and then end this process without a message.
+    Some signals reach all processes of a job. A call to a dead Ray would block for a minute and then end
+    this process without a message.
     """
     is_over = threading.Event()
 

@@ -115,7 +115,7 @@ def _check(folder: Path, config: SweepConfig, resume: bool) -> None:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a new sweep may use this folder: no sweep runs here, and none has left a result."""
+    """Whether a new sweep may use this folder: there is none, or only what a sweep without a result left."""
     if not folder.exists():
         return True
     if not folder.is_dir():
@@ -123,9 +123,8 @@ def is_free(folder: Path) -> bool:
     if (folder / "sweep.yaml").exists():
         if _has_begun(folder):
             return False
-    elif [path.name for path in folder.iterdir()] != [
-        LOCK
-    ]:  # a lone lock: a start that failed on a full disk
+    # a start that failed on a full disk leaves a lone lock
+    elif [path.name for path in folder.iterdir()] != [LOCK]:
         return False
     if not (folder / LOCK).exists():
         return True

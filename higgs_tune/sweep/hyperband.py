@@ -140,7 +140,7 @@ class HyperBand(FIFOScheduler):
     def _cut_if_due(
         self, tune_controller: Any, bracket: Bracket, reporting: Trial | None = None
     ) -> None:
-        """Cut a bracket once all its trials are at the rung, and all but the reporting one paused."""
+        """Cut a bracket that can get no more trials once all are at the rung, all but `reporting` paused."""
         others = [trial for trial in bracket.members if trial is not reporting]
         if not bracket.members or len(bracket.waiting) < len(bracket.members):
             return

@@ -76,7 +76,7 @@ class Display:
         )
 
     def close(self) -> None:
-        """Leave a last table with every trial on the screen."""
+        """Leave the final table, with all trials, on the screen."""
         if self._live is not None:
             self._live.update(render(self.board, len(self.board.rows)))
             self._live.stop()

@@ -14,7 +14,7 @@ class Member:
 
     name: str  # in messages
     start: Callable[[], Any]  # creates its actor
-    since: float  # when its process was requested, was found dead, or started after a wait
+    since: float  # when its process was requested, found dead, asked again, or started late
     actor: Any = field(init=False)
     given_up: bool = False  # by Ray, which restarts no actor whose constructor failed on a machine
     answer: "ray.ObjectRef[Any]" = field(init=False)  # of `describe`; of `serve` once accepted

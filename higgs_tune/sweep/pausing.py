@@ -1,7 +1,7 @@
 """Schedulers that pause trials: HyperBand's brackets, and a population that copies its best.
 
 Both reach `sweep.source` inside the ConcurrencyLimiter that Tune puts around it. A paused trial takes
-no slot, and one that may continue waits for a free slot.
+no seat at a worker, and one that may continue waits for a free seat.
 """
 
 import math
@@ -48,7 +48,7 @@ class Brackets(Pausing, HyperBand):
     """HyperBand that leaves baselines alone."""
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The next trial that may run, or None until there is a free slot for it."""
+        """The next trial that may run, or None until there is a free seat for it."""
         trial = super().choose_trial_to_run(tune_controller)
         return trial if has_room(tune_controller, trial) else None
 
@@ -133,7 +133,7 @@ class Population(Pausing, PopulationBasedTraining):
 
 
 def has_room(tune_controller: Any, trial: Trial | None) -> bool:
-    """Whether a trial may run now; only a paused one needs a free slot, others have theirs."""
+    """Whether a trial may run now; only a paused one needs a free seat, others have theirs."""
     if trial is None or trial.status != Trial.PAUSED:
         return True
     active = (Trial.PENDING, Trial.RUNNING)

@@ -42,7 +42,7 @@ def refuse_other_data(config: SweepConfig) -> None:
 
 
 def absolute_paths(config: SweepConfig) -> SweepConfig:
-    """The configuration with absolute paths for base and data that exist relative to this folder."""
+    """The configuration with absolute paths for base and data if they exist on this machine."""
     base, data = config.base, config.data.model_copy(update={"path": _whole(config.data.path)})
     if base.path != "embedded":  # a name, even if there is a file called so
         base = base.model_copy(update={"path": _whole(base.path)})

@@ -89,7 +89,7 @@ class TrialFiles:
         return kept[-1] if kept else {}
 
     def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Append a result to the metrics; the first one brings the account of the trial's modules."""
+        """Append a result to the metrics, and put the account that the first one brings into config.json."""
         folder = self.folder(trial_id)
         if result.get("account"):
             known = read_json(folder / "config.json")

@@ -4,8 +4,8 @@ Ray's own OptunaSearch reports a trial that the scheduler stopped as complete, k
 leaves a diverged trial RUNNING for ever. This one reports COMPLETE (full budget), PRUNED (stopped early,
 with its intermediate values) or FAIL (cancelled), with status, reason and the audio constraint.
 
-A trial whose configuration broke is PRUNED, too, and violates a constraint of its own. The sampler does
-not see FAILed trials, so it would propose the same region, where nothing trains, again and again.
+A trial whose configuration broke is PRUNED, too, and violates a constraint of its own. If it FAILed, the
+sampler would not see it, and would propose the same region, where nothing trains, again and again.
 
 The searcher also keeps the roster, which tells the workers which trials to wait for.
 """

@@ -92,7 +92,7 @@ class Counter:
     """An actor that counts slots on a machine where a worker could run."""
 
     def count(self, config: SweepConfig, num_cpus: int) -> int:
-        """How many trials fit into this machine's free memory; on CPUs, other workers get their share."""
+        """How many trials fit into the GPU's free memory or, without GPU, a worker's share of the host's."""
         import torch  # which the driver does not need
 
         from higgs_tune.train.capacity import slots_on_cpu, slots_on_gpu

@@ -154,7 +154,7 @@ class TrialSource(Searcher):
             if trial.status in (Trial.PENDING, Trial.PAUSED):
                 trial.config["attempt"] = self._attempt
                 if live := self.live.get(trial.trial_id):
-                    trial.config["worker"] = live.worker  # else it would leave its seat there
+                    trial.config["worker"] = live.worker  # at another it would leave a seat behind
         if self._seated() != self._named:
             self.publish()
 

@@ -1,6 +1,6 @@
 """Open the database of `tune.storage`, and handle its failures.
 
-SQLAlchemy takes a quarter of a second to import, so this happens only if there is a database.
+SQLAlchemy takes a quarter of a second to import, so it is imported only if there is a database.
 """
 
 import sys
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
     from sqlalchemy.engine import URL
 
-RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts of a write, in which heartbeats wait
+RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts of a write; heartbeats wait, too
 # pip's names for drivers whose modules are named differently.
 PACKAGES = {"MySQLdb": "mysqlclient", "psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary"}
 Arguments = ParamSpec("Arguments")

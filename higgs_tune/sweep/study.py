@@ -77,7 +77,7 @@ def open_study(name: str, folder: Path, storage_url: str | None) -> optuna.Study
 
 
 def refuse_taken(name: str, storage_url: str) -> None:
-    """Raise ConfigError if the storage already holds a study of that name, from another sweep."""
+    """Raise ConfigError if the storage holds a study of that name, which a new sweep must not use."""
     if name in optuna.get_all_study_names(open_storage(storage_url)):
         raise ConfigError(
             f"tune.storage already holds a study named {name}. Give --resume to go on with its sweep, "

@@ -22,7 +22,7 @@ from higgs_tune.sweep.worker.actor import Worker
 FIGURES_S = 10.0  # how often the workers are asked where their time went
 PAUSE_S = 30.0  # until a worker that can no longer load its base tries again
 LOADING_S = 900.0  # until the user is told that a worker is still loading
-GIVE_UP_S = 600.0  # how long a worker may keep trying while no other serves
+GIVE_UP_S = 600.0  # how long a worker may keep trying while none serves
 MAX_DEATHS = 3  # in a row, while a worker loads: then its machine is to blame
 
 
@@ -172,7 +172,7 @@ class Workers:
     def _retry_later(
         self, member: Member, cause: HiggsTuneError, tell: Callable[[str], None]
     ) -> None:
-        """Let a worker try again later that cannot start or load its base: its machine is to blame.
+        """Let a worker that cannot start or load its base try again later: its machine is to blame.
 
         If it lacks memory, some may be free later. After any other error its process is replaced, because
         a GPU's error stays with the process that met it.

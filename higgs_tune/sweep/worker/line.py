@@ -14,7 +14,8 @@ class SlotQueue:
         self.expected = Expected()
         self.num_slots = num_slots
         self.num_departures = 0  # from the pack
-        self.leaving: list[tuple[Seat, int | None]] = []  # and at which step; None: not known yet
+        # stopped trials and the step at which each leaves; None: not known yet
+        self.leaving: list[tuple[Seat, int | None]] = []
 
     def vacate(self, seat: Seat) -> None:
         """Remove a resident, whose slot and memory are free now."""

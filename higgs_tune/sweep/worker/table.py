@@ -28,12 +28,11 @@ class Table:
         self.roster = Roster(-1, (), 0)
         self._num_seats = num_seats(num_slots, strict=strict)
         self._num_batches = 0  # of reports
-        self._unconsidered: list[
-            Report
-        ] = []  # of ended trials, which `_expedite` has yet to consider
+        # of ended trials, which `_expedite` has yet to consider
+        self._unconsidered: list[Report] = []
         self._strict = strict
         self._ahead = ahead if strict else 0
-        self._start_step: int | None = None  # until the trials that will wait are named
+        self._start_step: int | None = None  # until the trials that will wait are named, then None
         self._attempts: dict[str, int] = {}  # the newest attempt with which each trial has joined
         self._undecided: Report | None = None  # handed out; what follows from it is not known yet
 
@@ -101,7 +100,7 @@ class Table:
         ]
 
     def settled(self) -> bool:
-        """Whether everything that follows from the last report is known; if so, sets the step it applies at.
+        """Whether everything that follows from the last report is known; if so, sets when it takes effect.
 
         At the start this is false until all trials that will wait for a slot are named.
         """
@@ -268,7 +267,7 @@ class Table:
         return any(report.takes_effect <= self.line.clock for report in self._outstanding())
 
     def _expedite(self) -> None:
-        """Give trials that have just ended their successors at this step, if no trial waits for the slots.
+        """Let successors of trials that have just ended join at this step in slots for which no trial waits.
 
         The pack stands still until the successors are known. Each report is considered once, when the
         slots of its step are known: later, timing would decide whether it is still there.
