@@ -4,7 +4,7 @@ from higgs_tune.sweep.seats import Seat
 from higgs_tune.sweep.worker.expected import Expected
 
 
-class SlotQueue:
+class Line:
     """Knows the pack's step from which each trial may leave or join, as decided by `Table`."""
 
     def __init__(self, num_slots: int) -> None:

@@ -17,14 +17,14 @@ from collections.abc import Iterable, Mapping
 
 from higgs_tune.config import TrialConfig
 from higgs_tune.sweep.seats import Files, Lease, Report, Result, Roster, Seat, Snapshot, num_seats
-from higgs_tune.sweep.worker.line import SlotQueue
+from higgs_tune.sweep.worker.line import Line
 
 
 class Table:
     """The seats of a worker. Uses no clock but the pack's, no thread and no event loop."""
 
     def __init__(self, num_slots: int, *, strict: bool, ahead: int) -> None:
-        self.line = SlotQueue(num_slots)
+        self.line = Line(num_slots)
         self.roster = Roster(-1, (), 0)
         self._num_seats = num_seats(num_slots, strict=strict)
         self._num_batches = 0  # of reports
