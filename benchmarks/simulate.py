@@ -30,8 +30,8 @@ from higgs_tune.config import SchedulerSettings
 from higgs_tune.config_file import validate
 from higgs_tune.errors import DataError
 
-# Assumed until measured: at 600 tokens, launching kernels takes up the step, whatever the pack holds, up to
-# about 8 adapters; from there the time grows with the tokens.
+# Assumed until measured: at 600 tokens, a step of up to about 8 adapters takes as long as launching its
+# kernels, however many adapters there are; beyond that the time grows with the tokens.
 ASSUMED_STEPS = {1: 0.100, 2: 0.100, 4: 0.100, 8: 0.100, 16: 0.170}
 ASSUMED_STOCK_S = 0.100
 ASSUMED_FIXED = {

@@ -98,7 +98,7 @@ class StockBase:
             audio = [(c.audio_C, float(self.forward(model, inputs))) for c, inputs in speak]
         model.train()
         codes = [int(count_C[0]) for count_C, _ in audio]
-        # all codebooks of a clip have equally many targets, so the mean of their means is the mean
+        # all codebooks have equally many targets, so the mean of their means is the mean
         assert all((count_C == count_C[0]).all() for count_C, _ in audio)
         return {
             VAL_TEXT_NLL: sum(n * loss for n, loss in text) / sum(n for n, _ in text),

@@ -35,7 +35,7 @@ def clips_of(base: Base, args: argparse.Namespace, adapter: int, number: int) ->
 
 
 def run_stock_process(args: argparse.Namespace) -> None:
-    """Be one of several stock processes: print "ready", wait for a line, train, print the number of steps."""
+    """Run as one of several stock processes: print "ready", wait for a line, train, print the step count."""
     torch.set_num_threads(args.threads)
     try:
         base = base_of(args)

@@ -179,10 +179,8 @@ def run_stock(
     """
     total = ray.cluster_resources()
     cpus = max(1, int(total["CPU"]) // processes)
-    share = {
-        "cpu": cpus,
-        "gpu": sweep.tune.gpus_per_worker / processes,
-    }  # together they get our workers' share
+    # all processes together get the GPUs of one of our workers
+    share = {"cpu": cpus, "gpu": sweep.tune.gpus_per_worker / processes}
     common = {"sweep": sweep.model_dump(mode="json"), "threads": cpus, "trials": list(trials)}
     trainable: Any = {"plain": plain_trial, "strong": StrongTrial}[way]
     collector = Collector()

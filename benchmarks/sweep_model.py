@@ -208,9 +208,8 @@ def simulate(
         sweep.at(costs.start_s, "up", number)
     while sweep.left:
         now = sweep.events[0][0]
-        while (
-            sweep.events and sweep.events[0][0] == now
-        ):  # handle all events of this moment before filling
+        # handle all events of this moment before filling
+        while sweep.events and sweep.events[0][0] == now:
             _, _, kind, number, life = heapq.heappop(sweep.events)
             if life != sweep.gpus[number].life:
                 continue

@@ -16,8 +16,8 @@ _SHOWN_CHARS = 120
 _SILENCE = 1e-4  # peak of full scale 1: -80 dB
 _MAX_PEAK = 16.0  # a float file above this was never scaled to ±1
 _MIN_RATE_HZ, _MAX_RATE_HZ = 4_000, 400_000  # anything else is an error in the header
-# Limit on the product of the two rates without their common factor: torchaudio's resampling kernel has
-# about that many elements.
+# Limit on the product of the two rates, each divided by their greatest common factor: torchaudio's
+# resampling kernel has about that many elements.
 _MAX_KERNEL = 50_000_000
 # The line that libsndfile logs for a chunk of samples that is shorter than its header states.
 _CUT_CHUNK = re.compile(r"^\s*(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)

@@ -110,7 +110,7 @@ def _find_codec(path: str, revision: str | None) -> tuple[str, type[Codec]]:
 
 
 def _probe(codec: Codec, path: str) -> None:
-    """Encode a second of noise; check that the codes vary and have the configuration's shape."""
+    """Encode a second of noise; check that its codes vary, have the configured shape and can be stored."""
     config = codec.config
     seconds_to_frames = config.sample_rate / config.hop_length
     generator = torch.Generator().manual_seed(0)

@@ -72,9 +72,9 @@ def prepare(
         data_root: audio outside it is rejected; by default the manifest's folder.
 
     Raises:
-        DataError: the manifest is unreadable, more rows are rejected than `max_rejected` allows
-            (rejected.jsonl lists them all), or `out` belongs to other data or cannot be written.
-            Finished shards are kept.
+        DataError: the data root does not exist, the manifest is unreadable or cannot be split, all rows
+            or more than `max_rejected` allows are rejected (rejected.jsonl lists them), or `out` belongs
+            to other data or cannot be written. Finished shards are kept.
         ModelError: the codec cannot be loaded.
         ConfigError: no such device, or more workers than this machine has CPUs.
     """

@@ -15,7 +15,8 @@ from higgs_tune.errors import DataError
 class ValidationSets:
     """Fixed validation conversations.
 
-    `transcribe_swapped[i]` has the text of `transcribe[i]` with the audio of another recording and text.
+    `transcribe_swapped[i]` has the text of `transcribe[i]` after the audio of a clip with another text,
+    which is another recording.
     """
 
     rows: tuple[int, ...]  # indices of the clips

@@ -213,7 +213,7 @@ def _audio_part(path: str, audio: list[str]) -> dict[str, Any]:
 
 
 def _target_text(turns: list[dict[str, Any]], start: int) -> str:
-    """Return the text of the targets, or if they have none the last text outside the system turn."""
+    """Return the targets' text; without one, the last text outside system turns, else the last, else ""."""
 
     def texts(some: list[dict[str, Any]]) -> list[str]:
         return [part["text"] for turn in some for part in turn["parts"] if part["type"] == "text"]

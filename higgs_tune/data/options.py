@@ -15,7 +15,7 @@ class PrepareOptions(Settings):
     max_text_chars: int = Field(default=2000, ge=1)  # longest text of one part
     clips_from_chat: bool = False  # chats that only wrap a recording and its text become clips
     seed: int = Field(default=0, ge=0)  # of the split
-    rows_per_shard: int = Field(default=256, ge=1)  # the most that an interrupted run loses
+    rows_per_shard: int = Field(default=256, ge=1)  # an interrupted run keeps whole shards only
 
     def allowed(self, num_total: int) -> int:
         """How many of `num_total` rows may be rejected."""

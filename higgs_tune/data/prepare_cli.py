@@ -18,7 +18,7 @@ _OPTIONS = {
     "max_seconds": "longest recording, in seconds",
     "max_text_chars": "longest text of one part, in characters",
     "seed": "seed of the split",
-    "rows_per_shard": "rows in one shard: the most that an interrupted run loses",
+    "rows_per_shard": "rows in one shard; an interrupted run keeps whole shards only",
 }
 
 

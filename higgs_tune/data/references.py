@@ -35,7 +35,7 @@ class References:
         voice = np.searchsorted(self._voices, speakers[by_length])
         is_other = texts[by_length] != texts[self._shortest[voice]]
         with_other, places = np.unique(voice[is_other], return_index=True)
-        self._other = self._shortest.copy()  # stays so where a speaker has one text only
+        self._other = self._shortest.copy()  # stays so for a speaker with one text: never usable
         self._other[with_other] = by_length[is_other][places]
 
     def has_any(self, clips: np.ndarray) -> np.ndarray:

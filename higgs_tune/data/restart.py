@@ -111,7 +111,7 @@ def _record_path(out: Path, index: int) -> Path:
 
 
 def _can_be_retried(rejected: Sequence[Rejection], part: Sequence[ManifestRow], root: Path) -> bool:
-    """Whether a rejected row's recordings, which could not be opened at the time, can be now."""
+    """Whether any row that was rejected because a file could not be opened has only readable files now."""
     rows = {row.number: row for row in part}
     return any(
         all(can_be_opened(root, name) for name in rows[rejection.row].audio)

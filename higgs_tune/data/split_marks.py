@@ -2,7 +2,7 @@
 
 Table `clips` has each clip's voice, text, recording and kin. Kin names a group: all clips that share a text
 or a recording, directly or through others, have the same kin. `taught` has the texts and recordings that
-chats teach. `drawn`, `trained` and `held` are sets of hashes for the draw.
+chats teach. `drawn`, `trained` and `held` are sets of hashes that `splits` fills.
 """
 
 import hashlib

@@ -74,7 +74,7 @@ def chat(row: Row) -> Conversation:
 def with_system_turn(talk: Conversation, system_text: str | None) -> Conversation:
     """Put a system turn before a spoken clip, if there is a text for one.
 
-    A chat has its own system turn. Transcription gets none, because the published base's asks for speech.
+    A chat keeps its own turns. Transcription gets none, because the published base's text asks for speech.
     """
     if system_text is None or talk.task not in ("speak", "clone"):
         return talk

@@ -46,8 +46,8 @@ def choose_clips(
     `options.task` is speak.
 
     Args:
-        max_rows: positions of the base. Reference, text and recorded speech must fit into half of them, so
-            that speech of twice the recorded length fits too.
+        max_rows: positions of the base. A reference is used only if it, the text and the recorded speech
+            fit into half of them, so that speech of twice the recorded length fits too.
         text_length: tokens of a text.
     """
     limits = {"max_text": data.max_text_tokens, "text_length": text_length}
@@ -63,7 +63,7 @@ def choose_clips(
     numbers = choose_spread_out(
         texts[held_out],
         speakers[held_out],
-        max(2, options.num_generated),  # `choose_spread_out` drops a text that fills more than half
+        max(2, options.num_generated),  # of 1 it would keep none: a text may fill half at most
         seed=0,
     )[: options.num_generated]
     chosen = [held_out[number] for number in numbers]

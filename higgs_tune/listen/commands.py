@@ -100,7 +100,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--asr", help="transformers speech recogniser, a folder or a Hub id")
     parser.add_argument("--asr-revision", help="commit of a Hub id")
-    parser.add_argument("--asr-language", help="for a multilingual recogniser, such as Whisper")
+    parser.add_argument(
+        "--asr-language", help="language for a multilingual recogniser such as Whisper"
+    )
     _add_models(parser)
     _add_options(parser, EvaluateOptions, _EVALUATE)
     drawn = "seed for sampling; the same seed and options give the same speech"

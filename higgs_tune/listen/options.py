@@ -20,7 +20,7 @@ class SpeechOptions(Settings):
     seed: int = Field(default=0, ge=0)  # of the first take; each further take uses the next one
     temperature: float = Field(default=1.0, ge=0)  # 0 takes the likeliest code
     top_k: int = Field(default=50, ge=0)  # sample from this many likeliest codes; 0: all
-    top_p: float = Field(default=0.95, gt=0, le=1)  # sample from the fewest codes that sum to it
+    top_p: float = Field(default=0.95, gt=0, le=1)  # fewest codes with this probability; 1: all
     max_seconds: float = Field(default=30.0, gt=0)  # longer speech is cut off
 
     def sampling(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def mel_of_hz(hz: float) -> float:
 
 
 def draw_spectrogram(path: Path, wave: np.ndarray, rate_hz: int, least_seconds: float) -> None:
-    """Write a log-mel spectrogram, with at least `least_seconds` of time axis so that clips compare."""
+    """Write a log-mel spectrogram; a time axis of at least `least_seconds` makes clips comparable."""
     seconds = len(wave) / rate_hz
     top_hz = min(11_000.0, rate_hz / 2)
     low, high = mel_of_hz(40.0), mel_of_hz(top_hz)

@@ -146,7 +146,7 @@ def _judges(
     except ConfigError as error:
         notes.append(f"Left out: {error}")
     if asr is None:
-        notes.append("Left out: character errors of speech need a recogniser; name one with --asr.")
+        notes.append("Left out: character errors of speech, which need a recogniser (--asr).")
     else:
         recogniser = Recogniser(asr.path, device, asr.revision, asr.language)
     return Judges(codec, voice, recogniser), notes

@@ -94,7 +94,7 @@ class Recogniser:
         return result["text"]
 
     def error_rate(self, heard: str, target: str) -> float | None:
-        """Character error rate of a transcript; None for a target without letters or digits.
+        """Character error rate of a transcript; None if `plain_text` leaves nothing of the target.
 
         Case, punctuation, vowel signs and the script of digits are ignored: recognisers choose them
         freely, so they are not errors of speech.

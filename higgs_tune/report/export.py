@@ -85,7 +85,7 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
 def _copy_adapter(source: Path, target: Path) -> None:
     """Copy, removing an older `target` only once the copy is complete.
 
-    The process id in temporary names lets a sweep and `report` copy at the same time.
+    Temporary names contain the process id, so that a sweep and `report` do not share them.
     """
     fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")

@@ -67,7 +67,8 @@ class Level:
 def common_step(results: Results) -> int:
     """The last step reported by every sampled trial that completed or was pruned; 0 if there is none.
 
-    If trials were stopped early, this is the first rung: later steps would compare only the survivors.
+    If trials were stopped early, this is where the first of them stopped: later steps would compare only
+    the survivors.
     """
     ended = [trial for trial in _sampled(results) if trial.status in ("completed", "pruned")]
     reached = [

@@ -87,7 +87,7 @@ class Results:
     base: Metrics | None  # of the untouched base; None if it was not evaluated
     base_file: dict[str, Any]
     trials: tuple[Trial, ...]  # by number, search trials before confirm runs
-    workers: dict[str, dict[str, Any]] = field(default_factory=dict)  # seconds by activity
+    workers: dict[str, dict[str, Any]] = field(default_factory=dict)  # by worker: seconds, slot use
 
     @cached_property
     def search(self) -> tuple[Trial, ...]:

@@ -72,7 +72,7 @@ _SAYINGS = [
 
 
 def sentences(num: int, seed: int) -> list[str]:
-    """Return `num` different sentences in NFC, taken from all kinds in turn until a kind runs out."""
+    """Return `num` different sentences in NFC, or all there are; one of each kind in turn while it lasts."""
     rng = random.Random(seed)
     kinds = [list(_SAYINGS)]
     for verbs, objects in _VERBS_AND_OBJECTS:
