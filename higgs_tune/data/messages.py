@@ -119,7 +119,7 @@ def _turns(
 def _with_scene(system: list[Any], scene: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the parts of a system turn with its scene, as the native chat template writes them.
 
-    Source: CHAT_TEMPLATE of convert_higgs_audio_v2_to_hf.py, transformers 5.24.
+    Source: CHAT_TEMPLATE of convert_higgs_audio_v2_to_hf.py, transformers 5.23.
     """
     pieces = [*system, "<|scene_desc_start|>\n"]
     for place, part in enumerate(scene):

@@ -1,7 +1,9 @@
 """Export the best configuration: best_config.yaml and best_adapter/."""
 
+import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +87,22 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
 def _copy_adapter(source: Path, target: Path) -> None:
     """Copy, removing an older `target` only once the copy is complete.
 
-    Temporary names contain the process id, so that a sweep and `report` do not share them.
+    A sweep and `report` may do so at the same time: temporary names contain the process id.
     """
     fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
         shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(*RESUME_FILES))
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
+        while True:
+            try:
+                fresh.rename(target)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            with suppress(FileNotFoundError):  # another process has moved it meanwhile
+                target.rename(old)
+                shutil.rmtree(old)
     finally:
         for leftover in (fresh, old):
             if leftover.exists():

@@ -36,7 +36,7 @@ def check_fits(dataset: Dataset, base: Base) -> None:
     num_codes = min(config.audio_stream_bos_id, config.audio_stream_eos_id)
     if (codec.num_codebooks, codec.codebook_size) != (config.num_codebooks, num_codes):
         raise DataError(
-            f"{dataset.directory}: coded with {codec.num_codebooks} codebooks of "
+            f"{dataset.directory}: encoded with {codec.num_codebooks} codebooks of "
             f"{codec.codebook_size}, the base {base.source} needs {config.num_codebooks} of "
             f"{num_codes}. Prepare the data again with the codec of this base."
         )

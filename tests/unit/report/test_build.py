@@ -144,6 +144,25 @@ def test_exported_adapter_is_of_the_run_with_the_lowest_loss(
     assert not list((folder / "best_adapter").glob("training_state*"))
 
 
+def test_a_report_that_another_one_overtakes_still_exports_the_adapter(
+    finished: tuple[Path, Summary], tmp_path: Path, monkeypatch
+) -> None:
+    folder = Path(shutil.copytree(finished[0], tmp_path / "quick"))
+    target, rename, others = folder / "best_adapter", Path.rename, [b"first", b"second"]
+    weights = (target / "adapter_model.safetensors").read_bytes()
+
+    def overtaken(self: Path, to: Path) -> Path:
+        if to == target and others:  # another report has just put its adapter there
+            target.mkdir(exist_ok=True)
+            (target / "adapter_model.safetensors").write_bytes(others.pop())
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", overtaken)
+    build_report(folder)
+    assert (target / "adapter_model.safetensors").read_bytes() == weights
+    assert not others and not list(folder.glob(".best_adapter*"))
+
+
 def content(folder: Path) -> dict[Path, bytes]:
     """The content of all files, with the folder's own path replaced by a dot."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]

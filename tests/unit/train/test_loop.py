@@ -217,7 +217,7 @@ def test_account_names_every_module_and_counts_parameters(dataset):
 def test_data_of_another_codec_is_refused(tmp_path):
     other = CodecFacts("other", 24000, 25.0, NUM_CODEBOOKS, NUM_CODES + 10)
     with pytest.raises(
-        DataError, match=r"coded with 4 codebooks of 40, the base tiny needs 4 of 30"
+        DataError, match=r"encoded with 4 codebooks of 40, the base tiny needs 4 of 30"
     ):
         loop_of(make_dataset(tmp_path / "other", other), A)
 
