@@ -118,10 +118,7 @@ class PackLoop:
         self._validator.room.forget([slot])
 
     def check(self) -> None:
-        """Compute the base without any adapter; raises if even that fails in this process.
-
-        Lack of memory is only logged while there are residents.
-        """
+        """Compute the base alone; raises if that fails, unless only for memory beside residents."""
         try:
             self._validator.bare()
         except MemoryError as error:

@@ -121,8 +121,7 @@ class Worker:
         """Take the driver's roster: which trials are live and how many are still to come.
 
         Args:
-            beat: whether this is the driver's heartbeat, sent once a second, which times how long trials
-                are silent. Otherwise the roster has only changed.
+            beat: whether this is the driver's heartbeat of once a second, which times silent trials.
         """
         if self._closed or self._broken:  # all trials are leaving, perhaps after a last checkpoint
             return
@@ -281,11 +280,7 @@ class Worker:
         return sum("account" in outcome for outcome in outcomes)
 
     async def _advance(self, loop: Loop) -> tuple[dict[str, float], int]:
-        """Train until a trial is due or a change takes effect.
-
-        Returns:
-            Seconds by kind, and how many trials ended.
-        """
+        """Train until a trial is due or a change takes effect; seconds by kind, number of ended trials."""
         table, stop_at = self._table, self._table.next_stop()
 
         def stop() -> bool:
