@@ -44,7 +44,7 @@ def validate(model: type[ModelT], raw: Mapping[str, Any], where: str) -> ModelT:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = [_line(model, problem) for problem in _distinct(error.errors())]
+        lines = [_line(model, raw, problem) for problem in _distinct(error.errors())]
         raise ConfigError(f"{where}:\n  " + "\n  ".join(lines)) from None
 
 
@@ -73,9 +73,21 @@ def _sections_with(model: type[BaseModel], name: str) -> list[str]:
     ]
 
 
-def _line(model: type[BaseModel], problem: ErrorDetails) -> str:
+def _place(raw: Any, location: Iterable[str | int]) -> list[str | int]:
+    """The path to a value as the user wrote it: without tags, and without the index of a lone value."""
+    place: list[str | int] = []
+    for part in location:
+        is_list = isinstance(raw, list | tuple)
+        if part in TAGS or (isinstance(part, int) and not is_list and not isinstance(raw, Mapping)):
+            continue
+        place.append(part)
+        raw = raw[part] if is_list else raw.get(part) if isinstance(raw, Mapping) else None
+    return place
+
+
+def _line(model: type[BaseModel], raw: Mapping[str, Any], problem: ErrorDetails) -> str:
     """Describe one problem: the setting's full name, what was needed, what was found."""
-    place = [part for part in problem["loc"] if part not in TAGS]
+    place = _place(raw, problem["loc"])
     location = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(model, place[:-1])

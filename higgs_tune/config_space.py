@@ -1,7 +1,7 @@
 """The settings of the search space, and types shared by all settings."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -113,28 +113,22 @@ class DropoutRange(Range):
 _RANGE, _LIST, _NUMBER, _WORD = TAGS = ("<range>", "<list>", "<number>", "<word>")
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, Mapping | BaseModel):
-        return _RANGE
-    return _LIST if isinstance(value, list | tuple) else _NUMBER
+def _is_section(value: Any) -> bool:
+    return isinstance(value, Mapping | BaseModel)
 
 
-_BY_KIND = Discriminator(
-    _kind,
-    custom_error_type="number_or_range",
-    custom_error_message="Input should be a number or a section with low, high, log",
+_ONE_OR_LIST = BeforeValidator(
+    lambda value: value if _is_section(value) or isinstance(value, list | tuple) else [value]
 )
-Factors = Annotated[
-    Annotated[PositiveRange, Tag(_RANGE)] | Annotated[PositiveFloat, Tag(_NUMBER)], _BY_KIND
-]
-Weights = Annotated[
-    Annotated[WeightRange, Tag(_RANGE)] | Annotated[NonNegativeFloat, Tag(_NUMBER)], _BY_KIND
-]
-Dropouts = Annotated[
-    Annotated[DropoutRange, Tag(_RANGE)]
-    | Annotated[tuple[Dropout, ...], Field(min_length=1), Tag(_LIST)]
-    | Annotated[Dropout, Tag(_NUMBER)],
-    _BY_KIND,
+_BY_FORM = Discriminator(lambda value: _RANGE if _is_section(value) else _LIST)
+T = TypeVar("T")
+RangeT = TypeVar("RangeT", bound=Range)
+# One value fixes a parameter; it is kept as a list of one.
+Choices = Annotated[tuple[T, ...], Field(min_length=1), _ONE_OR_LIST]
+ChoicesOrRange = Annotated[
+    Annotated[RangeT, Tag(_RANGE)] | Annotated[tuple[T, ...], Field(min_length=1), Tag(_LIST)],
+    _BY_FORM,
+    _ONE_OR_LIST,
 ]
 CountOrAuto = Annotated[
     Annotated[int, Field(ge=1), Tag(_NUMBER)] | Annotated[Literal["auto"], Tag(_WORD)],
@@ -143,22 +137,19 @@ CountOrAuto = Annotated[
 
 
 class SpaceSettings(Settings):
-    """The search space. A list of one value, or a plain number, fixes a parameter."""
+    """The search space: values to choose from, or a range. One value fixes a parameter."""
 
-    # categorical: a flat integer range misleads the sampler
-    rank: tuple[PositiveRank, ...] = Field(default=(4, 8, 16, 32), min_length=1)
-    learning_rate: LearningRateRange = LearningRateRange()
-    # names from target_sets
-    target_set: tuple[str, ...] = Field(default=("all_linear",), min_length=1)
-    cross_attention: tuple[CrossAttention, ...] = Field(default=("off",), min_length=1)
-    # LoRA's alpha at rank 16
-    alpha: tuple[PositiveFloat, ...] = Field(default=(32.0,), min_length=1)
+    rank: Choices[PositiveRank] = (4, 8, 16, 32)  # a flat integer range misleads the sampler
+    learning_rate: ChoicesOrRange[LearningRateRange, PositiveFloat] = LearningRateRange()
+    target_set: Choices[str] = ("all_linear",)  # names from target_sets
+    cross_attention: Choices[CrossAttention] = ("off",)
+    alpha: Choices[PositiveFloat] = (32.0,)  # LoRA's alpha at rank 16
     # at other ranks: the same, times the root of rank / 16 (rsLoRA), or times rank / 16
-    alpha_rule: tuple[AlphaRule, ...] = Field(default=("fixed",), min_length=1)
-    new_module_lr_factor: Factors = 0.1  # has an effect only with cross_attention on
+    alpha_rule: Choices[AlphaRule] = ("fixed",)
+    # has an effect only with cross_attention on
+    new_module_lr_factor: ChoicesOrRange[PositiveRange, PositiveFloat] = (0.1,)
     # share of each lora_A's inputs that a training step drops
-    dropout: Dropouts = 0.0
-    text_loss_weight: Weights = 1.0
-    audio_loss_weight: Weights = 1.0
-    # clips per step
-    batch_clips: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(8,), min_length=1)
+    dropout: ChoicesOrRange[DropoutRange, Dropout] = (0.0,)
+    text_loss_weight: ChoicesOrRange[WeightRange, NonNegativeFloat] = (1.0,)
+    audio_loss_weight: ChoicesOrRange[WeightRange, NonNegativeFloat] = (1.0,)
+    batch_clips: Choices[Annotated[int, Field(ge=1)]] = (8,)  # clips per step

@@ -72,7 +72,7 @@ def _diverged(trials: Sequence[Trial]) -> list[str]:
     reason = textwrap.shorten(diverged[0].reason or "no reason was recorded", 200)
     return [
         f"{len(diverged)} of {plural(len(ended), 'trial')} diverged. Reason of {diverged[0].id}: {reason}. "
-        "Lower space.learning_rate.high."
+        "Lower space.learning_rate."
     ]
 
 
@@ -86,7 +86,7 @@ def _pruned_all_feasible(results: Results) -> list[str]:
     return [
         f"Every sampled trial that ran to its end ({len(ended)}) let audio loss rise beyond its limit; "
         f"{len(stopped)} within it had been stopped early, which goes by text loss alone. "
-        "tune.scheduler.name: none lets all run; space.learning_rate.high may be too high."
+        "tune.scheduler.name: none lets all run; space.learning_rate may reach too high."
     ]
 
 

@@ -145,6 +145,6 @@ def _why_nothing(results: Results, outcome: Outcome) -> str:
     digits = digits_apart(rise, tolerance, 1)
     return (
         f"Every full run let audio loss rise by more than {tolerance:.{digits}f}% (the least: "
-        f"{nearest.id}, {signed(rise, digits)}%). Lower space.learning_rate.high, raise "
+        f"{nearest.id}, {signed(rise, digits)}%). Lower space.learning_rate, raise "
         "space.audio_loss_weight, or accept more with objective.audio_tolerance."
     )

@@ -68,20 +68,20 @@ class Population(Pausing, PopulationBasedTraining):
         self,
         *,
         seed: int,
-        ranges: Mapping[str, Range],
+        rates: Mapping[str, Range | tuple[float, ...]],
         perturbation_interval: int,
         burn_in_period: int,
         quantile_fraction: float,
         **metric: Any,
     ) -> None:
         self._seed = seed
-        self._ranges = dict(ranges)
+        self._ranges = {name: rate for name, rate in rates.items() if isinstance(rate, Range)}
         super().__init__(
             time_attr=STEP,
             perturbation_interval=perturbation_interval,
             burn_in_period=burn_in_period,
             quantile_fraction=quantile_fraction,
-            hyperparam_mutations={RATES: {name: draw(r) for name, r in ranges.items()}},
+            hyperparam_mutations={RATES: {name: source(rate) for name, rate in rates.items()}},
             custom_explore_fn=self._bounded,
             log_config=False,  # the trials' own files have it
             synch=True,
@@ -141,12 +141,17 @@ def has_room(tune_controller: Any, trial: Trial | None) -> bool:
     return num_active < tune_controller.search_alg.searcher.max_concurrent
 
 
-def draw(bounds: Range) -> Any:
-    """A function that draws from a range with Python's global random generator."""
-    if bounds.log:
-        low, high = math.log(bounds.low), math.log(bounds.high)
+def source(rate: Range | tuple[float, ...]) -> Any:
+    """What Tune changes a rate by: values in order, or a function that draws from a range.
+
+    The function uses Python's global random generator.
+    """
+    if isinstance(rate, tuple):
+        return sorted(rate)
+    if rate.log:
+        low, high = math.log(rate.low), math.log(rate.high)
         return lambda: math.exp(random.uniform(low, high))
-    return lambda: random.uniform(bounds.low, bounds.high)
+    return lambda: random.uniform(rate.low, rate.high)
 
 
 @contextmanager

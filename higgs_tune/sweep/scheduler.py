@@ -111,7 +111,7 @@ def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) ->
         first = max([grace_steps(scheduler, train), *(step + 1 for step in unfinished_steps)])
         return Population(
             seed=space.trial_seed(config.tune.seed, "population"),
-            ranges=space.rate_ranges(config),
+            rates=space.searched_rates(config),
             perturbation_interval=every,
             burn_in_period=-(-first // every) * every,
             quantile_fraction=scheduler.quantile_fraction,

@@ -19,6 +19,7 @@ from higgs_tune.errors import ConfigError
 Values = dict[str, Any]
 # Acts only where cross-attention modules exist, so it is a parameter only there.
 CROSS_ATTENTION_ONLY = "new_module_lr_factor"
+NUM_BASELINES = 2  # trials 0 and 1, the user's own configurations
 
 
 def trial_seed(sweep_seed: int, *path: str | int) -> int:
@@ -29,14 +30,11 @@ def trial_seed(sweep_seed: int, *path: str | int) -> int:
 
 def fixed_values(config: SweepConfig) -> Values:
     """The parameters for which the space has exactly one value."""
-    fixed: Values = {}
-    for name, setting in config.space:
-        if isinstance(setting, tuple):
-            if len(setting) == 1:
-                fixed[name] = setting[0]
-        elif not isinstance(setting, Range):
-            fixed[name] = setting
-    return fixed
+    return {
+        name: setting[0]
+        for name, setting in config.space
+        if isinstance(setting, tuple) and len(setting) == 1
+    }
 
 
 def distributions(config: SweepConfig) -> dict[str, BaseDistribution]:
@@ -53,10 +51,10 @@ def distributions(config: SweepConfig) -> dict[str, BaseDistribution]:
     return searched
 
 
-def rate_ranges(config: SweepConfig) -> dict[str, Range]:
-    """Ranges of the searched rates, which a running trial may change within its adapter's layout."""
-    settings = {name: getattr(config.space, name) for name in RATES}
-    return {name: setting for name, setting in settings.items() if isinstance(setting, Range)}
+def searched_rates(config: SweepConfig) -> dict[str, Range | tuple[float, ...]]:
+    """Ranges or values of the searched rates, which a running trial may change within its layout."""
+    fixed = fixed_values(config)
+    return {name: getattr(config.space, name) for name in RATES if name not in fixed}
 
 
 def suggest(trial: optuna.Trial, config: SweepConfig) -> Values:
@@ -130,7 +128,7 @@ def resolve(values: Mapping[str, Any], config: SweepConfig, seed: int) -> TrialC
 
 
 def check(config: SweepConfig) -> None:
-    """Refuse a space whose baselines cannot be built or that lists a value twice.
+    """Refuse a space whose baselines cannot be built, that lists a value twice or has nothing to search.
 
     Raises:
         ConfigError: it is such a space.
@@ -144,6 +142,16 @@ def check(config: SweepConfig) -> None:
     ]
     if duplicated:
         raise ConfigError(f"space.{duplicated[0]}: a value is listed twice; list each one once.")
+    if config.tune.num_trials > NUM_BASELINES and not distributions(config):
+        raise ConfigError(
+            "space: every setting has one value, so there is nothing to search. Give at least one setting "
+            "a list of values or a range, or train one configuration with `higgs-tune train`."
+        )
+    if config.tune.scheduler.name == "pbt" and not searched_rates(config):
+        raise ConfigError(
+            f"tune.scheduler.name is pbt, which changes {', '.join(RATES)}, but space has one value for "
+            "each of them. Give at least one a list of values or a range, or use another scheduler."
+        )
 
 
 def short_name(trial_id: str, trial: TrialConfig) -> str:

@@ -47,9 +47,7 @@ def predict_modes(
 ) -> list[Memory]:
     """Predicted memory of the sweep's largest trials, for each of its cross_attention modes."""
     dropout = config.space.dropout
-    if isinstance(dropout, Range):
-        dropout = dropout.high
-    highest = max(dropout) if isinstance(dropout, tuple) else dropout
+    highest = dropout.high if isinstance(dropout, Range) else max(dropout)
     limits = sweep_limits(config, num_slots)
 
     @cache

@@ -47,6 +47,24 @@ def test_a_copy_continues_from_its_donors_weights_at_another_rate(population):
     assert set(steps) == {50, 100}
 
 
+def test_listed_rates_change_to_listed_values_only(tmp_path):
+    rates = [3e-3, 1e-4, 1e-3, 3e-4]
+    sweep = run(
+        tmp_path,
+        space={"learning_rate": rates},
+        tune=tune({"name": "pbt", "quantile_fraction": 0.5}, slots_per_worker=2),
+        confirm={"num_configs": 0},
+    )
+    trials = [config_of(t) for n, t in trials_of(sweep.results).items() if n >= "t002"]
+    changes = [change for trial in trials for change in trial.schedule]
+    assert {change.learning_rate for change in changes} <= set(rates)
+    assert any(
+        trial.rates_at(change.step - 1)["learning_rate"] != change.learning_rate
+        for trial in trials
+        for change in trial.schedule
+    )
+
+
 def test_baselines_neither_copy_nor_are_copied(population):
     trials = trials_of(population.results)
     for name in ("t000", "t001"):

@@ -83,14 +83,24 @@ def test_each_mistake_is_one_error_that_names_its_setting(tmp_path, text, messag
             "space.rank=[0]",
             "space.rank.0: Input should be greater than or equal to 1 (found 0)",
         ),
-        ("space.rank=8", "space.rank: Input should be a list: [8] (found 8)"),
+        ("space.rank=0", "space.rank: Input should be greater than or equal to 1 (found 0)"),
+        ("space.rank={low: 4}", "space.rank: Input should be a list"),
+        (
+            "space.cross_attention=no_such",
+            "space.cross_attention: Input should be 'off', "
+            "'audio_self' or 'text_to_audio' (found 'no_such')",
+        ),
+        (
+            "target_sets.all_linear=attention",
+            "target_sets.all_linear: Input should be a list: [attention] (found 'attention')",
+        ),
         (
             "space.rank=[]",
             "space.rank: Tuple should have at least 1 item after validation, not 0 (found [])",
         ),
         (
             "space.learning_rate=-1",
-            "space.learning_rate: Input should be a section with low, high, log (found -1)",
+            "space.learning_rate: Input should be greater than 0 (found -1)",
         ),
         ("target_sets=[a]", "target_sets: Input should be a section (found ['a'])"),
         (
@@ -117,9 +127,8 @@ def test_each_mistake_is_one_error_that_names_its_setting(tmp_path, text, messag
             f"space.text_loss_weight.low: {AT_LEAST} 0 (found -1)",
         ),
         (
-            "space.text_loss_weight=[1, 2]",
-            "space.text_loss_weight: Input should be a number or a section with low, high, log "
-            "(found [1, 2])",
+            "space.text_loss_weight=[1, -2]",
+            f"space.text_loss_weight.1: {AT_LEAST} 0 (found -2)",
         ),
         (
             "space.new_module_lr_factor={low: 1, high: 0.5}",

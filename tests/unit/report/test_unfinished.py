@@ -174,5 +174,5 @@ def test_a_search_that_mostly_diverged_says_what_to_lower(tmp_path: Path) -> Non
     builder.trial("t004", CONFIG, [], status="diverged", reason="a gradient was not finite")
     assert (
         "2 of 3 trials diverged. Reason of t001: a gradient was not finite. "
-        "Lower space.learning_rate.high."
+        "Lower space.learning_rate."
     ) in findings(tmp_path).notes

@@ -1,6 +1,6 @@
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from higgs_tune.errors import ConfigError
 from higgs_tune.sweep import space
@@ -121,6 +121,59 @@ def test_two_loss_weights_of_zero_are_refused(make_config):
 def test_a_value_listed_twice_is_refused(make_config):
     with pytest.raises(ConfigError, match=r"space\.rank: a value is listed twice"):
         space.check(make_config(space={"rank": [4, 4, 8]}))
+
+
+@pytest.mark.parametrize("num_trials", [2, 3])
+def test_a_space_without_anything_to_search_is_refused_unless_only_baselines_run(
+    make_config, num_trials
+):
+    config = make_config(space={"rank": 8, "learning_rate": 1e-3}, tune={"num_trials": num_trials})
+    assert space.distributions(config) == {}
+    if num_trials == 2:
+        space.check(config)
+        return
+    with pytest.raises(ConfigError, match="every setting has one value, so there is nothing"):
+        space.check(config)
+
+
+def test_a_population_without_a_rate_to_change_is_refused(make_config):
+    tune = {"num_trials": 6, "scheduler": {"name": "pbt"}}
+    with pytest.raises(ConfigError, match="pbt, which changes learning_rate, new_module_lr_factor"):
+        space.check(make_config(space={"learning_rate": 1e-3}, tune=tune))
+    space.check(make_config(space={"learning_rate": [1e-3, 2e-3]}, tune=tune))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["learning_rate", "new_module_lr_factor", "dropout", "text_loss_weight", "audio_loss_weight"],
+)
+def test_a_rate_may_be_one_value_a_list_or_a_range(make_config, name):
+    fixed = make_config(space={name: 0.25})
+    assert space.fixed_values(fixed)[name] == 0.25
+    assert name not in space.distributions(fixed)
+    listed = make_config(space={name: [0.125, 0.25]})
+    assert space.distributions(listed)[name] == CategoricalDistribution((0.125, 0.25))
+    ranged = make_config(space={name: {"low": 0.125, "high": 0.25, "log": True}})
+    assert space.distributions(ranged)[name] == FloatDistribution(0.125, 0.25, log=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rank", 8), ("target_set", "attention"), ("cross_attention", False), ("batch_clips", 4)],
+)
+def test_a_category_may_be_one_value(make_config, name, value):
+    config = make_config(space={name: value})
+    assert space.fixed_values(config)[name] == ("off" if value is False else value)
+
+
+def test_trials_use_a_fixed_learning_rate_and_all_listed_ones(make_config):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for setting, expected in ((2e-4, {2e-4}), ([1e-4, 5e-4], {1e-4, 5e-4})):
+        config = make_config(space={"learning_rate": setting})
+        trials = [
+            space.resolve(space.suggest(study.ask(), config), config, seed) for seed in range(20)
+        ]
+        assert {trial.learning_rate for trial in trials} == expected
 
 
 @pytest.mark.parametrize(
