@@ -11,6 +11,7 @@ VAL_AUDIO_NLL = "val/audio/nll_per_code"  # mean over codebooks of nats per code
 TRAIN_TEXT_NLL = "train/text/nll"  # mean over the interval's target tokens
 TRAIN_AUDIO_NLL = "train/audio/nll_per_code"
 STEP = "step"  # optimizer steps done
+EPOCH = "epoch"  # passes over the training rows so far, with a fraction
 TOKENS_PER_S = "tokens_per_s"  # rows this adapter trained per second of the pack's time
 TRAIN_TIME_S = "train_time_s"  # seconds of the pack's steps, reading and tokenising included
 LEARNING_RATE = "train/learning_rate"  # of the interval's last step, warm-up and cosine included

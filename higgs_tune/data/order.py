@@ -100,6 +100,10 @@ class TrainOrder:
         """Rows of one epoch."""
         return len(self._rows)
 
+    def epochs(self, num_steps: int) -> float:
+        """Passes over the rows in `num_steps` steps."""
+        return num_steps * self._batch_clips / self.num_rows
+
     def batch(self, step: int) -> list[Conversation]:
         """The conversations of step `step` (from 0); depends only on the constructor's arguments."""
         first = step * self._batch_clips

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from higgs_tune.data.progress import duration
 from higgs_tune.files import json_line
-from higgs_tune.metrics import STEP, VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
+from higgs_tune.metrics import EPOCH, STEP, VAL_AUDIO_GAIN, VAL_AUDIO_NLL, VAL_TEXT_NLL
 from higgs_tune.train.samples import Sample
 
-_SHOWN = (("text nll", VAL_TEXT_NLL), ("audio nll", VAL_AUDIO_NLL), ("audio gain", VAL_AUDIO_GAIN))
+_SHOWN = (("text", VAL_TEXT_NLL), ("audio", VAL_AUDIO_NLL), ("gain", VAL_AUDIO_GAIN))
 
 
 class Pace:
@@ -79,7 +79,8 @@ class Display:
         if "start_from" in line:
             end = f"   started from {line['start_from']}"
         width = len(str(self._num_steps))
-        text = f"step {line[STEP]:>{width}}/{self._num_steps}   {figures}{end}".rstrip()
+        epoch = f"   epoch {line[EPOCH]:.2f}" if EPOCH in line else ""
+        text = f"step {line[STEP]:>{width}}/{self._num_steps}{epoch}   {figures}{end}".rstrip()
         self._progress.console.print(Text(text))
 
     def samples(self, samples: Sequence[Sample]) -> None:

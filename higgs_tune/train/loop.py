@@ -280,10 +280,12 @@ class PackLoop:
     def _train_metrics(self, run: Run) -> dict[str, Any]:
         """Return the interval's metrics, and start the next interval.
 
-        An interval without a step has only its step number and time.
+        An interval without a step has only its position and time.
         """
         run.interval.gather(self._world)
-        result: dict[str, Any] = {metrics.STEP: run.resident.step, **run.interval.metrics()}
+        step = run.resident.step
+        position = {metrics.STEP: step, metrics.EPOCH: run.order.epochs(step)}
+        result: dict[str, Any] = position | run.interval.metrics()
         if run.interval.num_steps:
             result[metrics.PEAK_MEMORY_MIB] = self._world.highest(
                 peak_memory_mib(self.engine.device)

@@ -25,6 +25,7 @@ def test_each_epoch_visits_every_row_once(tmp_path: Path, num_rows: int, batch_c
     assert {len(batch) for batch in batches} == {batch_clips}
     stream = [row_of(conversation) for batch in batches for conversation in batch]
     epochs = [stream[e * num_rows : (e + 1) * num_rows] for e in range(num_epochs)]
+    assert order.epochs(len(batches)) == len(stream) / num_rows
     for epoch in epochs:
         assert Counter(epoch) == Counter(f"r{n}" for n in range(num_rows))
     if num_rows > 5:

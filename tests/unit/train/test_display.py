@@ -8,7 +8,13 @@ import pytest
 from higgs_tune.train.display import Display, Pace
 from higgs_tune.train.samples import Sample
 
-LINE = {"step": 5, "val/text/nll": 2.5, "val/audio/nll_per_code": 4.0, "status": "running"}
+LINE = {
+    "step": 5,
+    "epoch": 1.254,
+    "val/text/nll": 2.5,
+    "val/audio/nll_per_code": 4.0,
+    "status": "running",
+}
 SAMPLES = [
     Sample("a:transcribe", "نعم [b]", "نعم", True),
     Sample("b:transcribe", "no", "nono", False),
@@ -48,9 +54,10 @@ def test_a_figure_that_is_nan_is_null_in_json():
     assert json.loads(stream.getvalue(), parse_constant=pytest.fail)["val/text/nll"] is None
 
 
-def test_a_terminal_shows_figures_and_samples_verbatim():
+def test_a_terminal_shows_figures_and_samples_verbatim(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     text = shown(Terminal())
-    assert "step  5/20   text nll 2.500   audio nll 4.000" in text
+    assert "step  5/20   epoch 1.25   text 2.500   audio 4.000" in text
     assert "completed early stop: enough" in text
     assert "نعم [b]" in text
     assert "nono …" in text
@@ -59,11 +66,9 @@ def test_a_terminal_shows_figures_and_samples_verbatim():
 def test_a_terminal_names_the_adapter_that_a_run_started_from():
     stream = Terminal()
     with Display(20, stream) as display:
-        display.line({**LINE, "step": 0, "start_from": "old/adapter"})
-    assert (
-        "step  0/20   text nll 2.500   audio nll 4.000   started from old/adapter"
-        in stream.getvalue()
-    )
+        display.line({**LINE, "step": 0, "epoch": 0.0, "start_from": "old/adapter"})
+    line = "step  0/20   epoch 0.00   text 2.500   audio 4.000   started from old/adapter"
+    assert line in stream.getvalue()
 
 
 def test_pace_counts_only_the_steps_since_this_start():
