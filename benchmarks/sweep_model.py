@@ -16,6 +16,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
 
 from higgs_tune.config import SchedulerSettings, SweepConfig, TrainSettings, TuneSettings
+from higgs_tune.config_space import SpaceSettings
 from higgs_tune.metrics import STEP, VAL_TEXT_NLL
 from higgs_tune.sweep.scheduler import Earlier, make_scheduler
 
@@ -110,10 +111,9 @@ class _Sweep:
         train = TrainSettings(
             num_steps=search.num_steps,
             report_every_steps=search.report_every_steps,
-            warmup_fraction=0,
         )
-        tune = TuneSettings(scheduler=search.scheduler)
-        self.scheduler = make_scheduler(SweepConfig(train=train, tune=tune))
+        tune, space = TuneSettings(scheduler=search.scheduler), SpaceSettings(warmup_fraction=(0,))
+        self.scheduler = make_scheduler(SweepConfig(train=train, tune=tune, space=space))
 
     def at(self, time: float, kind: str, number: int) -> None:
         """Schedule an event of a GPU; it is dropped if the GPU fails before."""

@@ -17,13 +17,14 @@ from higgs_tune.config_space import (
     AlphaRule,
     CountOrAuto,
     CrossAttention,
-    Dropout,
     PositiveFloat,
     PositiveRank,
     Settings,
+    Share,
     SpaceSettings,
     SystemText,
     TargetPath,
+    highest,
 )
 from higgs_tune.errors import did_you_mean
 from higgs_tune.local_path import LocalPath
@@ -82,20 +83,12 @@ class TrainSettings(Settings):
 
     num_steps: int = Field(default=150, ge=1)  # optimizer steps of a full-budget trial
     report_every_steps: int = Field(default=25, ge=1)  # validate and report every so many steps
-    # share of num_steps in linear warm-up; then cosine
-    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     # where the cosine ends, as a share of the peak
     min_lr_fraction: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)  # AdamW, decoupled
     clip_norm: float = Field(default=0.1, gt=0)  # gradient norm limit of one adapter
     # rows in one forward of one adapter; longer steps accumulate
     token_budget: int = Field(default=4096, ge=64)
-
-    @property
-    def past_warmup(self) -> int:
-        """The first step beyond warm-up at which trials report."""
-        interval = self.report_every_steps
-        return (int(self.warmup_fraction * self.num_steps) // interval + 1) * interval
 
 
 class TuneSettings(Settings):
@@ -173,6 +166,13 @@ class SweepConfig(Settings):
         """The folder that holds the results folders of sweeps."""
         return Path(self.results_dir).expanduser()
 
+    @property
+    def past_warmup(self) -> int:
+        """The first step beyond the longest warm-up at which trials report."""
+        interval = self.train.report_every_steps
+        num_warmup = int(highest(self.space.warmup_fraction) * self.train.num_steps)
+        return (num_warmup // interval + 1) * interval
+
     @model_validator(mode="after")
     def _consistent(self) -> "SweepConfig":
         named = [("space.target_set", name) for name in self.space.target_set]
@@ -205,7 +205,7 @@ class SweepConfig(Settings):
             )
         train = self.train
         self.tune.scheduler.refuse_impossible(
-            self.tune.num_trials, train.num_steps, train.report_every_steps, train.past_warmup
+            self.tune.num_trials, train.num_steps, train.report_every_steps, self.past_warmup
         )
         return self
 
@@ -258,13 +258,13 @@ class TrialConfig(Settings):
     learning_rate: PositiveFloat
     # cross-attention modules train at learning_rate times this
     new_module_lr_factor: PositiveFloat = 0.1
-    dropout: Dropout = 0.0  # share of the inputs of each lora_A that a training step drops
+    dropout: Share = 0.0  # share of the inputs of each lora_A that a training step drops
     text_loss_weight: float = Field(default=1.0, ge=0)
     audio_loss_weight: float = Field(default=1.0, ge=0)
     batch_clips: int = Field(default=8, ge=1)
     num_steps: int = Field(ge=1)
     report_every_steps: int = Field(ge=1)
-    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    warmup_fraction: Share = 0.1
     min_lr_fraction: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=0.1, gt=0)

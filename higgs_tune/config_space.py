@@ -74,7 +74,7 @@ class Range(Settings):
 
 PositiveRank = Annotated[int, Field(ge=1, le=1024)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 SystemText = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -101,11 +101,11 @@ class WeightRange(Range):
     high: NonNegativeFloat
 
 
-class DropoutRange(Range):
-    """A range of dropout rates; at 1, nothing would be left of the inputs."""
+class ShareRange(Range):
+    """A range of shares below 1: a dropout or a warm-up of 1 would leave nothing to train on."""
 
-    low: Dropout
-    high: Dropout
+    low: Share
+    high: Share
 
 
 # Where a setting may be written in several ways, the value's form decides which one is meant, so that an
@@ -136,6 +136,11 @@ CountOrAuto = Annotated[
 ]
 
 
+def highest(setting: Range | tuple[float, ...]) -> float:
+    """The highest value that a range or a list of values contains."""
+    return setting.high if isinstance(setting, Range) else max(setting)
+
+
 class SpaceSettings(Settings):
     """The search space: values to choose from, or a range. One value fixes a parameter."""
 
@@ -149,7 +154,9 @@ class SpaceSettings(Settings):
     # has an effect only with cross_attention on
     new_module_lr_factor: ChoicesOrRange[PositiveRange, PositiveFloat] = (0.1,)
     # share of each lora_A's inputs that a training step drops
-    dropout: ChoicesOrRange[DropoutRange, Dropout] = (0.0,)
+    dropout: ChoicesOrRange[ShareRange, Share] = (0.0,)
+    # share of num_steps in linear warm-up; then cosine
+    warmup_fraction: ChoicesOrRange[ShareRange, Share] = (0.1,)
     text_loss_weight: ChoicesOrRange[WeightRange, NonNegativeFloat] = (1.0,)
     audio_loss_weight: ChoicesOrRange[WeightRange, NonNegativeFloat] = (1.0,)
     batch_clips: Choices[Annotated[int, Field(ge=1)]] = (8,)  # clips per step

@@ -26,6 +26,7 @@ SETTINGS = (
     "alpha_rule",
     "new_module_lr_factor",
     "dropout",
+    "warmup_fraction",
     "text_loss_weight",
     "audio_loss_weight",
     "batch_clips",

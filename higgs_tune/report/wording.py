@@ -13,6 +13,7 @@ SETTING_NAMES = {
     "target_set": "target set",
     "alpha_rule": "alpha rule",
     "new_module_lr_factor": "new-module rate factor",
+    "warmup_fraction": "warm-up fraction",
     "text_loss_weight": "text loss weight",
     "audio_loss_weight": "audio loss weight",
     "batch_clips": "clips per step",

@@ -81,7 +81,7 @@ class Population(Pausing, PopulationBasedTraining):
             perturbation_interval=perturbation_interval,
             burn_in_period=burn_in_period,
             quantile_fraction=quantile_fraction,
-            hyperparam_mutations={RATES: {name: source(rate) for name, rate in rates.items()}},
+            hyperparam_mutations={RATES: {name: mutation(rate) for name, rate in rates.items()}},
             custom_explore_fn=self._bounded,
             log_config=False,  # the trials' own files have it
             synch=True,
@@ -141,7 +141,7 @@ def has_room(tune_controller: Any, trial: Trial | None) -> bool:
     return num_active < tune_controller.search_alg.searcher.max_concurrent
 
 
-def source(rate: Range | tuple[float, ...]) -> Any:
+def mutation(rate: Range | tuple[float, ...]) -> Any:
     """What Tune changes a rate by: values in order, or a function that draws from a range.
 
     The function uses Python's global random generator.

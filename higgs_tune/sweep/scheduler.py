@@ -16,7 +16,7 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from higgs_tune.config import SchedulerSettings, SweepConfig, TrainSettings
+from higgs_tune.config import SweepConfig
 from higgs_tune.config_scheduler import hyperband
 from higgs_tune.metrics import STEP, VAL_TEXT_NLL
 from higgs_tune.sweep import space, study
@@ -61,16 +61,16 @@ class Median(Guard, MedianStoppingRule):
             super().on_trial_complete(tune_controller, trial, result)
 
 
-def grace_steps(scheduler: SchedulerSettings, train: TrainSettings) -> int:
+def grace_steps(config: SweepConfig) -> int:
     """The first step at which a trial is judged: a report's step, after warm-up."""
-    interval = train.report_every_steps
-    wanted = round(scheduler.grace_fraction * train.num_steps / interval) * interval
-    return min(max(wanted, train.past_warmup), train.num_steps)
+    num_steps, interval = config.train.num_steps, config.train.report_every_steps
+    wanted = round(config.tune.scheduler.grace_fraction * num_steps / interval) * interval
+    return min(max(wanted, config.past_warmup), num_steps)
 
 
-def perturb_steps(scheduler: SchedulerSettings, train: TrainSettings) -> int:
+def perturb_steps(config: SweepConfig) -> int:
     """The number of steps between two comparisons of a population."""
-    return scheduler.perturb_every_steps or grace_steps(scheduler, train)
+    return config.tune.scheduler.perturb_every_steps or grace_steps(config)
 
 
 def num_checkpoints(config: SweepConfig) -> int:
@@ -81,7 +81,7 @@ def num_checkpoints(config: SweepConfig) -> int:
     """
     if config.tune.scheduler.name != "pbt":
         return 1
-    every = perturb_steps(config.tune.scheduler, config.train)
+    every = perturb_steps(config)
     return -(-every // config.train.report_every_steps) + 2
 
 
@@ -96,19 +96,19 @@ def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) ->
         return FIFOScheduler()
     common: dict[str, Any] = {"metric": VAL_TEXT_NLL, "mode": "min"}
     if scheduler.name == "hyperband":
-        band = hyperband(train.num_steps, train.past_warmup, scheduler.reduction_factor)
+        band = hyperband(train.num_steps, config.past_warmup, scheduler.reduction_factor)
         return Brackets(band, VAL_TEXT_NLL)
     if scheduler.name == "median":
         return Median(
             time_attr=STEP,
-            grace_period=grace_steps(scheduler, train),
+            grace_period=grace_steps(config),
             min_samples_required=scheduler.min_samples,
             **common,
         )
     if scheduler.name == "pbt":
-        every = perturb_steps(scheduler, train)
+        every = perturb_steps(config)
         # Trials are compared at equal steps, so none may have passed the first comparison.
-        first = max([grace_steps(scheduler, train), *(step + 1 for step in unfinished_steps)])
+        first = max([grace_steps(config), *(step + 1 for step in unfinished_steps)])
         return Population(
             seed=space.trial_seed(config.tune.seed, "population"),
             rates=space.searched_rates(config),
@@ -119,7 +119,7 @@ def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) ->
         )
     return Asha(
         time_attr=STEP,
-        grace_period=grace_steps(scheduler, train),
+        grace_period=grace_steps(config),
         max_t=train.num_steps,
         reduction_factor=scheduler.reduction_factor,
         **common,

@@ -82,6 +82,7 @@ def baseline_values(config: SweepConfig, *, fixed_flag: bool) -> Values:
     values["cross_attention"] = "audio_self" if fixed_flag else "off"
     # what applies to a user who sets none of these
     usual = {"text_loss_weight": 1.0, "audio_loss_weight": 1.0, "dropout": 0.0}
+    usual["warmup_fraction"] = 0.1
     if fixed_flag:
         usual[CROSS_ATTENTION_ONLY] = 0.1
     values |= usual | {n: v for n, v in fixed_values(config).items() if n in usual}

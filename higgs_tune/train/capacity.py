@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from higgs_tune.config import CrossAttention, SweepConfig
-from higgs_tune.config_space import Range
+from higgs_tune.config_space import highest
 from higgs_tune.data.tasks import longest_conversation
 from higgs_tune.model.targets import account
 from higgs_tune.train.memory import (
@@ -46,13 +46,12 @@ def predict_modes(
     config: SweepConfig, shape: "HiggsAudioV2Config", num_slots: int, step: StepShape
 ) -> list[Memory]:
     """Predicted memory of the sweep's largest trials, for each of its cross_attention modes."""
-    dropout = config.space.dropout
-    highest = dropout.high if isinstance(dropout, Range) else max(dropout)
+    dropout = highest(config.space.dropout)
     limits = sweep_limits(config, num_slots)
 
     @cache
     def memory_of(modes: tuple[CrossAttention, ...]) -> Memory:
-        return predict(shape, config.base.dtype, limits, modes, step, highest)
+        return predict(shape, config.base.dtype, limits, modes, step, dropout)
 
     # the second baseline (audio_self) runs beside the other trials in every sweep
     return [

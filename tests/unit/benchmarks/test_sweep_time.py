@@ -20,7 +20,7 @@ ARGS = argparse.Namespace(
 def test_our_sweep_uses_only_what_a_stock_model_has(tmp_path):
     config = load_sweep(sweep_time.settings_file(tmp_path, ARGS))
     assert config.space.cross_attention == ("off",)
-    assert config.space.audio_loss_weight == 8.0  # embedded base: 8 codebooks
+    assert config.space.audio_loss_weight == (8.0,)  # embedded base: 8 codebooks
     assert config.confirm.num_configs == 0
     assert (config.tune.num_trials, config.train.num_steps, config.tune.seed) == (5, 40, 7)
 

@@ -202,10 +202,11 @@ def test_a_resumed_trial_is_compared_by_its_earlier_loss_at_the_rung():
 @pytest.mark.parametrize("num_steps", [75, 150, 175, 400, 1000])
 @pytest.mark.parametrize("factor", [2.0, 2.5, 3.0, 4.0])
 def test_every_rung_of_every_bracket_is_a_reported_step_beyond_warmup(num_steps, factor):
-    train = {"num_steps": num_steps, "report_every_steps": 10, "warmup_fraction": 0.1}
+    train = {"num_steps": num_steps, "report_every_steps": 10}
     settings = {"name": "hyperband", "reduction_factor": factor}
-    config = SweepConfig.model_validate({"train": train, "tune": {"scheduler": settings}})
-    band = hyperband(num_steps, config.train.past_warmup, factor)
+    raw = {"train": train, "tune": {"scheduler": settings}, "space": {"warmup_fraction": 0.1}}
+    config = SweepConfig.model_validate(raw)
+    band = hyperband(num_steps, config.past_warmup, factor)
     assert len(band[0].steps) > 0 and len(band[-1].steps) == 0
     for rungs in band:
         assert list(rungs.steps) == sorted(set(rungs.steps)), "two rungs at one step"
@@ -244,15 +245,16 @@ def test_the_brackets_are_those_of_tunes_hyperband(factor):
 
 
 @pytest.mark.parametrize(
-    "train",
-    [
-        {"num_steps": 150, "report_every_steps": 75},
-        {"num_steps": 150, "report_every_steps": 25, "warmup_fraction": 0.34},
-        {"num_steps": 10, "report_every_steps": 10},
-    ],
+    "num_steps, report_every_steps, warmup", [(150, 75, 0.1), (150, 25, 0.34), (10, 10, 0.1)]
 )
-def test_a_budget_in_which_no_trial_would_be_stopped_is_refused(train):
-    raw = {"train": train, "tune": {"scheduler": {"name": "hyperband"}}}
+def test_a_budget_in_which_no_trial_would_be_stopped_is_refused(
+    num_steps, report_every_steps, warmup
+):
+    raw = {
+        "train": {"num_steps": num_steps, "report_every_steps": report_every_steps},
+        "space": {"warmup_fraction": warmup},
+        "tune": {"scheduler": {"name": "hyperband"}},
+    }
     with pytest.raises(
         ValidationError, match=r"hyperband, which would stop no trial: .* at step \d+"
     ):

@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from higgs_tune.config import SchedulerSettings, SweepConfig, TrainSettings
+from higgs_tune.config import SchedulerSettings, SweepConfig
 from higgs_tune.config_scheduler import hyperband
 from higgs_tune.config_space import Range
-from higgs_tune.sweep.pausing import draw, seeded
+from higgs_tune.sweep.pausing import mutation, seeded
 from higgs_tune.sweep.scheduler import (
     Earlier,
     grace_steps,
@@ -54,11 +54,19 @@ def decide(scheduler, tune_id, step, value):
         (1.0, 0.1, 150, 150),
         (1.0, 0.1, 160, 150),
         (1.0, 0.1, 140, 140),  # the last step is reported
+        (0.1, [0.5, 0.1], 150, 100),  # the longest counts
+        (0.1, {"low": 0.1, "high": 0.5}, 150, 100),
     ],
 )
 def test_the_first_rung_is_a_reported_step_beyond_warmup(fraction, warmup, num_steps, expected):
-    train = TrainSettings(num_steps=num_steps, report_every_steps=25, warmup_fraction=warmup)
-    assert grace_steps(SchedulerSettings(grace_fraction=fraction), train) == expected
+    config = SweepConfig.model_validate(
+        {
+            "train": {"num_steps": num_steps, "report_every_steps": 25},
+            "space": {"warmup_fraction": warmup},
+            "tune": {"scheduler": {"grace_fraction": fraction}},
+        }
+    )
+    assert grace_steps(config) == expected
 
 
 def test_rungs_are_rebuilt_from_the_study():
@@ -294,13 +302,17 @@ def test_the_steps_of_baselines_do_not_delay_a_resumed_population():
     assert found == [50, 25]
 
 
+def test_listed_rates_are_offered_in_order():
+    assert mutation((3e-3, 1e-4, 1e-3)) == [1e-4, 1e-3, 3e-3], "Tune moves to a neighbour"
+
+
 def test_rates_are_drawn_from_their_range_and_repeat_with_the_seed():
     ranges = [Range(low=1e-4, high=1e-2, log=True), Range(low=0.5, high=2.0)]
     state = random.getstate()
     drawn = []
     for _ in range(2):
         with seeded("1:50"):
-            drawn.append([draw(bounds)() for bounds in ranges for _ in range(200)])
+            drawn.append([mutation(bounds)() for bounds in ranges for _ in range(200)])
     assert drawn[0] == drawn[1]
     assert random.getstate() == state
     log_scale, plain = drawn[0][:200], drawn[0][200:]

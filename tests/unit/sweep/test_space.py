@@ -145,12 +145,21 @@ def test_a_population_without_a_rate_to_change_is_refused(make_config):
 
 @pytest.mark.parametrize(
     "name",
-    ["learning_rate", "new_module_lr_factor", "dropout", "text_loss_weight", "audio_loss_weight"],
+    [
+        "learning_rate",
+        "new_module_lr_factor",
+        "dropout",
+        "warmup_fraction",
+        "text_loss_weight",
+        "audio_loss_weight",
+    ],
 )
 def test_a_rate_may_be_one_value_a_list_or_a_range(make_config, name):
-    fixed = make_config(space={name: 0.25})
+    fixed = make_config(space={name: 0.25, "cross_attention": "audio_self"})
     assert space.fixed_values(fixed)[name] == 0.25
     assert name not in space.distributions(fixed)
+    sampled = space.suggest(optuna.create_study().ask(), fixed)
+    assert getattr(space.resolve(sampled, fixed, seed=0), name) == 0.25
     listed = make_config(space={name: [0.125, 0.25]})
     assert space.distributions(listed)[name] == CategoricalDistribution((0.125, 0.25))
     ranged = make_config(space={name: {"low": 0.125, "high": 0.25, "log": True}})

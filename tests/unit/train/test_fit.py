@@ -8,6 +8,7 @@ import pytest
 from higgs_tune import cli
 from higgs_tune.config import BaseSettings
 from higgs_tune.config_file import load_sweep
+from higgs_tune.config_space import highest
 from higgs_tune.model.load import load_base
 from higgs_tune.train.checkpoint import save_adapter
 from higgs_tune.train.engine import Engine
@@ -25,8 +26,8 @@ def test_the_real_sweep_is_valid_and_stops_no_trial_in_its_warm_up() -> None:
 
     config = load_sweep(REAL)
     train = config.train
-    assert grace_steps(config.tune.scheduler, train) == 300
-    assert 300 >= train.num_steps / 3 > train.warmup_fraction * train.num_steps
+    assert grace_steps(config) == 300
+    assert 300 >= train.num_steps / 3 > highest(config.space.warmup_fraction) * train.num_steps
     assert set(config.space.cross_attention) == {"off", "audio_self", "text_to_audio"}
     assert max(config.space.batch_clips) <= 16
     assert config.base.dtype == "bfloat16"
