@@ -94,7 +94,7 @@ class TrainSettings(Settings):
 class TuneSettings(Settings):
     """How the search is run."""
 
-    # search trials, including the two baselines
+    # search trials, including the baselines
     num_trials: int = Field(default=16, ge=1)
     seed: int = Field(default=0, ge=0)  # sampler, adapters, data order
     scheduler: SchedulerSettings = SchedulerSettings()
@@ -134,6 +134,8 @@ class BaselineSettings(Settings):
     target_set: str = "all_linear"
     # clips per optimizer step; default: the first of space.batch_clips
     batch_clips: int | None = Field(default=None, ge=1)
+    # run trial 1, too; its new modules may need more memory than any other trial
+    with_audio_self: bool = True
 
 
 class ConfirmSettings(Settings):
@@ -165,6 +167,19 @@ class SweepConfig(Settings):
     def results_root(self) -> Path:
         """The folder that holds the results folders of sweeps."""
         return Path(self.results_dir).expanduser()
+
+    @property
+    def cross_attention_modes(self) -> set[CrossAttention]:
+        """What the trials' cross_attention may be, the baselines' included."""
+        modes: set[CrossAttention] = {"off", *self.space.cross_attention}
+        if self.baseline.with_audio_self:
+            modes.add("audio_self")
+        return modes
+
+    @property
+    def num_baselines(self) -> int:
+        """How many of the first trials are configurations set by hand."""
+        return 1 + self.baseline.with_audio_self
 
     @property
     def past_warmup(self) -> int:
@@ -205,7 +220,10 @@ class SweepConfig(Settings):
             )
         train = self.train
         self.tune.scheduler.refuse_impossible(
-            self.tune.num_trials, train.num_steps, train.report_every_steps, self.past_warmup
+            self.tune.num_trials - self.num_baselines,
+            train.num_steps,
+            train.report_every_steps,
+            self.past_warmup,
         )
         return self
 

@@ -68,9 +68,13 @@ class SchedulerSettings(Settings):
     quantile_fraction: float = Field(default=0.25, gt=0, le=0.5)
 
     def refuse_impossible(
-        self, num_trials: int, num_steps: int, report_every_steps: int, past_warmup: int
+        self, num_sampled: int, num_steps: int, report_every_steps: int, past_warmup: int
     ) -> None:
-        """Raise ValueError if hyperband never cuts, or pbt has too few trials or copies between reports."""
+        """Raise ValueError if hyperband never cuts, or pbt has too few trials or copies between reports.
+
+        Args:
+            num_sampled: trials beside the baselines.
+        """
         if self.name == "hyperband" and not any(
             rungs.steps for rungs in hyperband(num_steps, past_warmup, self.reduction_factor)
         ):
@@ -81,10 +85,10 @@ class SchedulerSettings(Settings):
             )
         if self.name != "pbt":
             return
-        if num_trials < 4:
+        if num_sampled < 2:
             raise ValueError(
-                f"tune.num_trials is {num_trials}: pbt needs 4 or more, trials 0 and 1, which "
-                "never change, and a population of two"
+                f"tune.num_trials leaves {max(num_sampled, 0)} for a population beside the baselines, which "
+                "never change: pbt needs two or more. Raise tune.num_trials"
             )
         every = self.perturb_every_steps
         if every is not None and every % report_every_steps:

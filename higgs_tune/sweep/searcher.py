@@ -36,7 +36,7 @@ MAX_DUPLICATES = 20  # in a row; then the space counts as exhausted, and a dupli
 
 
 class StudySearcher(TrialSource):
-    """Suggests trials and reports them to the study; trials 0 and 1 are the user's configurations."""
+    """Suggests trials and reports them to the study; the first are the user's configurations."""
 
     def __init__(
         self,
@@ -90,11 +90,12 @@ class StudySearcher(TrialSource):
             return self._resume(trial_id, self._queue.pop(0))
         index = self._next_index
         self._next_index += 1
-        origin = {0: "baseline", 1: "baseline_fixed"}.get(index, "search")
-        if origin == "search":
-            trial, config = self._sample(index)
-        else:
+        if index < self._config.num_baselines:
+            origin = ("baseline", "baseline_fixed")[index]
             trial, config = self._ask_baseline(index)
+        else:
+            origin = "search"
+            trial, config = self._sample(index)
         name = f"t{index:03d}"
         record = TrialRecord(name, index, space.short_name(name, config), origin, None, config)
         self._store(trial, record)

@@ -19,7 +19,6 @@ from higgs_tune.errors import ConfigError
 Values = dict[str, Any]
 # Acts only where cross-attention modules exist, so it is a parameter only there.
 CROSS_ATTENTION_ONLY = "new_module_lr_factor"
-NUM_BASELINES = 2  # trials 0 and 1, the user's own configurations
 
 
 def trial_seed(sweep_seed: int, *path: str | int) -> int:
@@ -78,7 +77,7 @@ def _ask(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
 
 def baseline_values(config: SweepConfig, *, fixed_flag: bool) -> Values:
     """The user's own configuration, before (`fixed_flag` false) and after the usual fix."""
-    values: Values = config.baseline.model_dump()
+    values: Values = config.baseline.model_dump(exclude={"with_audio_self"})
     values["cross_attention"] = "audio_self" if fixed_flag else "off"
     # what applies to a user who sets none of these
     usual = {"text_loss_weight": 1.0, "audio_loss_weight": 1.0, "dropout": 0.0}
@@ -134,7 +133,7 @@ def check(config: SweepConfig) -> None:
     Raises:
         ConfigError: it is such a space.
     """
-    for fixed_flag in (False, True):
+    for fixed_flag in (False, True)[: config.num_baselines]:
         resolve(baseline_values(config, fixed_flag=fixed_flag), config, 0)
     duplicated = [
         name
@@ -143,7 +142,7 @@ def check(config: SweepConfig) -> None:
     ]
     if duplicated:
         raise ConfigError(f"space.{duplicated[0]}: a value is listed twice; list each one once.")
-    if config.tune.num_trials > NUM_BASELINES and not distributions(config):
+    if config.tune.num_trials > config.num_baselines and not distributions(config):
         raise ConfigError(
             "space: every setting has one value, so there is nothing to search. Give at least one setting "
             "a list of values or a range, or train one configuration with `higgs-tune train`."

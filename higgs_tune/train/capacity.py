@@ -53,9 +53,10 @@ def predict_modes(
     def memory_of(modes: tuple[CrossAttention, ...]) -> Memory:
         return predict(shape, config.base.dtype, limits, modes, step, dropout)
 
-    # the second baseline (audio_self) runs beside the other trials in every sweep
+    # the second baseline (audio_self) runs beside the other trials
+    with_flag: CrossAttention = "audio_self" if config.baseline.with_audio_self else "off"
     return [
-        memory_of(("audio_self" if mode == "off" else mode, *[mode] * (num_slots - 1)))
+        memory_of((with_flag if mode == "off" else mode, *[mode] * (num_slots - 1)))
         for mode in config.space.cross_attention
     ]
 
@@ -65,9 +66,8 @@ def most_parameters(config: SweepConfig, shape: "HiggsAudioV2Config") -> int:
     limits = sweep_limits(config, num_slots=1)
     with torch.device("meta"):
         model = empty_model(shape, torch.float32)
-    # the second baseline has audio_self in every sweep
-    modes: set[CrossAttention] = {"audio_self", *config.space.cross_attention}
-    return max(account(model, largest_trial(limits, mode))["parameters"] for mode in modes)
+    trials = (largest_trial(limits, mode) for mode in config.cross_attention_modes)
+    return max(account(model, trial)["parameters"] for trial in trials)
 
 
 def largest(memories: Iterable[Memory]) -> Memory:

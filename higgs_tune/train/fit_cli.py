@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{args.config}: one slot takes {total:.2f} GiB and does not fit into {args.gpu_gib:g} GiB, of "
             f"which {found['reserve']:.0%} are kept free. Lower train.token_budget, space.rank or what the "
-            "target sets and cross_attention add, use base.dtype bfloat16, or a larger GPU."
+            "target sets and cross_attention add (with space.cross_attention off, also leave out trial 1: "
+            "baseline.with_audio_self false), use base.dtype bfloat16, or a larger GPU."
         )
     return 0
 

@@ -6,10 +6,11 @@ from higgs_tune.train.residents import PackLimits
 
 
 def sweep_limits(config: SweepConfig, num_slots: int) -> PackLimits:
-    """Limits that hold every trial of a sweep, the two baselines included."""
+    """Limits that hold every trial of a sweep, the baselines included."""
     names = {*config.space.target_set, config.baseline.target_set}
-    paths: set[TargetPath] = {"audio_attention"}
-    paths.update(path for name in names for path in config.target_sets[name])
+    paths: set[TargetPath] = {path for name in names for path in config.target_sets[name]}
+    if config.cross_attention_modes != {"off"}:
+        paths.add("audio_attention")
     return PackLimits(
         num_slots=num_slots,
         max_rank=max(*config.space.rank, config.baseline.rank),
@@ -18,7 +19,7 @@ def sweep_limits(config: SweepConfig, num_slots: int) -> PackLimits:
 
 
 def sweep_loop(config: SweepConfig, *, num_slots: int, device: str) -> PackLoop:
-    """A loop whose slots can hold every trial of a sweep, the two baselines included.
+    """A loop whose slots can hold every trial of a sweep, the baselines included.
 
     Raises:
         ConfigError, DataError, ModelError, LeakError: see `PackLoop.load`, `TrainOrder`.

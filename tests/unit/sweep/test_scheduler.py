@@ -173,7 +173,10 @@ def test_a_reduction_factor_with_coinciding_rungs_is_refused():
 @pytest.mark.parametrize(
     ("tune", "message"),
     [
-        ({"num_trials": 3, "scheduler": {"name": "pbt"}}, "pbt needs 4 or more"),
+        (
+            {"num_trials": 3, "scheduler": {"name": "pbt"}},
+            r"tune.num_trials leaves 1 for a population .*: pbt needs two or more",
+        ),
         (
             {"scheduler": {"name": "pbt", "perturb_every_steps": 30}},
             r"perturb_every_steps \(30\) must be a multiple of train.report_every_steps \(25\)",
@@ -183,6 +186,11 @@ def test_a_reduction_factor_with_coinciding_rungs_is_refused():
 def test_an_impossible_population_is_refused(tune, message):
     with pytest.raises(ValidationError, match=message):
         SweepConfig.model_validate({"tune": tune})
+
+
+def test_a_population_may_have_another_member_instead_of_the_second_baseline():
+    tune = {"num_trials": 3, "scheduler": {"name": "pbt"}}
+    SweepConfig.model_validate({"tune": tune, "baseline": {"with_audio_self": False}})
 
 
 def median_of(values, **settings):

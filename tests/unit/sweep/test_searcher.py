@@ -25,6 +25,20 @@ def test_trials_0_and_1_are_the_baselines(study, make_config):
     assert first["trial"]["seed"] != second["trial"]["seed"]
 
 
+def test_trial_1_is_sampled_if_the_second_baseline_is_left_out(study, make_config):
+    config = make_config(
+        baseline={"with_audio_self": False},
+        space={"cross_attention": "off"},
+        tune={"num_trials": 3},
+    )
+    assert config.cross_attention_modes == {"off"}
+    searcher, _, _ = make_searcher(study, config)
+    suggested = [searcher.suggest(name) for name in ("a", "b", "c")]
+    assert [each["record"]["origin"] for each in suggested] == ["baseline", "search", "search"]
+    assert [each["id"] for each in suggested] == ["t000", "t001", "t002"]
+    assert {each["trial"]["cross_attention"] for each in suggested} == {"off"}
+
+
 def test_the_sampler_learns_from_a_baseline_inside_the_space(study, make_config):
     searcher, _, _ = make_searcher(study, make_config())
     searcher.suggest("a")

@@ -50,7 +50,10 @@ def opened(tmp_path, url):
         ("studies.db", r": the value is not the URL of .* sqlite:///FILE"),
         ("posgresql://u:secret@db/studies", r"no kind of database called posgresql\. .* Correct"),
         ("mysql://u:secret@db/studies", r"package MySQLdb, .* pip install 'mysqlclient'"),
-        ("oracle+oracledb://u:secret@db/studies", r"package oracledb, .* or name another driver: oracle\+"),
+        (
+            "oracle+oracledb://u:secret@db/studies",
+            r"package oracledb, .* or name another driver: oracle\+",
+        ),
         ("postgresql://u:secret/studies", "not the URL of a database"),  # the @ is missing
         (
             "postgresql://u:se{cret}@db/studies",

@@ -11,6 +11,7 @@ from higgs_tune.data.collate import split_micro_batches
 from higgs_tune.train import capacity
 from higgs_tune.train.capacity import (
     largest_step,
+    most_parameters,
     predict_modes,
     slots_on_cpu,
     slots_on_gpu,
@@ -50,6 +51,21 @@ def test_every_further_slot_needs_the_same_memory(config, shape):
     by_slots = (predict_modes(searched, shape, n, largest_step(searched, shape)) for n in (1, 2, 3))
     for one, two, three in zip(*by_slots, strict=True):
         assert memory_of_slots(one, two, 3) == three
+
+
+def test_without_the_second_baseline_no_slot_needs_new_modules(config, shape):
+    """They are most of an adapter's memory, and trial 1 alone would need them."""
+    only_off = [*SMALL, "space.cross_attention=off"]
+    found = {}
+    for with_flag in ("true", "false"):
+        searched = load_sweep(QUICK, [*only_off, f"baseline.with_audio_self={with_flag}"])
+        (memory,) = predict_modes(searched, shape, 1, largest_step(searched, shape))
+        found[with_flag] = memory.adapters, most_parameters(searched, shape)
+    (with_them, many), (without, few) = found["true"], found["false"]
+    new_modules = many - few
+    assert new_modules > 0
+    # weights, gradients and two moments in float32, and at most a quarter more
+    assert 16 * new_modules <= with_them - without <= 1.3 * 16 * new_modules
 
 
 def test_a_gpu_holds_the_slots_that_fit_beside_the_reserve(config, shape, by_slots, predicted):

@@ -109,6 +109,20 @@ def test_a_checkpoint_is_as_large_as_predicted(tmp_path) -> None:
     assert predicted <= written <= 1.02 * predicted  # names and settings
 
 
+def test_a_24_gib_gpu_holds_the_real_sweep_without_new_modules() -> None:
+    """The command of docs/howto/higgs_v2.md."""
+    settings = [
+        "space.cross_attention=off",
+        "baseline.with_audio_self=false",
+        "space.rank=[8, 16]",
+        "train.token_budget=2048",
+    ]
+    assert fit(load_sweep(REAL, settings), None, 24.0, 400)["slots_that_fit"] == 1
+    assert (
+        fit(load_sweep(REAL, [settings[0], *settings[2:]]), None, 24.0, 400)["slots_that_fit"] == 0
+    )
+
+
 def test_a_config_of_another_model_is_refused(tmp_path, capsys) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     words = ["fit", "--config", str(REAL), "--set", f"base.path={tmp_path}"]
