@@ -52,7 +52,7 @@ class Display:
     def note(self, text: str) -> None:
         """Print a line above a terminal's table, e.g. the dashboard's address."""
         if self._live is not None:
-            self._live.console.print(text)
+            self._live.console.print(Text(text))  # a string's brackets would be markup
 
     def warn(self, text: str) -> None:
         """Print something that the user should know, in a terminal or as an event."""

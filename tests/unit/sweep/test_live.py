@@ -104,6 +104,17 @@ def test_a_sweep_that_ends_early_says_so(record):
     assert drawn(display.board).splitlines()[-1].startswith("ending · 0/1 ended")
 
 
+def test_a_terminal_shows_brackets_in_messages_as_they_are(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    display = Display(screen := Screen())
+    display.note("results /data/[old]/quick")
+    display.warn("worker-0 cannot load [/data/base/model.safetensors]")
+    display.ending("the sweep ended with an error: pip install 'psycopg[binary]'")
+    display.close()
+    for expected in ("/data/[old]/quick", "[/data/base/model.safetensors]", "psycopg[binary]"):
+        assert expected in screen.getvalue()
+
+
 def test_without_trials_only_the_state_line_is_shown():
     (line,) = drawn(Board()).splitlines()
     assert line.startswith("starting")
