@@ -17,6 +17,7 @@ import ray
 from ray import _raylet
 from ray._private import services
 from ray._private.node import Node
+from ray._private.utils import read_ray_address
 
 # Imported early: at exit, its colorama writes an escape sequence to the standard output it found on import.
 # Later that would be a live table's, which shows the sequence as text.
@@ -195,8 +196,7 @@ def head_address() -> str | None:
 
     Not Ray's own "auto", which would also join the private cluster of any other process.
     """
-    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-    return noted.read_text().strip() if noted.exists() else None
+    return read_ray_address()
 
 
 def _check_reachable(address: str) -> None:

@@ -13,6 +13,7 @@ from ray import _raylet
 from ray._private import ray_constants
 from ray._private.node import Node
 from ray._private.parameter import RayParams
+from ray._private.utils import write_ray_address
 
 from higgs_tune import cluster
 from higgs_tune.errors import ConfigError
@@ -57,6 +58,15 @@ def test_a_cluster_of_ray_start_is_joined_unless_ray_address_is_local(tmp_path, 
     assert not cluster.starts_own()
     monkeypatch.setenv("RAY_ADDRESS", "local")  # takes precedence
     assert cluster.starts_own()
+
+
+def test_a_cluster_of_ray_start_is_found_in_the_folder_that_ray_uses(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # as in a batch job
+    (tmp_path / "ray").mkdir()
+    write_ray_address("10.0.0.1:6379")  # as `ray start` does
+    assert cluster.head_address() == "10.0.0.1:6379"
 
 
 def test_ray_that_is_already_initialized_is_used_and_not_shut_down(monkeypatch):
