@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray._private.utils import estimate_available_memory  # knows cgroups' limits
 from ray.exceptions import RayActorError, RayTaskError
 
 from higgs_tune.config import SweepConfig
@@ -107,7 +108,8 @@ class Counter:
 
 
 def _free_host_bytes() -> int:
-    """Bytes that Linux can allocate without swapping."""
+    """Bytes that can be allocated without swapping, within the limit of a container."""
     with open("/proc/meminfo", encoding="ascii") as file:
         lines = dict(line.split(":") for line in file)
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    on_host = int(lines["MemAvailable"].split()[0]) * 1024
+    return min(on_host, estimate_available_memory())

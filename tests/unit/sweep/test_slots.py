@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from ray._private import utils
 
 from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.sweep import nodes, slots
@@ -158,6 +159,12 @@ def test_workers_on_the_same_host_share_its_memory(make_config, monkeypatch, num
 def test_the_free_memory_of_the_host_is_less_than_its_total():
     whole = Path("/proc/meminfo").read_text().splitlines()[0]  # MemTotal
     assert 0 < slots._free_host_bytes() < int(whole.split()[1]) * 1024
+
+
+def test_the_free_memory_is_within_the_limit_of_a_container(monkeypatch):
+    monkeypatch.setattr(utils, "get_used_memory", lambda: 2**20)
+    monkeypatch.setattr(utils, "get_system_memory", lambda: 2**24)
+    assert slots._free_host_bytes() == 2**24 - 2**20
 
 
 def test_the_number_of_slots_is_recorded_in_the_results_folder(make_config, tmp_path):
