@@ -164,6 +164,8 @@ class SweepCallback(Callback):
         if self._last.get(trial_id, {}).get("status") != "running":
             self._later.wait(trial_id)
             self._guard(self._later.check)
+            if self._control.error is not None:  # before Tune ends it without its last adapter
+                self.cancel()
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

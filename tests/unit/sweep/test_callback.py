@@ -112,6 +112,27 @@ def test_tune_waits_for_the_disk_only_at_a_trials_end(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # Tune's own are deleted
 
 
+def test_a_trial_whose_last_adapter_cannot_be_stored_is_not_completed(tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ended, cancelled = [], []
+    callback = make_callback(
+        tmp_path,
+        files=SimpleNamespace(checkpoint=full, end=lambda *end: ended.append(end[:2])),
+        boards=SimpleNamespace(end=lambda _: None),
+        source=SimpleNamespace(stop=lambda: None, cancel_live=cancelled.append),
+    )
+    record = TrialRecord("t0", 0, "t0", "search", None, trial())
+    of_tune = SimpleNamespace(config={"record": record.to_dict()})
+    callback._last["t0"] = {"status": "completed", "step": 150}
+    write_json(tmp_path / "c0" / CHECKPOINT_INFO, {"step": 150})
+    callback.on_checkpoint(0, [], of_tune, Checkpoint(str(tmp_path / "c0")))
+    assert len(cancelled) == 1  # in the study, before Tune tells it that the trial is complete
+    callback.on_trial_complete(0, [], of_tune)
+    assert ended == [("t0", "cancelled")]
+
+
 def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
     control, ended = Control(), []
     callback = make_callback(
