@@ -14,6 +14,7 @@ import optuna
 from higgs_tune.base_source import check_pinned
 from higgs_tune.cluster import Cluster, join_cluster, starts_own
 from higgs_tune.config import SweepConfig
+from higgs_tune.errors import ConfigError
 from higgs_tune.sweep import runtime, space, study
 from higgs_tune.sweep.confirm import unconfirmed
 from higgs_tune.sweep.control import Control
@@ -74,6 +75,7 @@ def run_sweep(
 def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) -> SweepOutcome:
     found = study.open_study(config.name, results, config.tune.storage)
     study.fail_stale(found)
+    _refuse_unknown_trials(found, TrialFiles(results), results)
     if resume and _is_finished(found, config, TrialFiles(results)):
         return _outcome(results, found, Control())
     control = Control()
@@ -160,6 +162,18 @@ def _exit_if_ray_died(
         yield
     finally:
         is_over.set()
+
+
+def _refuse_unknown_trials(found: optuna.Study, files: TrialFiles, results: Path) -> None:
+    """Raise ConfigError if the study lacks a trial of the folder, whose files a new one would continue."""
+    known = study.latest(found)
+    lost = [record.trial_id for record in files.records("t") if record.number not in known]
+    if lost:
+        raise ConfigError(
+            f"{results}: the study {found.study_name} lacks {', '.join(lost[:3])}, found in trials/. It is "
+            "not this sweep's, or is an older copy: in tune.storage, a relative path starts at the current "
+            "folder. Put the study back, or give --name NAME for a new sweep."
+        )
 
 
 def _is_finished(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> bool:

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from higgs_tune.cluster import Cluster
+from higgs_tune.errors import ConfigError
 from higgs_tune.sweep import driver, search
 from higgs_tune.sweep.control import Control
+from higgs_tune.sweep.records import TrialFiles
 
 RESULTS = Path("results/quick-2")
 
@@ -76,6 +78,17 @@ def test_ray_is_watched_until_the_workers_are_gone(monkeypatch, make_config, tmp
     outcome = driver._run(make_config(), tmp_path, resume=False, loop_path="none")
     assert outcome.exit_code == 143
     assert ended.is_set()
+
+
+def test_resuming_with_a_study_that_lacks_trials_of_the_folder_is_refused(
+    make_config, tmp_path, record, monkeypatch
+):
+    monkeypatch.setattr(driver, "join_cluster", lambda _: pytest.fail("nothing may start"))
+    config = make_config(tune={"storage": "sqlite:///study.db"})
+    TrialFiles(tmp_path).start(record)
+    monkeypatch.chdir(tmp_path)  # not where the sweep began
+    with pytest.raises(ConfigError, match=r"the study .* lacks t000, .* a relative path"):
+        driver._run(config, tmp_path, resume=True, loop_path="none")
 
 
 def test_sigterm_ends_the_sweep_despite_the_handler_that_ray_sets(
