@@ -177,10 +177,12 @@ def _refuse_unknown_trials(found: optuna.Study, files: TrialFiles, results: Path
 
 
 def _is_finished(found: optuna.Study, config: SweepConfig, files: TrialFiles) -> bool:
-    """Whether a resumed sweep has nothing left to run."""
-    num_known = len(study.latest(found))
-    search_over = num_known >= config.tune.num_trials and not study.unfinished(found)
-    return search_over and not unconfirmed(found, config, files)
+    """Whether a resumed sweep has nothing left to run or to record."""
+    known = study.latest(found).values()
+    search_over = len(known) >= config.tune.num_trials and not study.unfinished(found)
+    # a trial's end gets into the study first
+    recorded = all(files.ended(study.record_of(trial).trial_id) for trial in known)
+    return search_over and recorded and not unconfirmed(found, config, files)
 
 
 def _outcome(results: Path, found: optuna.Study, control: Control) -> SweepOutcome:

@@ -1,5 +1,6 @@
 """A sweep whose Ray ends before it does, and signals that Ray would catch."""
 
+import json
 import signal
 import threading
 from contextlib import contextmanager
@@ -7,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from optuna.trial import TrialState
 
 from higgs_tune.cluster import Cluster
 from higgs_tune.errors import ConfigError
 from higgs_tune.sweep import driver, search
+from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.records import TrialFiles
 
@@ -89,6 +92,21 @@ def test_resuming_with_a_study_that_lacks_trials_of_the_folder_is_refused(
     monkeypatch.chdir(tmp_path)  # not where the sweep began
     with pytest.raises(ConfigError, match=r"the study .* lacks t000, .* a relative path"):
         driver._run(config, tmp_path, resume=True, loop_path="none")
+
+
+def test_a_sweep_is_not_finished_until_the_end_of_each_trial_is_in_its_files(
+    make_config, tmp_path, record, study
+):
+    config = make_config(tune={"num_trials": 1}, confirm={"num_configs": 0})
+    entry, files = study.ask(), TrialFiles(tmp_path)
+    entry.set_user_attr(studies.RECORD, json.dumps(record.to_dict()))
+    entry.set_user_attr(studies.INDEX, 0)
+    entry.set_user_attr(studies.STATUS, "diverged")
+    study.tell(entry, state=TrialState.PRUNED)
+    files.start(record)  # killed before `end`
+    assert not driver._is_finished(study, config, files)
+    files.end("t000", "diverged", None, None)
+    assert driver._is_finished(study, config, files)
 
 
 def test_sigterm_ends_the_sweep_despite_the_handler_that_ray_sets(
