@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import _raylet
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import services
 from ray._private.node import Node
 from ray._private.utils import read_ray_address
@@ -68,7 +69,8 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
         environment: variables for Ray's processes, unless the user has set them.
 
     Raises:
-        ConfigError: RAY_ADDRESS is not a cluster's address, or no cluster answers at the address.
+        ConfigError: RAY_ADDRESS is not a cluster's address, no cluster answers at the address, or the
+            path of Ray's temporary folder is too long.
     """
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -84,6 +86,13 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
         raise ConfigError(
             f"No Ray cluster answers at {address}. Start it, or set RAY_ADDRESS=local to run on "
             "this machine alone."
+        ) from None
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        raise ConfigError(
+            f"{get_default_ray_temp_dir()}: this path is too long for Ray's sockets. Set RAY_TMPDIR=/tmp, "
+            "or to another short path."
         ) from None
     try:
         if address == "local":

@@ -13,7 +13,7 @@ from ray import _raylet
 from ray._private import ray_constants
 from ray._private.node import Node
 from ray._private.parameter import RayParams
-from ray._private.utils import write_ray_address
+from ray._private.utils import validate_socket_filepath, write_ray_address
 
 from higgs_tune import cluster
 from higgs_tune.errors import ConfigError
@@ -211,6 +211,20 @@ def test_a_cluster_that_does_not_answer_is_one_clear_error(join, error):
 
     with pytest.raises(ConfigError, match=r"^No Ray cluster answers at \[fd00::1\]:6379\. Start"):
         join(connect, RAY_ADDRESS="[fd00::1]:6379")
+
+
+def test_a_temporary_folder_with_too_long_a_path_is_one_clear_error(monkeypatch):
+    folder = f"/scratch/{100 * 'j'}"
+
+    def init(**_):
+        validate_socket_filepath(f"{folder}/ray/session/sockets/plasma_store")
+
+    monkeypatch.setattr(os, "environ", {"RAY_ADDRESS": "local", "TMPDIR": folder})
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", init)
+    needed = r"^/scratch/j+/ray: this path is too long for Ray's sockets\. Set RAY_TMPDIR=/tmp"
+    with pytest.raises(ConfigError, match=needed), cluster.join_cluster():
+        pass
 
 
 def test_auth_mode_is_disabled_unless_the_user_sets_it(join):
