@@ -18,7 +18,7 @@ from ray import _raylet
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import services
 from ray._private.node import Node
-from ray._private.utils import read_ray_address
+from ray._private.utils import get_num_cpus, read_ray_address
 
 # Imported early: at exit, its colorama writes an escape sequence to the standard output it found on import.
 # Later that would be a live table's, which shows the sequence as text.
@@ -225,7 +225,11 @@ def _connect(address: str) -> Any:
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     # not include_dashboard=True, with which a dashboard that cannot start would raise an error
-    local: dict[str, Any] = {"dashboard_host": "127.0.0.1"}
+    local: dict[str, Any] = {
+        "dashboard_host": "127.0.0.1",
+        # Ray knows a container's quota, but not a batch job's or a cpuset's CPUs
+        "num_cpus": min(get_num_cpus(), len(os.sched_getaffinity(0))),
+    }
     return ray.init(
         address=address,
         namespace=f"higgs-tune-{uuid.uuid4().hex[:8]}",

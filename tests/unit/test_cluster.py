@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray import _raylet
-from ray._private import ray_constants
+from ray._private import ray_constants, utils
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._private.utils import validate_socket_filepath, write_ray_address
@@ -84,6 +84,15 @@ def test_our_own_ray_shows_its_dashboard_on_loopback_only(join):
     assert joined.is_own
     assert (given["address"], given["dashboard_host"]) == ("local", "127.0.0.1")
     assert not given.get("include_dashboard")  # else its failure to start would end a sweep
+
+
+def test_our_own_ray_has_the_cpus_that_this_process_may_use(join, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # as in a batch job
+    monkeypatch.setattr(utils, "_get_docker_cpus", lambda: 3.5)
+    assert join()[1]["num_cpus"] == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert join()[1]["num_cpus"] == 3
+    assert "num_cpus" not in join(RAY_ADDRESS="10.0.0.1:6379")[1]
 
 
 def test_ray_starts_what_work_needs_first_and_the_rest_on_request(monkeypatch, tmp_path):
