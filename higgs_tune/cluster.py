@@ -215,7 +215,7 @@ def _check_reachable(address: str) -> None:
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
-    except OSError as error:  # also for a name that does not resolve
+    except (OSError, UnicodeError) as error:  # also for a name that does not resolve, or is none
         raise ConnectionError from error
 
 

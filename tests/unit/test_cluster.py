@@ -212,7 +212,9 @@ def test_every_form_of_a_heads_address_is_joined(join, address):
     assert not joined.is_own and given["address"] == address
 
 
-@pytest.mark.parametrize("error", [socket.gaierror, TimeoutError, ConnectionRefusedError])
+@pytest.mark.parametrize(
+    "error", [socket.gaierror, TimeoutError, ConnectionRefusedError, UnicodeError]
+)
 def test_a_cluster_that_does_not_answer_is_one_clear_error(join, error):
     def connect(address, timeout):
         assert address == ("fd00::1", 6379) and timeout
