@@ -18,6 +18,7 @@ from ray.tune.schedulers import (
 
 from higgs_tune.config import SweepConfig
 from higgs_tune.config_scheduler import hyperband
+from higgs_tune.config_steps import grace_steps, perturb_steps
 from higgs_tune.metrics import STEP, VAL_TEXT_NLL
 from higgs_tune.sweep import space, study
 from higgs_tune.sweep.guard import Guard
@@ -59,30 +60,6 @@ class Median(Guard, MedianStoppingRule):
         """Remember the last result of a trial that ended well; the rule has those of trials it stopped."""
         if VAL_TEXT_NLL in result and trial not in self._stopped_trials:
             super().on_trial_complete(tune_controller, trial, result)
-
-
-def grace_steps(config: SweepConfig) -> int:
-    """The first step at which a trial is judged: a report's step, after warm-up."""
-    num_steps, interval = config.train.num_steps, config.train.report_every_steps
-    wanted = round(config.tune.scheduler.grace_fraction * num_steps / interval) * interval
-    return min(max(wanted, config.past_warmup), num_steps)
-
-
-def perturb_steps(config: SweepConfig) -> int:
-    """The number of steps between two comparisons of a population."""
-    return config.tune.scheduler.perturb_every_steps or grace_steps(config)
-
-
-def num_checkpoints(config: SweepConfig) -> int:
-    """How many checkpoints must be kept of each trial.
-
-    Before a copy has read its donor's checkpoint, the donor reaches the next comparison at most. One is
-    to spare.
-    """
-    if config.tune.scheduler.name != "pbt":
-        return 1
-    every = perturb_steps(config)
-    return -(-every // config.train.report_every_steps) + 2
 
 
 def make_scheduler(config: SweepConfig, unfinished_steps: Iterable[int] = ()) -> TrialScheduler:

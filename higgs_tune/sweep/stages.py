@@ -18,6 +18,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from higgs_tune.config import SweepConfig
+from higgs_tune.config_steps import num_checkpoints
 from higgs_tune.errors import ConfigError, HiggsTuneError, SweepError
 from higgs_tune.files import write_json
 from higgs_tune.metrics import VAL_AUDIO_NLL, base_difference
@@ -28,7 +29,6 @@ from higgs_tune.sweep.folder import BASE, TUNE, disk_error, disk_fault
 from higgs_tune.sweep.later import Later
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles, read_json
-from higgs_tune.sweep.scheduler import num_checkpoints
 from higgs_tune.sweep.seats import num_seats
 from higgs_tune.sweep.slots import slots_of
 from higgs_tune.sweep.source import TrialSource
@@ -187,7 +187,7 @@ class Sweep:
             source=source,
             control=self._control,
             display=self._display,
-            num_checkpoints=num_checkpoints(self.config),
+            num_checkpoints=num_checkpoints(self.config) if stage == "search" else 1,
             audio_limit=self.audio_limit,
             check_workers=self.check_workers,
             close_workers=self._workers.close,

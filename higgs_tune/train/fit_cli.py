@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from higgs_tune.base_source import local_folder
 from higgs_tune.config import BaseSettings, SweepConfig
 from higgs_tune.config_file import load_sweep
+from higgs_tune.config_steps import num_checkpoints
 from higgs_tune.errors import ConfigError, ModelError
 from higgs_tune.local_path import local_path
 
@@ -99,7 +100,7 @@ def fit(
         "slots_per_worker": setting,
         # float32 weights, each with Adam's two moments while the trial trains
         "checkpoint": 12 * most_parameters(config, shape),
-        "checkpoints_kept": config.tune.num_trials + repeats,
+        "checkpoints_kept": config.tune.num_trials * num_checkpoints(config) + repeats,
         "torch": torch.__version__,
     }
 
@@ -156,7 +157,5 @@ def _table(found: dict[str, Any], gpu_gib: float) -> str:
     lines.append(
         f"a checkpoint of the largest trial takes {size:.2f} GiB, a third of that once it has ended"
     )
-    lines.append(
-        f"results_dir takes up to {size * kept:.3g} GiB for {kept} trials, one checkpoint each"
-    )
+    lines.append(f"results_dir takes up to {size * kept:.3g} GiB for {kept} checkpoints")
     return "\n".join(lines)

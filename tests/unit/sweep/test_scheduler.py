@@ -12,12 +12,11 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from higgs_tune.config import SchedulerSettings, SweepConfig
 from higgs_tune.config_scheduler import hyperband
 from higgs_tune.config_space import Range
+from higgs_tune.config_steps import grace_steps, num_checkpoints
 from higgs_tune.sweep.pausing import mutation, seeded
 from higgs_tune.sweep.scheduler import (
     Earlier,
-    grace_steps,
     make_scheduler,
-    num_checkpoints,
     replay,
 )
 from higgs_tune.sweep.search import steps_behind

@@ -24,7 +24,7 @@ KNOWN = {"content_hash": "aa", "metrics": {"val/text/nll": 9.0, "val/text/audio_
 def run(study, make_config, tmp_path, monkeypatch):
     """Runs a stage in which a trial starts and Tune then fails; returns the error that ended it."""
 
-    def run_until(error, given=None, **tune):
+    def run_until(error, given=None, stage="search", **tune):
         def fit(tuner):
             (callback,) = tuner.callbacks
             config = searcher.suggest("a")
@@ -44,7 +44,7 @@ def run(study, make_config, tmp_path, monkeypatch):
         config = make_config(tune=tune)
         searcher, _, _ = make_searcher(study, config)
         workers = SimpleNamespace(begin_stage=lambda: None, close=lambda: None)
-        Sweep(config, tmp_path, workers, control, display).run("search", searcher, None)
+        Sweep(config, tmp_path, workers, control, display).run(stage, searcher, None)
         return control.error
 
     return run_until
@@ -78,6 +78,14 @@ def test_tune_gets_trials_beyond_the_slots_and_reuses_their_processes(run, num_w
     assert given["tune"].max_concurrent_trials == trials
     assert given["tune"].reuse_actors
     assert given["run"].failure_config.max_failures == 3
+
+
+@pytest.mark.parametrize(("stage", "number"), [("search", 4), ("confirm", 1)])
+def test_only_a_population_keeps_checkpoints_for_copies(run, stage, number):
+    given = {}
+    run(unexpected(OutOfMemoryError("?")), given, stage, scheduler={"name": "pbt"})
+    (callback,) = given["run"].callbacks
+    assert callback._num_checkpoints == number
 
 
 def test_any_other_unexpected_error_is_raised(run):

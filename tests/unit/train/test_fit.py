@@ -9,6 +9,7 @@ from higgs_tune import cli
 from higgs_tune.config import BaseSettings
 from higgs_tune.config_file import load_sweep
 from higgs_tune.config_space import highest
+from higgs_tune.config_steps import grace_steps
 from higgs_tune.model.load import load_base
 from higgs_tune.train.checkpoint import save_adapter
 from higgs_tune.train.engine import Engine
@@ -22,8 +23,6 @@ REAL = SWEEPS / "higgs_v2.yaml"
 
 
 def test_the_real_sweep_is_valid_and_stops_no_trial_in_its_warm_up() -> None:
-    from higgs_tune.sweep.scheduler import grace_steps
-
     config = load_sweep(REAL)
     train = config.train
     assert grace_steps(config) == 300
@@ -63,6 +62,9 @@ def test_the_command_prints_parts_that_add_up(capsys) -> None:
     assert found["slots"]["4"]["adapters"] == pytest.approx(4 * found["slots"]["1"]["adapters"])
     assert found["slots_that_fit"] > 4
     assert found["checkpoints_kept"] == 12 + 2 * 2  # trial 0 and the best, two seeds each
+    population = ["--set", "tune.scheduler={name: pbt}"]  # compared at every report
+    assert cli.main([*words, *population, "--gpu-gib", "24", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checkpoints_kept"] == 12 * 3 + 2 * 2
     assert cli.main([*words, "--gpu-gib", "0.2"]) == 0
     table = capsys.readouterr().out
     assert "total" in table and "tune.slots_per_worker is 4: too many" in table
