@@ -9,6 +9,7 @@ import argparse
 import atexit
 import gc
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -39,6 +40,8 @@ DEFAULT_SWEEP = Path("sweeps/quick.yaml")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit code."""
     os.environ.setdefault("TQDM_DELAY", "1")  # show transformers' bars only after 1 s
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # else a dash ends a sweep in a Latin-1 locale
     parser = argparse.ArgumentParser(
         prog="higgs-tune", description="LoRA sweeps for Higgs Audio V2"
     )

@@ -274,6 +274,15 @@ def test_a_progress_bar_of_instant_work_is_not_drawn(tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+def test_a_character_that_the_terminal_lacks_is_replaced(monkeypatch, tmp_path):
+    with (tmp_path / "out").open("w", encoding="latin-1") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["--version"])
+        print("gain –", flush=True)
+    assert (tmp_path / "out").read_text(encoding="latin-1").endswith("gain ?\n")
+
+
 def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch, capsys):
     def version(package):
         raise cli.importlib.metadata.PackageNotFoundError(package)
