@@ -14,7 +14,7 @@ import optuna
 from higgs_tune.base_source import check_pinned
 from higgs_tune.cluster import Cluster, join_cluster, starts_own
 from higgs_tune.config import SweepConfig
-from higgs_tune.errors import ConfigError
+from higgs_tune.errors import ConfigError, HiggsTuneError, SweepError
 from higgs_tune.sweep import runtime, space, study
 from higgs_tune.sweep.confirm import unconfirmed
 from higgs_tune.sweep.control import Control
@@ -29,6 +29,7 @@ from higgs_tune.sweep.storage import storage_faults
 from higgs_tune.sweep.workers import Workers
 from higgs_tune.train.signals import exit_on_sigterm, stop_signals
 
+EXIT_RAY_DIED = 2  # as for any other error
 EXIT_NOTHING_FEASIBLE = 3
 GRACE_WITHOUT_RAY_S = 5.0  # enough for a sweep to end without Ray, if no call to it is pending
 
@@ -132,34 +133,48 @@ def _run(config: SweepConfig, results: Path, *, resume: bool, loop_path: str) ->
 def _exit_if_ray_died(
     cluster: Cluster, control: Control, display: Display, results: Path
 ) -> Iterator[None]:
-    """End this process if a stop signal has ended Ray, too, and the sweep does not end by itself in time.
+    """End the sweep if our own Ray has died; end this process if that takes too long.
 
-    Some signals reach all processes of a job. A call to a dead Ray would block for a minute and then end
-    this process without a message.
+    Ray dies alone, as when the system ends it to free memory, or by a signal that reaches all processes of
+    a job. A call to a dead Ray would block for a minute and then end this process without a message.
+
+    Raises:
+        SweepError: what `yield` raised was because Ray had died.
     """
     is_over = threading.Event()
+    kept = (
+        f"What was recorded is kept: `higgs-tune report {results}` builds the report; to continue, repeat "
+        f"the command with --resume --name {results.name}"
+    )
+    died = SweepError(f"Ray has ended on this machine, perhaps because memory ran out. {kept}")
 
     def watch() -> None:
         while not is_over.wait(1):
-            number = control.request.number
-            if number is None or not cluster.has_died() or is_over.wait(GRACE_WITHOUT_RAY_S):
+            if not cluster.has_died():
                 continue
+            control.fail(died)
+            if is_over.wait(GRACE_WITHOUT_RAY_S):
+                continue
+            number = control.request.number
+            line = (
+                f"error: {died}"
+                if number is None
+                else f"interrupted, and Ray has ended, too. {kept}"
+            )
             try:
                 display.close()
-                print(
-                    f"interrupted, and Ray has ended, too. What was recorded is kept: `higgs-tune report "
-                    f"{results}` builds the report; to continue, repeat the command with --resume "
-                    f"--name {results.name}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(line, file=sys.stderr, flush=True)
             finally:  # printing fails if the reader of our output has ended, too
-                os._exit(128 + number)
+                os._exit(EXIT_RAY_DIED if number is None else 128 + number)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
+    except Exception as error:
+        if isinstance(error, HiggsTuneError) or not cluster.has_died():
+            raise
+        raise died from error
     finally:
         is_over.set()
 

@@ -83,7 +83,7 @@ def shortage(who: str, num_cpus: int, num_gpus: int) -> str:
     """A message that `who` waits for resources, with those that the cluster has."""
     nodes = alive_nodes()
     with_gpus = [node for node in nodes if num_gpus and node.num_gpus]
-    largest = max(with_gpus or nodes)
+    largest = max(with_gpus or nodes, default=Node(0, 0))  # none is left if Ray is ending
     return (
         f"waiting for {who}: it needs {num_cpus} CPU, {num_gpus} GPU; "
         f"the cluster has {_amount(_total(nodes))} in all, its largest node "

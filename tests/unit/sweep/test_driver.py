@@ -11,8 +11,8 @@ import pytest
 from optuna.trial import TrialState
 
 from higgs_tune.cluster import Cluster
-from higgs_tune.errors import ConfigError
-from higgs_tune.sweep import driver, search
+from higgs_tune.errors import ConfigError, SweepError
+from higgs_tune.sweep import driver, nodes, search
 from higgs_tune.sweep import study as studies
 from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.records import TrialFiles
@@ -59,9 +59,38 @@ def test_the_sweep_ends_even_if_its_message_cannot_be_printed(watched, monkeypat
     assert ended.wait(10)
 
 
-def test_without_a_signal_the_end_of_ray_does_not_end_the_process(watched):
-    _, ended, _ = watched
-    assert not ended.wait(2.5)
+def test_the_end_of_ray_without_a_signal_is_an_error_of_the_sweep(watched, capfd):
+    control, ended, codes = watched
+    assert ended.wait(10)
+    assert codes[0] == 2
+    assert str(control.error).startswith("Ray has ended on this machine")
+    error = capfd.readouterr().err
+    assert error.startswith("error: Ray has ended on this machine")
+    assert "--resume --name quick-2" in error
+
+
+@pytest.mark.parametrize(
+    ("has_died", "raised", "expected"),
+    [
+        (True, ValueError("of a call to Ray"), SweepError),
+        (True, ConfigError("of its own"), ConfigError),
+        (False, ValueError("of a defect"), ValueError),
+    ],
+)
+def test_an_error_is_blamed_on_ray_if_it_has_died(has_died, raised, expected):
+    cluster = Cluster(is_own=True, complete=str, has_died=lambda: has_died)
+    display = SimpleNamespace(close=lambda: None)
+    with (
+        pytest.raises(expected) as caught,
+        driver._exit_if_ray_died(cluster, Control(), display, RESULTS),
+    ):
+        raise raised
+    assert caught.value is raised or caught.value.__cause__ is raised
+
+
+def test_no_machine_is_left_once_ray_has_died(monkeypatch):
+    monkeypatch.setattr(nodes, "alive_nodes", list)
+    assert "the cluster has 0 CPU, 0 GPU in all" in nodes.shortage("worker-0", 1, 0)
 
 
 def test_ray_is_watched_until_the_workers_are_gone(monkeypatch, make_config, tmp_path):
