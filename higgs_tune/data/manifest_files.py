@@ -19,6 +19,7 @@ from higgs_tune.data.rows import ID, PATH, SPEAKER, TEXT, TEXT_FILE
 from higgs_tune.errors import DataError
 
 _LJSPEECH = ("id", "transcript", "text")  # `text` is normalised and may be missing
+_TAB = 9  # no text begins with a control character below it
 _PARQUET_ROWS = 1024  # decoded at a time
 _PARQUET_BUFFER = 2**20  # bytes of a column read at a time: a row group may hold a million rows
 _AS_UTF8 = 'Save it as UTF-8: "CSV UTF-8" in Excel, `iconv -f OLD -t UTF-8` in a shell.'
@@ -69,7 +70,7 @@ def encoding_of(path: Path) -> str:
                     for _ in text:
                         pass
                 return "utf-16"
-            if b"\0" in head:
+            if min(head, default=_TAB) < _TAB:  # half of the first letter; NUL only in ASCII's
                 raise DataError(f"{path}: is not UTF-8 but UTF-16 or UTF-32. {_AS_UTF8}")
             file.seek(0)
             for line, raw in enumerate(file, start=1):

@@ -88,6 +88,8 @@ def test_texts_and_speakers_are_normalised_to_nfc_but_paths_are_not(tmp_path: Pa
     [
         ("ö".encode("latin-1"), "a.txt, line 1: byte 0xf6 is not UTF-8. Save it as UTF-8"),
         ("a".encode("utf-16-le"), "a.txt: is not UTF-8 but UTF-16"),
+        ("مرحبا".encode("utf-16-le"), "a.txt: is not UTF-8 but UTF-16"),  # valid UTF-8, without NUL
+        ("مرحبا".encode("utf-16-be"), "a.txt: is not UTF-8 but UTF-16"),
         (None, "a.txt: cannot be read (No such file"),
     ],
 )
