@@ -24,6 +24,7 @@ from higgs_tune.data.progress import Advance, progress
 from higgs_tune.data.restart import (
     check_recordings,
     claim_folder,
+    drop_shards,
     holds_rows,
     read_record,
     write_record,
@@ -107,6 +108,7 @@ def prepare(
         to_do = _to_do(table, out, root, options.rows_per_shard)
         _check_rejected(manifest, out, table, num_total, options)
         table.forget(Stage.MISSING)
+        drop_shards(out, kept=-(-table.num_rows // options.rows_per_shard))
         if to_do:
             _encode_shards(table, to_do, out, facts, code, options.rows_per_shard)
         _check_rejected(manifest, out, table, num_total, options)

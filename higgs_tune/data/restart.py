@@ -43,12 +43,18 @@ def claim_folder(out: Path, job: dict[str, Any]) -> None:
         )
     if changed:  # nothing is encoded yet, so nothing can be mixed up
         with writing(path):
-            for empty in list_shards(out):  # there may be more of them than the new job has
-                empty.unlink()
-                empty.with_suffix(".json").unlink(missing_ok=True)
+            drop_shards(out, kept=0)
             write_json(path, job)
     for half_written in out.rglob("*.tmp"):  # left by a run that was killed
         half_written.unlink()
+
+
+def drop_shards(out: Path, kept: int) -> None:
+    """Delete all shards but the first `kept`: a former run may have left fewer rows out."""
+    first = {shard_path(out, index) for index in range(kept)}
+    for path in set(list_shards(out)) - first:
+        path.unlink()
+        path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def holds_rows(out: Path) -> bool:

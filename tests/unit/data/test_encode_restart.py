@@ -9,11 +9,17 @@ import pytest
 import soundfile
 
 from higgs_tune.data import encode
+from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.files import writing
-from higgs_tune.data.shards import list_shards
+from higgs_tune.data.shards import Row, list_shards
 from higgs_tune.errors import DataError
 from higgs_tune.files import replace_file
 from tests.unit.data.recordings import RATE_HZ, content, make_root, rejected, speech, spy
+
+
+def all_rows(out: Path) -> list[Row]:
+    dataset = Dataset.open(str(out))
+    return [dataset.row(index) for index in range(dataset.info.num_rows)]
 
 
 def test_fixed_recordings_reuse_finished_shards_but_a_fixed_manifest_is_refused(
@@ -157,6 +163,19 @@ def test_an_interrupted_run_resumes_and_gives_the_same_bytes(
     run(rows, max_rejected=1)
     assert seen == []
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_run_that_leaves_more_rows_out_keeps_no_shard_of_the_run_before(tmp_path: Path, run):
+    spoken = {"role": "assistant", "content": {"type": "audio", "audio_url": "link.wav"}}
+    messages = [{"role": "user", "content": "Say it."}, spoken]
+    clips = make_root(tmp_path / "root", 6)
+    rows = [{"id": "chat", "messages": messages}, *clips]
+    run(rows, rows_per_shard=1, max_rejected=1)
+    held_out = next(row.id for row in all_rows(tmp_path / "out") if row.split == "validation")
+    # now the chat teaches a validation recording, and is left out
+    (tmp_path / "root" / "link.wav").symlink_to(f"{held_out[1:]}.wav")
+    run(rows, rows_per_shard=1, max_rejected=1)
+    assert [row.id for row in all_rows(tmp_path / "out")] == [row["id"] for row in clips]
 
 
 def test_a_folder_of_other_data_is_left_alone(tmp_path: Path, run):
