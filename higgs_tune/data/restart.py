@@ -11,7 +11,7 @@ from higgs_tune.data.audio import can_be_opened, locate, may_be_temporary
 from higgs_tune.data.clips import reason_of
 from higgs_tune.data.files import writing
 from higgs_tune.data.rows import ManifestRow, Rejection
-from higgs_tune.data.shards import INFO_NAME, ShardFile, list_shards, shard_path
+from higgs_tune.data.shards import INFO_NAME, SHARD_FOLDER, ShardFile, list_shards, shard_path
 from higgs_tune.errors import DataError
 from higgs_tune.files import write_json
 
@@ -45,7 +45,8 @@ def claim_folder(out: Path, job: dict[str, Any]) -> None:
         with writing(path):
             drop_shards(out, kept=0)
             write_json(path, job)
-    for half_written in out.rglob("*.tmp"):  # left by a run that was killed
+    # left by a run that was killed; `out` may hold the user's files as well
+    for half_written in (*out.glob(".*.tmp"), *(out / SHARD_FOLDER).glob("*.tmp")):
         half_written.unlink()
 
 

@@ -178,6 +178,18 @@ def test_a_run_that_leaves_more_rows_out_keeps_no_shard_of_the_run_before(tmp_pa
     assert [row.id for row in all_rows(tmp_path / "out")] == [row["id"] for row in clips]
 
 
+def test_only_drafts_of_a_killed_run_are_deleted(tmp_path: Path, run):
+    rows = make_root(tmp_path / "root", 6)
+    run(rows, "root")
+    drafts = [tmp_path / "root" / name for name in (".dataset.json.1.tmp", "shards/.a.2.tmp")]
+    others = [tmp_path / "root" / name for name in ("notes.tmp", "takes/.1.tmp")]
+    (tmp_path / "root" / "takes").mkdir()
+    for path in (*drafts, *others):
+        path.write_text("content")
+    run(rows, "root")
+    assert [path.exists() for path in (*drafts, *others)] == [False, False, True, True]
+
+
 def test_a_folder_of_other_data_is_left_alone(tmp_path: Path, run):
     rows = make_root(tmp_path / "root", 6)
     run(rows)
