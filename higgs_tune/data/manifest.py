@@ -4,7 +4,6 @@ The file is read once and its rows are kept on disk. A row that cannot be used i
 a file that cannot be read as its extension says is an error. No audio is read here.
 """
 
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os.path import normpath
@@ -34,6 +33,7 @@ from higgs_tune.data.rows import (
     field,
     is_blank,
     refuse_segment,
+    same_form,
     text_field,
     text_problem,
 )
@@ -176,7 +176,7 @@ def _text(
         path = find_spelling(data_root, name)
         if not path.resolve().is_relative_to(data_root.resolve()):
             raise DataError(f"transcript file {name} is outside the data root")
-        return unicodedata.normalize("NFC", path.read_text(encoding_of(path)).strip())
+        return same_form(path.read_text(encoding_of(path)))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"transcript file {name} cannot be read ({reason})") from None

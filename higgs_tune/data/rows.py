@@ -103,9 +103,18 @@ def field(
 def text_field(
     fields: Mapping[str, Any], names: tuple[str, ...], *, keep_empty: bool = False
 ) -> str | None:
-    """Like `field`, normalised to NFC, so that texts that look equal have equal tokens."""
+    """Like `field`, in the form of `same_form`."""
     value = field(fields, names, keep_empty=keep_empty)
-    return None if value is None else unicodedata.normalize("NFC", value)
+    return None if value is None else same_form(value)
+
+
+def same_form(text: str) -> str:
+    """A text in NFC, stripped, with line ends `\\n` and no byte order mark.
+
+    So texts that look equal have equal tokens, whatever file they came from.
+    """
+    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    return unicodedata.normalize("NFC", lines.strip())
 
 
 def audio_path(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:

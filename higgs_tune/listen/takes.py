@@ -4,7 +4,6 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unicodedata import normalize
 
 import numpy as np
 import soundfile
@@ -13,7 +12,7 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from higgs_tune.data import tasks
 from higgs_tune.data.audio import read_clip
 from higgs_tune.data.codec import Codec, decode_clip, encode_clip
-from higgs_tune.data.rows import text_problem
+from higgs_tune.data.rows import same_form, text_problem
 from higgs_tune.data.shards import Row
 from higgs_tune.data.tokens import Vocabulary, encode_conversation, unknown_in
 from higgs_tune.errors import ConfigError, DataError
@@ -41,23 +40,26 @@ def take_prompt(
     vocabulary: Vocabulary,
     system_text: str | None = None,
 ) -> Prompt:
-    """The prompt of the training task `speak`, or of `clone` with a reference; texts in NFC as in training.
+    """The prompt of the training task `speak`, or of `clone` with a reference.
+
+    Texts are in the same form as in training.
 
     Args:
         system_text: text of the system turn, as `data.system_text` in training.
 
     Raises:
-        DataError: a text is empty, too long, or contains a control token or characters that the base
-            does not know; or the reference is not a usable recording.
+        DataError: a text is empty, too long, not UTF-8, or contains a control token or characters that the
+            base does not know; or the reference is not a usable recording.
     """
-    texts = {
-        "--text": text,
-        "--reference-text": reference and reference.text,
-        "--system-text": system_text,
-    }
+    spoken, ref_text = same_form(text), reference and same_form(reference.text)
+    texts = {"--text": spoken, "--reference-text": ref_text, "--system-text": system_text}
     for what, value in texts.items():
         if value is None:
             continue
+        if any("\ud800" <= one <= "\udfff" for one in value):  # what Python makes of other bytes
+            raise DataError(
+                f"{what}: is not UTF-8. Convert it, for example with `iconv -f CP1256 -t UTF-8`."
+            )
         if problem := text_problem(value, _MAX_TEXT_CHARS):
             raise DataError(f"{what}: {problem}.")
         if unknown := unknown_in(value, vocabulary):
@@ -67,11 +69,9 @@ def take_prompt(
                 "what the embedded one knows."
             )
     unspoken_TC = np.zeros((1, vocabulary.num_codebooks), dtype=np.uint16)  # not in the prompt
-    codes, ref_text = (unspoken_TC,), None
+    codes = (unspoken_TC,)
     if reference is not None:
         codes = (unspoken_TC, _reference_codes(reference.path, codec))
-        ref_text = normalize("NFC", reference.text.strip())
-    spoken = normalize("NFC", text.strip())
     row = Row("--text", "validation", "clip", "", spoken, codes, ref_text=ref_text)
     talk = tasks.speak(row) if reference is None else tasks.clone(row, None)
     talk = tasks.with_system_turn(talk, system_text)

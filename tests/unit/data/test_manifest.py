@@ -83,6 +83,17 @@ def test_texts_and_speakers_are_normalised_to_nfc_but_paths_are_not(tmp_path: Pa
     assert found[0].id == path
 
 
+def test_a_text_does_not_keep_line_ends_or_the_mark_of_the_file_it_came_from(tmp_path: Path):
+    text = "\ufeffسطر\r\nآخر"
+    (tmp_path / "t.txt").write_bytes(text.encode())
+    rows = [
+        {"path": "a.wav", "text": text},
+        {"path": "a.wav", "transcript_file": "t.txt"},
+        chat(("user", text), SPOKEN),
+    ]
+    assert {row.text for row in jsonl(tmp_path, *rows).rows} == {"سطر\nآخر"}
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -167,7 +167,7 @@ def test_quoted_csv_texts_may_hold_commas_quotes_and_line_breaks(tmp_path: Path)
     found = read(
         tmp_path / "m.csv", 'path,text\r\n\r\na.wav,"one, ""two""\r\nthree"\r\nb.wav,x\r\n'
     )
-    assert [row.text for row in found.rows] == ['one, "two"\r\nthree', "x"]
+    assert [row.text for row in found.rows] == ['one, "two"\nthree', "x"]
     assert [row.number for row in found.rows] == [3, 5]  # the lines as an editor counts them
 
 

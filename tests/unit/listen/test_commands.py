@@ -113,6 +113,7 @@ def test_a_reference_changes_the_speech(tmp_path):
         (("--out", "x.mp3"), "needed a file name that ends in .wav"),
         (("--text", " "), "--text: text is empty"),
         (("--text", "a<|eot_id|>"), "holds the control token <|eot_id|>"),
+        (("--text", "\udce3\udcd1"), "--text: is not UTF-8"),  # CP1256 from a shell
         (("--text", "hi 😀"), "--text: the base's tokenizer has no token for '😀'. Leave that out"),
         (
             ("--adapter", "nowhere"),
