@@ -5,7 +5,9 @@ import unicodedata
 from functools import cache
 
 # Optional in writing: vowel signs, tatweel, and the annotation signs of the Quran.
-_ARABIC_MARKS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640]")
+_ARABIC_MARKS = re.compile(
+    "[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640\u0898-\u089f\u08ca-\u08ff]"
+)
 # Letters that writers and keyboards interchange: alef with a hamza, madda or wasla, a final yeh without
 # dots, and the Persian yeh and kaf. Arabic speech recognition is scored in this way.
 _ARABIC_LETTERS = str.maketrans(
