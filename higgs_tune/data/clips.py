@@ -14,7 +14,7 @@ import torch
 
 from higgs_tune.data.audio import locate, read_clip
 from higgs_tune.data.codec import Codec, encode_clip
-from higgs_tune.errors import DataError
+from higgs_tune.errors import DataError, NoMemoryError, is_out_of_memory
 
 _CACHED_CLIPS = 64  # a reference recording often serves many rows
 
@@ -47,7 +47,10 @@ def one_thread() -> Iterator[None]:
 
 
 def clip_encoder(codec: Codec, rules: ClipRules) -> Callable[[Names], Outcome]:
-    """Return a function that encodes a row's recordings; it caches the most recent clips."""
+    """Return a function that encodes a row's recordings; it caches the most recent clips.
+
+    The function raises NoMemoryError if the device has no memory for a clip.
+    """
 
     @lru_cache(maxsize=_CACHED_CLIPS)
     def codes(name: str) -> np.ndarray:
@@ -57,7 +60,15 @@ def clip_encoder(codec: Codec, rules: ClipRules) -> Callable[[Names], Outcome]:
             max_seconds=rules.max_seconds,
             target_rate_hz=codec.config.sample_rate,
         )
-        return encode_clip(codec, wave, rate_hz)
+        try:
+            return encode_clip(codec, wave, rate_hz)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NoMemoryError(
+                f"{name}: not enough memory on {codec.device} to encode {len(wave) / rate_hz:.1f} s: "
+                f"{error}. Lower --workers or --max-seconds, or choose another --device."
+            ) from error
 
     def outcome(names: Names) -> Outcome:
         found: list[np.ndarray] = []

@@ -77,6 +77,7 @@ def prepare(
             or more than `max_rejected` allows are rejected (rejected.jsonl lists them), or `out` belongs
             to other data or cannot be written. Finished shards are kept.
         ModelError: the codec cannot be loaded.
+        NoMemoryError: the device has no memory for the codec or a clip (a ModelError if a worker's).
         ConfigError: no such device, or more workers than this machine has CPUs.
     """
     options = options or PrepareOptions()

@@ -77,12 +77,12 @@ class _Encoder:
     def __call__(self, block: pa.Table) -> pa.Table:
         try:
             code = self._code = self._code or self._load()
+            outcomes = [code(tuple(row["names"])) for row in block.to_pylist()]
         except (ModelError, NoMemoryError) as error:
             return pa.Table.from_pylist([{"fatal": str(error)}], schema=_RESULT)
         rows: list[dict[str, Any]] = []
-        for row in block.to_pylist():
-            found = code(tuple(row["names"]))
-            rows.append({"index": row["index"]})
+        for index, found in zip(block.column("index").to_pylist(), outcomes, strict=True):
+            rows.append({"index": index})
             if isinstance(found, str):
                 rows[-1]["problem"] = found
             else:
@@ -104,7 +104,7 @@ def encode_on_cluster(
 
     Raises:
         ConfigError: more workers than this machine has CPUs, or a GPU is asked for and there is none.
-        ModelError: an actor cannot load the codec, or loads other weights.
+        ModelError: an actor cannot load the codec, loads other weights, or has no memory for a clip.
     """
     with join_cluster(_ENVIRONMENT) as cluster:
         num_gpus = _gpu_share(cluster, num_workers, device)

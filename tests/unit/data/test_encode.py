@@ -7,17 +7,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
+import torch
 
 from higgs_tune import cli
 from higgs_tune.config import TaskMix
-from higgs_tune.data import encode, prepare_cli
-from higgs_tune.data.codec import encode_clip, load_codec
+from higgs_tune.data import clips, encode, prepare_cli
+from higgs_tune.data.codec import encode_clip, load_codec, weights_digest
 from higgs_tune.data.dataset import Dataset
+from higgs_tune.data.encode_ray import CodecSource, _Encoder
 from higgs_tune.data.order import TrainOrder
 from higgs_tune.data.shards import list_shards
-from higgs_tune.errors import ConfigError, DataError
+from higgs_tune.errors import ConfigError, DataError, NoMemoryError
 from tests.unit.data.recordings import RATE_HZ, make_root, rejected, speech, spy, write_manifest
 
 
@@ -198,6 +201,25 @@ def test_missing_recordings_up_to_the_limit_are_left_out(tmp_path: Path, run):
     assert list(before) == ["c9", "c10"]
     assert run(rows, max_rejected=2).num_rows == 10
     assert rejected(tmp_path / "out") == before
+
+
+def test_a_clip_that_does_not_fit_in_memory_is_an_error_that_names_it(
+    tmp_path: Path, codec_folder: Path, run, monkeypatch
+):
+    def encode_clip(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(clips, "encode_clip", encode_clip)
+    rows = make_root(tmp_path / "root", 6)
+    message = r"0\.wav: not enough memory on cpu to encode 0\.4 s: .* 2\.00 GiB\. Lower --workers"
+    with pytest.raises(NoMemoryError, match=message):
+        run(rows)
+    source = CodecSource(
+        str(codec_folder), None, weights_digest(load_codec(str(codec_folder))), num_codebooks=2
+    )
+    actor = _Encoder(source, clips.ClipRules(tmp_path / "root", 0.1, 30.0), "cpu")
+    block = pa.Table.from_pylist([{"index": 0, "names": ["0.wav"]}])
+    assert re.search(message, actor(block).to_pylist()[0]["fatal"])
 
 
 def test_a_dataset_with_only_rejected_rows_is_refused(tmp_path: Path, run):
