@@ -27,6 +27,7 @@ _MAX_MISSING_S = 0.1  # shorter than a word; some encoders count a frame too man
 _MAX_MP3_MISSING_S = 0.3  # mp3_seconds also counts the decoder's delay and the encoder's padding
 _UNOPENED = "audio cannot be opened"
 _ABSENT = "does not exist"
+_DISK_FAILED = "System error"  # libsndfile's words for a failed read, as of a network file system
 _USE_OTHER = "convert it to WAV or FLAC, for example with ffmpeg"
 
 
@@ -118,7 +119,10 @@ def read_clip(
             wave = samples.mean(axis=1)
             is_mp3 = file.format == "MP3"
     except (soundfile.LibsndfileError, OSError) as error:
-        detail = str(error).split(": ", 1)[-1] if path.stat().st_size else "the file is empty"
+        detail = str(error).split(": ", 1)[-1]
+        if detail.startswith(_DISK_FAILED):
+            raise DataError(f"{_UNOPENED}: {_DISK_FAILED}") from None
+        detail = detail if path.stat().st_size else "the file is empty"
         if "SF_INFO" in detail:
             detail = "its header states no usable sample rate or number of channels: rewrite it"
         advice = f": {_USE_OTHER}" if "not recognised" in detail else ""

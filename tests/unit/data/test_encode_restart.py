@@ -128,6 +128,21 @@ def test_a_temporarily_unreadable_recording_is_read_on_the_next_run(
     assert len(seen) == 4, "the other shard is not touched"
 
 
+def test_a_recording_that_the_disk_failed_to_give_is_read_on_the_next_run(
+    tmp_path: Path, run, monkeypatch
+):
+    rows = make_root(tmp_path / "root", 8)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise soundfile.LibsndfileError(2)  # what libsndfile makes of EIO, ESTALE and the like
+
+    with monkeypatch.context() as patch:
+        patch.setattr(soundfile.SoundFile, "read", fail)
+        with pytest.raises(DataError, match=r"8 of 8 rows .*cannot be opened: System error"):
+            run(rows, max_rejected=0)
+    assert run(rows, max_rejected=0).num_rows == 8
+
+
 def test_a_shard_with_a_broken_recording_is_not_encoded_again(tmp_path: Path, run, monkeypatch):
     rows = make_root(tmp_path / "root", 8)
     (tmp_path / "root" / "5.wav").write_bytes(b"no audio")
