@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from higgs_tune.config import BaseSettings, DataSettings, SweepConfig
 from higgs_tune.config_file import load_sweep, validate
 from higgs_tune.data import prepare_cli
-from higgs_tune.errors import HiggsTuneError, reason_of
+from higgs_tune.errors import HiggsTuneError, is_out_of_memory, reason_of
 from higgs_tune.listen import commands as listen
 from higgs_tune.local_path import local_path
 from higgs_tune.train import export_cli, fit_cli, train_cli
@@ -34,6 +34,7 @@ BAD_INPUT = 2
 # Advice after a system error, such as a full disk, for which no command has a message of its own.
 _KEPT = "What a sweep found is kept in its results folder; `higgs-tune report DIR` writes the report again."
 _AGAIN = "Fix that and run the command again."
+_SMALLER = "Free some, use smaller batches or another device, and run the command again."
 DEFAULT_SWEEP = Path("sweeps/quick.yaml")
 
 
@@ -137,6 +138,11 @@ def guarded(args: argparse.Namespace) -> int:
     except OSError as error:
         of_sweep = args.run in (run_sweep_command, run_report)
         print(f"error: {reason_of(error)}. {_KEPT if of_sweep else _AGAIN}", file=sys.stderr)
+        return BAD_INPUT
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: not enough memory: {error}. {_SMALLER}", file=sys.stderr)
         return BAD_INPUT
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import higgs_tune
 from higgs_tune import cli
@@ -179,6 +180,19 @@ def test_an_os_error_outside_a_sweep_does_not_mention_sweeps(
     assert error.startswith("error: [Errno 5] Input/output error: 'somewhere'. ")
     assert "run the command again" in error
     assert "sweep" not in error and "report" not in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_a_command_without_memory_ends_with_one_line(monkeypatch, capsys, kind):
+    def fail(*_, **__):
+        raise kind("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("higgs_tune.listen.run.run_evaluation", fail)
+    monkeypatch.setattr("higgs_tune.files.replace_folder", lambda folder, write: write(folder))
+    assert cli.main(["evaluate", "--adapter", "none", "--out", "nowhere"]) == cli.BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith("error: not enough memory: CUDA out of memory. Tried to allocate 2.00")
     assert error.count("\n") == 1
 
 
