@@ -10,6 +10,7 @@ import numpy as np
 import soundfile
 
 from higgs_tune.data.mp3 import mp3_seconds
+from higgs_tune.data.plain_text import is_utf8
 from higgs_tune.errors import DataError
 
 _SHOWN_CHARS = 120
@@ -52,6 +53,8 @@ def locate(root: Path, name: str) -> Path:
             raise DataError(
                 f"audio {shown!r} {state} (looked in {root}): correct the path or set --data-root"
             )
+        if not is_utf8(str(path)):  # soundfile cannot open it
+            raise DataError(f"audio {shown!r} links to a file whose name is not UTF-8: rename it")
     except (OSError, ValueError, RuntimeError) as error:
         detail = getattr(error, "strerror", None) or error
         raise DataError(f"audio {shown!r} is not a usable path ({detail})") from None

@@ -20,6 +20,7 @@ from higgs_tune.data.codec import Codec, load_codec, weights_digest
 from higgs_tune.data.files import writing
 from higgs_tune.data.manifest import open_manifest
 from higgs_tune.data.options import PrepareOptions
+from higgs_tune.data.plain_text import is_utf8
 from higgs_tune.data.progress import Advance, progress
 from higgs_tune.data.restart import (
     check_recordings,
@@ -73,9 +74,9 @@ def prepare(
         data_root: audio outside it is rejected; by default the manifest's folder.
 
     Raises:
-        DataError: the data root does not exist, the manifest is unreadable or cannot be split, all rows
-            or more than `max_rejected` allows are rejected (rejected.jsonl lists them), or `out` belongs
-            to other data or cannot be written. Finished shards are kept.
+        DataError: the data root does not exist, a folder's name is not UTF-8, the manifest is unreadable or
+            cannot be split, all rows or more than `max_rejected` allows are rejected (rejected.jsonl lists
+            them), or `out` belongs to other data or cannot be written. Finished shards are kept.
         ModelError: the codec cannot be loaded.
         NoMemoryError: the device has no memory for the codec or a clip (a ModelError if a worker's).
         ConfigError: no such device, or more workers than this machine has CPUs.
@@ -84,6 +85,9 @@ def prepare(
     if data_root is not None and not data_root.is_dir():
         raise DataError(f"{data_root}: no such folder. --data-root is where the recordings are.")
     root = (data_root or manifest.parent).resolve()
+    for folder in (root, out):
+        if not is_utf8(str(folder)):
+            raise DataError(f"{str(folder)!r}: this name is not UTF-8. Rename the folder.")
     # With more workers this process encodes nothing, and they may have other devices than it has.
     model = load_codec(
         codec, resolve_device(device, "--device") if num_workers == 1 else "cpu", codec_revision

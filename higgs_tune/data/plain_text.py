@@ -1,4 +1,4 @@
-"""Normalise texts, so that two that sound the same compare as equal."""
+"""Check texts, and normalise them, so that two that sound the same compare as equal."""
 
 import re
 import unicodedata
@@ -18,6 +18,15 @@ _ARABIC_LETTERS = str.maketrans(
 def visible(text: str) -> str:
     """Text without characters that only control layout: direction and joining marks, soft hyphens."""
     return "".join(character for character in text if unicodedata.category(character) != "Cf")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can encode a text: not if Python read it from other bytes, in a name or argument."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def plain_text(text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from higgs_tune.data.plain_text import visible
+from higgs_tune.data.plain_text import is_utf8, visible
 from higgs_tune.data.tokens import AUDIO_IN_BOS, CONTROL_TOKENS
 from higgs_tune.errors import DataError
 
@@ -90,10 +90,8 @@ def field(
             continue
         if not isinstance(value, str):
             raise DataError(f"{name} is {type(value).__name__}, needed text")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise DataError(f"{name} has half a surrogate pair, which is not valid text") from None
+        if not is_utf8(value):
+            raise DataError(f"{name} has half a surrogate pair, which is not valid text")
         if value := value.strip():
             return value
         found = "" if keep_empty else None

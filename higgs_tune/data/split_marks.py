@@ -65,7 +65,7 @@ def _text_mark(text: str, seed: int) -> bytes:
 def _recording_mark(root: Path, name: str, seed: int) -> bytes:
     with suppress(OSError, ValueError):  # unusable path: the row is rejected when its audio is read
         name = os.path.realpath(find_spelling(root, name))
-    return hashlib.sha256(f"{seed}\0\0{name}".encode()).digest()
+    return hashlib.sha256(f"{seed}\0\0{name}".encode(errors="surrogateescape")).digest()
 
 
 def _find_kin(database: Connection) -> None:

@@ -12,6 +12,7 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from higgs_tune.data import tasks
 from higgs_tune.data.audio import read_clip
 from higgs_tune.data.codec import Codec, decode_clip, encode_clip
+from higgs_tune.data.plain_text import is_utf8
 from higgs_tune.data.rows import same_form, text_problem
 from higgs_tune.data.shards import Row
 from higgs_tune.data.tokens import Vocabulary, encode_conversation, unknown_in
@@ -56,7 +57,7 @@ def take_prompt(
     for what, value in texts.items():
         if value is None:
             continue
-        if any("\ud800" <= one <= "\udfff" for one in value):  # what Python makes of other bytes
+        if not is_utf8(value):
             raise DataError(
                 f"{what}: is not UTF-8. Convert it, for example with `iconv -f CP1256 -t UTF-8`."
             )

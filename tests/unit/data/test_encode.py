@@ -1,6 +1,7 @@
 """Preparing a dataset: what it contains, and what is rejected."""
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -232,6 +233,23 @@ def test_a_dataset_with_only_rejected_rows_is_refused(tmp_path: Path, run):
 def test_a_missing_data_root_is_named(tmp_path: Path):
     with pytest.raises(DataError, match="--data-root is where the recordings are"):
         encode.prepare(tmp_path / "m.csv", tmp_path / "out", data_root=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("where", ["root", "out", "target"])
+def test_a_folder_or_file_whose_name_is_not_utf8_is_a_plain_error(
+    tmp_path: Path, capsys, where: str
+):
+    cp1256 = os.fsdecode("صوت".encode("cp1256"))
+    root = tmp_path / (cp1256 if where == "root" else "root")
+    out = tmp_path / (cp1256 if where == "out" else "out")
+    rows = make_root(tmp_path / "root", 6)
+    if where == "target":
+        (root / "0.wav").rename(root / cp1256)
+        (root / "0.wav").symlink_to(cp1256)
+    (tmp_path / "root").rename(root)
+    arguments = ["data", "prepare", str(write_manifest(root, rows)), "--out", str(out)]
+    assert cli.main(arguments) == cli.BAD_INPUT
+    assert "not UTF-8" in capsys.readouterr().err
 
 
 def test_the_command_prepares_and_reports(
