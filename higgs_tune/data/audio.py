@@ -10,6 +10,7 @@ import numpy as np
 import soundfile
 
 from higgs_tune.data.mp3 import mp3_seconds
+from higgs_tune.data.ogg import is_joined_ogg
 from higgs_tune.data.plain_text import is_utf8
 from higgs_tune.errors import DataError
 
@@ -96,8 +97,9 @@ def read_clip(
 
     Raises:
         DataError: the file cannot be opened, is not audio, is cut off, is an MP3 that holds more than its
-            header states, is too short, too long or silent, has non-finite or unscaled samples, or has a
-            rate that is implausible or cannot be resampled to `target_rate_hz`.
+            header states, is an Ogg file of several recordings, is too short, too long or silent, has
+            non-finite or unscaled samples, or has a rate that is implausible or cannot be resampled to
+            `target_rate_hz`.
     """
     if path.suffix.lower() == ".raw":  # soundfile asks for a rate because of the name alone
         raise DataError(f"audio cannot be read: a .raw file has no header: {_USE_OTHER}")
@@ -120,7 +122,7 @@ def read_clip(
             # soundfile must be able to seek unless it gets the number of frames
             samples = file.read(file.frames, dtype="float32", always_2d=True)
             wave = samples.mean(axis=1)
-            is_mp3 = file.format == "MP3"
+            container = file.format
     except (soundfile.LibsndfileError, OSError) as error:
         detail = str(error).split(": ", 1)[-1]
         if detail.startswith(_DISK_FAILED):
@@ -131,7 +133,14 @@ def read_clip(
         advice = f": {_USE_OTHER}" if "not recognised" in detail else ""
         raise DataError(f"audio cannot be read: {detail.rstrip('.')}{advice}") from None
     found_s = len(wave) / rate_hz
-    if is_mp3 and (held_s := mp3_seconds(path.read_bytes())) - found_s > _MAX_MP3_MISSING_S:
+    if container == "OGG" and is_joined_ogg(path.read_bytes()):
+        raise DataError(
+            f"audio can only be read in part: it holds several joined recordings: {_USE_OTHER}"
+        )
+    if (
+        container == "MP3"
+        and (held_s := mp3_seconds(path.read_bytes())) - found_s > _MAX_MP3_MISSING_S
+    ):
         raise DataError(
             f"audio can only be read in part: {found_s:.2f} s of about {held_s:.2f} s, because the MP3's "
             f"header states less than the file holds: {_USE_OTHER}"

@@ -117,6 +117,16 @@ def test_an_mp3_of_two_joined_files_is_not_read_in_part(tmp_path: Path):
         read(path)
 
 
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_an_ogg_of_two_joined_files_is_not_read_in_part(tmp_path: Path, codec: str):
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, tone(2), 24000, format="OGG", subtype=codec)
+    assert len(read(path)[0]) == 2 * 24000
+    path.write_bytes(2 * path.read_bytes())
+    with pytest.raises(DataError, match="only be read in part: it holds several joined recordings"):
+        read(path)
+
+
 def test_an_mp3_frame_counts_only_if_another_follows():
     header = bytes.fromhex("fff344c0")  # MPEG 2, layer III, 32 kbit/s, 24 kHz
     frame = header + bytes(96 - 4)
