@@ -218,6 +218,12 @@ class SweepConfig(Settings):
                 f"base.device is {self.base.device} and tune.gpus_per_worker 0: all workers would share "
                 "one GPU. Set tune.gpus_per_worker to 1, or base.device to cpu"
             )
+        kind, _, index = self.base.device.partition(":")
+        if kind == "cuda" and index.isdecimal() and int(index):
+            raise ValueError(
+                f"base.device is {self.base.device}, and each worker of a sweep sees one GPU, as cuda:0. Set "
+                f"base.device to auto, and choose the GPU with CUDA_VISIBLE_DEVICES={index}"
+            )
         train = self.train
         self.tune.scheduler.refuse_impossible(
             self.tune.num_trials - self.num_baselines,

@@ -67,6 +67,10 @@ def loaded(tmp_path, text, overrides=()):
         ),
         ("tune: {gpus_per_worker: 8}", r"tune\.gpus_per_worker: .*less than or equal to 1"),
         ("base: {device: cuda}", r"base\.device is cuda and tune\.gpus_per_worker 0"),
+        (
+            "{base: {device: 'cuda:1'}, tune: {gpus_per_worker: 1}}",
+            r"base\.device is cuda:1, .* CUDA_VISIBLE_DEVICES=1",
+        ),
         ("[1, 2]", "found a list, needed a mapping"),
         ("a: [", "cannot be read as YAML"),
     ],
