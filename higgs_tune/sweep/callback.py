@@ -19,7 +19,7 @@ from higgs_tune.sweep.given_up import cause_of, reason_of
 from higgs_tune.sweep.later import Later
 from higgs_tune.sweep.live import SHOWN, Display
 from higgs_tune.sweep.records import TrialFiles
-from higgs_tune.sweep.seats import CHECKPOINT_INFO
+from higgs_tune.sweep.seats import CHECKPOINT_INFO, CheckpointError
 from higgs_tune.sweep.source import TrialSource
 from higgs_tune.sweep.study import TrialRecord, ending
 
@@ -183,6 +183,8 @@ class SweepCallback(Callback):
         record, cause = _record(trial), cause_of(trial)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             self._control.fail(disk_error(self._results, cause))
+        if isinstance(cause, CheckpointError):
+            self._control.fail(cause)
         self._last.setdefault(record.trial_id, {})
         self._end(record.trial_id, "cancelled", reason_of(trial))
         self._num_failed += 1

@@ -138,6 +138,10 @@ class SlotLostError(SweepError):
     """The worker no longer knows the trial; Tune restarts it from its last checkpoint."""
 
 
+class CheckpointError(SweepError):
+    """A worker's machine cannot write checkpoints, without which trials would be trained in vain."""
+
+
 def num_seats(num_slots: int, *, strict: bool) -> int:
     """How many trials a worker takes: one per slot, and some that wait to fill a freed slot at once.
 

@@ -3,12 +3,15 @@
 import asyncio
 import json
 import logging
+import platform
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.sweep.seats import CHECKPOINT_INFO, Files, Report, read_files
+from safetensors import SafetensorError
+
+from higgs_tune.sweep.seats import CHECKPOINT_INFO, CheckpointError, Files, Report, read_files
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +31,24 @@ class Writer:
             report.written.add_done_callback(_note)
 
     async def take(self, report: Report) -> Any:
-        """A reference to the checkpoint of a report with a snapshot; another call writes it anew."""
+        """A reference to the checkpoint of a report with a snapshot; another call writes it anew.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
         written, report.written = report.written, None
         if written is None or (written.done() and written.exception()):  # there may be space now
             self.begin(report)
             written, report.written = report.written, None
         assert written is not None
-        return await written
+        try:
+            return await written
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{platform.node()} cannot write a checkpoint to {tempfile.gettempdir()}: {error}. Free "
+                "space there, or start Ray there with TMPDIR on another disk; then start again with "
+                "--resume."
+            ) from error
 
     async def put(self, files: Files) -> Any:
         """A reference to files that exist already."""

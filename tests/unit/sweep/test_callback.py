@@ -17,7 +17,7 @@ from higgs_tune.sweep.control import Control
 from higgs_tune.sweep.later import Later
 from higgs_tune.sweep.live import Display
 from higgs_tune.sweep.records import TrialFiles
-from higgs_tune.sweep.seats import CHECKPOINT_INFO
+from higgs_tune.sweep.seats import CHECKPOINT_INFO, CheckpointError
 from higgs_tune.sweep.study import TrialRecord
 from tests.workers import trial
 
@@ -133,7 +133,14 @@ def test_a_trial_whose_last_adapter_cannot_be_stored_is_not_completed(tmp_path):
     assert ended == [("t0", "cancelled")]
 
 
-def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "{results}: cannot be written"),
+        (CheckpointError("node-7 cannot write to /tmp: No space left on device"), "node-7 cannot"),
+    ],
+)
+def test_a_full_disk_in_a_trials_or_workers_process_ends_the_sweep(tmp_path, error, place):
     control, ended = Control(), []
     callback = make_callback(
         tmp_path,
@@ -141,8 +148,7 @@ def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
         boards=SimpleNamespace(end=lambda _: None),
         control=control,
     )
-    error = RayTaskError("save", "", OSError(errno.ENOSPC, "No space left on device"))
-    (tmp_path / "error.pkl").write_bytes(cloudpickle.dumps(error))
+    (tmp_path / "error.pkl").write_bytes(cloudpickle.dumps(RayTaskError("save", "", error)))
     record = TrialRecord("t0", 0, "t0", "search", None, trial())
     callback.on_trial_error(
         0,
@@ -152,9 +158,10 @@ def test_a_full_disk_in_a_trials_process_ends_the_sweep(tmp_path):
         ),
     )
     assert isinstance(control.error, SweepError)
+    assert str(control.error).startswith(place.format(results=tmp_path))
     assert "No space left on device" in str(control.error)
     assert ended[0][:2] == ("t0", "cancelled")
-    assert "OSError: [Errno 28] No space left on device" in ended[0][2]
+    assert f"{type(error).__name__}: {error}" in ended[0][2]
 
 
 @pytest.fixture
