@@ -1,6 +1,7 @@
 """A Tune trial: asks its worker for the next result and hands it to Tune. Imports no torch."""
 
 import logging
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ class PackTrial(Trainable):
             # Without its metric no scheduler ranks it: NaN would pass every cutoff.
             result.pop(VAL_TEXT_NLL, None)
         return {**result, SITS_AT: self._sits_at, "done": self._status != "running"}
+
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """Save a checkpoint on the disk of the results; by default Tune writes it to /tmp first.
+
+        /tmp may be small or in memory, and keeps for good what a failed save has written.
+        """
+        assert self._storage is not None
+        place = self._storage.experiment_fs_path
+        with tempfile.TemporaryDirectory(prefix="saving-", dir=place) as folder:
+            return super().save(checkpoint_dir or folder)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the adapter and its training state, from the worker, to the folder that Tune stores.

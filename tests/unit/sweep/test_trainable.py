@@ -1,10 +1,15 @@
 """How a trial finds its worker."""
 
+import errno
 import math
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import RayActorError
+from ray.train._internal.storage import StorageContext
 
 from higgs_tune.errors import SweepError
 from higgs_tune.sweep import space, trainable
@@ -173,3 +178,24 @@ def test_a_reset_waits_for_no_slot(make_config, monkeypatch):
     assert clock.now == 0
     made._sit_down()
     assert clock.now >= 300 and made._worker.name == "w1"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_checkpoint_needs_no_room_beside_the_results_and_leaves_nothing(
+    tmp_path, monkeypatch, fails
+):
+    def save_checkpoint(self, folder):
+        Path(folder, "adapter.bin").write_bytes(b"0")
+        if fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no-such-folder"))
+    monkeypatch.setattr(trainable.PackTrial, "save_checkpoint", save_checkpoint)
+    made = object.__new__(trainable.PackTrial)
+    made._storage = StorageContext(str(tmp_path), "search", trial_dir_name="t000")
+    made._last_result = {}
+    with pytest.raises(OSError, match="No space") if fails else nullcontext():
+        assert made.save().checkpoint.path == str(tmp_path / "search/t000/checkpoint_000000")
+    left = {path.name for path in tmp_path.rglob("*") if path.name != ".validate_storage_marker"}
+    saved = {"t000", "checkpoint_000000", "adapter.bin"}
+    assert left == {"search"} | (set() if fails else saved)
