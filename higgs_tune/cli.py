@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from higgs_tune.config import BaseSettings, DataSettings, SweepConfig
 from higgs_tune.config_file import load_sweep, validate
-from higgs_tune.data import prepare_cli
+from higgs_tune.data import prepare_cli, unpack_cli
 from higgs_tune.errors import HiggsTuneError, is_out_of_memory, reason_of
 from higgs_tune.listen import commands as listen
 from higgs_tune.local_path import local_path
@@ -54,11 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep.set_defaults(run=run_sweep_command)
 
     data = commands.add_parser("data", help="prepare datasets")
-    prepare = data.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "prepare", help="encode a manifest's recordings once"
-    )
+    datasets = data.add_subparsers(required=True, metavar="COMMAND")
+    prepare = datasets.add_parser("prepare", help="encode a manifest's recordings once")
     prepare_cli.add_arguments(prepare)
     prepare.set_defaults(run=prepare_cli.run)
+    unpack = datasets.add_parser("unpack", help="write the recordings that Parquet files hold")
+    unpack_cli.add_arguments(unpack)
+    unpack.set_defaults(run=unpack_cli.run)
 
     train = commands.add_parser("train", help="train one configuration, such as a sweep's best")
     train_cli.add_arguments(train)

@@ -123,7 +123,7 @@ def audio_path(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
             if value.get("bytes"):
                 raise DataError(
                     f"{name}: audio inside the manifest is not supported: write its bytes to a file "
-                    "below the data root and give that file's path"
+                    "below the data root and give that file's path, as `higgs-tune data unpack` does"
                 )
             inner = audio_path(value, ("path", "url"))
             if inner is None:
