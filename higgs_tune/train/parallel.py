@@ -65,6 +65,10 @@ class World:
         """Whether the flag is true in any process."""
         return bool(self.sum(torch.tensor([int(flag)]))[0]) if self.size > 1 else flag
 
+    def agree(self, value: object) -> bool:
+        """Whether the value, which must pickle, is equal in all processes."""
+        return not self.any(self.on_main(lambda: value) != value)
+
     def highest(self, value: float) -> float:
         """The largest value of all processes."""
         largest = torch.tensor([value], dtype=torch.float64)

@@ -13,9 +13,11 @@ from pathlib import Path
 from higgs_tune import metrics
 from higgs_tune.config import BaseSettings, DataSettings, RunSettings, TrialConfig
 from higgs_tune.data.dataset import Dataset
+from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.files import write_json
 from higgs_tune.model.load import load_base
 from higgs_tune.train import run_folder as folder
+from higgs_tune.train.checkpoint import read_step
 from higgs_tune.train.loop import PackLoop
 from higgs_tune.train.parallel import ALONE, World
 from higgs_tune.train.recorder import Recorder, Watcher, early_stop_reason, is_finished, last_line
@@ -55,9 +57,10 @@ def train_single(
 
     Raises:
         ConfigError: `out` is not empty, or a run is training there; `resume` finds no run there, or one
-            with other settings, data or base weights; or `run.start_from` has another rank or scale.
+            with other settings, data or base weights; not every process finds its checkpoint; or
+            `run.start_from` has another rank or scale.
         ModelError: `run.start_from` is not an adapter, or not one that the trial can start from.
-        DataError: the disk is full or `out` cannot be written.
+        DataError: the disk is full or `out` cannot be written; or the processes have different data.
     """
     if run.start_from is not None:  # absolute, to be comparable from any working directory
         begun = str(Path(run.start_from).expanduser().resolve())
@@ -84,6 +87,11 @@ def train_single(
 
     request = StopRequest()
     with stop_signals(request), ExitStack() as hold:
+        if not world.agree(dataset.info.content_hash):
+            raise DataError(
+                f"{data.path}: not the same data in every process (content hash "
+                f"{dataset.info.content_hash[:12]} here). Copy one prepared dataset to all machines."
+            )
         lines = world.on_main(open_folder)
         if world.on_main(lambda: is_finished(out, lines, trial, run)):
             world.on_main(lambda: folder.keep_again(out, lines, run))
@@ -92,6 +100,11 @@ def train_single(
                 watcher.report(last)
             return last
         newest, start_from = out / folder.ADAPTER, None
+        if not world.agree(read_step(newest) if newest.exists() else None):
+            raise ConfigError(
+                f"{newest}: not the same checkpoint in every process. Give an --out that all machines "
+                "can read, and an empty one for a new run."
+            )
         if run.start_from and not newest.exists():
             start_from = Path(run.start_from)
             check_start(start_from, trial)

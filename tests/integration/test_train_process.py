@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,17 +119,56 @@ def test_a_run_ended_by_sigterm_and_then_killed_gives_the_same_results(
     assert samples[0] == samples[1]
 
 
-def test_two_processes_equal_one_with_twice_the_batch(start, uninterrupted, tmp_path):
-    # with one clip each, a process often has no text target, or no audio target, of its own
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(start, uninterrupted, tmp_path):
+    # with one clip each, a process often has no text target, or no audio target, of its own
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     launcher += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-    launcher += ("--main_process_port", str(port))
+    launcher += ("--main_process_port", str(free_port()))
     process = start("--set", "trial.batch_clips=1", launcher=launcher)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     assert_equal_runs(tmp_path / "out", uninterrupted, 1e-5)
     printed = [json.loads(text) for text in output.splitlines() if text.startswith("{")]
     assert [line["step"] for line in printed] == [0, 12, 24, 36, 48, 60]
+
+
+@pytest.fixture
+def unfinished(uninterrupted, tmp_path) -> Path:
+    """A run of two processes that was killed before its last line."""
+    out = shutil.copytree(uninterrupted, tmp_path / "unfinished")
+    settings = json.loads((out / "config.json").read_text())
+    settings |= {"clips_per_step": 4, "num_processes": 2}
+    (out / "config.json").write_text(json.dumps(settings))
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]))
+    return out
+
+
+@pytest.mark.parametrize("differing", ["checkpoint", "data"])
+def test_machines_with_different_files_are_refused(
+    config, start_process, unfinished, tmp_path, differing
+):
+    # the second machine lacks the run's folder, or has another dataset under the same name
+    command = (sys.executable, "-m", "higgs_tune.cli", "train", "--config", str(config), "--resume")
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    own = {
+        "checkpoint": [("--out", str(unfinished)), ("--out", str(tmp_path / "absent"))],
+        "data": [
+            ("--out", str(unfinished), "--data", f"embedded:{n}") for n in ("arabic", "french")
+        ],
+    }[differing]
+    processes = [
+        start_process(*command, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **world)
+        for rank, arguments in enumerate(own)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == 2, output
+        assert f"not the same {differing} in every process" in output
+        assert "Traceback" not in output
