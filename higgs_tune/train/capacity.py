@@ -27,13 +27,18 @@ if TYPE_CHECKING:
 SLOTS_PER_CPU = 2  # keeps a CPU's lanes busy when trials differ in length
 
 
+def most_clips(config: SweepConfig) -> int:
+    """Most clips per step of any trial of the sweep, the two baselines included."""
+    return max(*config.space.batch_clips, config.baseline.batch_clips or 1)
+
+
 def largest_step(config: SweepConfig, shape: "HiggsAudioV2Config") -> StepShape:
     """The step with the most rows in one forward that the sweep's limits allow an adapter, for speech data.
 
     Assumes that a fifth of the rows is text, and half of that targets; denser text needs more memory
     for its logits.
     """
-    data, clips = config.data, max(config.space.batch_clips)
+    data, clips = config.data, most_clips(config)
     longest = longest_conversation(data, shape.num_codebooks, shape.max_position_embeddings)
     # one conversation may exceed the budget; several fill it best with an equal share each
     budget = config.train.token_budget

@@ -66,7 +66,7 @@ def fit(
     """Predict the bytes needed with one slot and with the sweep's slots, and how many slots fit."""
     import torch  # slow
 
-    from higgs_tune.train.capacity import largest, most_parameters, predict_modes
+    from higgs_tune.train.capacity import largest, most_clips, most_parameters, predict_modes
     from higgs_tune.train.memory import (
         GIB,
         RESERVE,
@@ -76,7 +76,7 @@ def fit(
     )
 
     shape = base_shape(config.base, base_config)
-    step = StepShape.of(max(config.space.batch_clips), clip_rows, config.train.token_budget)
+    step = StepShape.of(most_clips(config), clip_rows, config.train.token_budget)
     ones, twos = (predict_modes(config, shape, n, step) for n in (1, 2))
     fitting = slots_that_fit(ones, twos, int(gpu_gib * GIB))
     setting = config.tune.slots_per_worker

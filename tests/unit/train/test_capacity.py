@@ -16,7 +16,7 @@ from higgs_tune.train.capacity import (
     slots_on_cpu,
     slots_on_gpu,
 )
-from higgs_tune.train.fit_cli import base_shape
+from higgs_tune.train.fit_cli import base_shape, fit
 from higgs_tune.train.memory import RESERVE, memory_of_slots
 
 QUICK = Path(__file__).parents[3] / "sweeps" / "quick.yaml"
@@ -91,6 +91,14 @@ def test_a_cpu_holds_two_slots_per_core_or_as_many_as_fit_in_memory(
 def test_the_largest_step_follows_the_limits_of_the_sweep(config, shape):
     roomy = load_sweep(QUICK, ["train.token_budget=100000", "space.batch_clips=[2, 5]"])
     assert largest_step(roomy, shape).num_clips == 5
+
+
+def test_the_largest_step_can_be_that_of_the_baseline():
+    config = load_sweep(QUICK, ["train.token_budget=100000", "baseline.batch_clips=5"])
+    assert max(config.space.batch_clips) < 5
+    shape = base_shape(config.base, None)
+    assert largest_step(config, shape).num_clips == 5
+    assert fit(config, None, gpu_gib=80, clip_rows=400)["rows_per_adapter"] == 5 * 400
 
 
 @pytest.mark.parametrize("max_rows", [37, 60, 100, 128, 200, 256])
