@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -220,6 +221,11 @@ def locate(settings: BaseSettings) -> tuple[str, Path]:
     return source, Path(folder)
 
 
+def on_one_line(error: StrictDataclassError) -> str:
+    """What a config's own check says is wrong."""
+    return " ".join(str(error).split())
+
+
 def read_config(folder: Path) -> tuple[HiggsAudioV2Config, PreTrainedTokenizerBase]:
     """The native config of a checkpoint in any format, and its tokenizer; reads no weights.
 
@@ -244,6 +250,8 @@ def read_config(folder: Path) -> tuple[HiggsAudioV2Config, PreTrainedTokenizerBa
             config = _MODEL_TYPES[model_type].from_dict(raw)
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"base.path: {folder} cannot be loaded: {error}") from error
+    except StrictDataclassError as error:
+        raise ModelError(f"{where} cannot be loaded: {on_one_line(error)}") from error
     if config.hidden_act != "silu":  # `packed_ops.swiglu`
         raise ModelError(
             f"{where}: hidden_act is {config.hidden_act!r}, needed 'silu': training supports no other."

@@ -112,9 +112,10 @@ def base_shape(base: BaseSettings, path: Path | None) -> "HiggsAudioV2Config":
         ConfigError: a Hub id without a revision.
         ModelError: no such file, or not the configuration of a Higgs Audio V2 model.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import HiggsAudioV2Config
 
-    from higgs_tune.model.load import read_config
+    from higgs_tune.model.load import on_one_line, read_config
     from higgs_tune.model.snapshot import read_object
 
     if path is not None:
@@ -124,7 +125,10 @@ def base_shape(base: BaseSettings, path: Path | None) -> "HiggsAudioV2Config":
                 f"{path}: model_type is {raw.get('model_type')!r}, needed "
                 f"{HiggsAudioV2Config.model_type!r}."
             )
-        return HiggsAudioV2Config.from_dict(raw)
+        try:
+            return HiggsAudioV2Config.from_dict(raw)
+        except StrictDataclassError as error:
+            raise ModelError(f"{path}: {on_one_line(error)}") from error
     if base.path == PUBLISHED_BASE and not Path(base.path).exists():
         # it has the class's default sizes, except that codebook_size includes the two stream ids
         return HiggsAudioV2Config(codebook_size=1026)

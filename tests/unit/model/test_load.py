@@ -1,6 +1,7 @@
 """Loading a base: every format gives the source's logits, and every fault is one clear error."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,16 @@ def test_an_unsupported_activation_is_a_model_error(folder):
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"silu"', '"gelu"'))
     with pytest.raises(ModelError, match="hidden_act is 'gelu', needed 'silu'"):
+        load_base(settings(folder))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("7", "not a multiple"), ('"many"', "expected int, got str")]
+)
+def test_a_config_with_impossible_sizes_is_a_model_error(folder, value, message):
+    path = folder / "config.json"
+    path.write_text(re.sub(r'("num_attention_heads": )\d+', rf"\g<1>{value}", path.read_text()))
+    with pytest.raises(ModelError, match=rf"^base\.path: .* cannot be loaded: .*{message}.*$"):
         load_base(settings(folder))
 
 

@@ -132,6 +132,13 @@ def test_a_config_of_another_model_is_refused(tmp_path, capsys) -> None:
     assert "model_type is 'llama'" in capsys.readouterr().err
 
 
+def test_a_config_with_impossible_sizes_is_refused(tmp_path, capsys) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "higgs_audio_v2", "hidden_size": 100}')
+    assert cli.main(["fit", "--config", str(REAL), "--base-config", str(path)]) == cli.BAD_INPUT
+    assert f"{path}: " in (message := capsys.readouterr().err) and "not a multiple" in message
+
+
 def test_a_folder_in_the_original_format_is_predicted_like_its_native_twin(tmp_path) -> None:
     write_boson(tmp_path / "boson", audio_self=False)
     native = load_base(BaseSettings(path=str(tmp_path / "boson"), device="cpu")).model.config
