@@ -17,16 +17,19 @@ def resolve_device(name: str, setting: str) -> torch.device:
         setting: the setting's name, for errors.
 
     Raises:
-        ConfigError: no device has this name, or it is a GPU that is not there.
+        ConfigError: no supported device has this name, or it is a GPU that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ConfigError(
-            f"{setting}: found {name!r}, which names no device. Use auto, cpu, cuda or cuda:N."
-        ) from None
+            f"{setting}: found {name!r}, which names no device that is supported. "
+            "Use auto, cpu, cuda or cuda:N."
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{setting}: found {name!r}, but torch sees no GPU. Use auto or cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

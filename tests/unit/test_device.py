@@ -10,8 +10,8 @@ from higgs_tune.errors import ConfigError
 
 
 @pytest.mark.parametrize("setting", ["base.device", "--device"])
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
-def test_an_unknown_device_name_is_a_config_error(name: str, setting: str):
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "", "mps", "meta"])
+def test_an_unknown_or_unsupported_device_name_is_a_config_error(name: str, setting: str):
     with pytest.raises(ConfigError, match=f"{setting}: found {name!r}, which names no device"):
         resolve_device(name, setting)
 
