@@ -31,11 +31,12 @@ _SECRET = re.compile(r"(://)\S*@")  # user and password of tune.storage
 PROBE_BYTES = 4 * 1024 * 1024
 PACKAGES = ("higgs-tune", "torch", "torchaudio", "transformers", "peft", "ray", "optuna", "pyarrow")
 # What a resumed sweep may change: how and how long it runs, never what its trials are. Data may be at
-# another path, as on another machine, because its content is compared.
+# another path, as on another machine, because its content is compared, and the study in another database, or
+# have another password, because it must have the folder's trials.
 MAY_CHANGE = (
     "results_dir", "base.device", "data.path", "confirm.", "tune.num_trials", "tune.num_workers",
     "tune.slots_per_worker", "tune.cpus_per_worker", "tune.gpus_per_worker", "tune.max_failures",
-    "tune.time_limit_s", "tune.ahead_fraction",
+    "tune.time_limit_s", "tune.ahead_fraction", "tune.storage",
 )  # fmt: skip
 
 

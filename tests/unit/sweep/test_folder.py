@@ -132,6 +132,13 @@ def test_a_resumed_sweep_may_have_more_trials_and_other_resources(make_config):
     assert len(environment["resumed_at"]) == 1
 
 
+def test_a_resumed_sweep_may_reach_its_study_at_another_url(make_config):
+    folder = opened(make_config(tune={"storage": "postgresql://u:old@db/studies"}))
+    moved = "postgresql://u:new@db2/studies"
+    assert opened(make_config(tune={"storage": moved}), resume=True) == folder
+    assert load_sweep(folder / "sweep.yaml").tune.storage == moved
+
+
 def test_a_resumed_sweep_may_read_its_data_from_another_path(make_config):
     folder = opened(make_config())
     assert opened(make_config(data={"path": "/moved/here"}), resume=True) == folder
