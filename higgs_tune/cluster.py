@@ -69,8 +69,8 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
         environment: variables for Ray's processes, unless the user has set them.
 
     Raises:
-        ConfigError: RAY_ADDRESS is not a cluster's address, no cluster answers at the address, or the
-            path of Ray's temporary folder is too long.
+        ConfigError: RAY_ADDRESS is not a cluster's address, no cluster answers at the address or it has
+            other versions, or the path of Ray's temporary folder is too long.
     """
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -86,6 +86,13 @@ def join_cluster(environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[Clust
         raise ConfigError(
             f"No Ray cluster answers at {address}. Start it, or set RAY_ADDRESS=local to run on "
             "this machine alone."
+        ) from None
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise ConfigError(
+            f"The Ray cluster at {address} has other versions: {' '.join(str(error).split())}. Install "
+            "the same ones here, or set RAY_ADDRESS=local to run on this machine alone."
         ) from None
     except OSError as error:
         if "AF_UNIX" not in str(error):

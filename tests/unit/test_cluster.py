@@ -13,7 +13,7 @@ from ray import _raylet
 from ray._private import ray_constants, utils
 from ray._private.node import Node
 from ray._private.parameter import RayParams
-from ray._private.utils import validate_socket_filepath, write_ray_address
+from ray._private.utils import check_version_info, validate_socket_filepath, write_ray_address
 
 from higgs_tune import cluster
 from higgs_tune.errors import ConfigError
@@ -236,6 +236,19 @@ def test_a_temporary_folder_with_too_long_a_path_is_one_clear_error(monkeypatch)
     needed = r"^/scratch/j+/ray: this path is too long for Ray's sockets\. Set RAY_TMPDIR=/tmp"
     with pytest.raises(ConfigError, match=needed), cluster.join_cluster():
         pass
+
+
+def test_a_cluster_of_other_versions_is_one_clear_error(monkeypatch):
+    def init(**_):
+        check_version_info({"ray_version": "2.9.0", "python_version": "3.9.1"}, "this node")
+
+    monkeypatch.setattr(os, "environ", {"RAY_ADDRESS": "local"})
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", init)
+    needed = r"^The Ray cluster at .* has other versions: .*Ray: 2\.9\.0 Python: 3\.9\.1 .*Install the same"
+    with pytest.raises(ConfigError, match=needed) as caught, cluster.join_cluster():
+        pass
+    assert "\n" not in str(caught.value)
 
 
 def test_auth_mode_is_disabled_unless_the_user_sets_it(join):
