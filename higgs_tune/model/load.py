@@ -32,7 +32,7 @@ from higgs_tune.model.compile_cache import prepare_compile
 from higgs_tune.model.snapshot import check_tensors, read_object, stored_tensors
 from higgs_tune.model.template import check_template
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # the tokenizer's included
 _TEXT_HEAD = "text_lm_head.weight"
 _MODEL_TYPES = {cls.model_type: cls for cls in (HiggsAudioV2Config, CrossAttentionConfig)}
 _ORIGINAL_HEADS = {f"audio_decoder_proj.{kind}_lm_head.weight" for kind in ("audio", "text")}
@@ -201,8 +201,11 @@ def load_checkpoint(settings: BaseSettings, *, keep_dtype: bool = False) -> Base
     return Base(model, tokenizer, vocabulary, source, revision, folder)
 
 
-def locate(settings: BaseSettings) -> tuple[str, Path]:
+def locate(settings: BaseSettings, *, weights: bool = True) -> tuple[str, Path]:
     """The base's name in an adapter's files, and its folder, downloaded if it is a Hub id.
+
+    Args:
+        weights: whether to download the weights, too.
 
     Raises:
         ConfigError: a Hub id without a revision.
@@ -212,8 +215,9 @@ def locate(settings: BaseSettings) -> tuple[str, Path]:
     if local is not None:
         return str(local), local
     source = settings.path
+    files = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
     try:
-        folder = snapshot_download(source, revision=settings.revision, allow_patterns=_HUB_FILES)
+        folder = snapshot_download(source, revision=settings.revision, allow_patterns=files)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"base.path: {source} at {settings.revision} cannot be downloaded: {error}"

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from higgs_tune.base_source import local_folder
 from higgs_tune.config import BaseSettings, SweepConfig
 from higgs_tune.config_file import load_sweep
 from higgs_tune.config_steps import num_checkpoints
@@ -115,7 +114,7 @@ def base_shape(base: BaseSettings, path: Path | None) -> "HiggsAudioV2Config":
     from huggingface_hub.errors import StrictDataclassError
     from transformers import HiggsAudioV2Config
 
-    from higgs_tune.model.load import on_one_line, read_config
+    from higgs_tune.model.load import locate, on_one_line, read_config
     from higgs_tune.model.snapshot import read_object
 
     if path is not None:
@@ -132,14 +131,7 @@ def base_shape(base: BaseSettings, path: Path | None) -> "HiggsAudioV2Config":
     if base.path == PUBLISHED_BASE and not Path(base.path).exists():
         # it has the class's default sizes, except that codebook_size includes the two stream ids
         return HiggsAudioV2Config(codebook_size=1026)
-    folder = local_folder(base)
-    if folder is not None:
-        return read_config(folder)[0]
-    assert base.revision is not None  # local_folder refuses a Hub id without one
-    try:
-        return HiggsAudioV2Config.from_pretrained(base.path, revision=base.revision)
-    except OSError as error:
-        raise ModelError(f"base.path: no config.json of {base.path}: {error}") from None
+    return read_config(locate(base, weights=False)[1])[0]
 
 
 def _table(found: dict[str, Any], gpu_gib: float) -> str:

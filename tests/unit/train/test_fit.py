@@ -16,10 +16,12 @@ from higgs_tune.train.engine import Engine
 from higgs_tune.train.fit_cli import fit
 from higgs_tune.train.memory import largest_trial
 from higgs_tune.train.sweep_pack import sweep_limits
-from tests.checkpoints import write_boson
+from tests.checkpoints import write_boson, write_native
+from tests.models import tiny_base
 
 SWEEPS = Path(__file__).parents[3] / "sweeps"
 REAL = SWEEPS / "higgs_v2.yaml"
+REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_the_real_sweep_is_valid_and_stops_no_trial_in_its_warm_up() -> None:
@@ -145,3 +147,35 @@ def test_a_folder_in_the_original_format_is_predicted_like_its_native_twin(tmp_p
     (tmp_path / "config.json").write_text(native.to_json_string())
     config = load_sweep(SWEEPS / "quick.yaml", [f"base.path={tmp_path / 'boson'}"])
     assert fit(config, None, 2.0, 100) == fit(config, tmp_path / "config.json", 2.0, 100)
+
+
+@pytest.fixture
+def snapshot(tmp_path, monkeypatch) -> Path:
+    """Where the cache of the Hub holds owner/name; nothing is there yet."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--owner--name" / "snapshots" / REVISION
+    folder.parent.mkdir(parents=True)
+    return folder
+
+
+NAMED = ["base.path=owner/name", f"base.revision={REVISION}"]
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_a_hub_id_is_predicted_like_its_folder(snapshot, original) -> None:
+    if original:
+        write_boson(snapshot, audio_self=False)
+    else:
+        write_native(snapshot, tiny_base().model)
+    named, here = (
+        load_sweep(SWEEPS / "quick.yaml", words) for words in (NAMED, [f"base.path={snapshot}"])
+    )
+    assert fit(named, None, 2.0, 100) == fit(here, None, 2.0, 100)
+
+
+def test_a_hub_id_of_another_model_is_refused(snapshot, capsys) -> None:
+    snapshot.mkdir()
+    (snapshot / "config.json").write_text('{"model_type": "llama"}')
+    words = [word for name in NAMED for word in ("--set", name)]
+    assert cli.main(["fit", "--config", str(REAL), *words]) == cli.BAD_INPUT
+    assert "model_type is 'llama'" in capsys.readouterr().err
