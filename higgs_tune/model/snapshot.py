@@ -93,6 +93,10 @@ def header(path: Path) -> dict[str, Stored]:
             f"{path}: tensors of type {error}, needed one of {sorted(_DTYPES)}. "
             "Use a checkpoint that is not quantised."
         ) from None
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path}: not there. Give a folder whose weights are saved as safetensors."
+        ) from None
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cut off or damaged ({error}). Download it again.") from None
 

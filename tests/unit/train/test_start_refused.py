@@ -114,3 +114,13 @@ def test_a_start_without_an_adapter_in_its_folder_is_refused(run_single, tmp_pat
     with pytest.raises(ModelError, match=needed):
         run(start_from=str(tmp_path / "earlier"))
     assert not out.exists()
+
+
+def test_a_start_whose_weights_are_no_safetensors_is_refused(run_single, trained):
+    run, _, out = run_single
+    adapter, _ = trained
+    weights = adapter / "adapter_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))  # as PEFT wrote them before 0.7
+    with pytest.raises(ModelError, match=rf"^{weights}: not there. Give .* saved as safetensors"):
+        run(start_from=str(adapter))
+    assert not out.exists()
