@@ -181,6 +181,11 @@ def _check_accelerate(dtype: str) -> None:
                 f"accelerate was asked for {what}, which splits a model; here each process holds the "
                 "frozen base whole. Use plain multi-GPU: accelerate launch --multi_gpu."
             )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ConfigError(
+            "accelerate's dynamo_backend has no effect here. "
+            "Use --dynamo_backend no, and --set base.compile=true to compile."
+        )
     if int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != 1:
         raise ConfigError(
             "accelerate's gradient_accumulation_steps has no effect here. "

@@ -36,6 +36,7 @@ def test_a_single_process_needs_no_group():
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "auto", "--set base.dtype=bfloat16 for bf16"),
         ({"ACCELERATE_USE_FSDP": "true"}, "auto", "asked for FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "auto", "asked for DeepSpeed"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "auto", "--set base.compile=true"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "auto", "--set run.gradient_acc"),
         ({"ACCELERATE_USE_CPU": "true"}, "cuda", "Leave out --cpu"),
         ({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "1"}, "auto", "through MPI only"),
@@ -54,4 +55,5 @@ def test_launch_options_that_could_not_take_effect_are_refused(
 def test_accelerates_cpu_and_bf16_options_are_accepted(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as the launcher sets it by default
     assert join_world("auto", "bfloat16") == (ALONE, "cpu")
