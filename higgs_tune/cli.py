@@ -165,10 +165,16 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--name", help="results folder (default: the YAML's name, numbered if taken)"
     )
-    parser.add_argument(
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
         "--resume",
         action="store_true",
         help="resume that sweep; without --name, the newest one",
+    )
+    again.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="resume that sweep if it has begun, else start it; without --name, the YAML's name",
     )
 
 
@@ -204,7 +210,14 @@ def _show_summary(summary: "Summary") -> None:
 
 
 def _sweep_config(args: argparse.Namespace) -> SweepConfig:
-    """The settings of the sweep that the arguments ask for."""
+    """The settings of the sweep that the arguments ask for; decides `args.resume` for --auto-resume."""
+    if args.auto_resume:
+        from higgs_tune.sweep.folder import is_free
+
+        config = load_sweep(args.config or DEFAULT_SWEEP, args.set)
+        args.name = args.name or config.name
+        folder = config.results_root / args.name
+        args.resume = (folder / "sweep.yaml").exists() and not is_free(folder)
     if args.config is not None or not args.resume:
         config = load_sweep(args.config or DEFAULT_SWEEP, args.set)
         where = {"name": args.name or _pick_name(config, resume=args.resume)}

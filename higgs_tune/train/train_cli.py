@@ -41,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the run (default: trained)",
     )
     parser.add_argument("--start-from", metavar="DIR", help="adapter whose weights to start from")
-    parser.add_argument("--resume", action="store_true", help="resume from --out's last checkpoint")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="resume from --out's last checkpoint")
+    again.add_argument(
+        "--auto-resume", action="store_true", help="resume if --out holds a run, else start one"
+    )
     parser.add_argument("--seed", type=int, help="seed, instead of the configuration's")
     parser.add_argument(
         "--set",
@@ -104,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     from higgs_tune.train.display import Display
     from higgs_tune.train.parallel import join_world, leave_world
     from higgs_tune.train.recorder import Watcher
+    from higgs_tune.train.run_folder import SETTINGS
     from higgs_tune.train.single import train_single
 
     dataset = Dataset.open(settings["data"].path)
@@ -120,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
             **settings,
             out=args.out,
             dataset=dataset,
-            resume=args.resume,
+            resume=args.resume or (args.auto_resume and (args.out / SETTINGS).exists()),
             watcher=Watcher(display.line, display.step, display.samples),
             world=world,
             device=device,

@@ -95,7 +95,7 @@ def test_a_run_ended_by_sigterm_and_then_killed_gives_the_same_results(
 ):
     out = tmp_path / "out"
     save_often = ("--set", "run.save_every_steps=5")
-    process = start(*save_often)
+    process = start("--auto-resume", *save_often)
     wait_for_lines(out, 2, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -103,7 +103,7 @@ def test_a_run_ended_by_sigterm_and_then_killed_gives_the_same_results(
     assert "ended by SIGTERM after step" in output
     assert "Traceback" not in output
 
-    process = start("--resume", *save_often)
+    process = start("--auto-resume", *save_often)  # the same command again
     wait_for_lines(out, 3, process)
     delay = random.uniform(0, 1.5)
     time.sleep(delay)

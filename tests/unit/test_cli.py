@@ -72,6 +72,20 @@ def test_resume_without_a_name_skips_a_sweep_that_never_started(tmp_path):
     assert (config.name, config.space.rank) == ("quick", (2,))
 
 
+def test_auto_resume_starts_a_sweep_or_continues_the_one_of_its_name(tmp_path):
+    arguments = parsed("--auto-resume", "--set", f"results_dir={tmp_path}")
+    for begun in (False, True, True):  # the same command every time
+        config = cli._sweep_config(arguments)
+        assert (config.name, arguments.resume) == ("quick", begun)
+        if not begun:
+            store(tmp_path / "quick", space={"rank": [2]})
+            (tmp_path / "quick" / "trials" / "t000").mkdir(parents=True)
+            (tmp_path / "quick" / "trials" / "t000" / "metrics.jsonl").write_text("{}\n")
+    assert config.space.rank == (2,), "as it began"
+    with pytest.raises(SystemExit):
+        parsed("--auto-resume", "--resume")
+
+
 def test_a_new_sweep_takes_the_first_name_without_results(tmp_path):
     place = ("--set", f"results_dir={tmp_path}")
     assert settings(*place).name == "quick"
