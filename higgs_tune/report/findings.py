@@ -5,6 +5,7 @@ that, and a text loss that fell without an audio gain is not called listening.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from higgs_tune import metrics as m
@@ -17,7 +18,7 @@ from higgs_tune.report.importance import (
     levels,
 )
 from higgs_tune.report.notes import notes_on
-from higgs_tune.report.results import UNFINISHED, Results
+from higgs_tune.report.results import UNFINISHED, Results, Trial
 from higgs_tune.report.verdict import Outcome, found, headline, outcome_of
 from higgs_tune.report.wording import (
     Answer,
@@ -194,17 +195,22 @@ def comparison(results: Results, choice: Choice | None) -> list[tuple[str, list[
             at = "" if trial.full_budget else f", {trial.status} at {trial.step}"
             label = f"{trial.id} {trial.config.cross_attention}, by hand{at}"
             stats = [_single(trial.last(name)) for name in COMPARED]
-            if choice is not None and trial.origin == "baseline" and len(choice.baseline_runs) > 1:
-                label += f", {len(choice.baseline_runs)} seeds"
+            if choice is not None and trial.origin == "baseline" and choice.baseline_runs:
+                label += _seeds(choice, choice.baseline_runs)
                 stats = [choice.baseline_stat(name) for name in COMPARED]
             rows.append((label, stats))
     if choice is not None:
-        over = f", {len(choice.runs)} seeds" if len(choice.runs) > 1 else ""
-        rows.append((f"{choice.trial.id} best{over}", [choice.stat(name) for name in COMPARED]))
+        label = f"{choice.trial.id} best{_seeds(choice, choice.runs)}"
+        rows.append((label, [choice.stat(name) for name in COMPARED]))
     elif (first := leader(results)) is not None and first.origin == "search":
         label = f"{first.id} ahead, {first.status} at {first.step}"
         rows.append((label, [_single(first.last(name)) for name in COMPARED]))
     return rows
+
+
+def _seeds(choice: Choice, runs: Sequence[Trial]) -> str:
+    """What to add to a label whose figures are those of confirm runs."""
+    return f", {plural(len(runs), 'seed')}" if choice.confirm == "done" else ""
 
 
 def _single(value: float | None) -> Stat | None:

@@ -43,7 +43,7 @@ def pairs(
         origin: of trial 1.
     """
     gains = gain if isinstance(gain, tuple) else (gain,) * len(best)
-    builder = Builder(directory).start()
+    builder = Builder(directory, sweep_config(confirm={"num_seeds": len(best)})).start()
     for trial_id, text in (("t000", baseline), ("t001", best)):
         came_from = "baseline" if trial_id == "t000" else origin
         audio = baseline_audio if trial_id == "t000" else 3.9
@@ -132,6 +132,16 @@ def test_table_shows_seed_means_for_both_trial_0_and_the_best(tmp_path: Path) ->
         "t000 off, by hand, 2 seeds": (3.1, 2),
         "t001 off, by hand": (1.9, 1),
         "t001 best, 2 seeds": (2.1, 2),
+    }
+
+
+def test_table_shows_a_single_confirm_run_of_trial_0_and_not_its_search_run(tmp_path: Path) -> None:
+    found = pairs(tmp_path, [3.0], [2.0])
+    rows = comparison(read_results(tmp_path), found.choice)
+    assert {label: text and round(text.mean, 2) for label, (text, *_) in rows} == {
+        "base": 7.72,
+        "t000 off, by hand, 1 seed": 3.0,  # 2.9 in the search
+        "t001 best, 1 seed": 2.0,
     }
 
 
