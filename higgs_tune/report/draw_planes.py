@@ -96,6 +96,8 @@ def _frame_scatter(axes: Axes, info: ScatterInfo) -> None:
         edges.append(info.base[1])
     low_x, high_x = min([*audios, *edges], default=0), max([*audios, *edges], default=1)
     low_y, high_y = min(texts, default=0), max(texts, default=1)
+    if info.base is not None:
+        low_y = min(low_y, info.base[0])
     pad_x, pad_y = 0.08 * (high_x - low_x) or 0.1, 0.1 * (high_y - low_y) or 0.1
     if info.base is not None and info.base[0] <= high_y + 0.5 * (high_y - low_y):
         high_y = max(high_y, info.base[0])

@@ -139,6 +139,14 @@ def test_trials_without_base_are_drawn(tmp_path: Path) -> None:
     assert set(draw(results, find(results))) == {"curves", "scatter"}
 
 
+def test_base_below_all_trials_is_within_the_axes(tmp_path: Path) -> None:
+    base = BASE | {m.VAL_TEXT_NLL: 1.0}
+    builder, config = Builder(tmp_path, base=base).start(), trial_config()
+    for number, text in enumerate([3.5, 4.0]):  # training has made text worse
+        builder.trial(f"t{number:03d}", config, curve(config, text, 0.1, 3.9, 150))
+    assert ">base</text>" in draw_scatter(scatter_info(read_results(tmp_path), None)).svg
+
+
 def with_wild(directory: Path) -> Results:
     """A usual sweep and three outliers: in both losses, in text loss, in audio loss."""
     builder = realistic(directory)
