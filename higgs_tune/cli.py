@@ -266,8 +266,8 @@ def run_check(args: argparse.Namespace) -> int:
     from higgs_tune.train.residents import PackLimits
 
     base = validate(BaseSettings, listen.given_settings(args, listen.BASE), "check")
-    limits = PackLimits.of([], num_slots=1)
-    loop = PackLoop.load(base, DataSettings(path=args.data), limits)
+    data = validate(DataSettings, {"path": args.data}, "check --data")
+    loop = PackLoop.load(base, data, PackLimits.of([], num_slots=1))
     print(json.dumps({"preflight": loop.preflight, "base": loop.base_metrics}, indent=1))
     print("no leak: no label's loss changes with its own input", file=sys.stderr)
     return 0

@@ -283,6 +283,8 @@ def test_check_loads_the_base_with_the_given_dtype_and_device(
     assert cli.main(["check", *arguments]) == 0
     assert cli.main(["check", "--dtype", "float8"]) == cli.BAD_INPUT
     assert "dtype: Input should be 'float32' or 'bfloat16'" in capsys.readouterr().err
+    assert cli.main(["check", "--data", "s3://bucket/x"]) == cli.BAD_INPUT
+    assert "path: s3://bucket/x is an address, needed a path" in capsys.readouterr().err
 
 
 def test_the_package_runs_as_a_module(monkeypatch, capsys):
