@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -113,7 +113,15 @@ _MERGE = "tag:yaml.org,2002:merge"  # may appear several times in a mapping
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, made to refuse a duplicate key instead of silently using the last one."""
+    """YAML's safe loader, made to refuse a duplicate key instead of silently using the last one.
+
+    It reads dates as text: no setting is one, but a name may look like one.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Check the mapping as written, before merge keys (`<<`) add keys that it may override."""

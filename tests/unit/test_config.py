@@ -219,6 +219,14 @@ def test_a_revision_that_looks_like_a_number_must_be_quoted(tmp_path, digits):
         load_sweep(tmp_path / "a.yaml", [f"base.revision={digits}"])
 
 
+@pytest.mark.parametrize("text", ["2026-11-30", "2026-13-45"])
+def test_a_name_that_looks_like_a_date_is_a_name(tmp_path, text):
+    assert loaded(tmp_path, f"name: {text}").name == text
+    config = loaded(tmp_path, "{}", [f"name={text}"])
+    assert config.name == text
+    assert loaded(tmp_path, to_yaml(config)) == config
+
+
 def test_a_best_config_given_as_a_sweep_is_recognised(tmp_path):
     path = tmp_path / "best_config.yaml"
     path.write_text("base: {path: embedded}\ntrial: {rank: 8}\nresults: {}\n")
