@@ -50,8 +50,8 @@ def check_pinned(settings: BaseSettings) -> None:
     path, here = settings.path, Path(settings.path).expanduser().exists()
     if settings.revision is None and could_be_hub_id(path) and not here:
         raise ConfigError(
-            f"base.revision: not set for Hub id {path}. Its files were rewritten in place once; "
-            "pin the commit that you want."
+            f"base.revision: not set for Hub id {path} (there is no such folder here). Its files were "
+            "rewritten in place once; pin the commit that you want."
         )
 
 

@@ -232,7 +232,10 @@ def test_a_failed_folder_copy_reports_only_its_first_reason(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("setting", "error"),
     [
-        ("base.path=someone/model", "base.revision: not set for Hub id someone/model"),
+        (
+            "base.path=someone/model",
+            "base.revision: not set for Hub id someone/model (there is no such folder here)",
+        ),
         ("base.path=./nowhere", "base.path: ./nowhere does not exist"),
         ("data.path=nowhere", "nowhere: found no dataset.json"),
         ("data.path=embedded:klingon", "no such embedded dataset"),
