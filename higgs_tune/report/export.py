@@ -13,10 +13,13 @@ from higgs_tune import metrics as m
 from higgs_tune.files import RESUME_FILES, write_text
 from higgs_tune.report.choose import Choice
 from higgs_tune.report.findings import Findings
-from higgs_tune.report.results import Results, read_optional_json
-
-BEST_CONFIG = "best_config.yaml"
-BEST_ADAPTER = "best_adapter"
+from higgs_tune.report.results import (
+    BEST_ADAPTER,
+    BEST_CONFIG,
+    Results,
+    adapter_of,
+    read_optional_json,
+)
 
 
 def export_best(results: Results, findings: Findings) -> str | None:
@@ -31,11 +34,11 @@ def export_best(results: Results, findings: Findings) -> str | None:
     path = results.directory / BEST_CONFIG
     target = results.directory / BEST_ADAPTER
     choice = findings.choice
-    source = None if choice is None else choice.adapter_run.directory / "adapter"
-    if source is not None and source.is_dir():
-        _copy_adapter(source, target)
-    elif target.exists():
+    source = None if choice is None else adapter_of(results, choice.adapter_run)
+    if source is None and target.exists():
         shutil.rmtree(target)  # left by another configuration
+    elif source is not None and source != target:
+        _copy_adapter(source, target)
     if choice is None:
         path.unlink(missing_ok=True)
         return None
@@ -66,10 +69,8 @@ def best_config(results: Results, choice: Choice, note: str) -> dict[str, Any]:
         "trial": choice.adapter_run.config.model_dump(mode="json"),
         # Training again picks its best_adapter/ under the same audio limit as the sweep.
         "run": {"audio_tolerance": results.sweep.objective.audio_tolerance},
-        # the resolved peft.LoraConfig from the run's adapter
-        "lora_config": read_optional_json(
-            choice.adapter_run.directory / "adapter" / "adapter_config.json"
-        )
+        # the resolved peft.LoraConfig of the run's adapter
+        "lora_config": read_optional_json(results.directory / BEST_ADAPTER / "adapter_config.json")
         or None,
         "results": {
             "note": note,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from higgs_tune import metrics as m
 from higgs_tune.report.choose import Choice, confirmed, failed_in_confirm
-from higgs_tune.report.results import OPEN, UNFINISHED, Results, Trial
+from higgs_tune.report.results import OPEN, UNFINISHED, Results, Trial, adapter_of
 from higgs_tune.report.wording import nats, plural
 
 
@@ -40,7 +40,7 @@ def notes_on(results: Results, choice: Choice | None) -> list[str]:
     notes += _pruned_all_feasible(results)
     if results.baseline is not None:
         notes += _baseline_ended_early(results.baseline)
-    if choice is not None and not (choice.adapter_run.directory / "adapter").is_dir():
+    if choice is not None and adapter_of(results, choice.adapter_run) is None:
         notes.append(f"{choice.adapter_run.id} left no adapter; train it again to get one.")
     return notes
 

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 from higgs_tune import metrics as m
 from higgs_tune.config import SweepConfig, TrialConfig
 from higgs_tune.config_file import read_yaml, validate
-from higgs_tune.errors import SweepError
+from higgs_tune.errors import ConfigError, SweepError
 from higgs_tune.files import read_json_lines, write_bytes
 
 Origin = Literal["baseline", "baseline_fixed", "search", "confirm"]
 UNFINISHED = "unfinished"  # no status.json: still running, or its process died
+BEST_CONFIG, BEST_ADAPTER = "best_config.yaml", "best_adapter"  # what `export_best` writes
 OPEN = (UNFINISHED, "cancelled")  # --resume continues these
 Metrics = dict[str, float]
 
@@ -148,6 +149,19 @@ def read_results(directory: Path) -> Results:
         trials=tuple(sorted(trials, key=lambda t: (t.origin == "confirm", t.number, t.id))),
         workers=read_optional_json(directory / "workers.json"),
     )
+
+
+def adapter_of(results: Results, run: Trial) -> Path | None:
+    """The folder with a run's adapter: its own or, if that was deleted, what was exported of the same run."""
+    own, exported = run.directory / "adapter", results.directory / BEST_ADAPTER
+    if own.is_dir():
+        return own
+    try:
+        config = read_yaml(results.directory / BEST_CONFIG).get("trial")
+    except ConfigError:  # no such file, or a damaged one
+        return None
+    is_same = config == run.config.model_dump(mode="json")
+    return exported if is_same and exported.is_dir() else None
 
 
 def _read_trial(folder: Path) -> Trial:

@@ -199,6 +199,23 @@ def test_missing_adapter_is_noted_and_best_config_is_still_written(tmp_path: Pat
     assert yaml.safe_load((tmp_path / "best_config.yaml").read_text())["lora_config"] is None
 
 
+def test_best_adapter_outlives_the_trials_checkpoints(
+    finished: tuple[Path, Summary], tmp_path: Path
+) -> None:
+    """Checkpoints of a large sweep take hundreds of GiB, so users delete them afterwards."""
+    folder = Path(shutil.copytree(finished[0], tmp_path / "quick"))
+    for adapter in folder.glob("trials/*/adapter"):
+        shutil.rmtree(adapter)
+    assert "left no adapter" not in build_report(folder).text
+    kept = {path for path in content(folder) if path.parts[0].startswith("best_")}
+    assert kept == {path for path in content(finished[0]) if path.parts[0].startswith("best_")}
+    assert all((folder / path).read_bytes() == (finished[0] / path).read_bytes() for path in kept)
+    best_config = folder / "best_config.yaml"
+    best_config.write_text(re.sub(r"\bseed: \d+", "seed: 7", best_config.read_text()))
+    assert "left no adapter" in build_report(folder).text  # what is there is another run's
+    assert not (folder / "best_adapter").exists()
+
+
 @pytest.mark.parametrize("base", [None, {"val/text/nll": 7.7, "val/audio/nll_per_code": 3.9}])
 def test_empty_sweep_gives_a_report(tmp_path: Path, base: dict[str, float] | None) -> None:
     Builder(tmp_path, base=base).start()
