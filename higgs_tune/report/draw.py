@@ -21,6 +21,7 @@ from higgs_tune.report.ink import (
     ROLE_NAMES,
     STYLE,
     Picture,
+    log_ticks,
     marker,
     render,
 )
@@ -105,8 +106,7 @@ def _is_log(panel: CurvesInfo) -> bool:
 def _log_axis(axes: Axes, low: float, high: float) -> None:
     axes.set_yscale("log")
     steps = (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 7)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [t for d in decades for s in steps if low <= (t := s * 10.0**d) <= high]
+    ticks = log_ticks(low, high, steps)
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
     axes.yaxis.set_minor_locator(NullLocator())

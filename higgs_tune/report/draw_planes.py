@@ -8,6 +8,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from higgs_tune.report.ink import (
     BEST,
@@ -16,6 +17,7 @@ from higgs_tune.report.ink import (
     INK,
     STYLE,
     Picture,
+    log_ticks,
     marker,
     render,
 )
@@ -175,7 +177,7 @@ def draw_space(info: SpaceInfo) -> Picture:
             axes.plot(*place, marker=shape, color=color, ms=9.5, mec="none")
             if point.role == "best":
                 axes.plot(*place, **_RING, ms=17)
-        axes.set_xscale("log")
+        _rate_axis(axes)
         axes.set_yticks(range(len(info.ranks)), [str(rank) for rank in info.ranks])
         axes.set_ylim(-0.6, len(info.ranks) - 0.4)
         axes.set(
@@ -192,3 +194,13 @@ def draw_space(info: SpaceInfo) -> Picture:
             handles.append(Line2D([], [], ls="none", **_RING, ms=11, label="best"))
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
         return render(figure)
+
+
+def _rate_axis(axes: Axes) -> None:
+    """Make the axis of learning rates logarithmic; matplotlib's own labels for it often overlap."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    ticks = log_ticks(low, high, (1,) if high > 1000 * low else (1, 2, 5))
+    axes.xaxis.set_major_locator(FixedLocator(ticks) if len(ticks) > 1 else MaxNLocator(4))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())

@@ -5,6 +5,8 @@ suits a light and a dark page. Series colours are readable on both.
 """
 
 import io
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +64,12 @@ class Picture:
 
     png: bytes
     svg: str
+
+
+def log_ticks(low: float, high: float, steps: Sequence[float]) -> list[float]:
+    """The ticks of a log axis: these multiples of each power of ten."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [tick for d in decades for s in steps if low <= (tick := s * 10.0**d) <= high]
 
 
 def marker(shape: str, color: str, label: str, hollow: bool = False, size: float = 7.5) -> Line2D:

@@ -1,8 +1,10 @@
 """The data behind the figures; every figure can be drawn even from odd results."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from higgs_tune import metrics as m
 from higgs_tune.report.build import draw
@@ -13,6 +15,7 @@ from higgs_tune.report.plots import (
     CurvesInfo,
     Line,
     SpaceInfo,
+    SpacePoint,
     curves_info,
     gain_info,
     scatter_info,
@@ -93,6 +96,26 @@ def test_outliers_do_not_stretch_the_scale_of_space(
     info = space(tmp_path, sampled, by_hand)
     assert info.top == pytest.approx(top)
     assert draw_space(info).png.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "low, high",
+    [(1e-5, 1e-1), (1e-4, 5e-3), (1.7e-4, 5.9e-3), (3e-4, 7e-3), (1.25e-4, 2.66e-4), (1e-3, 1e-3)],
+)
+def test_labels_of_learning_rates_do_not_overlap(monkeypatch, low: float, high: float) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr("higgs_tune.report.draw_planes.render", figures.append)
+    points = tuple(SpacePoint("other", rate, 16, "off", 2.0 + rate) for rate in (low, high))
+    draw_space(SpaceInfo(points, (16,), 100, 3.0))
+    (figure,) = figures
+    figure.draw_without_rendering()
+    axis = figure.axes[0].xaxis
+    left, right = figure.axes[0].get_xlim()
+    labels = [*axis.get_majorticklabels(), *axis.get_minorticklabels()]
+    shown = [text for text in labels if text.get_text() and left <= text.get_position()[0] <= right]
+    extents = sorted((text.get_window_extent() for text in shown), key=lambda box: box.x0)
+    assert len(extents) > 1
+    assert all(box.x1 < after.x0 for box, after in pairwise(extents))
 
 
 def test_space_leaves_out_pbt_copies(tmp_path: Path) -> None:
