@@ -25,7 +25,8 @@ from output import machine, save, settings_of
 from sides import start_of, synchronise, trial_of
 from step_time import alternate, picture
 
-from higgs_tune.config import BaseSettings, TaskMix
+from higgs_tune.config import BaseSettings
+from higgs_tune.config_data import TaskMix
 from higgs_tune.data.collate import PackBatch, collate, count_targets
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.order import TrainOrder

@@ -25,7 +25,8 @@ from options import at_least, json_file, run
 from output import COLORS, machine, new_figure, save, settings_of
 from sides import our_step, stock_step, synchronise
 
-from higgs_tune.config import BaseSettings, TaskMix
+from higgs_tune.config import BaseSettings
+from higgs_tune.config_data import TaskMix
 from higgs_tune.data.collate import count_targets
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.order import TrainOrder

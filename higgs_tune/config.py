@@ -9,12 +9,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from higgs_tune.config_data import DataSettings
 from higgs_tune.config_scheduler import SchedulerSettings
 from higgs_tune.config_space import (
     ALL_LINEAR,
     ALPHA_POWERS,
     ALPHA_RANK,
     AlphaRule,
+    BaselineSettings,
     CountOrAuto,
     CrossAttention,
     PositiveFloat,
@@ -22,7 +24,6 @@ from higgs_tune.config_space import (
     Settings,
     Share,
     SpaceSettings,
-    SystemText,
     TargetPath,
     highest,
 )
@@ -44,38 +45,6 @@ class BaseSettings(Settings):
     compile: bool = False
     # for a checkpoint without a text head: refuse it, or start the head from the token embedding
     text_head: Literal["checkpoint", "from_embedding"] = "checkpoint"
-
-
-class TaskMix(Settings):
-    """How often each task is drawn when a batch is filled; relative weights."""
-
-    # audio, then its text: the only task whose text can use audio
-    transcribe: float = Field(default=1.0, ge=0)
-    speak: float = Field(default=1.0, ge=0)  # text, then audio
-    # reference text and audio, then target text, then target audio
-    clone: float = Field(default=0.0, ge=0)
-
-    @model_validator(mode="after")
-    def _some_task(self) -> "TaskMix":
-        if self.transcribe + self.speak + self.clone <= 0:
-            raise ValueError("at least one task needs a weight above 0")
-        return self
-
-
-class DataSettings(Settings):
-    """What is trained and validated on."""
-
-    # a folder made by `higgs-tune data prepare`, or "embedded:NAME"
-    path: LocalPath = "embedded:arabic"
-    tasks: TaskMix = TaskMix()
-    max_frames: int = Field(default=750, ge=4)  # longest clip in codec frames (25 per second)
-    max_text_tokens: int = Field(default=512, ge=1)  # longest text of one part
-    # longest conversation, in rows of text and audio; default: enough to clone the longest clip
-    max_rows: int | None = Field(default=None, ge=16)
-    # validation clips, drawn once, the same for every trial
-    num_val_clips: int = Field(default=48, ge=2)
-    # a system turn before every speak or clone example; chat rows have their own
-    system_text: SystemText | None = None
 
 
 class TrainSettings(Settings):
@@ -118,24 +87,6 @@ class ObjectiveSettings(Settings):
 
     # val/audio/nll_per_code may rise by this share of its initial value
     audio_tolerance: float = Field(default=0.05, ge=0)
-
-
-class BaselineSettings(Settings):
-    """Trials 0 and 1: what people set by hand without a search.
-
-    Trial 0 has cross_attention off; trial 1 is the same with `audio_self`, and trains its modules.
-    """
-
-    rank: PositiveRank = 16
-    alpha: PositiveFloat = 32.0
-    alpha_rule: AlphaRule = "fixed"
-    # the upper end of what community trainers of this model use
-    learning_rate: PositiveFloat = 1e-4
-    target_set: str = "all_linear"
-    # clips per optimizer step; default: the first of space.batch_clips
-    batch_clips: int | None = Field(default=None, ge=1)
-    # run trial 1, too; its new modules may need more memory than any other trial
-    with_audio_self: bool = True
 
 
 class ConfirmSettings(Settings):

@@ -1,4 +1,4 @@
-"""The settings of the search space, and types shared by all settings."""
+"""The settings of the search space and of the baselines, and types shared by all settings."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -160,3 +160,21 @@ class SpaceSettings(Settings):
     text_loss_weight: ChoicesOrRange[WeightRange, NonNegativeFloat] = (1.0,)
     audio_loss_weight: ChoicesOrRange[WeightRange, NonNegativeFloat] = (1.0,)
     batch_clips: Choices[Annotated[int, Field(ge=1)]] = (8,)  # clips per step
+
+
+class BaselineSettings(Settings):
+    """Trials 0 and 1: what people set by hand without a search.
+
+    Trial 0 has cross_attention off; trial 1 is the same with `audio_self`, and trains its modules.
+    """
+
+    rank: PositiveRank = 16
+    alpha: PositiveFloat = 32.0
+    alpha_rule: AlphaRule = "fixed"
+    # the upper end of what community trainers of this model use
+    learning_rate: PositiveFloat = 1e-4
+    target_set: str = "all_linear"
+    # clips per optimizer step; default: the first of space.batch_clips
+    batch_clips: int | None = Field(default=None, ge=1)
+    # run trial 1, too; its new modules may need more memory than any other trial
+    with_audio_self: bool = True

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgs_tune.config import DataSettings, TaskMix, TrialConfig
+from higgs_tune.config import DataSettings, TrialConfig
+from higgs_tune.config_data import TaskMix
 from higgs_tune.data.conversation import AudioPart, Conversation, TextPart, Turn
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.shards import CodecFacts, Row, write_dataset

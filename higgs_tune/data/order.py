@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from higgs_tune.config import TaskMix
+from higgs_tune.config_data import TaskMix
 from higgs_tune.data import tasks
 from higgs_tune.data.conversation import Conversation
 from higgs_tune.data.dataset import Dataset

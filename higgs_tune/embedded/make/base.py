@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgs_tune.config import TaskMix
+from higgs_tune.config_data import TaskMix
 from higgs_tune.data.codec import load_codec
 from higgs_tune.data.collate import collate, count_targets
 from higgs_tune.data.conversation import Conversation

@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from higgs_tune import cli
-from higgs_tune.config import TaskMix
+from higgs_tune.config_data import TaskMix
 from higgs_tune.data import clips, encode, prepare_cli
 from higgs_tune.data.codec import encode_clip, load_codec, weights_digest
 from higgs_tune.data.dataset import Dataset

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from higgs_tune.config import DataSettings, TaskMix
+from higgs_tune.config import DataSettings
+from higgs_tune.config_data import TaskMix
 from higgs_tune.data import tasks
 from higgs_tune.data.dataset import Dataset
 from higgs_tune.data.order import TrainOrder

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from higgs_tune import metrics
-from higgs_tune.config import BaseSettings, TaskMix
+from higgs_tune.config import BaseSettings
+from higgs_tune.config_data import TaskMix
 from higgs_tune.errors import ConfigError, DataError
 from higgs_tune.train import checkpoint, run_folder, single
 from tests.models import DATA, make_dataset, tiny_base

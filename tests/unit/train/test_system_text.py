@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from higgs_tune.config import BaseSettings, DataSettings, TaskMix
+from higgs_tune.config import BaseSettings, DataSettings
+from higgs_tune.config_data import TaskMix
 from higgs_tune.data import tasks
 from higgs_tune.data.conversation import TextPart, Turn
 from higgs_tune.data.held_out import validation_sets
