@@ -87,7 +87,8 @@ def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:
             f"Trial 0 ran with another seed. Only the confirm stage, which {why}, would tell how much of "
             "the difference is chance."
         )
-    size = f"{nats(abs(difference.mean))} nats per token"
+    mean = abs(difference.mean)
+    size = f"{nats(mean, digits_apart(mean, 0, 2) if mean else 2)} nats per token"
     direction = "lower" if difference.mean < 0 else "higher"
     if difference.interval is None:
         return (
@@ -96,6 +97,8 @@ def _certainty(results: Results, choice: Choice, outcome: Outcome) -> str:
         )
     low, high = difference.interval
     digits = 2 if high - low >= 0.05 else 3
+    # An end that is shown as 0 would not say on which side of it the interval ends.
+    digits = max([digits, *(digits_apart(abs(end), 0, 2) for end in (low, high) if end)])
     ends = f"{signed(low, digits)} to {signed(high, digits)}"
     interval = f"95% interval {ends}, {difference.n} seeds"
     if outcome == "better":

@@ -104,6 +104,27 @@ def test_difference_within_seed_noise_is_reported_as_such(tmp_path: Path) -> Non
     assert "Two seeds" not in sentence(found, "found")
 
 
+@pytest.mark.parametrize(
+    "differences, said",
+    [
+        (
+            (-0.0030, -0.0031),
+            "0.003 nats per token lower than trial 0's (95% interval −0.004 to −0.002",
+        ),
+        ((-0.0003, -0.0003), "0.0003 nats per token lower than trial 0's (95% interval −0.0003 to"),
+        ((0.04, 0.05, 0.02), "(95% interval −0.001 to +0.075"),
+        ((0.0, 0.0), "(95% interval +0.000 to +0.000"),
+    ],
+)
+def test_a_small_difference_is_not_shown_as_zero(
+    tmp_path: Path, differences: tuple[float, ...], said: str
+) -> None:
+    baseline = [3.0 + 0.01 * seed for seed in range(len(differences))]
+    best = [text + rise for text, rise in zip(baseline, differences, strict=True)]
+    # worse or equal: audio keeps trial 0 from being chosen
+    assert said in sentence(pairs(tmp_path, baseline, best, baseline_audio=5.0), "found")
+
+
 def test_best_worse_than_an_infeasible_trial_0_is_reported_as_worse(tmp_path: Path) -> None:
     found = pairs(tmp_path, [2.0, 2.1], [3.0, 3.1], baseline_audio=5.0)
     assert found.outcome == "worse"
