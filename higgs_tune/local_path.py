@@ -15,6 +15,12 @@ def _local(text: str) -> str:
             f"{text} is an address, needed a path on this machine. Copy inputs here first, or "
             "copy results there afterwards."
         )
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{text} is in the home of a user that this machine does not have"
+        ) from None
     return text
 
 
@@ -25,7 +31,7 @@ def local_path(text: str) -> Path:
     """The path in a command's argument; expands `~`, which shells leave as it is in `--out=~/x`.
 
     Raises:
-        ArgumentTypeError: it is an address, such as s3://bucket/folder.
+        ArgumentTypeError: it is an address, such as s3://bucket/folder, or in an unknown user's home.
     """
     try:
         return Path(_local(text)).expanduser()

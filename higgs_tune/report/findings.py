@@ -160,7 +160,7 @@ def _others(importance: ImportanceInfo) -> str:
         f"{setting_name(n)} {100 * importance.shares[n]:.0f}%" for n in importance.mattered[1:]
     ]
     return (
-        f"Also beyond chance: {', '.join(others)}."
+        f"Also beyond chance, or only sampled together with it: {', '.join(others)}."
         if others
         else "These trials cannot tell about the others."
     )

@@ -65,6 +65,10 @@ def loaded(tmp_path, text, overrides=()):
             "data: {path: gs://bucket/x}",
             r"data\.path: .*gs://bucket/x is an address, needed a path",
         ),
+        (
+            "data: {path: ~no_such_user/x}",
+            r"data\.path: .*~no_such_user/x is in the home of a user that this machine does not",
+        ),
         ("tune: {gpus_per_worker: 8}", r"tune\.gpus_per_worker: .*less than or equal to 1"),
         ("base: {device: cuda}", r"base\.device is cuda and tune\.gpus_per_worker 0"),
         (
