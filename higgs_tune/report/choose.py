@@ -96,7 +96,7 @@ def choose(results: Results) -> Choice | None:
     if not candidates:
         return None
     first = min(candidates, key=_text_nll)
-    state = _confirm_state(results, candidates)
+    state = _confirm_state(results)
     if state != "done":
         baseline = results.baseline
         baseline_runs = (baseline,) if baseline is not None and baseline.full_budget else ()
@@ -130,17 +130,25 @@ def leader(results: Results) -> Trial | None:
     return min((t for t in healthy if t.step == furthest), key=_text_nll, default=None)
 
 
-def _confirm_state(results: Results, candidates: Iterable[Trial]) -> ConfirmState:
-    """Whether the confirm stage is complete for trial 0 and for the best of the other candidates."""
+def _confirm_state(results: Results) -> ConfirmState:
+    """Whether the confirm runs of trial 0 and of the best other candidate decide."""
     if results.sweep.confirm.num_configs == 0:
         return "skipped"
-    # Other trials may never get all runs: extending a sweep can change which ones it confirms.
-    complete = confirmed(results)
-    others = [trial for trial in candidates if trial.origin != "baseline"]
-    for trial in (results.baseline, *sorted(others, key=_text_nll)[:1]):
-        if trial is None or trial.id not in complete:
-            return "unfinished"
-    return "done"
+    return "done" if _rivals(results) <= confirmed(results).keys() else "unfinished"
+
+
+def _rivals(results: Results) -> set[str]:
+    """Ids of trial 0 and of the best other candidate.
+
+    Other trials may never get all runs: extending a sweep can change which ones it confirms.
+    """
+    others = [
+        trial
+        for trial in results.search
+        if trial.full_budget and results.feasible(trial) and trial.origin != "baseline"
+    ]
+    best = min(others, key=_text_nll, default=None)
+    return {results.baseline.id if results.baseline else "t000"} | ({best.id} if best else set())
 
 
 def _groups(results: Results) -> dict[str, tuple[Trial, ...]]:
@@ -154,11 +162,22 @@ def _groups(results: Results) -> dict[str, tuple[Trial, ...]]:
 
 
 def confirmed(results: Results) -> dict[str, tuple[Trial, ...]]:
-    """Ids of fully confirmed search trials, each with its runs on the seeds they all share.
+    """Ids of confirmed search trials, each with its runs on the seeds they all share.
 
-    Some have extra seeds if confirm.num_seeds was lowered; means over different seeds are not comparable.
+    Those with all seeds; until trial 0 and the best other candidate are among them, those with as many as
+    these two have, if that is two or more. So seeds that are added do not hide the ones before. Means over
+    different seeds are not comparable, and some trials have more if confirm.num_seeds was lowered.
     """
-    num_seeds = results.sweep.confirm.num_seeds
+    wanted, rivals = results.sweep.confirm.num_seeds, _rivals(results)
+    for num_seeds in range(wanted, 1, -1):
+        found = _on_shared_seeds(results, num_seeds)
+        if rivals <= found.keys():
+            return found
+    return _on_shared_seeds(results, wanted)
+
+
+def _on_shared_seeds(results: Results, num_seeds: int) -> dict[str, tuple[Trial, ...]]:
+    """Trials with so many confirm runs or more, and their runs on the seeds they all share, if as many."""
     complete = {key: runs for key, runs in _groups(results).items() if len(runs) >= num_seeds}
     seeds = [{run.config.seed for run in runs} for runs in complete.values()]
     shared = set.intersection(*seeds) if seeds else set()

@@ -24,6 +24,12 @@ def notes_on(results: Results, choice: Choice | None) -> list[str]:
         notes.append("The confirm stage was switched off (confirm.num_configs is 0).")
     if choice is not None and choice.confirm == "unfinished":
         notes.append("The confirm stage has not finished; the choice rests on the search alone.")
+    num_seeds = results.sweep.confirm.num_seeds
+    if choice is not None and choice.confirm == "done" and len(choice.runs) < num_seeds:
+        notes.append(
+            f"The confirm stage has run {len(choice.runs)} of {num_seeds} seeds for trial 0 and the best of "
+            "the search; --resume runs the others."
+        )
     done = confirmed(results)  # these may have open runs if confirm.num_seeds was lowered
     if open_ends := _resumable_counts(run for run in results.confirm if run.confirms not in done):
         notes.append(

@@ -7,6 +7,7 @@ import pytest
 from higgs_tune.config import TrialConfig
 from higgs_tune.metrics import VAL_TEXT_NLL
 from higgs_tune.report.choose import Choice, Stat, choose
+from higgs_tune.report.notes import notes_on
 from higgs_tune.report.results import read_results
 from tests.unit.report.builder import Builder, curve, realistic, sweep_config, trial_config
 
@@ -134,6 +135,21 @@ def test_means_use_only_the_seeds_that_every_group_has(tmp_path: Path) -> None:
     baseline, best = choice.baseline_stat(VAL_TEXT_NLL), choice.stat(VAL_TEXT_NLL)
     assert baseline is not None and best is not None
     assert choice.difference.mean == pytest.approx(best.mean - baseline.mean)
+
+
+def test_added_seeds_do_not_hide_the_ones_before(tmp_path: Path) -> None:
+    """The stage of two seeds chose trial 2; of two more, only trial 0 has run one, and trial 2 runs one."""
+    losses = {"t000": (3.0, 3.2), "t001": (2.6, 2.5), "t002": (2.1, 2.2)}
+    builder = confirmed(tmp_path, losses)
+    builder.sweep = sweep_config(confirm={"num_seeds": 4})
+    builder.start()
+    run(builder, "c010", 2.9, seed=102, origin="confirm", confirms="t000")
+    run(builder, "c011", 9.9, seed=102, origin="confirm", confirms="t002", status=None)
+    choice = chosen(tmp_path)
+    assert (choice.trial.id, choice.confirm, len(choice.runs)) == ("t002", "done", 2)
+    assert choice.difference is not None and choice.difference.mean == pytest.approx(-0.95)
+    told = " ".join(notes_on(read_results(tmp_path), choice))
+    assert "The confirm stage has run 2 of 4 seeds for trial 0 and the best of the search" in told
 
 
 def test_confirm_runs_with_different_seeds_do_not_finish_the_stage(tmp_path: Path) -> None:
