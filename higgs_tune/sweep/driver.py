@@ -171,10 +171,13 @@ def _exit_if_ray_died(
     thread.start()
     try:
         yield
-    except Exception as error:
+    except (
+        Exception
+    ) as error:  # re-raised, unless a signal ended Ray, too: that decides the exit code
         if isinstance(error, HiggsTuneError) or not cluster.has_died():
             raise
-        raise died from error
+        if control.request.number is None:
+            raise died from error
     finally:
         is_over.set()
 

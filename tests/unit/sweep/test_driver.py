@@ -88,6 +88,15 @@ def test_an_error_is_blamed_on_ray_if_it_has_died(has_died, raised, expected):
     assert caught.value is raised or caught.value.__cause__ is raised
 
 
+def test_an_error_of_a_ray_that_a_signal_ended_is_no_error_of_the_sweep():
+    cluster = Cluster(is_own=True, complete=str, has_died=lambda: True)
+    control, display = Control(), SimpleNamespace(close=lambda: None)
+    control.request.number = 2
+    with driver._exit_if_ray_died(cluster, control, display, RESULTS):
+        raise ValueError("of a call to Ray")
+    assert control.error is None
+
+
 def test_no_machine_is_left_once_ray_has_died(monkeypatch):
     monkeypatch.setattr(nodes, "alive_nodes", list)
     assert "the cluster has 0 CPU, 0 GPU in all" in nodes.shortage("worker-0", 1, 0)
